@@ -1,0 +1,73 @@
+# make            build/babygpt, the command line
+# make run        train a small GPT on the talk of a village (at most two minutes), then chat with it
+# make test       the tests that need a compiler and make, nothing more (under two minutes)
+# make test-all   these, and what needs Python, PyTorch, clang or ../shared: says in a line what is not here and is left out
+# make examples   every program in examples/
+# make matrix     compilers, standards, flags, hostile macros, leaked names
+# make clean
+#
+# config=debug, config=sanitize (memory, undefined behaviour) and config=threads (races) build all this another way, into build/debug
+# and so on: make test config=sanitize
+
+MAKEFLAGS += -j$(shell getconf _NPROCESSORS_ONLN 2> /dev/null || echo 2)
+
+config ?= release
+standard ?= c++17
+build := build$(if $(filter-out release,$(config)),/$(config))
+
+flags.release := -O2
+flags.debug := -O0 -g
+flags.threads := -O1 -g -fsanitize=thread
+flags.sanitize := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+ifeq ($(flags.$(config)),)
+$(error config is "$(config)", but may be release, debug, sanitize or threads)
+endif
+warnings := -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wold-style-cast -Wundef -Wdouble-promotion
+compile = $(CXX) -I. -std=$(standard) $(flags.$(config)) $(warnings) -pthread $(CXXFLAGS)
+
+# A test that defines BABYGPT_IMPLEMENTATION looks inside and compiles the header itself; the others link build/babygpt.o.
+tests := $(patsubst tests/%.cpp,%,$(wildcard tests/*.cpp))
+drivers := torch_steps
+programs := $(filter-out $(drivers),$(tests))
+inside := $(patsubst tests/%.cpp,%,$(shell grep -l '^.define BABYGPT_IMPLEMENTATION' tests/*.cpp))
+examples := $(patsubst examples/%.cpp,$(build)/examples/%,$(wildcard examples/*.cpp))
+
+.PHONY: all run test test-all examples matrix clean help
+all: $(build)/babygpt
+
+$(build)/babygpt.o: babygpt.h Makefile
+	@mkdir -p $(@D)
+	echo '#include "babygpt.h"' | $(compile) -DBABYGPT_IMPLEMENTATION -c -x c++ - -o $@
+$(build)/babygpt: tools/babygpt.cpp $(build)/babygpt.o
+	$(compile) $^ $(LDFLAGS) -o $@
+$(inside:%=$(build)/tests/%): $(build)/tests/%: tests/%.cpp tests/check.h babygpt.h
+	@mkdir -p $(@D)
+	$(compile) $< $(LDFLAGS) -o $@
+$(filter-out $(inside:%=$(build)/tests/%),$(tests:%=$(build)/tests/%)): $(build)/tests/%: tests/%.cpp tests/check.h $(build)/babygpt.o
+	@mkdir -p $(@D)
+	$(compile) $< $(build)/babygpt.o $(LDFLAGS) -o $@
+$(examples): $(build)/examples/%: examples/%.cpp babygpt.h
+	@mkdir -p $(@D)
+	$(compile) $< $(LDFLAGS) -o $@
+
+village := $(build)/village.safetensors
+run: $(build)/babygpt
+	$< train examples/village.txt --out $(village) --overwrite --time 100 --user-turn "You: " --reply-turn "Mira: " \
+	    --log $(village:.safetensors=.csv) --plot $(village:.safetensors=.svg)
+	@if [ -t 0 ]; then $< chat $(village); else $< chat $(village) < examples/village_talk.txt; fi
+
+test: $(build)/babygpt $(programs:%=$(build)/tests/%)
+	@BABYGPT=$(build)/babygpt sh tests/run.sh $(programs:%=$(build)/tests/%) $(wildcard tests/test_*.sh)
+test-all: $(build)/babygpt $(tests:%=$(build)/tests/%) examples
+	@BABYGPT=$(build)/babygpt sh tests/run.sh $(programs:%=$(build)/tests/%) $(wildcard tests/test_*.sh tests/test_*.py) \
+	    tests/matrix.sh 'tools/compare_torch.py $(build)/tests/torch_steps' 'tools/compare_tokenizers.py --babygpt $(build)/babygpt'
+	@if [ -f $(village) ]; then python3 tools/village_exam.py $(build)/babygpt $(village); \
+	else echo "skipped: the villagers' exam needs the model that make run leaves"; fi
+
+examples: $(examples)
+matrix:
+	@sh tests/run.sh tests/matrix.sh
+clean:
+	rm -rf build
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile

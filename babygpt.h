@@ -1,0 +1,9312 @@
+// babygpt.h - tokenize text, train a small GPT and talk to it: one C++17 header, no packages. MIT licence (chapter 12).
+//
+// [CHAPTER 0] Read me
+//
+// What it is.  A whole language model in one file: byte-level BPE, byte and character tokenizers; a GPT-2 type Transformer;
+// training with AdamW; generation with a KV cache; checkpoints that Python reads (safetensors). It is made for models of up to some ten
+// million parameters on the cores of an ordinary computer, for programs that include it, and for people who want to read how it works.
+// What it is not.  A runner for large models, or a wrapper around anything: it depends on the C library and the system's threads.
+//
+// Do this.  In exactly one source file:
+//
+//     #define BABYGPT_IMPLEMENTATION
+//     #include "babygpt.h"
+//
+// and in the others only the #include. Compile with any C++17 compiler (GCC 9, Clang 10 or newer):
+//
+//     g++ -std=c++17 -O2 -pthread program.cpp -o program
+//
+// No flag is needed for speed: the kernels for AVX2, AVX-512 and others are compiled in and chosen when the program runs.
+//
+// A whole program (examples/hello.cpp). It trains on a string and prints what the model says:
+//
+//     #define BABYGPT_IMPLEMENTATION
+//     #include "../babygpt.h"
+//     #include <stdio.h>
+//     using namespace babygpt;
+//     int main() {
+//         const char* text = "the cat sat on the mat. the dog sat on the log. the cat saw the dog. the dog saw the cat on the mat. ";
+//         Runtime runtime;  // memory, threads and files: the defaults
+//         Corpus corpus; Tokenizer tokenizer; Model model; Data data; Trainer trainer; Session session;
+//         Config config;
+//         config.layers = 2, config.heads = 2, config.width = 64, config.context = 32;
+//         TrainConfig how;
+//         how.steps = 200, how.lr = 3e-3;
+//         RunResult run;
+//         Array<char> said(runtime);
+//         Generation reply;
+//         reply.text = &said;
+//         Status s = corpus.open_memory(runtime, text);
+//         if (s.ok()) s = tokenizer.train(runtime, {TokenizerKind::characters, 0}, corpus);
+//         if (s.ok()) s = model.create(runtime, config, static_cast<Tokenizer&&>(tokenizer));
+//         if (s.ok()) s = data.create(runtime, corpus, Part::all, model.tokenizer);
+//         if (s.ok()) s = trainer.create(runtime, model, how, data);
+//         if (s.ok()) s = trainer.run(RunConfig(), run);
+//         if (s.ok()) s = session.create(runtime, model);
+//         if (s.ok()) s = session.generate("the dog", SampleConfig(), reply);
+//         printf("%s%.*s\n", s.message, static_cast<int>(said.size()), said.data());
+//     }
+//
+// Options.  There are no macros to set but BABYGPT_IMPLEMENTATION. Memory, threads, files, log and backend are members of Runtime.
+//
+// What it promises.  Nothing here throws, prints, exits, reads the environment, opens a file it was not given or changes the host's
+// floating-point mode, locale or signals. What data, disk or memory can spoil returns a Status with a message. A training step and a
+// generated token allocate nothing. Files are taken as hostile. Training gives the same bits for any number of threads and any
+// instruction set, and an interrupted run that is resumed ends with the bits of one that was not.
+//
+// How to read it.  From top to bottom; a chapter uses only what stands above it. To understand a GPT, read chapters 4 to 8: the tape, the
+// ops in plain loops with each backward pass under its forward pass, the architecture as a list of ops, learning, talking. Chapters 10 and
+// 11 compute the same bits fast. Search for "[CHAPTER n]":
+//
+//     0  read me                                      7  learning: the data order, the schedule, the training step
+//     1  the public interface                         8  talking: KV cache, sampling, chat, scoring
+//     2  memory, threads, files, random numbers       9  files: the checkpoint
+//     3  text: JSON, UTF-8, the tokenizers           10  the same ops, fast: one kernel text for all instruction sets
+//     4  tensors, ops and the tape                   11  the fast backend: which processor, who does what; the self-test
+//     5  the ops, plainly, forward and backward      12  licence
+//     6  the architectures and the model
+
+// =====================================================================================================================
+// [CHAPTER 1] The public interface
+// =====================================================================================================================
+// Conventions. Every object is made empty and free of cost; a call named create, train, open or load fills it. Objects can
+// be moved, not copied, and release what they own when they end. Whatever data, disk or memory can spoil returns a Status.
+// Nothing here throws, prints, reads the environment or keeps global state. An object keeps a pointer to the Runtime it
+// was made with: the Runtime must outlive it and stay where it is.
+
+#ifndef BABYGPT_H
+#define BABYGPT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define BABYGPT_VERSION_MAJOR 0
+#define BABYGPT_VERSION_MINOR 1
+#define BABYGPT_VERSION_PATCH 0
+#define BABYGPT_FORMAT_VERSION 1  // of the checkpoint file
+
+namespace babygpt {
+
+// ---- Text and Span: views of memory that somebody else owns ----------------------------------------------------------
+
+// Bytes, usually UTF-8, not ending in a zero. Made from a C string or anything with data() and size().
+struct Text {
+    const char* data = "";
+    size_t size = 0;
+    constexpr Text() = default;
+    constexpr Text(const char* bytes, size_t count) : data(bytes), size(count) {}
+    constexpr Text(const char* zero_ended) : data(zero_ended ? zero_ended : "") {
+        while (data[size] != '\0') ++size;
+    }
+    template <class T, class = decltype(static_cast<const char*>(static_cast<const T*>(nullptr)->data())),
+              class = decltype(static_cast<size_t>(static_cast<const T*>(nullptr)->size()))>
+    constexpr Text(const T& text) : data(text.data()), size(text.size()) {}
+    constexpr char operator[](size_t i) const { return data[i]; }
+    constexpr const char* begin() const { return data; }
+    constexpr const char* end() const { return data + size; }
+};
+
+// `size` elements at `data`. Made from a pointer and a count, an array, or anything with data() and size().
+template <class T>
+struct Span {
+    T* data = nullptr;
+    size_t size = 0;
+    constexpr Span() = default;
+    constexpr Span(T* elements, size_t count) : data(elements), size(count) {}
+    template <size_t N>
+    constexpr Span(T (&array)[N]) : data(array), size(N) {}
+    template <class C, class = decltype(static_cast<T*>(static_cast<C*>(nullptr)->data()))>
+    constexpr Span(C& container) : data(container.data()), size(container.size()) {}
+    constexpr operator Span<const T>() const { return Span<const T>(data, size); }
+    constexpr T& operator[](size_t i) const { return data[i]; }
+    constexpr T* begin() const { return data; }
+    constexpr T* end() const { return data + size; }
+};
+
+// ---- Status: how everything that can fail answers --------------------------------------------------------------------
+
+// The one list of errors: name, text.
+#define BABYGPT_ERRORS(X)                                                \
+    X(ok, "ok")                                                          \
+    X(invalid_argument, "invalid argument")                              \
+    X(out_of_memory, "out of memory")                                    \
+    X(cannot_open, "cannot open")                                        \
+    X(cannot_read, "cannot read")                                        \
+    X(cannot_write, "cannot write")                                      \
+    X(bad_file, "the file is damaged or not what it should be")          \
+    X(unsupported, "not supported")                                      \
+    X(mismatch, "two things that must agree do not")                     \
+    X(not_finite, "a number is not finite")                              \
+    X(no_room, "the caller's storage is too small")                      \
+    X(cancelled, "cancelled by the caller")                              \
+    X(not_built, "not built into this program")
+
+enum class Error : int32_t {
+#define BABYGPT_X(name, text) name,
+    BABYGPT_ERRORS(BABYGPT_X)
+#undef BABYGPT_X
+};
+
+// The text of the list above.
+const char* error_text(Error error);
+
+// An error and a message that names the thing, the value and what to do. The message ends in a zero, "" when ok.
+struct [[nodiscard]] Status {
+    Error error = Error::ok;
+    char message[252] = {};
+    bool ok() const { return error == Error::ok; }
+};
+
+// ---- Runtime: what the host lends us ---------------------------------------------------------------------------------
+
+enum class Backend : int32_t { cpu, plain, cuda };           // cpu: the fast one; plain: chapter 5, slow and readable
+enum class Isa : int32_t { automatic, sse2, avx2, avx512, neon, portable };  // which kernels; for tests. bits are the same
+
+enum class FileMode : int32_t { read, write };               // write: create, or empty what is there
+
+// Files as the host has them. Every hook gets `user`. Paths are UTF-8 and end in a zero. A handle is whatever open returned.
+// Results: 0 or a count on success, negative on failure, unless said otherwise.
+struct FileHooks {
+    void* user = nullptr;
+    void* (*open)(void* user, const char* path, FileMode mode) = nullptr;                     // null: failed
+    int64_t (*size)(void* user, void* file) = nullptr;                                        // bytes; -1: not seekable (a pipe)
+    int64_t (*read)(void* user, void* file, int64_t offset, void* to, int64_t bytes) = nullptr;  // may read less; 0: the end;
+                                                                                              // a pipe ignores the offset
+    int64_t (*write)(void* user, void* file, const void* from, int64_t bytes) = nullptr;      // appends; less than asked: failed
+    int (*sync)(void* user, void* file) = nullptr;                                            // to the disk itself
+    int (*close)(void* user, void* file) = nullptr;
+    int (*rename)(void* user, const char* from, const char* to) = nullptr;                    // replaces `to` in one piece
+    int (*remove)(void* user, const char* path) = nullptr;
+    int (*sync_folder)(void* user, const char* path_inside) = nullptr;                        // the folder that holds the path
+};
+
+// Memory, threads, log, files and backend. Zero and null mean the default (malloc, all cores, silence, the file system).
+// Set the fields, then use it; do not change them while an object made with it lives. Move- and copy-free.
+// Threads: any thread may use a Runtime at any time. When two threads need its workers at once, one of them works alone.
+struct Runtime {
+    Backend backend = Backend::cpu;
+    Isa isa = Isa::automatic;
+    int threads = 0;                                          // 0: as many as there are cores; 1: never starts a thread
+
+    void* memory_user = nullptr;
+    void* (*allocate)(void* user, size_t bytes, size_t alignment) = nullptr;  // null: out of memory
+    void (*release)(void* user, void* memory, size_t bytes) = nullptr;
+
+    // The host's own job system: call task(context, i) for each i in [0, count), in any order, on any threads; return when all are done.
+    void* parallel_user = nullptr;
+    void (*parallel)(void* user, int count, void (*task)(void* context, int index), void* context) = nullptr;
+
+    void* log_user = nullptr;
+    void (*log)(void* user, Text line) = nullptr;
+
+    FileHooks files;
+
+    void* pool = nullptr;                                     // ours: the workers, started when first needed
+
+    Runtime() = default;
+    Runtime(const Runtime&) = delete;
+    Runtime& operator=(const Runtime&) = delete;
+    ~Runtime();
+    const char* isa_name() const;                             // which kernels this machine gets, e.g. "avx2"
+    int thread_count() const;                                 // `threads`, or what 0 stands for here
+};
+
+// A growing array of plain values whose memory comes from a Runtime. Used where a result's size is not known before.
+template <class T>
+struct Array {
+    T* items = nullptr;
+    size_t count = 0;
+    size_t capacity = 0;
+    Runtime* runtime = nullptr;
+    Array() = default;
+    explicit Array(Runtime& from) : runtime(&from) {}
+    Array(const Array&) = delete;
+    Array& operator=(const Array&) = delete;
+    Array(Array&& other) noexcept : items(other.items), count(other.count), capacity(other.capacity), runtime(other.runtime) {
+        other.items = nullptr;
+        other.count = other.capacity = 0;
+    }
+    Array& operator=(Array&& other) noexcept {
+        if (this != &other) {
+            clear();
+            items = other.items, count = other.count, capacity = other.capacity, runtime = other.runtime;
+            other.items = nullptr;
+            other.count = other.capacity = 0;
+        }
+        return *this;
+    }
+    ~Array() { clear(); }
+    T* data() const { return items; }
+    size_t size() const { return count; }
+    T& operator[](size_t i) const { return items[i]; }
+    T* begin() const { return items; }
+    T* end() const { return items + count; }
+    bool reserve(size_t wanted);                              // false: out of memory, nothing changed
+    bool resize(size_t wanted);                               // new elements are zero bytes
+    bool push(const T& value);
+    bool append(const T* values, size_t n);
+    void clear();                                             // gives the memory back
+};
+
+// ---- Tokenizer: text <-> ids ------------------------------------------------------------------------------------------
+
+enum class TokenizerKind : int32_t { none, bytes, characters, bpe };
+
+struct Corpus;  // below
+
+struct TokenizerConfig {
+    TokenizerKind kind = TokenizerKind::bpe;
+    int vocab = 1024;                                         // bpe: with the 256 bytes and the end-of-text token
+};
+
+// Reads "byte", "char" or "bpe:N".
+Status parse_tokenizer(Text text, TokenizerConfig& config);
+
+// bytes:      id = byte value, vocab 256.
+// characters: ids in the order of code points; the last id stands for any character not seen in training.
+// bpe:        byte-level BPE with GPT-2's pre-tokenization.
+// Bytes and bpe: decode(encode(x)) == x for any bytes whatever. Read-only once filled: any number of threads may use it.
+struct Tokenizer {
+    TokenizerKind kind = TokenizerKind::none;
+    int vocab = 0;
+    int32_t end_of_text = -1;                                 // between documents; -1: there is none
+    int32_t unknown = -1;                                     // the id for unseen characters; -1: there is none
+    struct Tables* tables = nullptr;                          // ours (chapter 3)
+    Runtime* runtime = nullptr;
+
+    Tokenizer() = default;
+    Tokenizer(Tokenizer&& other) noexcept;
+    Tokenizer& operator=(Tokenizer&& other) noexcept;
+    ~Tokenizer();
+
+    Status create_bytes(Runtime& runtime);
+    // Learns from the training part of a corpus, or from a text. Ties: higher count first, then smaller (left id, right id).
+    Status train(Runtime& runtime, const TokenizerConfig& config, Corpus& corpus);
+    Status train(Runtime& runtime, const TokenizerConfig& config, Text text);
+    // A tokenizer.json, a .tiktoken file, vocab.bpe or encoder.json (the other one beside it), a folder of these, or "byte".
+    Status load(Runtime& runtime, Text path);
+    Status load_memory(Runtime& runtime, Text json);          // a tokenizer.json
+    Status save(Text path) const;                             // as tokenizer.json
+    Status save_memory(Array<char>& json) const;
+    Status copy(Runtime& runtime, const Tokenizer& from);
+
+    // Appends to `ids`. With `special`, names of special tokens in the text become their ids; without, they are plain text.
+    // `unknown_count`, where not null, receives how many characters became `unknown`.
+    Status encode(Text text, Array<int32_t>& ids, bool special = false, size_t* unknown_count = nullptr) const;
+    // The bytes of one id, a view that lives as long as the tokenizer. Unknown characters are U+FFFD. "" for an id out of range.
+    Text bytes(int32_t id) const;
+    // Appends the exact bytes; an id out of range is an error.
+    Status decode(Span<const int32_t> ids, Array<char>& text) const;
+};
+
+// Turns a stream of byte pieces into a stream of whole UTF-8 characters, so that a terminal never sees half of one.
+struct Utf8Stream {
+    unsigned char pending[4] = {};
+    int count = 0;
+    // Takes a piece; writes what is complete to `out`, which needs room for piece.size + 3; returns how many bytes that are.
+    // A byte that can be no part of any character is passed on as it is.
+    size_t push(Text piece, char* out);
+    size_t finish(char* out);                                 // what is left, at most 3 bytes
+};
+
+// ---- Corpus and Data: from files to batches -----------------------------------------------------------------------------
+
+enum class TextFormat : int32_t { automatic, text, jsonl, csv };   // automatic: by the name's ending
+
+struct CorpusConfig {
+    TextFormat format = TextFormat::automatic;
+    Text field;                                               // jsonl: the string to read from each line (default: "text")
+    Text column;                                              // csv: the column to read, by the name in the first line (default: "text")
+    bool split_documents = false;                             // text: empty lines divide documents (dialogues); else a file is one
+    double validation_fraction = 0.1;                         // the last part of the text; 0: none
+};
+
+enum class Part : int32_t { all, training, validation };
+
+// Where text comes from: files and memory, read in order as documents, again and again, in bounded memory.
+// "-" is standard input, which is kept in memory. One thread at a time.
+struct Corpus {
+    CorpusConfig config;
+    Runtime* runtime = nullptr;
+    struct CorpusState* state = nullptr;                      // ours
+    uint64_t bytes = 0;                                       // of text, all parts
+    uint64_t training_bytes = 0;                              // where the validation part begins
+    uint64_t documents = 0;
+
+    Corpus() = default;
+    Corpus(Corpus&& other) noexcept;
+    Corpus& operator=(Corpus&& other) noexcept;
+    ~Corpus();
+
+    Status open(Runtime& runtime, Span<const Text> files, const CorpusConfig& config = CorpusConfig());
+    Status open_memory(Runtime& runtime, Text text, const CorpusConfig& config = CorpusConfig());  // the text must live as long
+    // Calls piece(user, bytes, end_of_document) with the text of a part in order. Pieces are at most about 1 MiB, and are cut where
+    // no token crosses (before white space that follows something else), so that they may be tokenized one by one. False from it ends the pass.
+    Status read(Part part, bool (*piece)(void* user, Text bytes, bool end_of_document), void* user);
+};
+
+// Token ids, cut into windows of `context`. One epoch visits every window once, in an order drawn from (seed, epoch).
+// Documents are kept apart by the end-of-text token where the tokenizer has one, by an empty line where not.
+// Data that would need more than `memory_limit` bytes is kept in groups: each is read from the files and tokenized when its turn comes.
+struct Data {
+    Runtime* runtime = nullptr;
+    struct DataState* state = nullptr;                        // ours
+    uint64_t tokens = 0;
+    uint64_t bytes = 0;                                       // of text that these tokens came from; 0 where the ids came from the host
+    uint64_t unknown = 0;                                     // characters that the tokenizer had never seen
+    uint64_t fingerprint = 0;                                 // of the ids: two runs with equal fingerprints had equal data
+
+    Data() = default;
+    Data(Data&& other) noexcept;
+    Data& operator=(Data&& other) noexcept;
+    ~Data();
+
+    // Tokenizes a part. The corpus and the tokenizer must outlive it. `cache`: a path for the tokens instead of memory ("": none).
+    Status create(Runtime& runtime, Corpus& corpus, Part part, const Tokenizer& tokenizer, Text cache = Text(),
+                  uint64_t memory_limit = uint64_t(256) << 20);
+    Status create(Runtime& runtime, Span<const int32_t> ids);  // the host's own ids, which must live as long
+    uint64_t windows(int context) const;                      // in one epoch; 0: too little text for one
+    // Window number n of training, n counted over all epochs: ids and the ids that follow each of them.
+    Status training_window(uint64_t seed, uint64_t n, int context, int32_t* ids, int32_t* targets);
+    // Window number n of a fixed division from the first token to the last (n < evaluation_windows): returns its length, the last may be short.
+    uint64_t evaluation_windows(int context) const;
+    Status evaluation_window(uint64_t n, int context, int32_t* ids, int32_t* targets, int& length);
+};
+
+// What counting achieves: an interpolated Witten-Bell n-gram model over the same ids, the best order up to max_order, nats per token on
+// `validation`. Training is capped at its first `cap` tokens. (Witten & Bell 1991; Chen & Goodman 1998, section 2.5.)
+struct NgramResult {
+    int order = 0;                                            // the best; 1 is the unigram model
+    double loss = 0;                                          // nats per token of the best order
+    double loss_by_order[9] = {};                             // [1..max_order]
+    uint64_t training_tokens = 0;
+};
+Status ngram_baseline(Runtime& runtime, Data& training, Data& validation, int vocab, NgramResult& result, int max_order = 8,
+                      uint64_t cap = uint64_t(64) << 20);
+
+// ---- Config and Model -------------------------------------------------------------------------------------------------
+
+enum class Activation : int32_t { none, gelu, gelu_tanh };    // gelu: with erf (Hendrycks & Gimpel 2016)
+
+struct Config {
+    int layers = 4;
+    int heads = 4;
+    int width = 128;
+    int context = 128;
+    int vocab = 0;                                            // 0: the tokenizer's
+    bool tied = true;                                         // the output head shares the embedding's matrix
+    bool bias = true;
+    Activation activation = Activation::gelu_tanh;
+};
+
+// nano, tiny, small, baby, gpt2, gpt2-medium, gpt2-large, gpt2-xl. Leaves vocab alone except for GPT-2's own (50257).
+Status preset(Text name, Config& config);
+Status check(const Config& config);                           // says which field is wrong, and what it may be
+
+// How a conversation is written: the text before the user's turn and before the model's. One line a turn.
+struct Chat {
+    Array<char> user_turn;
+    Array<char> reply_turn;
+    bool empty() const { return user_turn.count == 0 && reply_turn.count == 0; }
+};
+
+struct Weight {                                               // one named tensor inside Model::weights, row-major
+    char name[56];                                            // Hugging Face's GPT-2 name, e.g. "h.0.attn.c_attn.weight"
+    int64_t offset;                                           // in floats
+    int64_t rows, cols;                                       // a vector has rows 1; Conv1D orientation: (in, out)
+    bool decay;                                               // 2-D: weight decay applies
+    bool is_vector;
+};
+
+// Config, tokenizer, chat template and named weights in one block. Read-only once trained: any number of sessions on any threads share it;
+// a Trainer writes to it.
+struct Model {
+    Config config;
+    Tokenizer tokenizer;
+    Chat chat;
+    float* weights = nullptr;                                 // `parameters` floats, zero-padded to whole cache lines between tensors
+    int64_t parameters = 0;                                   // without the padding
+    int64_t block = 0;                                        // floats in the block
+    Span<Weight> names;
+    uint64_t version = 0;                                     // grows with each change of the weights; keys packed copies
+    Runtime* runtime = nullptr;
+    struct ModelState* state = nullptr;                       // ours: packed copies of the weights, shared by the sessions
+
+    Model() = default;
+    Model(Model&& other) noexcept;
+    Model& operator=(Model&& other) noexcept;
+    ~Model();
+
+    // Fresh weights as GPT-2's (normal 0.02, residual projections divided by sqrt(2*layers)). Takes the tokenizer over.
+    Status create(Runtime& runtime, const Config& config, Tokenizer&& tokenizer, uint64_t seed = 1);
+    Status load(Runtime& runtime, Text path);                 // a checkpoint (safetensors)
+    Status load_memory(Runtime& runtime, Text bytes);
+    Status save(Text path) const;                             // temporary file, sync, rename, sync of the folder
+    Status save_memory(Array<char>& bytes) const;
+    const Weight* find(Text name) const;                      // null: no such tensor
+    Status set_chat(Text user_turn, Text reply_turn);
+};
+
+enum class Purpose : int32_t { training, running };
+struct Memory {                                               // exact, in bytes
+    uint64_t weights = 0, gradients = 0, moments = 0, activations = 0, kv = 0, scratch = 0, records = 0;
+    uint64_t total() const { return weights + gradients + moments + activations + kv + scratch + records; }
+};
+// What a Trainer (with its Model) or a Session (with its Model) takes. batch: sequences at once.
+Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, int batch, Memory& memory);
+
+struct SummaryRow {                                           // one row of info's table
+    char layer[48];
+    char shape[32];                                           // of the output, e.g. "[8, 192, 384]"
+    int64_t parameters, multiply_adds, bytes;                 // multiply-adds: of a forward pass over the batch; bytes: of the output
+};
+Status summary(Runtime& runtime, const Config& config, int batch, Array<SummaryRow>& rows);
+// Multiply-adds x 2 of one token, averaged over a full context, attention counted causally. Training is three times that.
+double flops_per_token(const Config& config);
+
+// ---- Trainer ----------------------------------------------------------------------------------------------------------
+
+enum class Schedule : int32_t { cosine, linear, constant, wsd };  // wsd: warm-up, stable, decay over the last fifth
+
+struct TrainConfig {
+    int batch = 16;
+    int accumulate = 1;                                       // micro-batches a step; the same bits as one batch of batch * accumulate
+    int64_t steps = 1000;                                     // the total, and the schedule's horizon
+    double lr = 1e-3;
+    double min_lr = -1;                                       // negative: lr / 10
+    int64_t warmup = -1;                                      // steps; negative: the smaller of 100 and steps / 10
+    Schedule schedule = Schedule::cosine;
+    double weight_decay = 0.1;
+    double beta1 = 0.9;
+    double beta2 = 0.99;
+    double epsilon = 1e-8;
+    double clip = 1.0;                                        // of the gradient's global norm; 0: none
+    double dropout = 0;
+    double label_smoothing = 0;
+    uint64_t seed = 1;
+    int64_t evaluate_every = 0;                               // 0: about 20 times in a run
+    int64_t patience = 0;                                     // evaluations without a better validation loss before it stops; 0: never
+};
+
+struct StepResult {
+    int64_t step = 0;                                         // steps done so far
+    double loss = 0;                                          // nats per token, the mean over the step's batch
+    double lr = 0;
+    double grad_norm = 0;                                     // before clipping
+    double tokens_per_second = 0;
+    bool skipped = false;                                     // not finite: the weights were left as they were
+};
+
+struct Evaluation {
+    double loss = 0;                                          // nats per token
+    double bits_per_byte = 0;                                 // 0 where the bytes are unknown
+    double perplexity = 0;
+    double top1 = 0, top5 = 0;                                // share of tokens whose true successor was among the best 1, 5
+    uint64_t tokens = 0;
+    uint64_t unknown = 0;
+};
+
+struct Progress {                                             // what a callback sees
+    const StepResult* step = nullptr;
+    const Evaluation* evaluation = nullptr;                   // null unless one was just made
+    bool best = false;                                        // it is the best so far (and was saved)
+    int64_t steps = 0;                                        // the run's total
+    double seconds = 0, seconds_left = 0;
+};
+
+struct RunConfig {
+    Text out;                                                 // the model is written here, what resuming needs beside it; "": nowhere
+    int64_t stop_at = 0;                                      // saves and ends before step `stop_at` + 1, as an interruption would; 0: no
+    int64_t save_every = 0;                                   // steps between two saves of the resume file; 0: at evaluations
+    void* user = nullptr;
+    bool (*progress)(void* user, const Progress& progress) = nullptr;  // after each step; false: save and end
+};
+
+struct RunResult {
+    int64_t step = 0;
+    double best_validation_loss = 0;                          // 0 where there was no validation
+    int64_t best_step = 0;
+    double seconds = 0;
+    bool stopped_early = false;                               // by patience
+    bool cancelled = false;                                   // by the callback
+};
+
+// Gradients, AdamW's moments, schedule, data position and random state around one Model, which it writes to. One thread at a time; nobody
+// may use the model while a call runs. After create, no call allocates, except those that write files.
+struct Trainer {
+    TrainConfig config;
+    Model* model = nullptr;
+    Data* training = nullptr;
+    Data* validation = nullptr;                               // may be null
+    int64_t step_count = 0;
+    double best_validation_loss = 0;
+    int64_t best_step = -1;                                   // -1: none yet
+    int64_t bad_evaluations = 0;                              // in a row
+    float* gradients = nullptr;                               // sums over the step's tokens, laid out as Model::weights
+    float* moment1 = nullptr;
+    float* moment2 = nullptr;
+    Runtime* runtime = nullptr;
+    struct TrainerState* state = nullptr;                     // ours: the tape and its memory
+
+    Trainer() = default;
+    Trainer(Trainer&& other) noexcept;
+    Trainer& operator=(Trainer&& other) noexcept;
+    ~Trainer();
+
+    Status create(Runtime& runtime, Model& model, const TrainConfig& config, Data& training, Data* validation = nullptr);
+    Status step(StepResult& result);                          // one update
+    // The host's own batch: config.batch * config.accumulate rows of config.context ids and their targets (a target of -1 counts for nothing).
+    Status step(Span<const int32_t> ids, Span<const int32_t> targets, StepResult& result);
+    Status evaluate(Data& data, Evaluation& result);
+    // Steps up to config.steps, evaluates, keeps the best model in out, and what resuming needs in resume_path(out).
+    Status run(const RunConfig& config, RunResult& result);
+    // The state of training, with the weights of the last step. Loading refuses what contradicts, and says what.
+    Status save(Text path) const;
+    Status load(Text path);
+    double learning_rate(int64_t step) const;                 // of the update that follows `step` done ones
+};
+
+// "M.safetensors" -> "M.resume.safetensors". That file is itself a model to load: the weights of the last step.
+Status resume_path(Text model_path, Array<char>& path);
+// The TrainConfig that a resume file was made with, so that nobody has to say it again.
+Status read_train_config(Runtime& runtime, Text resume_file, TrainConfig& config);
+
+// ---- Session ----------------------------------------------------------------------------------------------------------
+
+struct LogitBias {
+    int32_t id;
+    float bias;                                               // added to the logit; -infinity bans the token
+};
+
+struct SampleConfig {
+    double temperature = 0.8;                                 // 0: greedy
+    int top_k = 0;                                            // 0: off
+    double top_p = 1.0;                                       // 1: off (Holtzman et al. 2020)
+    double min_p = 0.05;                                      // share of the best token's probability; 0: off
+    double repetition_penalty = 1.0;                          // on every token in the context (Keskar et al. 2019)
+    uint64_t seed = 1;
+    int tokens = 200;                                         // at most so many are generated
+    Span<const LogitBias> bias;
+    Span<const Text> banned;                                  // never appear in the text, however they would be cut into tokens
+    Span<const Text> stop;                                    // end the text; not part of it
+};
+
+struct Generation {                                           // caller's storage; either may be null
+    Array<char>* text = nullptr;
+    Array<int32_t>* ids = nullptr;
+    Array<float>* logprobs = nullptr;                         // natural, of each generated token, under the model itself (temperature 1)
+    void* user = nullptr;
+    bool (*stream)(void* user, Text piece) = nullptr;         // whole UTF-8 characters as they come; false: stop
+    // Out:
+    int generated = 0;
+    double seconds = 0;
+    bool cancelled = false;
+    bool stopped = false;                                     // by a stop string or the end-of-text token
+    uint64_t unknown = 0;                                     // characters of the prompt that the tokenizer had never seen
+};
+
+// One conversation: a KV cache and a sampler over a shared, read-only model. One thread at a time; different sessions at the same time.
+// Past the end of the context the older half of the text is forgotten (in a chat: whole turns) and the rest is read again.
+// After create, a token allocates nothing.
+struct Session {
+    const Model* model = nullptr;
+    Runtime* runtime = nullptr;
+    struct SessionState* state = nullptr;                     // ours
+    int position = 0;                                         // ids in the context so far
+    uint64_t forgotten = 0;                                   // ids that fell out of the context
+    uint64_t sampled = 0;                                     // tokens drawn so far: the counter of the random numbers
+
+    Session() = default;
+    Session(Session&& other) noexcept;
+    Session& operator=(Session&& other) noexcept;
+    ~Session();
+
+    Status create(Runtime& runtime, const Model& model);
+    void reset();                                             // forget everything
+    Status feed(Span<const int32_t> ids);                     // reads ids; the logits of the last one are ready then
+    Span<const float> logits() const;                         // of the token that comes next, `vocab` of them; empty before the first feed
+    // Draws one token from the logits and feeds it: a game calls this once a frame.
+    Status next(const SampleConfig& config, int32_t& id, float* logprob = nullptr);
+    // Continues a prompt. An empty prompt on a fresh session starts a new document.
+    Status generate(Text prompt, const SampleConfig& config, Generation& result);
+    // One turn of a chat by the model's template; `reply_turn`, where not empty, stands in for the model's own (another character speaks).
+    Status reply(Text user, const SampleConfig& config, Generation& result, Text reply_turn = Text());
+    // Log-probability of each token of a text after what the session has read (the first of a fresh session has none: 0). Returns the sum.
+    Status score(Text text, Array<int32_t>& ids, Array<float>& logprobs, double& sum);
+    // The attention of the ids read so far: probabilities [heads][position][position] of one layer.
+    Status attention(int layer, Array<float>& probabilities);
+};
+
+// ---- Measuring and checking -------------------------------------------------------------------------------------------
+
+double fma_ceiling(Runtime& runtime, int threads);            // GFLOP/s of a register-only FMA loop with this machine's kernels
+struct CheckResult {
+    char what[64];
+    double error, limit;                                      // relative, as max |difference| / max |reference|
+    bool passed;
+};
+// Gradient checks in double and golden numbers, under the flags that this was compiled with.
+Status selftest(Runtime& runtime, Array<CheckResult>& results);
+
+struct Difference {                                           // what `compare` finds
+    char name[56];
+    double max_difference, max_reference;
+    int64_t index;                                            // of the first element that differs
+    bool same_bits, same_shape;
+};
+Status compare(const Model& a, const Model& b, Array<Difference>& rows);
+
+}  // namespace babygpt
+
+#endif  // BABYGPT_H
+// =====================================================================================================================
+// [CHAPTER 2] The platform corner: memory, threads, files, processor, random numbers
+// =====================================================================================================================
+// Nearly everything that differs between compilers and systems stands here.
+
+#ifdef BABYGPT_IMPLEMENTATION
+#ifndef BABYGPT_IMPLEMENTED
+#define BABYGPT_IMPLEMENTED
+
+#include <atomic>
+#include <new>
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#if defined(_WIN32)
+#ifndef WIN32_LEAN_AND_MEAN
+#define WIN32_LEAN_AND_MEAN
+#define BABYGPT_UNDEF_LEAN
+#endif
+#ifndef NOMINMAX
+#define NOMINMAX
+#define BABYGPT_UNDEF_NOMINMAX
+#endif
+#include <io.h>
+#include <windows.h>
+#ifdef BABYGPT_UNDEF_LEAN
+#undef WIN32_LEAN_AND_MEAN
+#undef BABYGPT_UNDEF_LEAN
+#endif
+#ifdef BABYGPT_UNDEF_NOMINMAX
+#undef NOMINMAX
+#undef BABYGPT_UNDEF_NOMINMAX
+#endif
+#else
+#include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#endif
+
+// The numbers below must not depend on the host's flags: no -ffast-math, no contraction of a*b+c behind our back.
+#if defined(__clang__)
+#pragma float_control(push)
+#pragma float_control(precise, on)
+#pragma clang fp contract(off)
+#elif defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC optimize("no-fast-math", "fp-contract=off")
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wsubobject-linkage"  // our records hold types of this one translation unit; so they shall
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define BABYGPT_INLINE inline __attribute__((always_inline))
+#else
+#define BABYGPT_INLINE inline
+#endif
+#if defined(__x86_64__) || defined(__i386__) || defined(_M_X64) || defined(_M_IX86)
+#define BABYGPT_X86 1
+#else
+#define BABYGPT_X86 0
+#endif
+
+namespace babygpt {
+
+const char* error_text(Error error) {
+    switch (error) {
+#define BABYGPT_X(name, text) \
+    case Error::name: return text;
+        BABYGPT_ERRORS(BABYGPT_X)
+#undef BABYGPT_X
+    }
+    return "unknown error";
+}
+
+namespace {
+
+// ---- messages --------------------------------------------------------------------------------------------------------
+
+template <class T>
+BABYGPT_INLINE T least(T a, T b) { return b < a ? b : a; }
+template <class T>
+BABYGPT_INLINE T most(T a, T b) { return a < b ? b : a; }
+
+// A line of text in somebody's fixed buffer; what does not fit is left out. Numbers never depend on the locale.
+struct Line {
+    char* to;
+    size_t room, count = 0;
+    Line(char* buffer, size_t size) : to(buffer), room(size) { to[0] = '\0'; }
+    void put(Text text) {
+        const size_t n = least(text.size, room - 1 - count);
+        memcpy(to + count, text.data, n);
+        to[count += n] = '\0';
+    }
+    void put(const char* text) { put(Text(text)); }
+    void put(uint64_t value) {
+        char digits[24];
+        size_t n = sizeof digits;
+        do digits[--n] = static_cast<char>('0' + value % 10);
+        while ((value /= 10) != 0);
+        put(Text(digits + n, sizeof digits - n));
+    }
+    void put(int64_t value) {
+        if (value < 0) put("-");
+        put(value < 0 ? ~static_cast<uint64_t>(value) + 1 : static_cast<uint64_t>(value));
+    }
+    void put(int value) { put(static_cast<int64_t>(value)); }
+    void put(unsigned value) { put(static_cast<uint64_t>(value)); }
+#if defined(__APPLE__) || defined(__wasm__) || defined(_WIN32)
+    void put(size_t value) { put(static_cast<uint64_t>(value)); }
+#endif
+    // Six significant digits, as "%g" writes them.
+    void put(double value) {
+        if (value != value) return put("nan");
+        if (value < 0) put("-"), value = -value;
+        if (value > 1.7e308) return put("inf");
+        if (value == 0) return put("0");
+        int exponent = 0;
+        while (value >= 10) value /= 10, ++exponent;
+        while (value < 1) value *= 10, --exponent;
+        uint64_t digits = static_cast<uint64_t>(value * 1e5 + 0.5);
+        if (digits >= 1000000) digits /= 10, ++exponent;
+        char text[8];
+        for (int i = 5; i >= 0; --i) text[i] = static_cast<char>('0' + digits % 10), digits /= 10;
+        int last = 5;
+        while (last > 0 && text[last] == '0') --last;
+        const bool scientific = exponent < -5 || exponent > 5;
+        const int point = scientific ? 0 : exponent;  // the digit before the decimal point
+        if (point < 0) {
+            put("0.");
+            for (int i = -1; i > point; --i) put("0");
+        }
+        for (int i = 0; i <= most(last, point); ++i) {
+            put(Text(text + i, 1));
+            if (i == point && i < last) put(".");
+        }
+        if (scientific) put("e"), put(exponent);
+    }
+};
+
+// fail(Error::bad_file, "'", path, "' ends after ", n, " bytes")
+template <class... Parts>
+Status fail(Error error, const Parts&... parts) {
+    Status status;
+    status.error = error;
+    Line line(status.message, sizeof status.message);
+    (line.put(parts), ...);
+    return status;
+}
+
+inline Status out_of_memory(uint64_t bytes) { return fail(Error::out_of_memory, "out of memory: ", bytes, " bytes were asked for"); }
+
+// if (Status s = ...; !s.ok()) return s;
+#define BABYGPT_TRY(expression)                               \
+    do {                                                      \
+        ::babygpt::Status babygpt_status = (expression);      \
+        if (!babygpt_status.ok()) return babygpt_status;      \
+    } while (false)
+
+inline bool equal(Text a, Text b) { return a.size == b.size && (a.size == 0 || memcmp(a.data, b.data, a.size) == 0); }
+inline bool starts_with(Text text, Text with) { return text.size >= with.size && equal(Text(text.data, with.size), with); }
+inline bool ends_with(Text text, Text with) { return text.size >= with.size && equal(Text(text.end() - with.size, with.size), with); }
+
+template <class To, class From>
+BABYGPT_INLINE To bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From), "same size");
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+// By the bits, since a host's -ffast-math lets a compiler believe that every number is finite.
+BABYGPT_INLINE bool is_finite(float x) { return (bits_as<uint32_t>(x) & 0x7f800000u) != 0x7f800000u; }
+BABYGPT_INLINE bool is_finite(double x) { return (bits_as<uint64_t>(x) & 0x7ff0000000000000u) != 0x7ff0000000000000u; }
+
+// ---- memory ----------------------------------------------------------------------------------------------------------
+
+constexpr size_t cache_line = 64;
+constexpr size_t huge_page = size_t(2) << 20;
+
+// a * b, or false where that is no number of bytes that could be allocated.
+template <class A, class B>
+bool product(A a, B b, size_t& result) {
+    const uint64_t x = static_cast<uint64_t>(a), y = static_cast<uint64_t>(b);
+    if (x != 0 && y > static_cast<uint64_t>(PTRDIFF_MAX) / x) return false;
+    result = static_cast<size_t>(x * y);
+    return true;
+}
+template <class T>
+BABYGPT_INLINE T round_up(T value, T to) { return (value + to - 1) / to * to; }
+
+// Large blocks ask for huge pages: first touch of 4 KiB pages costs ten times more.
+inline void* default_allocate(void*, size_t bytes, size_t alignment) {
+#if defined(_WIN32)
+    return _aligned_malloc(bytes, alignment);
+#else
+    const bool huge = bytes >= 2 * huge_page;
+    void* memory = nullptr;
+    if (posix_memalign(&memory, huge ? huge_page : most(alignment, sizeof(void*)), bytes) != 0) return nullptr;
+#if defined(MADV_HUGEPAGE)
+    if (huge) (void)madvise(memory, bytes / huge_page * huge_page, MADV_HUGEPAGE);
+#endif
+    return memory;
+#endif
+}
+inline void default_release(void*, void* memory, size_t) {
+#if defined(_WIN32)
+    _aligned_free(memory);
+#else
+    free(memory);
+#endif
+}
+
+inline void* allocate(Runtime& runtime, size_t bytes) {
+    const size_t wanted = most(bytes, size_t(1));
+    return runtime.allocate ? runtime.allocate(runtime.memory_user, wanted, cache_line) : default_allocate(nullptr, wanted, cache_line);
+}
+inline void release(Runtime& runtime, void* memory, size_t bytes) {
+    if (!memory) return;
+    const size_t given = most(bytes, size_t(1));
+    runtime.release ? runtime.release(runtime.memory_user, memory, given) : default_release(nullptr, memory, given);
+}
+// Our own records (plain structs with constructors): create<T>(runtime) / destroy(runtime, pointer).
+template <class T, class... A>
+T* create(Runtime& runtime, A&&... arguments) {
+    void* memory = allocate(runtime, sizeof(T));
+    return memory ? new (memory) T(static_cast<A&&>(arguments)...) : nullptr;
+}
+template <class T>
+void destroy(Runtime& runtime, T* object) {
+    if (!object) return;
+    object->~T();
+    release(runtime, object, sizeof(T));
+}
+
+inline bool grow(Runtime* runtime, void*& items, size_t& capacity, size_t count, size_t wanted, size_t size) {
+    if (wanted <= capacity) return true;
+    if (!runtime) return false;
+    const size_t next = most(wanted, most(capacity + capacity / 2, 64 / size + 1));
+    size_t bytes;
+    if (!product(next, size, bytes)) return false;
+    void* memory = allocate(*runtime, bytes);
+    if (!memory) return false;
+    if (count) memcpy(memory, items, count * size);
+    release(*runtime, items, capacity * size);
+    items = memory;
+    capacity = next;
+    return true;
+}
+
+}  // namespace
+
+template <class T>
+bool Array<T>::reserve(size_t wanted) {
+    void* memory = items;
+    if (!grow(runtime, memory, capacity, count, wanted, sizeof(T))) return false;
+    items = static_cast<T*>(memory);
+    return true;
+}
+template <class T>
+bool Array<T>::resize(size_t wanted) {
+    if (!reserve(wanted)) return false;
+    if (wanted > count) memset(static_cast<void*>(items + count), 0, (wanted - count) * sizeof(T));
+    count = wanted;
+    return true;
+}
+template <class T>
+bool Array<T>::push(const T& value) {
+    const T copy = value;  // it may lie in this array
+    if (count == capacity && !reserve(count + 1)) return false;
+    items[count++] = copy;
+    return true;
+}
+template <class T>
+bool Array<T>::append(const T* values, size_t n) {
+    if (n > SIZE_MAX - count || !reserve(count + n)) return false;
+    if (n) memcpy(static_cast<void*>(items + count), values, n * sizeof(T));
+    count += n;
+    return true;
+}
+template <class T>
+void Array<T>::clear() {
+    if (items) release(*runtime, items, capacity * sizeof(T));
+    items = nullptr;
+    count = capacity = 0;
+}
+// The element types that a host uses; the implementation makes the others itself.
+template struct Array<char>;
+template struct Array<int32_t>;
+template struct Array<float>;
+template struct Array<SummaryRow>;
+template struct Array<CheckResult>;
+template struct Array<Difference>;
+
+namespace {
+
+inline bool append(Array<char>& to, Text text) { return to.append(text.data, text.size); }
+inline Text view(const Array<char>& from) { return Text(from.items ? from.items : "", from.count); }
+
+// One planned block of memory: sizes are added up first, then everything is taken at once.
+struct Block {
+    Runtime* runtime = nullptr;
+    char* memory = nullptr;
+    size_t bytes = 0;
+    Block() = default;
+    Block(const Block&) = delete;
+    Block& operator=(const Block&) = delete;
+    ~Block() { clear(); }
+    bool take(Runtime& from, size_t size, bool zero) {
+        clear();
+        memory = static_cast<char*>(babygpt::allocate(from, size));
+        if (!memory) return false;
+        runtime = &from;
+        bytes = size;
+        if (zero) memset(memory, 0, size);
+        return true;
+    }
+    void clear() {
+        if (memory) release(*runtime, memory, bytes);
+        memory = nullptr;
+        bytes = 0;
+    }
+};
+
+// ---- time ------------------------------------------------------------------------------------------------------------
+
+inline double seconds_now() {
+#if defined(_WIN32)
+    LARGE_INTEGER count, frequency;
+    QueryPerformanceCounter(&count);
+    QueryPerformanceFrequency(&frequency);
+    return static_cast<double>(count.QuadPart) / static_cast<double>(frequency.QuadPart);
+#else
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+#endif
+}
+
+// ---- the processor's floating-point mode -----------------------------------------------------------------------------
+
+// Round to nearest, subnormals kept, no traps: every public call that computes stands under one of these, and so does every task of a worker.
+struct FloatMode {
+#if BABYGPT_X86 && (defined(__SSE__) || defined(_M_X64))
+    unsigned found;
+    static unsigned get() {
+        unsigned mode;
+#if defined(__GNUC__) || defined(__clang__)
+        __asm__ __volatile__("stmxcsr %0" : "=m"(mode));
+#else
+        mode = _mm_getcsr();
+#endif
+        return mode;
+    }
+    static void set(unsigned mode) {
+#if defined(__GNUC__) || defined(__clang__)
+        __asm__ __volatile__("ldmxcsr %0" : : "m"(mode) : "memory");
+#else
+        _mm_setcsr(mode);
+#endif
+    }
+    FloatMode() : found(get()) { set(0x1f80u); }
+    ~FloatMode() { set(found); }
+#elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+    uint64_t found;
+    static uint64_t get() {
+        uint64_t mode;
+        __asm__ __volatile__("mrs %0, fpcr" : "=r"(mode));
+        return mode;
+    }
+    static void set(uint64_t mode) { __asm__ __volatile__("msr fpcr, %0" : : "r"(mode) : "memory"); }
+    FloatMode() : found(get()) { set(0); }
+    ~FloatMode() { set(found); }
+#else
+    FloatMode() {}
+    ~FloatMode() {}
+#endif
+    FloatMode(const FloatMode&) = delete;
+    FloatMode& operator=(const FloatMode&) = delete;
+};
+
+// ---- threads ---------------------------------------------------------------------------------------------------------
+
+BABYGPT_INLINE void spin_pause() {
+#if BABYGPT_X86 && (defined(__GNUC__) || defined(__clang__))
+    __builtin_ia32_pause();
+#elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+    __asm__ __volatile__("yield");
+#endif
+}
+
+inline int core_count() {
+#if defined(_WIN32)
+    SYSTEM_INFO info;
+    GetSystemInfo(&info);
+    return most(1, static_cast<int>(info.dwNumberOfProcessors));
+#else
+#if defined(__linux__) && defined(CPU_COUNT)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) > 0) return CPU_COUNT(&set);
+#endif
+    const long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n > 0 ? static_cast<int>(least(n, 1024L)) : 1;
+#endif
+}
+
+// A mutex with a condition, for workers that sleep.
+struct Bell {
+#if defined(_WIN32)
+    SRWLOCK lock = SRWLOCK_INIT;
+    CONDITION_VARIABLE condition = CONDITION_VARIABLE_INIT;
+    void enter() { AcquireSRWLockExclusive(&lock); }
+    void leave() { ReleaseSRWLockExclusive(&lock); }
+    void wait() { SleepConditionVariableSRW(&condition, &lock, INFINITE, 0); }
+    void ring() { WakeAllConditionVariable(&condition); }
+#else
+    pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    pthread_cond_t condition = PTHREAD_COND_INITIALIZER;
+    void enter() { pthread_mutex_lock(&lock); }
+    void leave() { pthread_mutex_unlock(&lock); }
+    void wait() { pthread_cond_wait(&condition, &lock); }
+    void ring() { pthread_cond_broadcast(&condition); }
+#endif
+};
+
+constexpr int max_threads = 256;
+constexpr double spin_seconds = 100e-6;  // a worker that finds nothing for so long goes to sleep
+
+// Workers that take the numbers 0..count-1 of one job after the other. The caller works too.
+struct Pool {
+    Bell bell;
+    std::atomic<bool> taken{false};          // somebody's job runs; a second caller works alone
+    std::atomic<uint32_t> job{0};            // grows with each job, even when it ends
+    std::atomic<bool> closing{false};
+    std::atomic<int> sleeping{0};
+    std::atomic<int> next{0}, inside{0};
+    void (*task)(void*, int) = nullptr;
+    void* context = nullptr;
+    int count = 0;
+    int workers = 0;
+#if defined(_WIN32)
+    HANDLE threads[max_threads];
+#else
+    pthread_t threads[max_threads];
+#endif
+
+    void work() {
+        for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(context, i);
+    }
+    void live() {
+        const FloatMode mode;
+        uint32_t seen = 0;
+        while (true) {
+            const double start = seconds_now();
+            for (int spins = 1; job.load(std::memory_order_acquire) == seen; ++spins) {
+                if (closing.load(std::memory_order_relaxed)) return;
+                spin_pause();
+                if (spins % 64 == 0 && seconds_now() - start > spin_seconds) {
+                    bell.enter();
+                    sleeping.fetch_add(1);
+                    while (job.load() == seen && !closing.load()) bell.wait();
+                    sleeping.fetch_sub(1);
+                    bell.leave();
+                }
+            }
+            // Enter first, then look whether the job is still open: the caller closes it, then waits for those inside.
+            inside.fetch_add(1);
+            seen = job.load();
+            if (seen % 2 == 1) work();
+            inside.fetch_sub(1);
+        }
+    }
+    void run(int n, void (*what)(void*, int), void* with) {
+        task = what, context = with, count = n;
+        next.store(0, std::memory_order_relaxed);
+        job.fetch_add(1);  // odd: open
+        if (sleeping.load() > 0) {
+            bell.enter();
+            bell.ring();
+            bell.leave();
+        }
+        work();
+        job.fetch_add(1);  // even: closed
+        for (int spins = 1; inside.load() != 0; ++spins) {
+            spin_pause();
+            if (spins % 4096 == 0) yield();
+        }
+    }
+    static void yield() {
+#if defined(_WIN32)
+        SwitchToThread();
+#else
+        sched_yield();
+#endif
+    }
+#if defined(_WIN32)
+    static DWORD WINAPI enter(void* self) { return static_cast<Pool*>(self)->live(), 0; }
+#else
+    static void* enter(void* self) { return static_cast<Pool*>(self)->live(), nullptr; }
+#endif
+    // Fewer threads than asked for is slower, not wrong.
+    void start(int wanted) {
+        for (workers = 0; workers < wanted; ++workers) {
+#if defined(_WIN32)
+            threads[workers] = CreateThread(nullptr, 0, &Pool::enter, this, 0, nullptr);
+            if (!threads[workers]) break;
+#else
+            if (pthread_create(&threads[workers], nullptr, &Pool::enter, this) != 0) break;
+#endif
+        }
+    }
+    ~Pool() {
+        closing.store(true);
+        bell.enter();
+        bell.ring();
+        bell.leave();
+        for (int i = 0; i < workers; ++i) {
+#if defined(_WIN32)
+            WaitForSingleObject(threads[i], INFINITE);
+            CloseHandle(threads[i]);
+#else
+            pthread_join(threads[i], nullptr);
+#endif
+        }
+    }
+};
+
+// The pool is made by the first create() of an object that computes, so that a step or a token never allocates.
+inline void start_pool(Runtime& runtime) {
+    if (runtime.pool || runtime.parallel || runtime.thread_count() == 1) return;
+    Pool* pool = create<Pool>(runtime);
+    if (!pool) return;  // alone, then
+    pool->start(runtime.thread_count() - 1);
+    runtime.pool = pool;
+}
+
+// f(i) for each i in [0, count), on the runtime's threads, under our floating-point mode. Who does which i must not matter to the result.
+template <class F>
+void parallel(Runtime& runtime, int count, const F& f) {
+    struct Call {
+        const F* f;
+        static void run(void* self, int i) { (*static_cast<Call*>(self)->f)(i); }
+        static void run_guarded(void* self, int i) {
+            const FloatMode mode;
+            (*static_cast<Call*>(self)->f)(i);
+        }
+    } call{&f};
+    Pool* pool = static_cast<Pool*>(runtime.pool);
+    if (count > 1 && runtime.parallel) return runtime.parallel(runtime.parallel_user, count, &Call::run_guarded, &call);
+    if (count > 1 && pool && pool->workers > 0 && !pool->taken.exchange(true, std::memory_order_acquire)) {
+        pool->run(count, &Call::run, &call);
+        pool->taken.store(false, std::memory_order_release);
+        return;
+    }
+    for (int i = 0; i < count; ++i) f(i);
+}
+
+}  // namespace
+
+Runtime::~Runtime() { destroy(*this, static_cast<Pool*>(pool)); }
+
+int Runtime::thread_count() const { return threads > 0 ? least(threads, max_threads) : least(core_count(), max_threads); }
+
+namespace {
+
+// ---- files -----------------------------------------------------------------------------------------------------------
+
+#if defined(_WIN32)
+// UTF-8 to UTF-16 for the system's calls.
+struct WidePath {
+    wchar_t text[1024];
+    explicit WidePath(const char* path) {
+        if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, text, 1024)) text[0] = L'\0';
+    }
+};
+#endif
+
+inline void* default_open(void*, const char* path, FileMode mode) {
+#if defined(_WIN32)
+    return _wfopen(WidePath(path).text, mode == FileMode::read ? L"rb" : L"wb");
+#else
+    FILE* file = fopen(path, mode == FileMode::read ? "rb" : "wb");
+    struct stat info;  // a folder can be opened, but not read
+    if (file && fstat(fileno(file), &info) == 0 && S_ISDIR(info.st_mode)) {
+        fclose(file);
+        errno = EISDIR;
+        return nullptr;
+    }
+    return file;
+#endif
+}
+inline int64_t default_size(void*, void* file) {
+    FILE* f = static_cast<FILE*>(file);
+#if defined(_WIN32)
+    if (_fseeki64(f, 0, SEEK_END) != 0) return -1;
+    return _ftelli64(f);
+#else
+    struct stat info;
+    if (fstat(fileno(f), &info) != 0 || !S_ISREG(info.st_mode)) return -1;
+    return info.st_size;
+#endif
+}
+inline int64_t default_read(void*, void* file, int64_t offset, void* to, int64_t bytes) {
+    FILE* f = static_cast<FILE*>(file);
+#if defined(_WIN32)
+    if (_ftelli64(f) != offset) (void)_fseeki64(f, offset, SEEK_SET);
+#else
+    if (ftello(f) != offset) (void)fseeko(f, static_cast<off_t>(offset), SEEK_SET);  // a pipe stays where it is
+#endif
+    const size_t n = fread(to, 1, static_cast<size_t>(bytes), f);
+    return n == 0 && ferror(f) ? -1 : static_cast<int64_t>(n);
+}
+inline int64_t default_write(void*, void* file, const void* from, int64_t bytes) {
+    return static_cast<int64_t>(fwrite(from, 1, static_cast<size_t>(bytes), static_cast<FILE*>(file)));
+}
+inline int default_sync(void*, void* file) {
+    FILE* f = static_cast<FILE*>(file);
+    if (fflush(f) != 0) return -1;
+#if defined(_WIN32)
+    return _commit(_fileno(f));
+#else
+    return fsync(fileno(f));
+#endif
+}
+inline int default_close(void*, void* file) { return fclose(static_cast<FILE*>(file)); }
+inline int default_rename(void*, const char* from, const char* to) {
+#if defined(_WIN32)
+    return MoveFileExW(WidePath(from).text, WidePath(to).text, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH) ? 0 : -1;
+#else
+    return rename(from, to);
+#endif
+}
+inline int default_remove(void*, const char* path) {
+#if defined(_WIN32)
+    return _wremove(WidePath(path).text);
+#else
+    return remove(path);
+#endif
+}
+inline int default_sync_folder(void*, const char* path) {
+#if defined(_WIN32)
+    (void)path;  // MOVEFILE_WRITE_THROUGH has done it
+    return 0;
+#else
+    char folder[4096];
+    size_t n = strlen(path);
+    while (n > 0 && path[n - 1] != '/') --n;
+    if (n >= sizeof folder) return -1;
+    memcpy(folder, n ? path : ".", n ? n : 1);
+    folder[n ? n : 1] = '\0';
+    const int handle = open(folder, O_RDONLY);
+    if (handle < 0) return -1;
+    const int result = fsync(handle);
+    close(handle);
+    return result;
+#endif
+}
+
+inline const FileHooks default_files() {
+    FileHooks hooks;
+    hooks.open = default_open, hooks.size = default_size, hooks.read = default_read, hooks.write = default_write, hooks.sync = default_sync;
+    hooks.close = default_close, hooks.rename = default_rename, hooks.remove = default_remove, hooks.sync_folder = default_sync_folder;
+    return hooks;
+}
+
+// A path as the hooks want it: ending in a zero.
+struct Path {
+    char text[4096];
+    bool fits;
+    explicit Path(Text path, Text suffix = Text()) : fits(path.size + suffix.size < sizeof text) {
+        Line line(text, sizeof text);
+        line.put(path);
+        line.put(suffix);
+    }
+};
+
+// A file of the host, closed when it ends.
+struct File {
+    FileHooks hooks;
+    void* handle = nullptr;
+    char name[128];  // for messages; the end of a long path
+    explicit File(Runtime& runtime) : hooks(runtime.files.open ? runtime.files : default_files()) { name[0] = '\0'; }
+    File(const File&) = delete;
+    File& operator=(const File&) = delete;
+    ~File() { (void)close(); }
+    Status open(Text path, FileMode mode) {
+        Line line(name, sizeof name);
+        if (path.size >= sizeof name) line.put("..."), line.put(Text(path.end() - (sizeof name - 5), sizeof name - 5));
+        else line.put(path);
+        const Path zero_ended(path);
+        if (!zero_ended.fits || path.size == 0) return fail(Error::cannot_open, "cannot open '", Text(name), "': the path is empty or too long");
+        errno = 0;
+        handle = hooks.open(hooks.user, zero_ended.text, mode);
+        if (handle) return Status();
+        const int why = errno;
+        return fail(mode == FileMode::read ? Error::cannot_open : Error::cannot_write, "cannot ", mode == FileMode::read ? "open" : "write", " '",
+                    Text(name), "'", why == ENOENT ? ": no such file or folder" : why == EACCES ? ": permission denied" : why == EISDIR ? ": it is a folder"
+                    : why == ENOSPC ? ": the disk is full" : why == EROFS ? ": the disk is read-only" : "");
+    }
+    bool close() {
+        if (!handle) return true;
+        const bool good = hooks.close(hooks.user, handle) == 0;
+        handle = nullptr;
+        return good;
+    }
+    int64_t size() { return hooks.size(hooks.user, handle); }
+    // Reads until `bytes` or the end; `got` says how many.
+    Status read(int64_t offset, void* to, int64_t bytes, int64_t& got) {
+        for (got = 0; got < bytes;) {
+            const int64_t n = hooks.read(hooks.user, handle, offset + got, static_cast<char*>(to) + got, bytes - got);
+            if (n < 0 || n > bytes - got) return fail(Error::cannot_read, "cannot read '", Text(name), "' at byte ", offset + got);
+            if (n == 0) break;
+            got += n;
+        }
+        return Status();
+    }
+    Status write(const void* from, int64_t bytes) {
+        if (hooks.write(hooks.user, handle, from, bytes) == bytes) return Status();
+        return fail(Error::cannot_write, "cannot write '", Text(name), "': is the disk full?");
+    }
+};
+
+// A whole file, or a pipe to its end. A file is read into memory of its own size, a pipe into memory that grows with it.
+inline Status read_file(Runtime& runtime, Text path, Array<char>& bytes) {
+    bytes = Array<char>(runtime);
+    File file(runtime);
+    BABYGPT_TRY(file.open(path, FileMode::read));
+    const int64_t size = file.size();
+    int64_t got = 0;
+    if (size >= 0) {
+        size_t wanted;
+        if (!product(size, 1, wanted) || !bytes.resize(wanted)) return out_of_memory(static_cast<uint64_t>(size));
+        BABYGPT_TRY(file.read(0, bytes.items, size, got));
+        bytes.count = static_cast<size_t>(got);
+        return Status();
+    }
+    constexpr size_t piece = 1 << 16;
+    do {
+        if (!bytes.reserve(bytes.count + piece)) return out_of_memory(bytes.count + piece);
+        BABYGPT_TRY(file.read(static_cast<int64_t>(bytes.count), bytes.items + bytes.count, static_cast<int64_t>(piece), got));
+        bytes.count += static_cast<size_t>(got);
+    } while (got == static_cast<int64_t>(piece));
+    return Status();
+}
+
+// Writes beside the path, syncs, renames over it, syncs the folder. Until the rename the old file is whole; after it the new one is.
+// write(file) writes the content.
+template <class Write>
+Status write_atomically(Runtime& runtime, Text path, const Write& write) {
+    const Path from(path, ".tmp"), to(path);
+    if (!from.fits || path.size == 0) return fail(Error::cannot_write, "cannot write '", path, "': the path is empty or too long");
+    File file(runtime);
+    BABYGPT_TRY(file.open(Text(from.text), FileMode::write));
+    Status status = write(file);
+    if (status.ok() && file.hooks.sync(file.hooks.user, file.handle) != 0) status = fail(Error::cannot_write, "cannot write '", path, "' to the disk: is it full?");
+    if (!file.close() && status.ok()) status = fail(Error::cannot_write, "cannot close '", path, "': is the disk full?");
+    if (status.ok() && file.hooks.rename(file.hooks.user, from.text, to.text) != 0)
+        status = fail(Error::cannot_write, "cannot rename '", Text(from.text), "' to '", path, "'");
+    if (!status.ok()) {
+        (void)file.hooks.remove(file.hooks.user, from.text);
+        return status;
+    }
+    if (file.hooks.sync_folder(file.hooks.user, to.text) != 0) return fail(Error::cannot_write, "'", path, "' is written, but its folder cannot be synced");
+    return status;
+}
+
+// ---- random numbers --------------------------------------------------------------------------------------------------
+
+// Counter-based: a number is a function of what it is for, so nothing depends on who asked first. The mixer is splitmix64's
+// (Steele, Lea & Flood 2014).
+BABYGPT_INLINE uint64_t mix(uint64_t x) {
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+BABYGPT_INLINE uint64_t random_key(uint64_t seed, uint64_t step, uint64_t op, uint64_t row) { return mix(mix(mix(mix(seed) ^ step) ^ op) ^ row); }
+// 32 bits for element `i` under a key; 32-bit arithmetic only, so that vectors do the same. (Finalizer: Wellons' "lowbias32".)
+BABYGPT_INLINE uint32_t random_bits(uint64_t key, uint32_t i) {
+    uint32_t x = (i + static_cast<uint32_t>(key)) * 0x9e3779b9u ^ static_cast<uint32_t>(key >> 32);
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+// In [0, 1), 53 bits.
+BABYGPT_INLINE double random_uniform(uint64_t key, uint64_t i) { return static_cast<double>(mix(key ^ mix(i)) >> 11) * 0x1p-53; }
+
+// The purposes that random keys are made for, beside the ops' own numbers (0, 1, 2, ...).
+enum : uint64_t { random_weights = 1u << 20, random_order, random_sample };
+
+}  // namespace
+}  // namespace babygpt
+// =====================================================================================================================
+// [CHAPTER 3] Text: UTF-8, JSON and the tokenizers
+// =====================================================================================================================
+// From bytes to characters, from characters to words, from words to the ids that a model sees; and back.
+// In this order: UTF-8 (RFC 3629), JSON (RFC 8259), exact decimal numbers, the classes of Unicode characters, GPT-2's words,
+// byte-pair encoding, learning it from text, reading and writing tokenizer files, the public Tokenizer.
+
+namespace babygpt {
+namespace {
+
+// ---- UTF-8 -----------------------------------------------------------------------------------------------------------
+
+constexpr uint32_t not_utf8 = 0xffffffffu;
+
+// The character at `at` (which is before `end`) and how many bytes it takes. What is no UTF-8 is `not_utf8`, and `length` is then the
+// longest start of a character that stands there, at least 1: where Python and browsers put one U+FFFD (Unicode 3.9, "maximal subparts").
+inline uint32_t decode_utf8(const char* at, const char* end, size_t& length) {
+    const unsigned char* s = reinterpret_cast<const unsigned char*>(at);
+    const unsigned lead = s[0];
+    length = 1;
+    if (lead < 0x80) return lead;
+    if (lead < 0xc2 || lead > 0xf4) return not_utf8;
+    const size_t wanted = lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4, available = static_cast<size_t>(end - at);
+    // The second byte keeps out overlong forms, surrogates and what is above U+10FFFF.
+    const unsigned low = lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80, high = lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
+    if (available < 2 || s[1] < low || s[1] > high) return not_utf8;
+    uint32_t code = (lead & (0x7fu >> wanted)) << 6 | (s[1] & 0x3fu);
+    for (length = 2; length < wanted; ++length) {
+        if (length == available || (s[length] & 0xc0u) != 0x80) return not_utf8;
+        code = code << 6 | (s[length] & 0x3fu);
+    }
+    return code;
+}
+
+inline bool is_utf8(Text text) {
+    for (size_t i = 0, length; i < text.size; i += length)
+        if (decode_utf8(text.data + i, text.end(), length) == not_utf8) return false;
+    return true;
+}
+
+// Writes the 1 to 4 bytes of a character; a surrogate or what is no character is written as U+FFFD.
+inline size_t encode_utf8(uint32_t code, char* to) {
+    if (code > 0x10ffff || (code >= 0xd800 && code < 0xe000)) code = 0xfffd;
+    const size_t length = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    if (length == 1) return to[0] = static_cast<char>(code), 1;
+    for (size_t i = length - 1; i > 0; --i, code >>= 6) to[i] = static_cast<char>(0x80 | (code & 0x3f));
+    to[0] = static_cast<char>((0xf00u >> length & 0xf0u) | code);
+    return length;
+}
+inline bool append_utf8(Array<char>& to, uint32_t code) {
+    char bytes[4];
+    return to.append(bytes, encode_utf8(code, bytes));
+}
+
+// ---- exact decimal numbers -------------------------------------------------------------------------------------------
+
+// A whole number of up to 1,280 bits: enough to hold any double times or over the power of ten that makes its digits whole.
+struct Wide {
+    uint32_t words[40] = {};
+    bool lost = false;  // a division or shift left a remainder
+    explicit Wide(uint64_t value) { words[0] = static_cast<uint32_t>(value), words[1] = static_cast<uint32_t>(value >> 32); }
+    void multiply(uint32_t by) {
+        uint64_t carry = 0;
+        for (uint32_t& word : words) carry += uint64_t(word) * by, word = static_cast<uint32_t>(carry), carry >>= 32;
+    }
+    void divide(uint32_t by) {
+        uint64_t rest = 0;
+        for (int i = 39; i >= 0; --i) rest = rest << 32 | words[i], words[i] = static_cast<uint32_t>(rest / by), rest %= by;
+        lost |= rest != 0;
+    }
+    void scale(uint32_t base, int power) {  // times base^power
+        for (; power > 0; --power) multiply(base);
+        for (; power < 0; ++power) divide(base);
+    }
+    void scale_by_two(int power) {
+        for (; power >= 31; power -= 31) multiply(1u << 31);
+        for (; power <= -31; power += 31) divide(1u << 31);
+        power > 0 ? multiply(1u << power) : divide(1u << -power);
+    }
+    int bits() const {
+        for (int i = 1279; i >= 0; --i)
+            if (words[i / 32] >> (i % 32) & 1) return i + 1;
+        return 0;
+    }
+    // The value, a half or more rounded up to even.
+    uint64_t rounded_half() {
+        const bool half = words[0] & 1, above = lost;
+        divide(2);
+        const uint64_t value = uint64_t(words[1]) << 32 | words[0];
+        return value + (half && (above || (value & 1)));
+    }
+};
+
+// digits * 10^power, the nearest double (Clinger 1990, by whole numbers).
+inline double decimal_to_double(uint64_t digits, int power) {
+    if (digits == 0 || power < -345) return 0.0;
+    if (power > 309) return bits_as<double>(uint64_t(0x7ff) << 52);
+    Wide wide(digits);
+    int two = 0;  // wide * 2^two is the value
+    if (power < 0) two = -1216, wide.scale_by_two(1216);
+    wide.scale(10, power);
+    // 53 bits and one to round by; fewer where the smallest doubles end.
+    int shift = most(wide.bits() - 54, -1075 - two);
+    wide.scale_by_two(-shift);
+    two += shift + 1;
+    uint64_t mantissa = wide.rounded_half();
+    if (mantissa >> 53) mantissa >>= 1, ++two;
+    if (two > 971) return bits_as<double>(uint64_t(0x7ff) << 52);
+    if (mantissa >> 52 == 0) return bits_as<double>(mantissa);  // subnormal: two is -1074
+    return bits_as<double>((mantissa & ((uint64_t(1) << 52) - 1)) | static_cast<uint64_t>(two + 1075) << 52);
+}
+
+// The shortest decimal that reads back as the same double: "0.001", "1e-05", "12345678". Not finite: "null", as JSON has no word for it.
+inline bool append_number(Array<char>& to, double value) {
+    const uint64_t bits = bits_as<uint64_t>(value);
+    if (!is_finite(value)) return append(to, "null");
+    if (bits >> 63 && !to.push('-')) return false;
+    const int exponent = static_cast<int>(bits >> 52 & 0x7ff);
+    const uint64_t fraction = bits & ((uint64_t(1) << 52) - 1), mantissa = exponent ? fraction | uint64_t(1) << 52 : fraction;
+    const uint64_t positive = bits & ~(uint64_t(1) << 63);
+    const int two = (exponent ? exponent : 1) - 1075;  // mantissa * 2^two is the value
+    if (mantissa == 0) return to.push('0');
+    uint64_t digits = 0;
+    int ten = 0;  // digits * 10^ten is the value
+    for (int wanted = 15; wanted <= 17; ++wanted) {
+        uint64_t limit = 1;
+        for (int i = 0; i < wanted; ++i) limit *= 10;
+        // The first guess at the power may be one too small; the digits are then one too many.
+        int magnitude = 0;
+        for (uint64_t m = mantissa; m > 1; m >>= 1) ++magnitude;
+        ten = (magnitude + two) * 301 / 1000 - (magnitude + two < 0) - wanted + 1;
+        for (;; ++ten) {
+            Wide wide(mantissa);
+            if (ten < 0) {  // up first, so that nothing is lost before the end
+                wide.scale(5, -ten);
+                wide.scale_by_two(two - ten + 1);
+            } else {
+                wide.scale_by_two(two + 1);
+                wide.scale(10, -ten);
+            }
+            digits = wide.rounded_half();
+            if (digits < limit) break;
+        }
+        if (bits_as<uint64_t>(decimal_to_double(digits, ten)) == positive) break;
+    }
+    for (; digits % 10 == 0; digits /= 10) ++ten;
+    char text[24];
+    size_t first = sizeof text;
+    for (uint64_t rest = digits; rest; rest /= 10) text[--first] = static_cast<char>('0' + rest % 10);
+    const char* digit = text + first;
+    const int count = static_cast<int>(sizeof text - first), point = count + ten;  // the point stands after this many digits
+    bool good = true;
+    if (point > 17 || point < -3) {
+        good &= to.push(digit[0]);
+        if (count > 1) good &= to.push('.') && to.append(digit + 1, static_cast<size_t>(count - 1));
+        char number[16];
+        Line line(number, sizeof number);
+        line.put(point - 1 < 0 ? "e-" : "e+");
+        if (point - 1 > -10 && point - 1 < 10) line.put("0");
+        line.put(point - 1 < 0 ? 1 - point : point - 1);
+        return good && append(to, Text(number, line.count));
+    }
+    if (point <= 0) good &= append(to, "0.");
+    for (int i = least(point, 0); i < most(count, point); ++i) {
+        if (i == point && i > 0) good &= to.push('.');
+        good &= to.push(i < 0 || i >= count ? '0' : digit[i]);
+    }
+    return good;
+}
+
+// ---- JSON ------------------------------------------------------------------------------------------------------------
+
+// Reads a JSON text from left to right. The caller asks for what it expects; the first thing that is not as asked is remembered in
+// `problem` (and `at`), and from then on every call returns false. So loops end by themselves, and one look at the end is enough:
+//
+//     Json json(runtime, text);
+//     int64_t layers = 0;
+//     for (json.enter_object(); json.next_key();) {
+//         if (json.key_is("n_layer")) json.integer(layers);
+//         else if (json.key_is("list")) for (json.enter_array(); json.next_item();) json.string(name);
+//         else json.skip();                       // every value must be taken or skipped
+//     }
+//     BABYGPT_TRY(json.finish("config.json"));    // the first problem, or something after the end
+//
+// Strings may have any escape; a lone surrogate becomes U+FFFD; bytes that are no UTF-8 are passed on as they are.
+enum class JsonType { none, object, array, string, number, boolean, null };
+
+struct Json {
+    Text text;
+    size_t at = 0;                    // the byte that is read next
+    const char* problem = nullptr;    // what was wrong at `at`; null: nothing so far
+    Array<char> key;                  // of the object's member whose value is next
+    bool first = true;                // just after '{' or '[': no comma before the next one
+    Json(Runtime& runtime, Text document) : text(document), key(runtime) {}
+
+    // For the caller too: json.reject("n_layer must be positive").
+    bool reject(const char* why) {
+        if (!problem) problem = why;
+        return false;
+    }
+    // The type of the value that is next; none at the end or after an error.
+    JsonType peek() {
+        space();
+        if (problem || at >= text.size) return JsonType::none;
+        switch (text[at]) {
+            case '{': return JsonType::object;
+            case '[': return JsonType::array;
+            case '"': return JsonType::string;
+            case 't': case 'f': return JsonType::boolean;
+            case 'n': return JsonType::null;
+            default: return text[at] == '-' || is_digit() ? JsonType::number : JsonType::none;
+        }
+    }
+    bool enter_object() { return first = take('{') || reject("expected '{'"); }
+    // Goes to the next member and reads its key; false after the last.
+    bool next_key() {
+        if (!next('}')) return false;
+        return read_string(&key) && (take(':') || reject("expected ':'"));
+    }
+    bool key_is(Text name) const { return equal(Text(key), name); }
+    bool enter_array() { return first = take('[') || reject("expected '['"); }
+    bool next_item() { return next(']'); }
+
+    bool string(Array<char>& to) { return read_string(&to); }  // replaces what was in `to`
+    bool boolean(bool& value) {
+        space();
+        if (word("true")) return value = true;
+        if (word("false")) return value = false, true;
+        return reject("expected true or false");
+    }
+    bool null() {
+        space();
+        return word("null") || reject("expected null");
+    }
+    bool integer(int64_t& value) {
+        bool negative, whole;
+        uint64_t digits;
+        int power;
+        const size_t start = (space(), at);
+        if (!read_number(negative, whole, digits, power)) return false;
+        if (!whole || power != 0 || digits > (uint64_t(1) << 63) - !negative)
+            return at = start, reject("expected a whole number of at most 64 bits");
+        value = static_cast<int64_t>(negative ? ~digits + 1 : digits);
+        return true;
+    }
+    // The nearest double to the number's first 19 digits.
+    bool number(double& value) {
+        bool negative, whole;
+        uint64_t digits;
+        int power;
+        if (!read_number(negative, whole, digits, power)) return false;
+        value = decimal_to_double(digits, power);
+        if (negative) value = -value;
+        return true;
+    }
+    bool skip() {
+        Text raw;
+        return skip(raw);
+    }
+    // Passes over a value of any kind, and gives its text. No deeper than 64 levels.
+    bool skip(Text& raw) {
+        const size_t start = (space(), at);
+        uint64_t objects = 0;  // a bit a level: it is an object
+        int depth = 0;
+        do {
+            if (depth > 0) {
+                const bool inside = objects & 1 ? next_key_skipped() : next(']');
+                if (problem) return false;
+                if (!inside) {
+                    objects >>= 1, --depth;
+                    continue;
+                }
+            }
+            bool yes, negative, whole;
+            uint64_t digits;
+            int power;
+            switch (peek()) {
+                case JsonType::object:
+                case JsonType::array:
+                    if (depth++ == 64) return reject("nested deeper than 64 levels");
+                    objects = objects << 1 | (text[at] == '{');
+                    ++at, first = true;
+                    break;
+                case JsonType::string: read_string(nullptr); break;
+                case JsonType::number: read_number(negative, whole, digits, power); break;
+                case JsonType::boolean: boolean(yes); break;
+                case JsonType::null: null(); break;
+                case JsonType::none: return reject("expected a value");
+            }
+        } while (!problem && depth > 0);
+        raw = Text(text.data + start, at - start);
+        return !problem;
+    }
+    // ok where all was as asked and nothing but white space follows.
+    Status finish(Text name) {
+        space();
+        if (!problem && at < text.size) problem = "expected the end";
+        if (!problem) return Status();
+        if (problem == memory_problem()) return out_of_memory(key.count);
+        return fail(Error::bad_file, "'", name, "', byte ", at, ": ", problem);
+    }
+
+private:
+    static const char* memory_problem() {
+        static const char text[] = "out of memory";
+        return text;
+    }
+    bool is_digit() const { return at < text.size && text[at] >= '0' && text[at] <= '9'; }
+    void space() {
+        while (at < text.size && (text[at] == ' ' || text[at] == '\n' || text[at] == '\r' || text[at] == '\t')) ++at;
+    }
+    bool take(char c) {
+        space();
+        if (problem || at >= text.size || text[at] != c) return false;
+        ++at;
+        return true;
+    }
+    bool word(Text expected) {
+        if (problem || !starts_with(Text(text.data + at, text.size - at), expected)) return false;
+        at += expected.size;
+        first = false;
+        return true;
+    }
+    // To the next element of the array or object that `close` ends.
+    bool next(char close) {
+        if (take(close)) return first = false;
+        if (!first && !take(',')) return reject(close == '}' ? "expected ',' or '}'" : "expected ',' or ']'");
+        first = true;  // until its value has been read; a ',' that nothing follows is an error
+        space();
+        if (at < text.size && text[at] == close) return reject("expected a value");
+        return !problem;
+    }
+    bool next_key_skipped() { return next('}') && read_string(nullptr) && (take(':') || reject("expected ':'")); }
+    bool hex(uint32_t& code) {
+        code = 0;
+        for (int i = 0; i < 4; ++i, ++at) {
+            const char c = at < text.size ? text[at] : '\0';
+            const int digit = c >= '0' && c <= '9'   ? c - '0'
+                              : c >= 'a' && c <= 'f' ? c - 'a' + 10
+                              : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                                     : -1;
+            if (digit < 0) return reject("expected four hexadecimal digits");
+            code = code << 4 | static_cast<uint32_t>(digit);
+        }
+        return true;
+    }
+    bool read_string(Array<char>* to) {
+        if (!take('"')) return reject("expected a string");
+        if (to) to->count = 0;
+        for (;;) {
+            const size_t run = at;
+            while (at < text.size && static_cast<unsigned char>(text[at]) >= 0x20 && text[at] != '"' && text[at] != '\\') ++at;
+            if (to && !to->append(text.data + run, at - run)) return reject(memory_problem());
+            if (at >= text.size) return reject("the string does not end");
+            if (text[at] == '"') return ++at, first = false, true;
+            if (text[at] != '\\') return reject("a control character in a string");
+            if (++at >= text.size) return reject("the string does not end");
+            static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
+            uint32_t code = not_utf8;
+            for (int i = 0; i < 8; ++i)
+                if (names[i] == text[at]) code = static_cast<unsigned char>(values[i]);
+            if (code == not_utf8 && text[at] != 'u') return reject("an unknown escape in a string");
+            ++at;
+            if (code == not_utf8) {
+                if (!hex(code)) return false;
+                // A high surrogate and a low one after it are one character.
+                if (code >= 0xd800 && code < 0xdc00 && starts_with(Text(text.data + at, text.size - at), "\\u")) {
+                    const size_t before = at;
+                    uint32_t low;
+                    at += 2;
+                    if (!hex(low)) return false;
+                    if (low >= 0xdc00 && low < 0xe000) code = 0x10000 + ((code & 0x3ff) << 10) + (low & 0x3ff);
+                    else at = before;
+                }
+            }
+            if (to && !append_utf8(*to, code)) return reject(memory_problem());
+        }
+    }
+    // -?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?  as digits * 10^power; `whole`: neither a point nor an exponent.
+    bool read_number(bool& negative, bool& whole, uint64_t& digits, int& power) {
+        space();
+        if (problem) return false;
+        const size_t start = at;
+        negative = at < text.size && text[at] == '-';
+        at += negative;
+        digits = 0, power = 0, whole = true;
+        const size_t integer_part = at;
+        if (!read_digits(digits, power, false)) return at = start, reject("expected a number");
+        if (text[integer_part] == '0' && at - integer_part > 1) return at = start, reject("a number with a leading zero");
+        if (at < text.size && text[at] == '.') {
+            ++at, whole = false;
+            if (!read_digits(digits, power, true)) return reject("expected a digit after the point");
+        }
+        if (at < text.size && (text[at] == 'e' || text[at] == 'E')) {
+            ++at, whole = false;
+            const bool down = at < text.size && text[at] == '-';
+            at += at < text.size && (text[at] == '-' || text[at] == '+');
+            if (!is_digit()) return reject("expected a digit in the exponent");
+            int exponent = 0;
+            for (; is_digit(); ++at) exponent = least(exponent * 10 + (text[at] - '0'), 100000);
+            power += down ? -exponent : exponent;
+        }
+        first = false;
+        return true;
+    }
+    // Keeps 19 digits; those after them only move the point.
+    bool read_digits(uint64_t& digits, int& power, bool fraction) {
+        const size_t start = at;
+        for (; is_digit(); ++at) {
+            const bool kept = digits < 1000000000000000000u;
+            if (kept) digits = digits * 10 + static_cast<uint64_t>(text[at] - '0');
+            if (kept == fraction) power = fraction ? most(power - 1, -100000) : least(power + 1, 100000);
+        }
+        return at > start;
+    }
+};
+
+// A text as a JSON string, quotes included. What is no UTF-8 becomes U+FFFD.
+inline bool append_json(Array<char>& to, Text text) {
+    bool good = to.push('"');
+    for (size_t i = 0, length; i < text.size && good; i += length) {
+        const uint32_t code = decode_utf8(text.data + i, text.end(), length);
+        if (code == '"' || code == '\\') good = to.push('\\') && to.push(text[i]);
+        else if (code == '\n') good = append(to, "\\n");
+        else if (code < 0x20) good = append(to, "\\u00") && to.push("01"[code >> 4]) && to.push("0123456789abcdef"[code & 15]);
+        else if (code == not_utf8) good = append_utf8(to, 0xfffd);
+        else good = to.append(text.data + i, length);
+    }
+    return good && to.push('"');
+}
+inline bool append_json(Array<char>& to, int64_t value) {
+    char digits[24];
+    Line line(digits, sizeof digits);
+    line.put(value);
+    return append(to, Text(digits, line.count));
+}
+
+}  // namespace
+}  // namespace babygpt
+namespace babygpt {
+
+// ---- the classes of Unicode characters ---------------------------------------------------------------------------------
+
+namespace {
+
+enum CharClass : unsigned char { class_other, class_letter, class_number, class_white, beyond_ascii };
+
+// \p{L}, \p{N} and white space of Unicode 16.0: how many characters to leave out, how many more than one to take, and so on. A number is
+// written to the base 26, capital letters for all digits but the last.
+constexpr char letter_ranges[] =
+    "CnzgzBvakaeafwbBebRpeloehabaEzebbcdbagabcbabtbDebFiiGjbBlcagBoCtBaedBtBqBjbbDubapbhbkccaqabBdBdDklayBgjbeafveajadaxyhk"
+    "fxbfrBpCgCbdasahjppehcbcvbgbadddaqanbbcobkaifebcvbgbbbbbbBfdbatcqibcbvbgbbbedasapbxalhcbcvbgbbbedaBebbcparabfdcbddbbab"
+    "bdbdcdlwaCahbcbwbpdaBaccacbBeaehbcbwbjbedaBfbbbpbribcbBocaqafcicyffrdxbibacgCgBvbbmgCgbbabebxbabjbbjacebavdBgaClhbBjBb"
+    "eElBquaqfeddadbhcemmarBlbafacBqbMubdcgbabdcBobdcBgbdcgbabdcobCebdcCoBlpqDhcfdXvcqbzfCwghhrnsorombcpBzBjaeaCpDkhecBhbaf"
+    "CrkBeBxBdcelBrezCcwjCaDeaDpBurhCcBdnbkBrBaBjBpckBjckfBqccBpdbfbbdafHjCmKrcfcBlcfchbabababBecCabgbadcbgddcfemfcbgEmanaq"
+    "mDxaeacjbadegabababdbkcdfeeaCabDZfIugddbmBlbafacCdhaqwjgbgbgbgbgbgbgbgDcaSbbBqefbeDhgcbDlbdfBqbDprBfBwpTsJTnCmBGUeCpBt"
+    "cKidpkbuBuqBecCrBxicDycCocbbabhvpbcbdbwBdBzoBxCkfdabblBbkwzBchBuBcaqebjkebBoxcbhuwdadBxbadbcecabaycckhcmfcfcfjgbgbBqbn"
+    "gEkBdQNrmweBwMNcObcEbBmgmefabjbmbebabbbbbEdBhNysClcCbBolEmebFeBkzgzlDkdfcfcfccBjlbzbsbbbocnBiEsOzBcdBwBvBfntbhgBlkBdcB"
+    "jehBwGbsBjeBjeBniBzmkbobgbbbkbobgbbdBzmLyjvkhyfbBpbiCrfcabBrbbdacwkwjBeCnsbbkvkzCsCdgbCmapdbcbBcBqBcdBcBjhbBbBbCbkvksn"
+    "rEgCuCdBynBynBjBmBbjwJqBpgbqcChBckaivBqrBuuBbwmCaCfbcanBsBgyBaBjBdacaiBidamBvodvabaBjrbytbClgbabdbobjhBuBmhcbcvbgbbbed"
+    "asameBejbacabBlbazabaBsCasducBeBvubbaHcBuBpdBkBvuaChBqnaCtBaBlgHdBrEmClBfhcachbbbxpabaDqhcBmqabaBcakBnhavalBttasCuHrBg"
+    "BfibBkraBxBdEigbbbBlvazfbbbBfoaMpspabmbBhEuaDbBJlIwHnDXkDspBPfrfzFXqfWkKDdBdCPuVwhBerDarBdsBvqdBfufsQqBsIdClEyCwfaComC"
+    "mbbaBcJBziBVpBpjNFrdbgbbbLepaBdccaodiPfDKuEcfmdihjIWkDgbCsbbcacbcdblbabgbCmbdchbgbBbbdbebadgbNbcybybBebybBebybBebybBeb"
+    "ybhCSyBegfKbCjFqBskgqaMjBdsBrSqBbIuBdcaTbgbdbbbobHoChCphaBUidbBabbbacabjbdbabagaeabababcbbbacabababababbbacdbgbdbdbabj"
+    "bqfcbebqGOaCLFbBgGDtgIncINpoLBkpXxDQwUvCFyHHyfGFf";
+constexpr char number_ranges[] =
+    "BwjEqbfaccCDljFejHqjPwjEojefEejEojEojcfEgmEljigDzjEaghsEfjDsjEojCstKijCsjBBrtBHxcJfjgjwjLojEykGjjgjHajDijFejgjBOgadfgj"
+    "HqByceBByChDavYgBdCBhaBDxaziocNfdFijBehboBgjBnoBRSajHgjMifFyjBmjHqjwjDijPqjBFMcjSzBsmCerbNdBaBkdBdaiaFeeHujBKghzgBniCx"
+    "ewfGebcpcBtCmiCabBecCxeEahyhBpgMsfBwjgjKsBeGcjBqdEigFeBdEyjCijFojhtJrjNejEojOkjDyjgtCylQesDpjZmjDiBcItjCsjQgjDyuBPbEgX"
+    "AfjDMcjDijFejbgUgjKcwBJSzjCEwtmtEeyBQrBxDNcjQgjTijJnjBBoiEyjBElCgbcbdCyBsboBLamEDfj";
+constexpr char white_ranges[] = "jesaDwaBaaIHjaDPnkBdbfaBvaFXwa";
+constexpr uint32_t classes_end = 205744;  // from here on everything is `class_other`
+
+// Two bits a character: 50 KiB.
+inline void mark_ranges(unsigned char* classes, const char* ranges, CharClass mark) {
+    uint32_t code = 0, value = 0;
+    for (bool take = false; *ranges; ++ranges) {
+        const bool last_digit = *ranges >= 'a';
+        value = value * 26 + static_cast<uint32_t>(*ranges - (last_digit ? 'a' : 'A'));
+        if (!last_digit) continue;
+        const uint32_t end = code + value + take;
+        for (; take && code < end; ++code) classes[code / 4] = static_cast<unsigned char>(classes[code / 4] | mark << code % 4 * 2);
+        code = end, value = 0, take = !take;
+    }
+}
+
+// ---- hash tables and heaps -----------------------------------------------------------------------------------------------
+
+// From 64-bit hashes to the numbers of items that stand in some array. Open addressing, at most half full.
+struct HashIndex {
+    struct Slot {
+        uint64_t hash;
+        int64_t item;  // plus one; 0: the slot is free
+    };
+    Array<Slot> slots;
+    size_t count = 0;
+    explicit HashIndex(Runtime& runtime) : slots(runtime) {}
+    // The item with this hash for which same(item) holds, or -1.
+    template <class Same>
+    int32_t find(uint64_t hash, const Same& same) const {
+        if (slots.count == 0) return -1;
+        for (size_t i = static_cast<size_t>(hash);; ++i) {
+            const Slot& slot = slots.items[i & (slots.count - 1)];
+            if (slot.item == 0) return -1;
+            if (slot.hash == hash && same(static_cast<int32_t>(slot.item - 1))) return static_cast<int32_t>(slot.item - 1);
+        }
+    }
+    bool reserve(size_t wanted) {
+        size_t size = most(slots.count, size_t(64));
+        while (size / 2 < wanted) size *= 2;
+        if (size == slots.count) return true;
+        Array<Slot> larger(*slots.runtime);
+        if (!larger.resize(size)) return false;
+        for (const Slot& slot : slots)
+            if (slot.item) place(larger, slot);
+        slots = static_cast<Array<Slot>&&>(larger);
+        return true;
+    }
+    bool insert(uint64_t hash, size_t item) {
+        if (!reserve(count + 1)) return false;
+        place(slots, Slot{hash, static_cast<int64_t>(item) + 1});
+        return ++count, true;
+    }
+    static void place(Array<Slot>& slots, const Slot& slot) {
+        size_t i = static_cast<size_t>(slot.hash);
+        while (slots.items[i & (slots.count - 1)].item) ++i;
+        slots.items[i & (slots.count - 1)] = slot;
+    }
+};
+
+// A pair of ids as one number; `mix` maps different pairs to different hashes, so that the hash alone tells them apart.
+BABYGPT_INLINE uint64_t pair_key(int32_t left, int32_t right) {
+    return static_cast<uint64_t>(static_cast<uint32_t>(left)) << 32 | static_cast<uint32_t>(right);
+}
+inline int32_t find_pair(const HashIndex& index, int32_t left, int32_t right) {
+    return index.find(mix(pair_key(left, right)), [](int32_t) { return true; });
+}
+
+// Words of at most 16 bytes are told apart by their length and these two numbers, longer ones by their bytes.
+struct WordKey {
+    uint64_t a, b;
+};
+template <class T>
+BABYGPT_INLINE uint64_t load_as(const char* from) {
+    T value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+BABYGPT_INLINE WordKey short_key(const char* word, size_t size) {  // the two parts overlap, and so never read outside the word
+    if (size >= 8) return {load_as<uint64_t>(word), load_as<uint64_t>(word + size - 8)};
+    if (size >= 4) return {load_as<uint32_t>(word) | load_as<uint32_t>(word + size - 4) << 32, 0};
+    if (size == 0) return {0, 0};
+    return {load_as<unsigned char>(word) | load_as<unsigned char>(word + size / 2) << 8 | load_as<unsigned char>(word + size - 1) << 16, 0};
+}
+BABYGPT_INLINE uint64_t hash_key(WordKey key, size_t size) { return mix(mix(key.a ^ size) ^ key.b); }
+inline uint64_t hash_word(Text word) {
+    if (word.size <= 16) return hash_key(short_key(word.data, word.size), word.size);
+    uint64_t hash = word.size;
+    for (size_t i = 0; i + 8 < word.size; i += 8) hash = mix(hash ^ load_as<uint64_t>(word.data + i));
+    return mix(hash ^ load_as<uint64_t>(word.end() - 8));
+}
+
+// A heap with four children a node, which lie together in memory; the least item, by operator<, is first.
+template <class T>
+bool heap_push(Array<T>& heap, const T& item) {
+    if (!heap.push(item)) return false;
+    size_t i = heap.count - 1;
+    for (; i > 0 && item < heap[(i - 1) / 4]; i = (i - 1) / 4) heap[i] = heap[(i - 1) / 4];
+    heap[i] = item;
+    return true;
+}
+template <class T>
+T heap_pop(Array<T>& heap) {
+    const T result = heap[0], last = heap[--heap.count];
+    size_t i = 0;
+    for (size_t child; (child = 4 * i + 1) < heap.count; i = child) {
+        const size_t end = least(child + 4, heap.count);
+        for (size_t j = child + 1; j < end; ++j)
+            if (heap[j] < heap[child]) child = j;
+        if (!(heap[child] < last)) break;
+        heap[i] = heap[child];
+    }
+    if (heap.count > 0) heap[i] = last;
+    return result;
+}
+
+}  // namespace
+
+// ---- what a tokenizer holds ------------------------------------------------------------------------------------------------
+
+struct Tables {
+    struct Token {
+        size_t start, size;               // its bytes, in `text`; size 0: an id that the file left out
+        bool special;
+    };
+    struct Merge {
+        int32_t left, right, result;
+    };
+    Runtime& runtime;
+    Array<char> text;
+    Array<Token> tokens;                  // by id
+    Array<int32_t> specials;              // ids, in the order of their names' bytes
+
+    // characters
+    Array<uint32_t> codes;                // by id, ascending
+    // bpe
+    Array<Merge> merges;                  // the first has the highest priority
+    HashIndex pairs;                      // (left, right) -> merge
+    HashIndex words;                      // bytes -> id, for words that are one token
+    size_t longest = 0;                   // of these words
+    bool whole_words_first = false;       // a word that is a token is that token, even where no merges lead to it (.tiktoken)
+    int32_t byte_ids[256] = {};
+    Array<unsigned char> classes;
+    unsigned char ascii[256] = {};        // classes again, one a byte
+
+    explicit Tables(Runtime& r) : runtime(r), text(r), tokens(r), specials(r), codes(r), merges(r), pairs(r), words(r), classes(r) {}
+
+    Text bytes(int32_t id) const {
+        const Token& token = tokens[static_cast<size_t>(id)];
+        return Text(text.items + token.start, token.size);
+    }
+    int32_t find_word(Text word, uint64_t hash) const {
+        return words.find(hash, [&](int32_t id) { return equal(bytes(id), word); });
+    }
+    int32_t find_word(Text word) const { return find_word(word, hash_word(word)); }
+    bool add(Text token, bool special = false) {
+        return tokens.push(Token{text.count, token.size, special}) && append(text, token);
+    }
+    bool make_classes() {
+        if (!classes.resize(classes_end / 4)) return false;
+        mark_ranges(classes.items, letter_ranges, class_letter);
+        mark_ranges(classes.items, number_ranges, class_number);
+        mark_ranges(classes.items, white_ranges, class_white);
+        for (uint32_t c = 0; c < 256; ++c) ascii[c] = c < 128 ? classify(c) : static_cast<unsigned char>(beyond_ascii);
+        return true;
+    }
+    unsigned char classify(uint32_t code) const {
+        return code < classes_end ? classes.items[code / 4] >> code % 4 * 2 & 3 : static_cast<unsigned char>(class_other);
+    }
+    unsigned char classify(const char* at, const char* end, size_t& length) const {
+        const unsigned char c = ascii[static_cast<unsigned char>(*at)];
+        if (c != beyond_ascii) return length = 1, c;
+        return classify(decode_utf8(at, end, length));  // what is no UTF-8 is `class_other`
+    }
+
+    // ---- GPT-2's words ----
+    // The end of the word that begins at `at`, as this pattern cuts words (Radford et al. 2019, encoder.py), first alternative first:
+    //   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+    const char* word_end(const char* at, const char* end) const {
+        if (*at == '\'' && end - at >= 2) {
+            const char c = at[1], d = end - at >= 3 ? at[2] : '\0';
+            if (c == 's' || c == 't' || c == 'm' || c == 'd') return at + 2;
+            if ((c == 'l' && d == 'l') || ((c == 'v' || c == 'r') && d == 'e')) return at + 3;
+        }
+        size_t length;
+        const unsigned char c = classify(at, end, length);
+        if (c != class_white) return run_end(at + length, end, c);
+        if (*at == ' ' && end - at >= 2) {  // one blank belongs to what follows it
+            const unsigned char next = classify(at + 1, end, length);
+            if (next != class_white) return run_end(at + 1 + length, end, next);
+            length = 1;
+        }
+        // White space, without its last character where something follows.
+        const char *last = at, *to = at + length;
+        for (; to < end && classify(to, end, length) == class_white; to += length) last = to;
+        return to == end || last == at ? to : last;
+    }
+    const char* run_end(const char* at, const char* end, unsigned char c) const {
+        for (size_t length; at < end; at += length) {
+            while (at < end && ascii[static_cast<unsigned char>(*at)] == c) ++at;
+            if (at == end || ascii[static_cast<unsigned char>(*at)] != beyond_ascii || classify(decode_utf8(at, end, length)) != c) break;
+        }
+        return at;
+    }
+};
+
+namespace {
+
+// ---- byte-pair encoding ----------------------------------------------------------------------------------------------------
+
+// Sennrich, Haddow & Birch 2016: a word begins as its bytes; again and again the pair whose merge stands first in the list, the leftmost
+// of these, becomes one token, until no two neighbours are in the list.
+struct Encoder {
+    static constexpr size_t short_word = 64;  // up to here the next pair is looked for by looking at all
+    static constexpr size_t cache_size = 4096;
+    struct Known {                            // a word seen before in this text
+        WordKey key;
+        uint16_t size, count;
+        int32_t ids[7];
+    };
+    struct Symbol {
+        int32_t id, before, after;            // neighbours: positions; -1: none. id -1: merged into the one before
+        uint32_t rank;                        // of the merge with the one after
+    };
+    static constexpr uint32_t no_rank = 0xffffffffu;
+    const Tables& tables;
+    Array<int32_t>& out;
+    Array<Known> known;
+    Array<Symbol> symbols;
+    Array<uint64_t> queue;                    // rank, then position
+    Encoder(const Tables& t, Array<int32_t>& ids, Runtime& runtime)
+        : tables(t), out(ids), known(runtime), symbols(runtime), queue(runtime) {}
+
+    uint32_t rank(int32_t left, int32_t right) const { return static_cast<uint32_t>(find_pair(tables.pairs, left, right)); }
+    int32_t merged(uint32_t rank_of_pair) const { return tables.merges.items[rank_of_pair].result; }
+    int32_t byte_id(char byte) const { return tables.byte_ids[static_cast<unsigned char>(byte)]; }
+
+    // A text that ends where a word ends. False: out of memory.
+    bool encode(Text text) {
+        if (text.size >= 4096 && known.count == 0) (void)known.resize(cache_size);  // without it, it is only slower
+        for (const char *at = text.data, *end = text.end(), *to; at < end; at = to) {
+            to = tables.word_end(at, end);
+            const Text word(at, static_cast<size_t>(to - at));
+            // Never more ids than bytes; some more room lets the cache copy without counting.
+            if (out.capacity - out.count < word.size + 8 && !out.reserve(out.count + word.size + 8)) return false;
+            if (word.size > 16) {
+                if (!encode_word(word, word.size <= tables.longest ? hash_word(word) : 0)) return false;
+                continue;
+            }
+            const WordKey key = short_key(word.data, word.size);
+            const uint64_t hash = hash_key(key, word.size);
+            Known* entry = known.count ? &known.items[hash >> 32 & (cache_size - 1)] : nullptr;
+            if (entry && entry->key.a == key.a && entry->key.b == key.b && entry->size == word.size) {
+                memcpy(out.items + out.count, entry->ids, sizeof entry->ids);
+                out.count += entry->count;
+                continue;
+            }
+            const size_t before = out.count;
+            if (!encode_word(word, hash)) return false;
+            if (!entry || out.count - before > 7) continue;
+            entry->key = key;
+            entry->size = static_cast<uint16_t>(word.size);
+            entry->count = static_cast<uint16_t>(out.count - before);
+            memcpy(entry->ids, out.items + before, entry->count * sizeof(int32_t));
+        }
+        return true;
+    }
+    // `out` has room for word.size ids.
+    bool encode_word(Text word, uint64_t hash) {
+        if (word.size <= tables.longest) {
+            const int32_t id = tables.find_word(word, hash);
+            if (id >= 0) return out.items[out.count++] = id, true;
+        }
+        return merge_word(word);
+    }
+    bool merge_word(Text word) { return word.size <= short_word ? (merge_short(word), true) : merge_long(word); }
+
+    void merge_short(Text word) {
+        int32_t* ids = out.items + out.count;
+        uint32_t ranks[short_word];
+        size_t n = word.size;
+        for (size_t i = 0; i < n; ++i) ids[i] = byte_id(word[i]);
+        for (size_t i = 0; i + 1 < n; ++i) ranks[i] = rank(ids[i], ids[i + 1]);
+        while (n > 1) {
+            size_t best = 0;
+            for (size_t i = 1; i + 1 < n; ++i)
+                if (ranks[i] < ranks[best]) best = i;
+            if (ranks[best] == no_rank) break;
+            ids[best] = merged(ranks[best]);
+            --n;
+            memmove(ids + best + 1, ids + best + 2, (n - best - 1) * sizeof *ids);
+            memmove(ranks + best, ranks + best + 1, (n - best) * sizeof *ranks);
+            if (best + 1 < n) ranks[best] = rank(ids[best], ids[best + 1]);
+            if (best > 0) ranks[best - 1] = rank(ids[best - 1], ids[best]);
+        }
+        out.count += n;
+    }
+    // The same with a linked list and a heap, in O(n log n). A pair in the heap that is no longer there has another rank by now.
+    bool merge_long(Text word) {
+        if (word.size > INT32_MAX || !symbols.resize(word.size)) return false;
+        queue.count = 0;
+        const int32_t n = static_cast<int32_t>(word.size);
+        for (int32_t i = 0; i < n; ++i) {
+            Symbol& s = symbols.items[i];
+            s.id = byte_id(word[static_cast<size_t>(i)]), s.before = i - 1, s.after = i + 1 < n ? i + 1 : -1, s.rank = no_rank;
+        }
+        for (int32_t i = 0; i < n; ++i)
+            if (!note(i)) return false;
+        while (queue.count > 0) {
+            const uint64_t first = heap_pop(queue);
+            const uint32_t r = static_cast<uint32_t>(first >> 32);
+            const int32_t at = static_cast<int32_t>(first & 0xffffffffu);
+            Symbol& left = symbols.items[at];
+            if (left.id < 0 || left.rank != r) continue;
+            Symbol& right = symbols.items[left.after];
+            left.id = merged(r), left.after = right.after;
+            right.id = -1;
+            if (left.after >= 0) symbols.items[left.after].before = at;
+            if (!note(at) || (left.before >= 0 && !note(left.before))) return false;
+        }
+        for (int32_t i = 0; i >= 0; i = symbols.items[i].after) out.items[out.count++] = symbols.items[i].id;
+        return true;
+    }
+    bool note(int32_t at) {
+        Symbol& s = symbols.items[at];
+        s.rank = s.after >= 0 ? rank(s.id, symbols.items[s.after].id) : no_rank;
+        return s.rank == no_rank || heap_push(queue, static_cast<uint64_t>(s.rank) << 32 | static_cast<uint64_t>(at));
+    }
+};
+
+// The special token with the longest name that `text` begins with, or -1. Byte by byte, halving narrows the sorted names down.
+inline int32_t special_at(const Tables& tables, Text text) {
+    size_t low = 0, high = tables.specials.count;
+    int32_t found = -1;
+    for (size_t depth = 0; low < high; ++depth) {
+        if (tables.bytes(tables.specials[low]).size == depth) found = tables.specials[low++];
+        if (depth == text.size) break;
+        // The names in [low, high) share their first `depth` bytes; keep those that go on with the text's next byte.
+        const auto narrow = [&](unsigned byte) {
+            size_t from = low, to = high;
+            while (from < to) {
+                const size_t middle = from + (to - from) / 2;
+                if (static_cast<unsigned char>(tables.bytes(tables.specials[middle])[depth]) < byte) from = middle + 1;
+                else to = middle;
+            }
+            return from;
+        };
+        const unsigned byte = static_cast<unsigned char>(text[depth]);
+        high = narrow(byte + 1);
+        low = narrow(byte);
+    }
+    return found;
+}
+
+// Everything that follows from the tokens and the merges. The tokens' bytes all differ, except where one of the two is special.
+inline Status finish_bpe(Tables& tables) {
+    if (!tables.make_classes()) return out_of_memory(classes_end / 4);
+    if (!tables.pairs.reserve(tables.merges.count)) return out_of_memory(tables.merges.count * sizeof(HashIndex::Slot));
+    for (size_t i = 0; i < tables.merges.count; ++i) {
+        const Tables::Merge& m = tables.merges[i];
+        if (!tables.pairs.insert(mix(pair_key(m.left, m.right)), i)) return out_of_memory(tables.merges.count);
+    }
+    // A word that is a token may be looked up whole where merging its bytes gives that token. (Not worth finding out for very long ones.)
+    tables.words = HashIndex(tables.runtime);
+    tables.longest = 0;
+    Array<int32_t> ids(tables.runtime);
+    Encoder encoder(tables, ids, tables.runtime);
+    for (size_t i = 0; i < tables.tokens.count; ++i) {
+        const Tables::Token& token = tables.tokens[i];
+        if (token.size == 0) continue;
+        const Text word = tables.bytes(static_cast<int32_t>(i));
+        if (token.special) {
+            size_t at = tables.specials.count;
+            if (!tables.specials.push(0)) return out_of_memory(at);
+            const auto after = [&](Text a, Text b) {
+                const int order = memcmp(a.data, b.data, least(a.size, b.size));
+                return order > 0 || (order == 0 && a.size > b.size);
+            };
+            for (; at > 0 && after(tables.bytes(tables.specials[at - 1]), word); --at) tables.specials[at] = tables.specials[at - 1];
+            tables.specials[at] = static_cast<int32_t>(i);
+            continue;
+        }
+        bool whole = tables.whole_words_first;
+        if (!whole && word.size <= 1024) {
+            ids.count = 0;
+            if (!ids.reserve(word.size) || !encoder.merge_word(word)) return out_of_memory(word.size);
+            whole = ids.count == 1 && ids[0] == static_cast<int32_t>(i);
+        }
+        if (!whole) continue;
+        tables.longest = most(tables.longest, word.size);
+        if (!tables.words.insert(hash_word(word), i)) return out_of_memory(tables.words.count);
+    }
+    return Status();
+}
+
+// ---- learning the merges ---------------------------------------------------------------------------------------------------
+
+// The different words of a text and how often each occurs.
+struct WordCounter {
+    struct Word {
+        size_t start, size;
+        uint64_t count;
+    };
+    const Tables& tables;
+    Array<char> text;
+    Array<Word> words;
+    HashIndex index;
+    Status status;
+    WordCounter(Runtime& runtime, const Tables& t) : tables(t), text(runtime), words(runtime), index(runtime) {}
+
+    bool add(Text piece) {
+        for (const char *at = piece.data, *end = piece.end(), *to; at < end; at = to) {
+            to = tables.word_end(at, end);
+            const Text word(at, static_cast<size_t>(to - at));
+            const uint64_t hash = hash_word(word);
+            const int32_t known = index.find(hash, [&](int32_t i) {
+                const Word& w = words.items[i];
+                return equal(Text(text.items + w.start, w.size), word);
+            });
+            if (known >= 0) {
+                ++words.items[known].count;
+                continue;
+            }
+            if (text.count + word.size > INT32_MAX)
+                return status = fail(Error::unsupported, "the text has more than 2 GiB of different words"), false;
+            const bool good = index.insert(hash, words.count) && words.push(Word{text.count, word.size, 1}) && append(text, word);
+            if (!good) return status = out_of_memory(text.count + word.size), false;
+        }
+        return true;
+    }
+    static bool add_piece(void* self, Text piece, bool) { return static_cast<WordCounter*>(self)->add(piece); }
+};
+
+// All words stand one after another in `spots`. Each pair of neighbours has the list of spots where it begins, and a count; a merge
+// visits only these spots and changes only the pairs beside them. The heap holds counts as they were: a pair's count never grows after the
+// merge that made it, so an outdated one is put back with its present count when it comes up.
+struct MergeLearner {
+    struct Spot {
+        int32_t id, before, after;            // neighbours in the word; -1: none. id -1: merged into the one before
+        int32_t pair;                         // that begins here, or -1
+        int32_t previous, next;               // other spots of this pair
+        int32_t word;
+    };
+    struct Pair {
+        int32_t left, right;
+        uint64_t count;
+        int32_t head, tail;
+    };
+    struct Candidate {
+        uint64_t count, key;
+        int32_t pair;
+        bool operator<(const Candidate& other) const { return count != other.count ? count > other.count : key < other.key; }
+    };
+    const WordCounter& counter;
+    Array<Spot> spots;
+    Array<Pair> pairs;
+    HashIndex index;
+    Array<Candidate> heap;
+    Array<int32_t> places;                    // of the pair that is being merged
+    MergeLearner(Runtime& runtime, const WordCounter& c)
+        : counter(c), spots(runtime), pairs(runtime), index(runtime), heap(runtime), places(runtime) {}
+
+    bool link(int32_t at) {
+        Spot& spot = spots.items[at];
+        spot.pair = -1;
+        if (spot.after < 0) return true;
+        const int32_t left = spot.id, right = spots.items[spot.after].id;
+        spot.pair = find_pair(index, left, right);
+        if (spot.pair < 0) {
+            spot.pair = static_cast<int32_t>(pairs.count);
+            if (!index.insert(mix(pair_key(left, right)), pairs.count) || !pairs.push(Pair{left, right, 0, -1, -1})) return false;
+        }
+        Pair& pair = pairs.items[spot.pair];
+        spot.previous = pair.tail, spot.next = -1;
+        (pair.tail >= 0 ? spots.items[pair.tail].next : pair.head) = at;
+        pair.tail = at;
+        pair.count += counter.words.items[spot.word].count;
+        return true;
+    }
+    void unlink(int32_t at) {
+        Spot& spot = spots.items[at];
+        if (spot.pair < 0) return;
+        Pair& pair = pairs.items[spot.pair];
+        (spot.previous >= 0 ? spots.items[spot.previous].next : pair.head) = spot.next;
+        (spot.next >= 0 ? spots.items[spot.next].previous : pair.tail) = spot.previous;
+        pair.count -= counter.words.items[spot.word].count;
+        spot.pair = -1;
+    }
+    bool offer(size_t pair) {
+        const Pair& p = pairs[pair];
+        return p.count == 0 || heap_push(heap, Candidate{p.count, pair_key(p.left, p.right), static_cast<int32_t>(pair)});
+    }
+    // The spots of a pair, in the order of the text where it matters: of "aaa" the first two are merged.
+    bool gather(const Pair& pair) {
+        places.count = 0;
+        bool sorted = true;
+        for (int32_t at = pair.head; at >= 0; at = spots.items[at].next) {
+            sorted = sorted && (places.count == 0 || places[places.count - 1] < at);
+            if (!places.push(at)) return false;
+        }
+        if (sorted || pair.left != pair.right) return true;
+        Array<int32_t> queue(*places.runtime);
+        for (const int32_t at : places)
+            if (!heap_push(queue, at)) return false;
+        for (int32_t& at : places) at = heap_pop(queue);
+        return true;
+    }
+    // At most `limit` merges; ids below 256 are the bytes, merge number i makes id 256 + i.
+    bool learn(size_t limit, Array<Tables::Merge>& merges) {
+        if (!spots.reserve(counter.text.count)) return false;
+        for (size_t w = 0; w < counter.words.count; ++w) {
+            const WordCounter::Word& word = counter.words[w];
+            for (size_t i = 0; i < word.size; ++i) {
+                const int32_t at = static_cast<int32_t>(word.start + i), id = static_cast<unsigned char>(counter.text[word.start + i]);
+                spots.items[at] = Spot{id, i ? at - 1 : -1, i + 1 < word.size ? at + 1 : -1, -1, -1, -1, static_cast<int32_t>(w)};
+            }
+        }
+        spots.count = counter.text.count;
+        for (size_t i = 0; i < spots.count; ++i)
+            if (!link(static_cast<int32_t>(i))) return false;
+        for (size_t i = 0; i < pairs.count; ++i)
+            if (!offer(i)) return false;
+        while (merges.count < limit && heap.count > 0) {
+            const Candidate best = heap_pop(heap);
+            const size_t chosen = static_cast<size_t>(best.pair);
+            if (pairs[chosen].count != best.count) {
+                if (!offer(chosen)) return false;
+                continue;
+            }
+            const int32_t id = static_cast<int32_t>(256 + merges.count);
+            const size_t first_new = pairs.count;
+            if (!merges.push(Tables::Merge{pairs[chosen].left, pairs[chosen].right, id}) || !gather(pairs[chosen])) return false;
+            for (const int32_t at : places)
+                if (spots.items[at].pair == best.pair && !merge(at, id)) return false;
+            for (size_t i = first_new; i < pairs.count; ++i)
+                if (!offer(i)) return false;
+        }
+        return true;
+    }
+    bool merge(int32_t at, int32_t id) {
+        Spot& left = spots.items[at];
+        Spot& right = spots.items[left.after];
+        if (left.before >= 0) unlink(left.before);
+        unlink(at);
+        unlink(left.after);
+        left.id = id, left.after = right.after;
+        right.id = -1;
+        if (left.after >= 0) spots.items[left.after].before = at;
+        return (left.before < 0 || link(left.before)) && link(at);
+    }
+};
+
+constexpr char end_of_text_name[] = "<|endoftext|>";
+
+// ---- tokenizer files -------------------------------------------------------------------------------------------------------
+
+// GPT-2 writes bytes as printable characters: those that are printable in Latin-1 stand for themselves, the others, in order, are
+// U+0100, U+0101, ... (Radford et al. 2019, encoder.py).
+inline uint32_t byte_to_symbol(uint32_t byte) {
+    if (byte <= 32) return 256 + byte;
+    if (byte >= 127 && byte <= 160) return 289 + byte - 127;
+    return byte == 173 ? 323 : byte;
+}
+inline uint32_t symbol_to_byte(uint32_t symbol) {  // 256: no byte has this symbol
+    const uint32_t byte = symbol < 256    ? symbol
+                          : symbol <= 288 ? symbol - 256
+                          : symbol <= 322 ? symbol - 289 + 127
+                          : symbol == 323 ? 173u
+                                          : 256u;
+    return byte < 256 && byte_to_symbol(byte) == symbol ? byte : 256u;
+}
+// A token's bytes from its symbols; false where one is no symbol.
+inline bool symbols_to_bytes(Text symbols, Array<char>& bytes, bool& enough_memory) {
+    bytes.count = 0;
+    for (size_t i = 0, length; i < symbols.size; i += length) {
+        const uint32_t byte = symbol_to_byte(decode_utf8(symbols.data + i, symbols.end(), length));
+        if (byte == 256) return false;
+        if (!bytes.push(static_cast<char>(byte))) return enough_memory = false;
+    }
+    return true;
+}
+
+// Fills the tables of a byte-level BPE tokenizer from one of the files that others write. Messages name the file.
+struct TokenizerReader {
+    Runtime& runtime;
+    Tables& tables;
+    Text name;                                // of the file, for messages
+    size_t file_size = 0;                     // no file has ids larger than its size
+    HashIndex by_bytes, by_name;              // the ordinary tokens, the special ones
+    HashIndex seen_pairs;
+    Array<char> scratch, left, right;
+    TokenizerReader(Tables& t, Text file)
+        : runtime(t.runtime),
+          tables(t),
+          name(file),
+          by_bytes(runtime),
+          by_name(runtime),
+          seen_pairs(runtime),
+          scratch(runtime),
+          left(runtime),
+          right(runtime) {}
+
+    template <class... Parts>
+    Status bad(const Parts&... parts) { return fail(Error::bad_file, "'", name, "': ", parts...); }
+    template <class... Parts>
+    Status unsupported(const Parts&... parts) { return fail(Error::unsupported, "'", name, "': ", parts...); }
+    Status no_memory() { return out_of_memory(tables.text.count); }
+
+    int32_t find_in(const HashIndex& index, Text bytes) const {
+        return index.find(hash_word(bytes), [&](int32_t id) { return equal(tables.bytes(id), bytes); });
+    }
+    int32_t find(Text bytes) const { return find_in(by_bytes, bytes); }
+    Status add(int64_t id, Text bytes, bool special) {
+        if (id < 0 || static_cast<uint64_t>(id) >= file_size || id >= INT32_MAX) return bad("token id ", id, " is out of range");
+        const size_t at = static_cast<size_t>(id);
+        if (at >= tables.tokens.count && !tables.tokens.resize(at + 1)) return no_memory();
+        if (bytes.size == 0) return bad("token ", id, " is empty");
+        if (tables.tokens[at].size) return bad("token id ", id, " is given twice");
+        tables.tokens[at] = Tables::Token{tables.text.count, bytes.size, special};
+        if (!append(tables.text, bytes)) return no_memory();
+        HashIndex& index = special ? by_name : by_bytes;
+        if (find_in(index, bytes) >= 0) return bad("tokens ", find_in(index, bytes), " and ", id, " are the same");
+        return index.insert(hash_word(bytes), at) ? Status() : no_memory();
+    }
+    // `a` and `b` as GPT-2's symbols.
+    Status add_merge(Text a, Text b) {
+        const size_t number = tables.merges.count + 1;
+        bool memory = true;
+        if (!symbols_to_bytes(a, left, memory) || !symbols_to_bytes(b, right, memory))
+            return memory ? bad("merge ", number, " is not byte-level") : no_memory();
+        Tables::Merge merge{find(view(left)), find(view(right)), -1};
+        if (!append(left, view(right))) return no_memory();
+        merge.result = find(view(left));
+        if (merge.left < 0 || merge.right < 0 || merge.result < 0) return bad("merge ", number, " has a part or a result that is no token");
+        if (find_pair(seen_pairs, merge.left, merge.right) >= 0) return bad("merge ", number, " is given twice");
+        return seen_pairs.insert(mix(pair_key(merge.left, merge.right)), number) && tables.merges.push(merge) ? Status() : no_memory();
+    }
+    Status finish() {
+        for (int byte = 0; byte < 256; ++byte) {
+            const char c = static_cast<char>(byte);
+            tables.byte_ids[byte] = find(Text(&c, 1));
+            if (tables.byte_ids[byte] < 0) return bad("byte ", byte, " has no token");
+        }
+        size_t specials = 0;
+        for (const Tables::Token& token : tables.tokens) specials += token.special;
+        if (specials > 4096) return unsupported(specials, " special tokens are too many");
+        return finish_bpe(tables);
+    }
+
+    // The object of tokens and ids. Tokens that are special by now keep their name; with `default_special`, so does <|endoftext|>.
+    Status vocabulary(Json& json, bool default_special) {
+        for (json.enter_object(); json.next_key();) {
+            int64_t id = 0;
+            if (!json.integer(id)) break;
+            const Text symbols = view(json.key);
+            if (default_special && equal(symbols, end_of_text_name)) {
+                BABYGPT_TRY(add(id, symbols, true));
+                continue;
+            }
+            const int32_t special = find_in(by_name, symbols);
+            if (special >= 0 && special != id) return bad("special token '", symbols, "' has the ids ", special, " and ", id);
+            if (special >= 0) continue;
+            bool memory = true;
+            if (!symbols_to_bytes(symbols, scratch, memory))
+                return memory ? unsupported("token '", symbols, "' is not byte-level") : no_memory();
+            BABYGPT_TRY(add(id, view(scratch), false));
+        }
+        return Status();
+    }
+
+    // ---- encoder.json and vocab.bpe, also named vocab.json and merges.txt ----
+    Status encoder_json(Text json_text) {
+        file_size = json_text.size;
+        Json json(runtime, json_text);
+        BABYGPT_TRY(vocabulary(json, true));
+        return json.finish(name);
+    }
+    // A line a merge, "left right"; the first line may be a comment.
+    Status vocab_bpe(Text text) {
+        for (size_t at = 0, line_number = 1; at < text.size; ++line_number) {
+            const char* end = static_cast<const char*>(memchr(text.data + at, '\n', text.size - at));
+            Text line(text.data + at, end ? static_cast<size_t>(end - text.data) - at : text.size - at);
+            at += line.size + 1;
+            if (line.size && line[line.size - 1] == '\r') --line.size;
+            if (line.size == 0 || (line_number == 1 && starts_with(line, "#version"))) continue;
+            BABYGPT_TRY(merge_line(line));
+        }
+        return Status();
+    }
+    Status merge_line(Text line) {
+        const char* blank = static_cast<const char*>(memchr(line.data, ' ', line.size));
+        if (!blank) return bad("merge ", tables.merges.count + 1, " has no blank between its parts");
+        const size_t size = static_cast<size_t>(blank - line.data);
+        return add_merge(Text(line.data, size), Text(blank + 1, line.size - size - 1));
+    }
+
+    // ---- .tiktoken ----
+    // A line a token: its bytes in base 64, its id, which is also its rank. Two neighbours merge where together they are a token. The pair
+    // that this comes to for a token is the one that is left when its bytes are encoded with the tokens of lower rank.
+    Status tiktoken(Text text) {
+        file_size = text.size;
+        for (size_t at = 0, line_number = 1; at < text.size; ++line_number) {
+            const size_t start = at;
+            uint32_t bits = 0, count = 0, padding = 0;
+            scratch.count = 0;
+            for (; at < text.size && text[at] != ' ' && text[at] != '\n'; ++at) {
+                const char c = text[at];
+                const int digit = c >= 'A' && c <= 'Z'   ? c - 'A'
+                                  : c >= 'a' && c <= 'z' ? c - 'a' + 26
+                                  : c >= '0' && c <= '9' ? c - '0' + 52
+                                  : c == '+'             ? 62
+                                  : c == '/'             ? 63
+                                                         : -1;
+                if (c == '=') ++padding;
+                else if (digit < 0 || padding) return bad("line ", line_number, " is not in base 64");
+                bits = bits << 6 | static_cast<uint32_t>(most(digit, 0));
+                if (++count % 4 != 0) continue;
+                for (uint32_t i = 0; i + padding < 3; ++i)
+                    if (!scratch.push(static_cast<char>(bits >> (16 - 8 * i) & 0xff))) return no_memory();
+            }
+            if (at == start && (at == text.size || text[at] == '\n')) {
+                ++at;
+                continue;  // an empty line
+            }
+            if (count % 4 != 0 || padding > 2) return bad("line ", line_number, " is not in base 64");
+            uint64_t id = 0;
+            const size_t digits = ++at;
+            for (; at < text.size && text[at] >= '0' && text[at] <= '9'; ++at)
+                id = least(id * 10 + static_cast<uint64_t>(text[at] - '0'), uint64_t(INT32_MAX));
+            if (at == digits) return bad("line ", line_number, " has no id");
+            at += at < text.size && text[at] == '\r';
+            if (at < text.size && text[at] != '\n') return bad("line ", line_number, " does not end after its id");
+            ++at;
+            BABYGPT_TRY(add(static_cast<int64_t>(id), view(scratch), false));
+        }
+        for (int byte = 0; byte < 256; ++byte) {
+            const char c = static_cast<char>(byte);
+            tables.byte_ids[byte] = find(Text(&c, 1));
+        }
+        Array<int32_t> ids(runtime);
+        Encoder encoder(tables, ids, runtime);
+        for (size_t i = 0; i < tables.tokens.count; ++i) {
+            const Text token = tables.bytes(static_cast<int32_t>(i));
+            if (token.size < 2) continue;
+            ids.count = 0;
+            for (const char c : token)
+                if (tables.byte_ids[static_cast<unsigned char>(c)] < 0)
+                    return bad("byte ", static_cast<int>(static_cast<unsigned char>(c)), " has no token");
+            if (!ids.reserve(token.size) || !encoder.merge_word(token)) return no_memory();
+            if (ids.count != 2) {
+                tables.whole_words_first = true;
+                continue;
+            }
+            const bool good = tables.pairs.insert(mix(pair_key(ids[0], ids[1])), tables.merges.count)
+                && tables.merges.push(Tables::Merge{ids[0], ids[1], static_cast<int32_t>(i)});
+            if (!good) return no_memory();
+        }
+        tables.pairs = HashIndex(runtime);
+        file_size += 1;
+        BABYGPT_TRY(add(static_cast<int64_t>(tables.tokens.count), end_of_text_name, true));
+        return finish();
+    }
+
+    // ---- tokenizer.json ----
+    // Hugging Face's file. What would change the ids and is not known here is refused by its name.
+    Status tokenizer_json(Text text) {
+        file_size = text.size;
+        Text added, model;
+        Json json(runtime, text);
+        for (json.enter_object(); json.next_key();) {
+            if (json.key_is("added_tokens")) json.skip(added);
+            else if (json.key_is("model")) json.skip(model);
+            else if (json.key_is("pre_tokenizer")) BABYGPT_TRY(byte_level(json, "pre_tokenizer"));
+            else if (json.key_is("decoder")) BABYGPT_TRY(byte_level(json, "decoder"));
+            else if (json.key_is("post_processor")) BABYGPT_TRY(byte_level(json, "post_processor"));
+            else if (json.key_is("normalizer") || json.key_is("truncation") || json.key_is("padding")) BABYGPT_TRY(must_be_null(json));
+            else json.skip();
+        }
+        BABYGPT_TRY(json.finish(name));
+        if (!has_words) return unsupported("pre_tokenizer is not ByteLevel");
+        if (model.size == 0) return bad("there is no model");
+        if (added.size) BABYGPT_TRY(added_tokens(part_of(text, added)));
+        BABYGPT_TRY(bpe_model(part_of(text, model)));
+        return finish();
+    }
+    // Reads one value of a text, with places in messages counted from the text's beginning.
+    Json part_of(Text text, Text part) const {
+        Json json(runtime, Text(text.data, static_cast<size_t>(part.end() - text.data)));
+        json.at = static_cast<size_t>(part.data - text.data);
+        return json;
+    }
+    bool has_words = false;
+
+    Status must_be_null(Json& json) {
+        if (json.peek() != JsonType::null)
+            return json.peek() == JsonType::none ? json.finish(name) : unsupported(view(json.key), " is not supported");
+        json.null();
+        return Status();
+    }
+    Status byte_level(Json& json, Text part) {
+        if (json.peek() == JsonType::null) {
+            json.null();
+            return Status();
+        }
+        bool prefix = equal(part, "pre_tokenizer"), words = true, known_type = false;  // add_prefix_space is true where it is not said
+        for (json.enter_object(); json.next_key();) {
+            if (json.key_is("type")) {
+                if (!json.string(scratch)) break;
+                if (!equal(view(scratch), "ByteLevel")) return unsupported(part, " '", view(scratch), "' is not supported");
+                known_type = true;
+            } else if (json.key_is("add_prefix_space")) {
+                bool value = false;
+                json.boolean(value);
+                prefix = prefix && value;
+            } else if (json.key_is("use_regex")) {
+                json.boolean(words);
+            } else if (json.key_is("trim_offsets")) {
+                json.skip();
+            } else return unsupported(part, " has the unknown member '", view(json.key), "'");
+        }
+        if (json.problem) return json.finish(name);
+        if (!known_type) return unsupported(part, " has no type");
+        if (!equal(part, "pre_tokenizer")) return Status();
+        if (prefix) return unsupported("add_prefix_space is not supported");
+        if (!words) return unsupported("use_regex = false is not supported");
+        has_words = true;
+        return Status();
+    }
+    Status added_tokens(Json json) {
+        for (json.enter_array(); json.next_item();) {
+            int64_t id = -1;
+            bool special = false;
+            left.count = 0;
+            for (json.enter_object(); json.next_key();) {
+                if (json.key_is("id")) json.integer(id);
+                else if (json.key_is("content")) json.string(left);
+                else if (json.key_is("special")) json.boolean(special);
+                else if (json.key_is("single_word") || json.key_is("lstrip") || json.key_is("rstrip")) {
+                    bool value = false;
+                    json.boolean(value);
+                    if (value) return unsupported("added_tokens: ", view(json.key), " is not supported");
+                } else json.skip();
+            }
+            if (json.problem) break;
+            if (!special) return unsupported("added token '", view(left), "' is not special");
+            BABYGPT_TRY(add(id, view(left), true));
+        }
+        return json.finish(name);
+    }
+    Status bpe_model(Json json) {
+        Text vocab, merges;
+        for (json.enter_object(); json.next_key();) {
+            const JsonType type = json.peek();
+            if (json.key_is("type")) {
+                if (json.string(scratch) && !equal(view(scratch), "BPE"))
+                    return unsupported("model '", view(scratch), "' is not supported");
+            } else if (json.key_is("vocab")) json.skip(vocab);
+            else if (json.key_is("merges")) json.skip(merges);
+            else if (json.key_is("dropout")) BABYGPT_TRY(must_be_null(json));
+            else if (json.key_is("continuing_subword_prefix") || json.key_is("end_of_word_suffix")) {
+                if (type == JsonType::null) json.null();
+                else if (json.string(scratch) && scratch.count) return unsupported(view(json.key), " is not supported");
+            } else if (json.key_is("byte_fallback")) {
+                bool value = false;
+                if (json.boolean(value) && value) return unsupported("byte_fallback is not supported");
+            } else if (json.key_is("ignore_merges")) json.boolean(tables.whole_words_first);
+            else if (json.key_is("unk_token") || json.key_is("fuse_unk")) json.skip();  // every byte has a token
+            else return unsupported("model has the unknown member '", view(json.key), "'");
+        }
+        BABYGPT_TRY(json.finish(name));
+        if (vocab.size == 0 || merges.size == 0) return bad("the model has no vocab or no merges");
+        Json tokens = part_of(json.text, vocab);
+        BABYGPT_TRY(vocabulary(tokens, false));
+        BABYGPT_TRY(tokens.finish(name));
+        Json list = part_of(json.text, merges);
+        Array<char> first(runtime), second(runtime);
+        for (list.enter_array(); list.next_item();) {
+            if (list.peek() == JsonType::string) {
+                if (list.string(first)) BABYGPT_TRY(merge_line(view(first)));
+                continue;
+            }
+            if (!list.enter_array() || !list.next_item() || !list.string(first) || !list.next_item() || !list.string(second) ||
+                list.next_item()) {
+                list.reject("expected a merge of two tokens");
+                break;
+            }
+            if (!list.problem) BABYGPT_TRY(add_merge(view(first), view(second)));
+        }
+        return list.finish(name);
+    }
+};
+
+// The code points of a text, one bit each.
+struct CharacterSet {
+    Array<unsigned char> bits;
+    explicit CharacterSet(Runtime& runtime) : bits(runtime) {}
+    bool begin() { return bits.resize(0x110000 / 8); }
+    void add(Text piece) {
+        for (size_t i = 0, length; i < piece.size; i += length) {
+            const uint32_t code = decode_utf8(piece.data + i, piece.end(), length);
+            if (code != not_utf8) bits.items[code / 8] = static_cast<unsigned char>(bits.items[code / 8] | 1u << code % 8);
+        }
+    }
+    static bool add_piece(void* self, Text piece, bool) { return static_cast<CharacterSet*>(self)->add(piece), true; }
+};
+
+inline bool add_character(Tables& tables, uint32_t code) {
+    char bytes[4];
+    return tables.codes.push(code) && tables.add(Text(bytes, encode_utf8(code, bytes)));
+}
+
+// A tokenizer that `fill(tables)` fills, in the place of what `tokenizer` was; that stays as it was where something fails.
+template <class Fill>
+Status make_tokenizer(Tokenizer& tokenizer, Runtime& runtime, TokenizerKind kind, const Fill& fill) {
+    Tokenizer made;
+    made.runtime = &runtime;
+    made.kind = kind;
+    made.tables = create<Tables>(runtime, runtime);
+    if (!made.tables) return out_of_memory(sizeof(Tables));
+    Tables& tables = *made.tables;
+    BABYGPT_TRY(fill(tables));
+    if (made.kind == TokenizerKind::characters) {
+        made.unknown = static_cast<int32_t>(tables.tokens.count);
+        if (!tables.add("\xef\xbf\xbd")) return out_of_memory(tables.text.count);
+    }
+    if (tables.tokens.count > INT32_MAX) return fail(Error::unsupported, "the tokenizer has ", tables.tokens.count, " tokens");
+    made.vocab = static_cast<int>(tables.tokens.count);
+    for (const int32_t id : tables.specials)
+        if (equal(tables.bytes(id), end_of_text_name)) made.end_of_text = id;
+    tokenizer = static_cast<Tokenizer&&>(made);
+    return Status();
+}
+
+// read(user, callback) passes the text to a callback, in pieces.
+template <class Read>
+Status train_tokenizer(Tokenizer& tokenizer, Runtime& runtime, const TokenizerConfig& config, const Read& read) {
+    if (config.kind == TokenizerKind::bytes) return tokenizer.create_bytes(runtime);
+    if (config.kind == TokenizerKind::characters)
+        return make_tokenizer(tokenizer, runtime, config.kind, [&](Tables& tables) {
+            CharacterSet set(runtime);
+            if (!set.begin()) return out_of_memory(0x110000 / 8);
+            BABYGPT_TRY(read(&set, &CharacterSet::add_piece));
+            for (uint32_t code = 0; code < 0x110000; ++code)
+                if (set.bits[code / 8] >> code % 8 & 1 && !add_character(tables, code)) return out_of_memory(tables.text.count);
+            return Status();
+        });
+    if (config.kind != TokenizerKind::bpe) return fail(Error::invalid_argument, "a tokenizer of kind 'none' cannot be trained");
+    if (config.vocab < 257)
+        return fail(Error::invalid_argument, "a vocabulary of ", config.vocab,
+                    " is too small: 256 bytes and the end-of-text token need 257");
+    return make_tokenizer(tokenizer, runtime, config.kind, [&](Tables& tables) {
+        if (!tables.make_classes()) return out_of_memory(classes_end / 4);
+        WordCounter counter(runtime, tables);
+        BABYGPT_TRY(read(&counter, &WordCounter::add_piece));
+        BABYGPT_TRY(counter.status);
+        MergeLearner learner(runtime, counter);
+        if (!learner.learn(static_cast<size_t>(config.vocab - 257), tables.merges))
+            return out_of_memory(counter.text.count * sizeof(MergeLearner::Spot));
+        for (int byte = 0; byte < 256; ++byte) {
+            const char c = static_cast<char>(byte);
+            tables.byte_ids[byte] = byte;
+            if (!tables.add(Text(&c, 1))) return out_of_memory(256);
+        }
+        for (const Tables::Merge& merge : tables.merges) {
+            const size_t start = tables.text.count, left = tables.bytes(merge.left).size, right = tables.bytes(merge.right).size;
+            if (left + right > INT32_MAX || !tables.text.reserve(start + left + right)) return out_of_memory(start + left + right);
+            const bool good = append(tables.text, tables.bytes(merge.left)) && append(tables.text, tables.bytes(merge.right))
+                && tables.tokens.push(Tables::Token{start, left + right, false});
+            if (!good) return out_of_memory(tables.tokens.count);
+        }
+        if (!tables.add(end_of_text_name, true)) return out_of_memory(tables.text.count);
+        return finish_bpe(tables);
+    });
+}
+
+// {"babygpt":{"kind":"bytes"}} or {"babygpt":{"kind":"characters","characters":"..."}}, the characters in ascending order.
+inline Status read_simple_tokenizer(Tokenizer& tokenizer, Runtime& runtime, Json& json, Text name) {
+    Array<char> kind(runtime), characters(runtime);
+    for (json.enter_object(); json.next_key();) {
+        if (json.key_is("kind")) json.string(kind);
+        else if (json.key_is("characters")) json.string(characters);
+        else return fail(Error::unsupported, "'", name, "': babygpt has the unknown member '", view(json.key), "'");
+    }
+    if (json.problem) return json.finish(name);
+    if (equal(view(kind), "bytes")) return tokenizer.create_bytes(runtime);
+    if (!equal(view(kind), "characters"))
+        return fail(Error::unsupported, "'", name, "': the kind of tokenizer '", view(kind), "' is not known");
+    return make_tokenizer(tokenizer, runtime, TokenizerKind::characters, [&](Tables& tables) {
+        const Text text = view(characters);
+        for (size_t i = 0, length; i < text.size; i += length) {
+            const uint32_t code = decode_utf8(text.data + i, text.end(), length);
+            if (code == not_utf8 || (tables.codes.count && code <= tables.codes[tables.codes.count - 1]))
+                return fail(Error::bad_file, "'", name, "': the characters are not in ascending order at number ", tables.codes.count);
+            if (!add_character(tables, code)) return out_of_memory(tables.text.count);
+        }
+        return Status();
+    });
+}
+
+inline Status read_tokenizer_json(Tokenizer& tokenizer, Runtime& runtime, Text text, Text name) {
+    Tokenizer read;
+    Json json(runtime, text);
+    const bool simple = json.enter_object() && json.next_key() && json.key_is("babygpt");
+    if (json.problem) return json.finish(name);
+    if (simple) {
+        BABYGPT_TRY(read_simple_tokenizer(read, runtime, json, name));
+        if (json.next_key()) json.reject("expected nothing after \"babygpt\"");
+        BABYGPT_TRY(json.finish(name));
+    } else {
+        BABYGPT_TRY(make_tokenizer(read, runtime, TokenizerKind::bpe,
+                                   [&](Tables& tables) { return TokenizerReader(tables, name).tokenizer_json(text); }));
+    }
+    tokenizer = static_cast<Tokenizer&&>(read);
+    return Status();
+}
+
+inline Status read_vocab_and_merges(Tokenizer& tokenizer, Runtime& runtime, Text vocab_path, Text merges_path) {
+    Array<char> vocab, merges;
+    BABYGPT_TRY(read_file(runtime, vocab_path, vocab));
+    BABYGPT_TRY(read_file(runtime, merges_path, merges));
+    return make_tokenizer(tokenizer, runtime, TokenizerKind::bpe, [&](Tables& tables) {
+        TokenizerReader reader(tables, vocab_path);
+        BABYGPT_TRY(reader.encoder_json(view(vocab)));
+        reader.name = merges_path;
+        BABYGPT_TRY(reader.vocab_bpe(view(merges)));
+        reader.name = vocab_path;
+        return reader.finish();
+    });
+}
+
+// One file of a tokenizer: what it is shows in its name.
+inline Status read_tokenizer_file(Tokenizer& tokenizer, Runtime& runtime, Text path) {
+    static const char* const beside[][2] = {{"encoder.json", "vocab.bpe"}, {"vocab.json", "merges.txt"}};
+    for (const auto& names : beside)
+        for (const char* name : names) {
+            if (!ends_with(path, name)) continue;
+            const Text folder(path.data, path.size - Text(name).size);
+            const Path vocab(folder, names[0]), merges(folder, names[1]);
+            if (!vocab.fits || !merges.fits) return fail(Error::cannot_open, "the path '", path, "' is too long");
+            return read_vocab_and_merges(tokenizer, runtime, Text(vocab.text), Text(merges.text));
+        }
+    Array<char> file;
+    BABYGPT_TRY(read_file(runtime, path, file));
+    if (!ends_with(path, ".tiktoken")) return read_tokenizer_json(tokenizer, runtime, view(file), path);
+    return make_tokenizer(tokenizer, runtime, TokenizerKind::bpe,
+                          [&](Tables& tables) { return TokenizerReader(tables, path).tiktoken(view(file)); });
+}
+
+inline bool append_symbols(Array<char>& to, Text bytes) {
+    for (const char c : bytes)
+        if (!append_utf8(to, byte_to_symbol(static_cast<unsigned char>(c)))) return false;
+    return true;
+}
+
+inline bool write_bpe_json(const Tables& tables, Array<char>& to) {
+    Array<char> symbols(*to.runtime);
+    const auto write_token = [&](int32_t id) {
+        symbols.count = 0;
+        const Text bytes = tables.bytes(id);
+        return (tables.tokens[static_cast<size_t>(id)].special ? append(symbols, bytes) : append_symbols(symbols, bytes)) &&
+               append_json(to, view(symbols));
+    };
+    bool good = append(to, "{\"version\":\"1.0\",\"truncation\":null,\"padding\":null,\"added_tokens\":[");
+    for (size_t i = 0; i < tables.specials.count && good; ++i) {
+        good = append(to, i ? ",\n{\"id\":" : "\n{\"id\":") && append_json(to, int64_t(tables.specials[i])) && append(to, ",\"content\":")
+            && append_json(to, tables.bytes(tables.specials[i]))
+            && append(to, ",\"single_word\":false,\"lstrip\":false,\"rstrip\":false,\"normalized\":false,\"special\":true}");
+    }
+    good = good && append(to, "],\n\"normalizer\":null,\n"
+        "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":true},\n"
+        "\"post_processor\":null,\n"
+        "\"decoder\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":true},\n"
+        "\"model\":{\"type\":\"BPE\",\"dropout\":null,\"unk_token\":null,\"continuing_subword_prefix\":null,\"end_of_word_suffix\":null,"
+        "\"fuse_unk\":false,\"byte_fallback\":false,\"ignore_merges\":")
+        && append(to, tables.whole_words_first ? "true" : "false") && append(to, ",\n\"vocab\":{");
+    bool first = true;
+    for (size_t i = 0; i < tables.tokens.count && good; ++i) {
+        if (tables.tokens[i].size == 0) continue;
+        good = append(to, first ? "\n" : ",\n") && write_token(static_cast<int32_t>(i)) && to.push(':') &&
+               append_json(to, static_cast<int64_t>(i));
+        first = false;
+    }
+    good = good && append(to, "},\n\"merges\":[");
+    for (size_t i = 0; i < tables.merges.count && good; ++i) {
+        symbols.count = 0;
+        const Tables::Merge& merge = tables.merges[i];
+        good = append(to, i ? ",\n" : "\n") && append_symbols(symbols, tables.bytes(merge.left)) && symbols.push(' ')
+            && append_symbols(symbols, tables.bytes(merge.right)) && append_json(to, view(symbols));
+    }
+    return good && append(to, "]}}\n");
+}
+
+template <class T>
+bool copy_array(Array<T>& to, const Array<T>& from) {
+    return to.append(from.items, from.count);
+}
+
+}  // namespace
+
+// ---- the public Tokenizer --------------------------------------------------------------------------------------------------
+
+Status parse_tokenizer(Text text, TokenizerConfig& config) {
+    if (equal(text, "byte")) return config.kind = TokenizerKind::bytes, config.vocab = 256, Status();
+    if (equal(text, "char")) return config.kind = TokenizerKind::characters, Status();
+    int64_t vocab = 0;
+    bool good = starts_with(text, "bpe:") && text.size > 4;
+    for (size_t i = 4; i < text.size && good; ++i) {
+        good = text[i] >= '0' && text[i] <= '9';
+        vocab = least(vocab * 10 + (text[i] - '0'), int64_t(INT32_MAX));
+    }
+    if (!good) return fail(Error::invalid_argument, "'", text, "' is no tokenizer: say byte, char or bpe:N");
+    if (vocab < 257) return fail(Error::invalid_argument, "'", text, "': N must be at least 257, the 256 bytes and the end-of-text token");
+    config.kind = TokenizerKind::bpe;
+    config.vocab = static_cast<int>(vocab);
+    return Status();
+}
+
+Tokenizer::Tokenizer(Tokenizer&& from) noexcept
+    : kind(from.kind), vocab(from.vocab), end_of_text(from.end_of_text), unknown(from.unknown), tables(from.tables), runtime(from.runtime) {
+    from.kind = TokenizerKind::none;
+    from.vocab = 0;
+    from.end_of_text = from.unknown = -1;
+    from.tables = nullptr;
+}
+Tokenizer& Tokenizer::operator=(Tokenizer&& from) noexcept {
+    if (this == &from) return *this;
+    this->~Tokenizer();
+    return *new (this) Tokenizer(static_cast<Tokenizer&&>(from));
+}
+Tokenizer::~Tokenizer() {
+    if (tables) destroy(*runtime, tables);
+}
+
+Status Tokenizer::create_bytes(Runtime& from) {
+    return make_tokenizer(*this, from, TokenizerKind::bytes, [](Tables& to) {
+        for (int byte = 0; byte < 256; ++byte) {
+            const char c = static_cast<char>(byte);
+            if (!to.add(Text(&c, 1))) return out_of_memory(256);
+        }
+        return Status();
+    });
+}
+
+Status Tokenizer::train(Runtime& from, const TokenizerConfig& config, Corpus& corpus) {
+    return train_tokenizer(*this, from, config,
+                           [&](void* user, bool (*piece)(void*, Text, bool)) { return corpus.read(Part::training, piece, user); });
+}
+Status Tokenizer::train(Runtime& from, const TokenizerConfig& config, Text text) {
+    return train_tokenizer(*this, from, config,
+                           [&](void* user, bool (*piece)(void*, Text, bool)) { return piece(user, text, true), Status(); });
+}
+
+Status Tokenizer::load(Runtime& from, Text path) {
+    if (equal(path, "byte")) return create_bytes(from);
+    const Status status = read_tokenizer_file(*this, from, path);
+    if (status.ok() || status.error != Error::cannot_open || path.size == 0) return status;
+    static const char* const endings[] = {".json", ".tiktoken", ".bpe", ".txt"};
+    for (const char* ending : endings)
+        if (ends_with(path, ending)) return status;
+    // Perhaps a folder; its files cannot be listed, so we try the usual names.
+    static const char* const names[] = {"/tokenizer.json", "/encoder.json", "/vocab.json", "/r50k_base.tiktoken", "/gpt2.tiktoken"};
+    for (const char* name : names) {
+        const Path inside(path, name);
+        if (!inside.fits) return status;
+        File file(from);
+        if (!file.open(Text(inside.text), FileMode::read).ok()) continue;
+        return read_tokenizer_file(*this, from, Text(inside.text));
+    }
+    return fail(Error::cannot_open, "'", path,
+                "' is neither a tokenizer file nor a folder with tokenizer.json, encoder.json, vocab.json or r50k_base.tiktoken");
+}
+Status Tokenizer::load_memory(Runtime& from, Text json) { return read_tokenizer_json(*this, from, json, "tokenizer.json"); }
+
+Status Tokenizer::save_memory(Array<char>& json) const {
+    if (!tables) return fail(Error::invalid_argument, "an empty tokenizer cannot be saved");
+    if (!json.runtime) json.runtime = runtime;
+    json.count = 0;
+    bool good = false;
+    if (kind == TokenizerKind::bytes) good = append(json, "{\"babygpt\":{\"kind\":\"bytes\"}}\n");
+    if (kind == TokenizerKind::bpe) good = write_bpe_json(*tables, json);
+    if (kind == TokenizerKind::characters) {
+        const Text characters(tables->text.items, tables->text.count - tables->bytes(unknown).size);
+        good =
+            append(json, "{\"babygpt\":{\"kind\":\"characters\",\"characters\":") && append_json(json, characters) && append(json, "}}\n");
+    }
+    return good ? Status() : out_of_memory(json.count);
+}
+Status Tokenizer::save(Text path) const {
+    Array<char> json;
+    BABYGPT_TRY(save_memory(json));
+    return write_atomically(*runtime, path, [&](File& file) { return file.write(json.items, static_cast<int64_t>(json.count)); });
+}
+
+Status Tokenizer::copy(Runtime& to, const Tokenizer& from) {
+    if (!from.tables) return fail(Error::invalid_argument, "an empty tokenizer cannot be copied");
+    Tokenizer made;
+    made.tables = create<Tables>(to, to);
+    if (!made.tables) return out_of_memory(sizeof(Tables));
+    made.runtime = &to;
+    Tables& t = *made.tables;
+    const Tables& f = *from.tables;
+    const bool good = copy_array(t.text, f.text) && copy_array(t.tokens, f.tokens) && copy_array(t.specials, f.specials) &&
+                      copy_array(t.codes, f.codes) && copy_array(t.merges, f.merges) && copy_array(t.pairs.slots, f.pairs.slots) &&
+                      copy_array(t.words.slots, f.words.slots) && copy_array(t.classes, f.classes);
+    if (!good) return out_of_memory(f.text.count);
+    t.pairs.count = f.pairs.count, t.words.count = f.words.count;
+    t.longest = f.longest, t.whole_words_first = f.whole_words_first;
+    memcpy(t.byte_ids, f.byte_ids, sizeof t.byte_ids);
+    memcpy(t.ascii, f.ascii, sizeof t.ascii);
+    made.kind = from.kind, made.vocab = from.vocab, made.end_of_text = from.end_of_text, made.unknown = from.unknown;
+    *this = static_cast<Tokenizer&&>(made);
+    return Status();
+}
+
+Status Tokenizer::encode(Text text, Array<int32_t>& ids, bool special, size_t* unknown_count) const {
+    if (unknown_count) *unknown_count = 0;
+    if (!tables) return fail(Error::invalid_argument, "the tokenizer is empty: create, train or load it first");
+    if (!ids.runtime) ids.runtime = runtime;
+    const size_t before = ids.count;
+    if (kind == TokenizerKind::bytes) {
+        if (!ids.resize(before + text.size)) return out_of_memory((before + text.size) * sizeof(int32_t));
+        for (size_t i = 0; i < text.size; ++i) ids.items[before + i] = static_cast<unsigned char>(text[i]);
+        return Status();
+    }
+    if (kind == TokenizerKind::characters) {
+        const uint32_t* codes = tables->codes.items;
+        for (size_t i = 0, length; i < text.size; i += length) {
+            const uint32_t code = decode_utf8(text.data + i, text.end(), length);
+            size_t low = 0, high = tables->codes.count;
+            while (low < high) {
+                const size_t middle = (low + high) / 2;
+                if (codes[middle] < code) low = middle + 1;
+                else high = middle;
+            }
+            const bool known = low < tables->codes.count && codes[low] == code;
+            if (!known && unknown_count) ++*unknown_count;
+            if (!ids.push(known ? static_cast<int32_t>(low) : unknown))
+                return ids.count = before, out_of_memory((before + text.size) * sizeof(int32_t));
+        }
+        return Status();
+    }
+    Encoder encoder(*tables, ids, *runtime);
+    bool starts[256] = {};  // of the names of special tokens
+    if (special)
+        for (const int32_t id : tables->specials) starts[static_cast<unsigned char>(tables->bytes(id)[0])] = true;
+    bool good = true;
+    for (size_t at = 0, from = 0; at <= text.size && good; ++at) {
+        if (at < text.size && !special) at = text.size;
+        int32_t id = -1;
+        if (at < text.size) {
+            if (!starts[static_cast<unsigned char>(text[at])]) continue;
+            id = special_at(*tables, Text(text.data + at, text.size - at));
+            if (id < 0) continue;
+        }
+        good = encoder.encode(Text(text.data + from, at - from)) && (id < 0 || ids.push(id));
+        if (id >= 0) from = at + tables->bytes(id).size, at = from - 1;
+    }
+    if (good) return Status();
+    ids.count = before;
+    return out_of_memory((before + text.size) * sizeof(int32_t));
+}
+
+Text Tokenizer::bytes(int32_t id) const { return tables && id >= 0 && id < vocab ? tables->bytes(id) : Text(); }
+
+Status Tokenizer::decode(Span<const int32_t> ids, Array<char>& text) const {
+    if (!tables) return fail(Error::invalid_argument, "the tokenizer is empty: create, train or load it first");
+    if (!text.runtime) text.runtime = runtime;
+    const size_t before = text.count;
+    for (const int32_t id : ids) {
+        const Text token = bytes(id);
+        if (token.size == 0)
+            return text.count = before, fail(Error::invalid_argument, "there is no token ", id, " in a vocabulary of ", vocab);
+        if (!append(text, token)) return text.count = before, out_of_memory(before + token.size);
+    }
+    return Status();
+}
+
+// ---- whole characters from a stream of bytes -------------------------------------------------------------------------------
+
+size_t Utf8Stream::push(Text piece, char* out) {
+    size_t written = 0;
+    char* const held = reinterpret_cast<char*>(pending);
+    for (const char c : piece) {
+        held[count++] = c;
+        while (count > 0) {
+            size_t length;
+            const uint32_t code = decode_utf8(held, held + count, length);
+            // The start of a character that may still be completed is kept.
+            const unsigned char lead = pending[0];
+            const int wanted = lead < 0xc2 || lead > 0xf4 ? 1 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
+            if (code == not_utf8 && static_cast<int>(length) == count && count < wanted) break;
+            memcpy(out + written, held, length);
+            written += length;
+            count -= static_cast<int>(length);
+            memmove(held, held + length, static_cast<size_t>(count));
+        }
+    }
+    return written;
+}
+size_t Utf8Stream::finish(char* out) {
+    const size_t left = static_cast<size_t>(count);
+    memcpy(out, pending, left);
+    count = 0;
+    return left;
+}
+
+}  // namespace babygpt
+// =====================================================================================================================
+// [CHAPTER 4] Tensors, ops and the tape
+// =====================================================================================================================
+// A model's forward pass is recorded once, as a flat list of ops. Running the list is the forward pass; running it backwards,
+// each op's own backward, is backpropagation (reverse-mode automatic differentiation with the derivative rules written by hand).
+// A tensor is a place in a region: a matrix of rows (one a token) by columns. Rows are a number of the run; columns are fixed.
+// While recording, the architecture also names its weights, so one function a model (chapter 6) says everything about it.
+// Then the planner gives every tensor an offset in one block of memory: two tensors share a place when they are never needed at the same time.
+
+namespace babygpt {
+namespace {
+
+enum class OpKind : int32_t { embedding, norm, linear, attention, add, dropout, head };
+
+inline const char* op_name(OpKind kind) {
+    static constexpr const char* names[] = {"embedding", "norm", "linear", "attention", "add", "dropout", "head"};
+    return names[static_cast<int>(kind)];
+}
+
+// Activations: rows x cols in the activations region; the gradient, where there is one, is as large and lies at `gradient`.
+struct Tensor {
+    char name[48];
+    int cols;
+    int64_t offset;    // in elements
+    int64_t gradient;  // in elements; -1: none
+    int born, dies;    // the planner's times of the values ...
+    int gradient_born, gradient_dies;  // ... and of the gradient
+};
+
+constexpr int nothing = -1;  // no tensor, no weight
+
+struct Op {
+    OpKind kind;
+    int layer;                     // which block of the model; -1 outside
+    int x = nothing, x2 = nothing; // tensors it reads (x2: the other summand)
+    int y = nothing;               // the tensor it writes
+    int aux = nothing;             // what its forward leaves for its backward, see chapter 5
+    int w = nothing, b = nothing;  // weights: indices into Tape::weights
+    int in = 0, out = 0;           // columns of x and of y
+    int heads = 0;                 // attention
+    Activation activation = Activation::none;
+    bool adds_to_dx = false;       // some later op has already written a gradient of x (x2): add to it, do not set it
+    bool adds_to_dx2 = false;
+};
+
+// A weight as an architecture declares it: the public record, and how it starts.
+struct WeightPlan {
+    Weight weight;
+    double deviation;  // of the normal distribution; 0: zeros; -1: ones
+};
+
+// One sequence of a run: `length` rows from `row` on, which stand at `position` and after in their text.
+struct Sequence {
+    int row, length, position;
+    const int32_t* pages;  // running with a KV cache: the numbers of its pages; null: training, positions are those of this run
+};
+
+// What changes from run to run, read when the tape runs.
+struct Run {
+    int rows = 0;
+    Span<const Sequence> sequences;
+    const int32_t* ids = nullptr;         // [rows]
+    const int32_t* targets = nullptr;     // [rows], -1: counts for nothing; null: no loss is wanted
+    bool training = false;                // dropout is on and gradients follow
+    double dropout = 0;
+    double label_smoothing = 0;
+    uint64_t seed = 0, step = 0;
+    uint64_t first_row = 0;               // of this run in the whole batch of the step, for the random numbers
+};
+
+// KV cache: pages of `kv_page` positions, each for all layers. In a page, layer after layer: the keys as [head][dim][position]
+// (so that a vector holds one dimension of neighbouring positions), then the values as [head][position][dim].
+constexpr int kv_page = 32;
+
+// The regions, bound when the tape runs. T is float, or double for the oracle.
+template <class T>
+struct Regions {
+    const T* weights = nullptr;
+    T* gradients = nullptr;         // laid out as the weights: sums over tokens, added to
+    T* lookup_gradients = nullptr;  // of a token embedding shared with the head: the embedding's part, apart so that it is one chain of additions
+    T* activations = nullptr;
+    T* scratch = nullptr;           // as the backend asked for
+    T* kv = nullptr;
+    double* losses = nullptr;       // [rows], nats; written where there are targets
+    int32_t* ranks = nullptr;       // [rows], how many tokens were thought likelier than the target; may be null
+    T* logits = nullptr;            // [sequences][vocab], of each sequence's last row; null: not wanted
+    const float* packed = nullptr;  // the fast backend's copies of the weights, when running
+};
+
+struct Tape {
+    Runtime* runtime = nullptr;
+    Array<Tensor> tensors;
+    Array<Op> ops;
+    Array<WeightPlan> weights;
+    int64_t weight_block = 0;       // elements of the weights region
+    int64_t parameters = 0;
+    int max_rows = 0;
+    int64_t activation_block = 0;   // elements of the activations region
+    int layer = -1;                 // recording: the block we are in
+    int layers = 0, heads = 0, width = 0, vocab = 0, context = 0;
+    bool tied = false;
+    bool training = false;          // plan gradients, and keep what backward reads
+    double dropout = 0;
+    double epsilon = 1e-5;          // of the norms
+    bool no_memory = false;
+
+    explicit Tape(Runtime& from) : runtime(&from), tensors(from), ops(from), weights(from) {}
+
+    // ---- recording: each call appends one op and returns the tensor that it writes ----
+
+    int embedding(const char* token_name, const char* position_name) {
+        Op op = start(OpKind::embedding, nothing);
+        op.w = declare(token_name, "", vocab, width, 0.02, false);
+        op.b = declare(position_name, "", context, width, 0.02, false);
+        return finish(op, "embedding", width);
+    }
+    int norm(const char* name, int x, bool bias) {
+        Op op = start(OpKind::norm, x);
+        op.w = declare(name, ".weight", 1, op.in, -1, true);
+        if (bias) op.b = declare(name, ".bias", 1, op.in, 0, true);
+        op.aux = tensor(name, ".statistics", 2);
+        return finish(op, name, op.in);
+    }
+    int linear(const char* name, int x, int out, bool bias, Activation activation, double deviation) {
+        Op op = start(OpKind::linear, x);
+        op.w = declare(name, ".weight", op.in, out, deviation, false);
+        if (bias) op.b = declare(name, ".bias", 1, out, 0, true);
+        op.activation = activation;
+        if (training && activation != Activation::none) op.aux = tensor(name, ".before", out);
+        return finish(op, name, out);
+    }
+    // x holds queries, keys and values beside each other. Causal: a token sees itself and what stands before it.
+    int attention(const char* name, int x, int count) {
+        Op op = start(OpKind::attention, x);
+        op.heads = count;
+        op.aux = tensor(name, ".softmax", 2 * count);
+        return finish(op, name, op.in / 3);
+    }
+    int add(const char* name, int a, int b) {
+        Op op = start(OpKind::add, a);
+        op.x2 = b;
+        return finish(op, name, op.in);
+    }
+    int drop(const char* name, int x) {
+        if (!training || dropout <= 0) return x;
+        Op op = start(OpKind::dropout, x);
+        return finish(op, name, op.in);
+    }
+    // Output head and loss in one: logits = x * W^T, never all of them in memory. Its tensor y is empty.
+    void head(const char* name, int x) {
+        Op op = start(OpKind::head, x);
+        op.w = tied ? ops.count && ops[0].kind == OpKind::embedding ? ops[0].w : nothing : declare(name, "", vocab, width, 0.02, false);
+        op.aux = tensor("head", ".softmax", 2);
+        op.out = vocab;
+        if (!no_memory && !ops.push(op)) no_memory = true;
+    }
+
+    // ---- what the ops declare: which values does an op's backward read? ----
+
+    static bool backward_reads_x(const Op& op) {
+        return op.kind == OpKind::norm || op.kind == OpKind::linear || op.kind == OpKind::attention || op.kind == OpKind::head;
+    }
+    static bool backward_reads_y(const Op& op) { return op.kind == OpKind::attention; }
+
+    // ---- planning ----
+
+    // Times: op i runs forward at i and backward at 2n-1-i. A tensor's place is its own from its first write to its last read.
+    // The head may write its gradient while it runs forward.
+    Status plan(int rows) {
+        if (no_memory) return out_of_memory(0);
+        max_rows = rows;
+        const int n = static_cast<int>(ops.count);
+        for (Tensor& t : tensors) t.born = t.gradient_born = INT32_MAX, t.dies = t.gradient_dies = -1, t.gradient = -1;
+        for (int i = 0; i < n; ++i) {
+            Op& op = ops[static_cast<size_t>(i)];
+            const int back = 2 * n - 1 - i;
+            touch(op.x, i), touch(op.x2, i), touch(op.y, i), touch(op.aux, i);
+            if (!training) continue;
+            touch(op.aux, back);
+            if (backward_reads_x(op)) touch(op.x, back);
+            if (backward_reads_y(op)) touch(op.y, back);
+            const int writes = op.kind == OpKind::head ? i : back;
+            touch_gradient(op.x, writes), touch_gradient(op.x2, writes), touch_gradient(op.y, writes);
+        }
+        if (training) {  // backwards, the first op to reach a tensor sets its gradient, later ones add to it
+            Array<char> seen(*runtime);
+            if (!seen.resize(tensors.count)) return out_of_memory(tensors.count);
+            for (int i = n - 1; i >= 0; --i) {
+                Op& op = ops[static_cast<size_t>(i)];
+                if (op.x != nothing) op.adds_to_dx = seen[static_cast<size_t>(op.x)] != 0, seen[static_cast<size_t>(op.x)] = 1;
+                if (op.x2 != nothing) op.adds_to_dx2 = seen[static_cast<size_t>(op.x2)] != 0, seen[static_cast<size_t>(op.x2)] = 1;
+            }
+        }
+        activation_block = 0;
+        for (size_t i = 0; i < tensors.count; ++i) {
+            Tensor& t = tensors[i];
+            t.offset = place(i, false, t.born, t.dies);
+            if (t.gradient_dies >= 0) t.gradient = place(i, true, t.gradient_born, t.gradient_dies);
+        }
+        return Status();
+    }
+    int64_t elements(const Tensor& t) const { return round_up(static_cast<int64_t>(max_rows) * t.cols, static_cast<int64_t>(16)); }
+
+    const Tensor& at(int tensor_index) const { return tensors[static_cast<size_t>(tensor_index)]; }
+    const Weight& weight(int index) const { return weights[static_cast<size_t>(index)].weight; }
+    // The weight that is both the token embedding and the head; nothing where they are two.
+    int shared_embedding() const { return tied ? ops[0].w : nothing; }
+    int64_t lookup_block() const { return tied ? round_up(static_cast<int64_t>(vocab) * width, static_cast<int64_t>(16)) : 0; }
+    // Floats of one KV page.
+    int64_t kv_page_block() const { return static_cast<int64_t>(layers) * 2 * width * kv_page; }
+
+   private:
+    Op start(OpKind kind, int x) {
+        Op op{};
+        op.kind = kind;
+        op.layer = layer;
+        op.x = x;
+        op.x2 = op.y = op.aux = op.w = op.b = nothing;
+        if (x != nothing && !no_memory) op.in = tensors[static_cast<size_t>(x)].cols;
+        return op;
+    }
+    int finish(Op& op, const char* name, int cols) {
+        op.out = cols;
+        op.y = tensor(name, "", cols);
+        if (!no_memory && !ops.push(op)) no_memory = true;
+        return op.y;
+    }
+    void full_name(Line line, const char* name, const char* suffix) const {
+        if (layer >= 0) line.put("h."), line.put(layer), line.put(".");
+        line.put(name);
+        line.put(suffix);
+    }
+    int tensor(const char* name, const char* suffix, int cols) {
+        Tensor t{};
+        full_name(Line(t.name, sizeof t.name), name, suffix);
+        t.cols = cols;
+        if (no_memory || !tensors.push(t)) no_memory = true;
+        return no_memory ? 0 : static_cast<int>(tensors.count) - 1;
+    }
+    int declare(const char* name, const char* suffix, int rows, int cols, double deviation, bool is_vector) {
+        WeightPlan plan{};
+        full_name(Line(plan.weight.name, sizeof plan.weight.name), name, suffix);
+        plan.weight.offset = weight_block;
+        plan.weight.rows = rows, plan.weight.cols = cols;
+        plan.weight.is_vector = is_vector, plan.weight.decay = !is_vector;
+        plan.deviation = deviation;
+        const int64_t size = static_cast<int64_t>(rows) * cols;
+        parameters += size;
+        weight_block += round_up(size, static_cast<int64_t>(16));
+        if (no_memory || !weights.push(plan)) no_memory = true;
+        return no_memory ? 0 : static_cast<int>(weights.count) - 1;
+    }
+    void touch(int tensor_index, int time) {
+        if (tensor_index == nothing) return;
+        Tensor& t = tensors[static_cast<size_t>(tensor_index)];
+        t.born = least(t.born, time), t.dies = most(t.dies, time);
+    }
+    void touch_gradient(int tensor_index, int time) {
+        if (tensor_index == nothing) return;
+        Tensor& t = tensors[static_cast<size_t>(tensor_index)];
+        t.gradient_born = least(t.gradient_born, time), t.gradient_dies = most(t.gradient_dies, time);
+    }
+
+    // The lowest place that no tensor placed before it needs at the same time.
+    int64_t place(size_t index, bool gradient, int born, int dies) {
+        const int64_t size = elements(tensors[index]);
+        int64_t at = 0;
+        for (bool moved = true; moved;) {
+            moved = false;
+            for (size_t i = 0; i <= index; ++i) {
+                const Tensor& t = tensors[i];
+                const int64_t other = elements(t);
+                if ((i < index || gradient) && t.born <= dies && born <= t.dies && at < t.offset + other && t.offset < at + size)
+                    at = t.offset + other, moved = true;
+                if (i < index && t.gradient >= 0 && t.gradient_born <= dies && born <= t.gradient_dies && at < t.gradient + other && t.gradient < at + size)
+                    at = t.gradient + other, moved = true;
+            }
+        }
+        activation_block = most(activation_block, at + size);
+        return at;
+    }
+};
+
+}  // namespace
+}  // namespace babygpt
+// =====================================================================================================================
+// [CHAPTER 5] The ops, plainly
+// =====================================================================================================================
+// Each op's forward pass with its backward pass under it, in scalar loops, for float and for double. This is the reference backend: the
+// fast one (chapters 10 and 11) computes the same function, and in float the same bits. For that, the order of additions is part of the
+// definition, and always one of these two:
+//   a chain:  s = start; for k in order: s = a[k] * b[k] + s, each step one fused multiply-add (rounded once). Products of matrices,
+//             and sums over rows (gradients of weights), which start from what is there;
+//   lanes:    sums along a row: 16 sums side by side, element i goes to sum i % 16, then a fixed tree adds the 16.
+// In backward passes dx means d loss / d x. Gradients of weights are added to, gradients of tensors are set, or added to where
+// another op has already written (`adds`).
+
+namespace babygpt {
+namespace {
+
+// ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+// a * b + c, rounded once. In double the reference is not about bits.
+BABYGPT_INLINE double madd(double a, double b, double c) { return a * b + c; }
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+BABYGPT_INLINE float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+#else
+// In double the product is exact; the sum is rounded to odd, so that rounding it again, to float, gives the right answer
+// (Boldo & Melquiond 2008). Standing on no instruction, it gives the same bits everywhere.
+inline float madd(float a, float b, float c) {
+    const double product_ = static_cast<double>(a) * static_cast<double>(b), addend = static_cast<double>(c);
+    double sum = product_ + addend;
+    const double part = sum - product_;
+    const double error = (product_ - (sum - part)) + (addend - part);  // exact (Knuth's two-sum)
+    const uint64_t bits = bits_as<uint64_t>(sum);
+    if (error != 0 && (bits & 1) == 0 && is_finite(sum)) sum = bits_as<double>((error > 0) == (sum > 0) ? bits + 1 : bits - 1);
+    return static_cast<float>(sum);
+}
+#endif
+
+template <class T>
+constexpr bool is_float = sizeof(T) == 4;
+
+constexpr double log2_e = 1.44269504088896340736;
+
+// e^x. x = n ln 2 + r, |r| <= ln(2)/2; e^r by its Taylor series (in float by a polynomial fitted to it), 2^n by the exponent's bits.
+inline float exp_of(float x) {
+    x = x < -87.3f ? -87.3f : x > 88.3f ? 88.3f : x;
+    const float n = madd(x, 1.44269504f, 12582912.0f) - 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+    float r = madd(n, -0.693359375f, x);                              // ln 2 in two parts, the first one exact
+    r = madd(n, 2.12194440e-4f, r);
+    float p = 1.9875691500e-4f;
+    p = madd(p, r, 1.3981999507e-3f);
+    p = madd(p, r, 8.3334519073e-3f);
+    p = madd(p, r, 4.1665795894e-2f);
+    p = madd(p, r, 1.6666665459e-1f);
+    p = madd(p, r, 5.0000001201e-1f);
+    p = madd(p, r * r, r) + 1.0f;
+    return p * bits_as<float>(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+}
+inline double exp_of(double x) {
+    if (x < -700) return 0;
+    x = least(x, 700.0);
+    const double n = static_cast<double>(static_cast<int64_t>(x * log2_e + (x < 0 ? -0.5 : 0.5)));
+    const double r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
+    double term = 1, sum = 1;
+    for (int k = 1; k <= 14; ++k) term *= r / k, sum += term;
+    return sum * bits_as<double>(static_cast<uint64_t>(static_cast<int64_t>(n) + 1023) << 52);
+}
+// ln x for x > 0, always in double: x = m 2^e with m near 1; ln m = 2 atanh((m-1)/(m+1)).
+inline double log_of(double x) {
+    if (!(x > 0)) return -1e300;
+    if (!is_finite(x)) return x;
+    int e = 0;
+    while (x < 0x1p-1000) x *= 0x1p100, e -= 100;
+    const uint64_t bits = bits_as<uint64_t>(x);
+    e += static_cast<int>(bits >> 52) - 1023;
+    double m = bits_as<double>((bits & 0xfffffffffffffu) | 0x3ff0000000000000u);
+    if (m > 1.4142135623730951) m *= 0.5, ++e;
+    const double z = (m - 1) / (m + 1), z2 = z * z;
+    double sum = 0;
+    for (int k = 21; k >= 1; k -= 2) sum = sum * z2 + 1.0 / k;
+    return 2 * z * sum + e * 0.693147180559945309417;
+}
+// cos(pi x) for 0 <= x <= 1, by the Taylor series around the nearer of the two zeros' sides.
+inline double cos_pi(double x) {
+    const double y = (0.5 - x) * 3.14159265358979323846;  // cos(pi x) = sin(pi/2 - pi x)
+    double term = y, sum = y;
+    for (int k = 2; k <= 26; k += 2) term *= -y * y / (k * (k + 1)), sum += term;
+    return sum;
+}
+BABYGPT_INLINE float root(float x) { return __builtin_sqrtf(x); }
+BABYGPT_INLINE double root(double x) { return __builtin_sqrt(x); }
+
+// Sixteen sums and their tree.
+template <class T>
+struct Lanes {
+    T lane[16] = {};
+    T total() const {
+        T a[16];
+        for (int i = 0; i < 16; ++i) a[i] = lane[i];
+        for (int half = 8; half > 0; half /= 2)
+            for (int i = 0; i < half; ++i) a[i] = a[i] + a[i + half];
+        return a[0];
+    }
+};
+// sum of f(i), i < n
+template <class T, class F>
+T sum(int n, const F& f) {
+    Lanes<T> lanes;
+    for (int i = 0; i < n; ++i) lanes.lane[i % 16] = lanes.lane[i % 16] + f(i);
+    return lanes.total();
+}
+// sum of f(i) * g(i)
+template <class T, class F, class G>
+T dot_lanes(int n, const F& f, const G& g) {
+    Lanes<T> lanes;
+    for (int i = 0; i < n; ++i) lanes.lane[i % 16] = madd(f(i), g(i), lanes.lane[i % 16]);
+    return lanes.total();
+}
+
+// ---- embedding: y = token[id] + position[p] ----------------------------------------------------------------------------
+
+template <class T>
+void embedding_forward(T* y, const T* token, const T* position, const int32_t* ids, Span<const Sequence> sequences, int width) {
+    for (const Sequence& s : sequences)
+        for (int i = 0; i < s.length; ++i)
+            for (int c = 0; c < width; ++c)
+                y[static_cast<int64_t>(s.row + i) * width + c] =
+                    token[static_cast<int64_t>(ids[s.row + i]) * width + c] + position[static_cast<int64_t>(s.position + i) * width + c];
+}
+template <class T>
+void embedding_backward(T* dtoken, T* dposition, const T* dy, const int32_t* ids, Span<const Sequence> sequences, int width) {
+    for (const Sequence& s : sequences)
+        for (int i = 0; i < s.length; ++i)
+            for (int c = 0; c < width; ++c) {
+                const T d = dy[static_cast<int64_t>(s.row + i) * width + c];
+                dtoken[static_cast<int64_t>(ids[s.row + i]) * width + c] += d;
+                dposition[static_cast<int64_t>(s.position + i) * width + c] += d;
+            }
+}
+
+// ---- layer norm (Ba, Kiros & Hinton 2016): y = (x - mean) / sqrt(variance + epsilon) * w + b -----------------------------
+
+// statistics: [rows][2], the mean and 1 / sqrt(variance + epsilon). b may be null.
+template <class T>
+void norm_forward(T* y, T* statistics, const T* x, const T* w, const T* b, int rows, int n, double epsilon) {
+    for (int row = 0; row < rows; ++row, x += n, y += n, statistics += 2) {
+        const T mean = sum<T>(n, [&](int i) { return x[i]; }) / static_cast<T>(n);
+        const auto centred = [&](int i) { return x[i] - mean; };
+        const T variance = dot_lanes<T>(n, centred, centred) / static_cast<T>(n);
+        const T scale = static_cast<T>(1) / root(variance + static_cast<T>(epsilon));
+        for (int i = 0; i < n; ++i) y[i] = b ? madd((x[i] - mean) * scale, w[i], b[i]) : (x[i] - mean) * scale * w[i];
+        statistics[0] = mean, statistics[1] = scale;
+    }
+}
+// With h = (x - mean) * scale and g = dy * w:  dx = scale * (g - mean(g) - h * mean(g * h)),  dw = sum over rows of dy * h,  db = sum of dy.
+template <class T>
+void norm_backward(T* dx, T* dw, T* db, const T* dy, const T* x, const T* statistics, const T* w, int rows, int n, bool adds) {
+    for (int row = 0; row < rows; ++row, x += n, dy += n, dx += n, statistics += 2) {
+        const T mean = statistics[0], scale = statistics[1];
+        const auto h = [&](int i) { return (x[i] - mean) * scale; };
+        const auto g = [&](int i) { return dy[i] * w[i]; };
+        const T mean_g = sum<T>(n, g) / static_cast<T>(n);
+        const T mean_gh = dot_lanes<T>(n, g, h) / static_cast<T>(n);
+        for (int i = 0; i < n; ++i) {
+            const T d = scale * madd(-h(i), mean_gh, g(i) - mean_g);
+            dw[i] = madd(dy[i], h(i), dw[i]);
+            if (db) db[i] = db[i] + dy[i];
+            dx[i] = adds ? dx[i] + d : d;
+        }
+    }
+}
+
+// ---- activations -------------------------------------------------------------------------------------------------------
+
+// erf, by the series 2/sqrt(pi) * e^(-x^2) * sum 2^k x^(2k+1) / (1*3*5*...*(2k+1)): all terms have one sign (Abramowitz & Stegun 7.1.6).
+// Beyond 6 it is 1 to the last bit of a double.
+inline double erf_of(double x) {
+    const double a = x < 0 ? -x : x;
+    if (a > 6) return x < 0 ? -1 : 1;
+    double term = a, total = a;
+    for (int k = 1; k < 150; ++k) {
+        term *= 2 * a * a / (2 * k + 1);
+        total += term;
+        if (term < total * 1e-17) break;
+    }
+    const double value = 1.12837916709551257390 * exp_of(-a * a) * total;
+    return x < 0 ? -value : value;
+}
+
+// GELU (Hendrycks & Gimpel 2016): x * P(N(0,1) <= x). The tanh form is x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), since
+// (1 + tanh u) / 2 = sigmoid(2u). The erf form is computed in double in every backend.
+constexpr double gelu_a = 1.59576912160573071176;             // 2 sqrt(2/pi)
+constexpr double gelu_b = 1.59576912160573071176 * 0.044715;
+template <class T>
+T activate(T x, Activation activation) {
+    if (activation == Activation::gelu) {
+        const double wide = static_cast<double>(x);
+        return static_cast<T>(0.5 * wide * (1 + erf_of(wide * 0.70710678118654752440)));
+    }
+    if (activation == Activation::gelu_tanh) {
+        const T u = x * madd(static_cast<T>(gelu_b), x * x, static_cast<T>(gelu_a));
+        return x / (static_cast<T>(1) + exp_of(-u));
+    }
+    return x;
+}
+// Its derivative. gelu: P(x) + x p(x). gelu_tanh, with s = sigmoid(u): s + x s (1 - s) u'.
+template <class T>
+T activate_derivative(T x, Activation activation) {
+    if (activation == Activation::gelu) {
+        const double wide = static_cast<double>(x);
+        return static_cast<T>(0.5 * (1 + erf_of(wide * 0.70710678118654752440)) + wide * 0.39894228040143267794 * exp_of(-0.5 * wide * wide));
+    }
+    if (activation == Activation::gelu_tanh) {
+        const T u = x * madd(static_cast<T>(gelu_b), x * x, static_cast<T>(gelu_a));
+        const T s = static_cast<T>(1) / (static_cast<T>(1) + exp_of(-u));
+        const T slope = madd(static_cast<T>(3 * gelu_b), x * x, static_cast<T>(gelu_a));
+        return madd(x * s * (static_cast<T>(1) - s), slope, s);
+    }
+    return static_cast<T>(1);
+}
+
+// ---- linear: y = activation(x W + b), W [in][out] ----------------------------------------------------------------------
+
+// before: [rows][out], x W + b; may be null where no backward pass follows. b may be null.
+template <class T>
+void linear_forward(T* y, T* before, const T* x, const T* w, const T* b, int rows, int in, int out, Activation activation) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t o = 0; o < out; ++o) {
+            T s = b ? b[o] : static_cast<T>(0);
+            for (int64_t i = 0; i < in; ++i) s = madd(x[row * in + i], w[i * out + o], s);
+            if (before) before[row * out + o] = s;
+            y[row * out + o] = activate(s, activation);
+        }
+}
+// dy becomes the gradient before the activation, in place; then db = sum over rows of dy, dW = x^T dy, dx = dy W^T.
+template <class T>
+void linear_backward(T* dx, T* dw, T* db, T* dy, const T* before, const T* x, const T* w, int rows, int in, int out, Activation activation, bool adds) {
+    if (activation != Activation::none)
+        for (int64_t i = 0; i < static_cast<int64_t>(rows) * out; ++i) dy[i] = dy[i] * activate_derivative(before[i], activation);
+    for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t o = 0; o < out; ++o)
+            if (db) db[o] = db[o] + dy[row * out + o];
+        for (int64_t i = 0; i < in; ++i)
+            for (int64_t o = 0; o < out; ++o) dw[i * out + o] = madd(x[row * in + i], dy[row * out + o], dw[i * out + o]);
+        for (int64_t i = 0; i < in; ++i) {
+            T s = adds ? dx[row * in + i] : static_cast<T>(0);
+            for (int64_t o = 0; o < out; ++o) s = madd(dy[row * out + o], w[i * out + o], s);
+            dx[row * in + i] = s;
+        }
+    }
+}
+
+// ---- dropout (Srivastava et al. 2014): with probability p an element becomes 0, the others grow by 1 / (1 - p) -------------
+
+// Row r of the whole batch and element i always meet the same fate in a step: nothing needs to be remembered.
+struct Dropout {
+    uint32_t below;  // an element whose bits are below this is dropped
+    float keep;      // 1 / (1 - p)
+    uint64_t seed, step, op, first_row;
+    Dropout(const Run& run, int op_number)
+        : below(run.training ? static_cast<uint32_t>(run.dropout * 4294967296.0) : 0), keep(static_cast<float>(1 / (1 - run.dropout))),
+          seed(run.seed), step(run.step), op(static_cast<uint64_t>(op_number)), first_row(run.first_row) {}
+    bool active() const { return below != 0; }
+    uint64_t key(int row) const { return random_key(seed, step, op, first_row + static_cast<uint64_t>(row)); }
+    // What element i of a row with this key is multiplied by.
+    BABYGPT_INLINE float factor(uint64_t row_key, int i) const { return random_bits(row_key, static_cast<uint32_t>(i)) < below ? 0.0f : keep; }
+};
+template <class T>
+void dropout_forward(T* y, const T* x, const Dropout& drop, int rows, int n) {
+    for (int row = 0; row < rows; ++row, x += n, y += n) {
+        const uint64_t key = drop.key(row);
+        for (int i = 0; i < n; ++i) y[i] = drop.active() ? x[i] * static_cast<T>(drop.factor(key, i)) : x[i];
+    }
+}
+template <class T>
+void dropout_backward(T* dx, const T* dy, const Dropout& drop, int rows, int n, bool adds) {
+    for (int row = 0; row < rows; ++row, dx += n, dy += n) {
+        const uint64_t key = drop.key(row);
+        for (int i = 0; i < n; ++i) {
+            const T d = drop.active() ? dy[i] * static_cast<T>(drop.factor(key, i)) : dy[i];
+            dx[i] = adds ? dx[i] + d : d;
+        }
+    }
+}
+
+// ---- causal multi-head attention (Vaswani et al. 2017) -----------------------------------------------------------------
+
+// x: [rows][3 * heads * dim], each row its queries, keys, values. For query i and the keys k <= i of its sequence, in each head:
+//   s[k] = q . k[k] / sqrt(dim),  p = softmax(s),  y = sum over k of p[k] * v[k]   (with dropout on p)
+// softmax: [rows][heads][2], max(s) and sum of e^(s - max): enough to make p again. With a KV cache (sequence.pages), the new keys and values
+// are first stored in their pages, and the keys before them come from there. scratch: [context] for s.
+template <class T>
+void attention_forward(T* y, T* softmax, const T* x, const Sequence& s, T* kv, int layer, int layers, int heads, int dim, const Dropout& drop, T* scratch) {
+    const int64_t width = static_cast<int64_t>(heads) * dim, stride = 3 * width;
+    const T scale = static_cast<T>(1) / root(static_cast<T>(dim));
+    const auto page = [&](int position, int which) { return kv + ((static_cast<int64_t>(s.pages[position / kv_page]) * layers + layer) * 2 + which) * width * kv_page; };
+    if (s.pages)
+        for (int i = 0; i < s.length; ++i)
+            for (int64_t c = 0; c < width; ++c) {
+                const int at = (s.position + i) % kv_page;
+                page(s.position + i, 0)[c * kv_page + at] = x[(s.row + i) * stride + width + c];
+                page(s.position + i, 1)[(c / dim * kv_page + at) * dim + c % dim] = x[(s.row + i) * stride + 2 * width + c];
+            }
+    for (int i = 0; i < s.length; ++i)
+        for (int head = 0; head < heads; ++head) {
+            const int64_t row = s.row + i, column = static_cast<int64_t>(head) * dim;
+            const int keys = (s.pages ? s.position : 0) + i + 1;
+            const auto key = [&](int k, int d) { return s.pages ? page(k, 0)[(column + d) * kv_page + k % kv_page] : x[(s.row + k) * stride + width + column + d]; };
+            const auto value = [&](int k, int d) { return s.pages ? page(k, 1)[(head * kv_page + k % kv_page) * dim + d] : x[(s.row + k) * stride + 2 * width + column + d]; };
+            T biggest = 0;
+            for (int k = 0; k < keys; ++k) {
+                T score = 0;
+                for (int d = 0; d < dim; ++d) score = madd(x[row * stride + column + d], key(k, d), score);
+                scratch[k] = score * scale;
+                biggest = k == 0 ? scratch[0] : most(biggest, scratch[k]);
+            }
+            for (int k = 0; k < keys; ++k) scratch[k] = exp_of(scratch[k] - biggest);
+            const T total = sum<T>(keys, [&](int k) { return scratch[k]; });
+            softmax[(row * heads + head) * 2] = biggest, softmax[(row * heads + head) * 2 + 1] = total;
+            const T inverse = static_cast<T>(1) / total;
+            const uint64_t random = drop.key(static_cast<int>(row));
+            for (int d = 0; d < dim; ++d) {
+                T value_sum = 0;
+                for (int k = 0; k < keys; ++k) {
+                    const T p = drop.active() ? scratch[k] * static_cast<T>(drop.factor(random, head * 65536 + k)) : scratch[k];
+                    value_sum = madd(p, value(k, d), value_sum);
+                }
+                y[row * width + column + d] = value_sum * inverse;
+            }
+        }
+}
+// With p as above, f the dropout's factors and D = dy . y (which is sum over k of p dp):
+//   dv[k] += f p dy,   dp = f (dy . v[k]),   ds = p (dp - D) / sqrt(dim),   dq = sum over k of ds k[k],   dk[k] += ds q
+template <class T>
+void attention_backward(T* dx, const T* dy, const T* y, const T* softmax, const T* x, const Sequence& s, int heads, int dim, const Dropout& drop, bool adds) {
+    const int64_t width = static_cast<int64_t>(heads) * dim, stride = 3 * width;
+    const T scale = static_cast<T>(1) / root(static_cast<T>(dim));
+    for (int64_t i = 0; i < s.length * stride && !adds; ++i) dx[s.row * stride + i] = 0;
+    for (int i = 0; i < s.length; ++i)
+        for (int head = 0; head < heads; ++head) {
+            const int64_t row = s.row + i, column = static_cast<int64_t>(head) * dim;
+            const T *q = x + row * stride + column, *out = y + row * width + column, *dout = dy + row * width + column;
+            T* dq = dx + row * stride + column;
+            const T biggest = softmax[(row * heads + head) * 2], inverse = static_cast<T>(1) / softmax[(row * heads + head) * 2 + 1];
+            const uint64_t random = drop.key(static_cast<int>(row));
+            const T D = dot_lanes<T>(dim, [&](int d) { return dout[d]; }, [&](int d) { return out[d]; });
+            for (int k = 0; k <= i; ++k) {
+                const T *key = x + (s.row + k) * stride + width + column, *value = key + width;
+                T *dkey = dx + (s.row + k) * stride + width + column, *dvalue = dkey + width;
+                T score = 0, dp = 0;
+                for (int d = 0; d < dim; ++d) score = madd(q[d], key[d], score);
+                for (int d = 0; d < dim; ++d) dp = madd(dout[d], value[d], dp);
+                const T p = exp_of(score * scale - biggest) * inverse;
+                const T f = drop.active() ? static_cast<T>(drop.factor(random, head * 65536 + k)) : static_cast<T>(1);
+                const T ds = p * (dp * f - D) * scale;
+                for (int d = 0; d < dim; ++d) {
+                    dvalue[d] = madd(p * f, dout[d], dvalue[d]);
+                    dq[d] = madd(ds, key[d], dq[d]);
+                    dkey[d] = madd(ds, q[d], dkey[d]);
+                }
+            }
+        }
+}
+
+// ---- add: y = a + b ----------------------------------------------------------------------------------------------------
+
+template <class T>
+void add_forward(T* y, const T* a, const T* b, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) y[i] = a[i] + b[i];
+}
+template <class T>
+void add_backward(T* da, T* db, const T* dy, int64_t n, bool adds_a, bool adds_b) {
+    for (int64_t i = 0; i < n; ++i) da[i] = adds_a ? da[i] + dy[i] : dy[i];
+    for (int64_t i = 0; i < n; ++i) db[i] = adds_b ? db[i] + dy[i] : dy[i];
+}
+
+// ---- output head with softmax cross-entropy ------------------------------------------------------------------------------
+
+// logits = x W^T, W [vocab][width]; loss = -log softmax(logits)[target], in nats, a number a row. Label smoothing e (Szegedy et al. 2016)
+// mixes the target with the uniform distribution: loss = log(sum e^l) - (1-e) l[target] - e mean(l). Only a row of logits exists at a time.
+// softmax: [rows][2], max and sum of e^(l - max). rank: how many tokens come before the target, by logit, then by id.
+template <class T>
+void head_logits(T* logits, const T* x, const T* w, int width, int vocab) {
+    for (int64_t v = 0; v < vocab; ++v) {
+        T s = 0;
+        for (int64_t c = 0; c < width; ++c) s = madd(x[c], w[v * width + c], s);
+        logits[v] = s;
+    }
+}
+template <class T>
+void head_forward(double* losses, int32_t* ranks, T* softmax, const T* x, const T* w, const int32_t* targets, int rows, int width, int vocab, double smoothing, T* logits) {
+    for (int row = 0; row < rows; ++row, x += width, softmax += 2) {
+        const int target = targets[row];
+        losses[row] = 0;
+        if (ranks) ranks[row] = 0;
+        if (target < 0) continue;
+        head_logits(logits, x, w, width, vocab);
+        T biggest = logits[0];
+        for (int v = 1; v < vocab; ++v) biggest = most(biggest, logits[v]);
+        const T total = sum<T>(vocab, [&](int v) { return exp_of(logits[v] - biggest); });
+        softmax[0] = biggest, softmax[1] = total;
+        losses[row] = log_of(static_cast<double>(total)) + static_cast<double>(biggest) - (1 - smoothing) * static_cast<double>(logits[target]);
+        if (smoothing > 0) losses[row] -= smoothing * static_cast<double>(sum<T>(vocab, [&](int v) { return logits[v]; })) / vocab;
+        if (ranks)
+            for (int v = 0; v < vocab; ++v) ranks[row] += logits[v] > logits[target] || (v < target && !(logits[v] < logits[target]));
+    }
+}
+// dl = softmax(l) - (1-e) [v is the target] - e/V;  dx = dl W,  dW += dl^T x.
+template <class T>
+void head_backward(T* dx, T* dw, const T* softmax, const T* x, const T* w, const int32_t* targets, int rows, int width, int vocab, double smoothing, bool adds, T* logits) {
+    for (int row = 0; row < rows; ++row, x += width, dx += width, softmax += 2) {
+        const int target = targets[row];
+        for (int c = 0; c < width && !adds; ++c) dx[c] = 0;
+        if (target < 0) continue;
+        head_logits(logits, x, w, width, vocab);
+        const T inverse = static_cast<T>(1) / softmax[1];
+        for (int64_t v = 0; v < vocab; ++v) {
+            T dl = exp_of(logits[v] - softmax[0]) * inverse - static_cast<T>(smoothing / vocab);
+            if (v == target) dl = dl - static_cast<T>(1 - smoothing);
+            for (int c = 0; c < width; ++c) {
+                dx[c] = madd(dl, w[v * width + c], dx[c]);
+                dw[v * width + c] = madd(dl, x[c], dw[v * width + c]);
+            }
+        }
+    }
+}
+
+// ---- walking the tape --------------------------------------------------------------------------------------------------
+
+// Elements of scratch that the plain backend needs: a row of scores, or of logits.
+inline int64_t plain_scratch(const Tape& tape) { return round_up(static_cast<int64_t>(most(tape.context, tape.vocab)), static_cast<int64_t>(16)); }
+
+template <class T>
+T* values(const Tape& tape, const Regions<T>& r, int tensor) {
+    return tensor == nothing ? nullptr : r.activations + tape.at(tensor).offset;
+}
+template <class T>
+T* gradient(const Tape& tape, const Regions<T>& r, int tensor) {
+    return tensor == nothing || tape.at(tensor).gradient < 0 ? nullptr : r.activations + tape.at(tensor).gradient;
+}
+template <class T>
+const T* weights(const Tape& tape, const Regions<T>& r, int weight) {
+    return weight == nothing ? nullptr : r.weights + tape.weight(weight).offset;
+}
+template <class T>
+T* weight_gradient(const Tape& tape, const Regions<T>& r, int weight) {
+    return weight == nothing ? nullptr : r.gradients + tape.weight(weight).offset;
+}
+
+template <class T>
+void plain_op_forward(const Tape& tape, const Regions<T>& r, const Run& run, int number) {
+    const Op& op = tape.ops[static_cast<size_t>(number)];
+    const T *x = values(tape, r, op.x), *w = weights(tape, r, op.w), *b = weights(tape, r, op.b);
+    T *y = values(tape, r, op.y), *aux = values(tape, r, op.aux);
+    switch (op.kind) {
+        case OpKind::embedding: return embedding_forward(y, w, b, run.ids, run.sequences, op.out);
+        case OpKind::norm: return norm_forward(y, aux, x, w, b, run.rows, op.in, tape.epsilon);
+        case OpKind::linear: return linear_forward(y, aux, x, w, b, run.rows, op.in, op.out, op.activation);
+        case OpKind::dropout: return dropout_forward(y, x, Dropout(run, number), run.rows, op.in);
+        case OpKind::add: return add_forward(y, x, values(tape, r, op.x2), static_cast<int64_t>(run.rows) * op.in);
+        case OpKind::attention:
+            for (const Sequence& s : run.sequences)
+                attention_forward(y, aux, x, s, r.kv, op.layer, tape.layers, op.heads, op.out / op.heads, Dropout(run, number), r.scratch);
+            return;
+        case OpKind::head:
+            if (run.targets) head_forward(r.losses, r.ranks, aux, x, w, run.targets, run.rows, op.in, op.out, run.label_smoothing, r.scratch);
+            if (r.logits)
+                for (size_t i = 0; i < run.sequences.size; ++i)
+                    head_logits(r.logits + static_cast<int64_t>(i) * op.out, x + static_cast<int64_t>(run.sequences[i].row + run.sequences[i].length - 1) * op.in, w, op.in, op.out);
+            return;
+    }
+}
+template <class T>
+void plain_op_backward(const Tape& tape, const Regions<T>& r, const Run& run, int number) {
+    const Op& op = tape.ops[static_cast<size_t>(number)];
+    const T *x = values(tape, r, op.x), *y = values(tape, r, op.y), *aux = values(tape, r, op.aux), *w = weights(tape, r, op.w);
+    T *dx = gradient(tape, r, op.x), *dy = gradient(tape, r, op.y), *dw = weight_gradient(tape, r, op.w), *db = weight_gradient(tape, r, op.b);
+    switch (op.kind) {
+        case OpKind::embedding: return embedding_backward(tape.tied ? r.lookup_gradients : dw, db, dy, run.ids, run.sequences, op.out);
+        case OpKind::norm: return norm_backward(dx, dw, db, dy, x, aux, w, run.rows, op.in, op.adds_to_dx);
+        case OpKind::linear: return linear_backward(dx, dw, db, dy, aux, x, w, run.rows, op.in, op.out, op.activation, op.adds_to_dx);
+        case OpKind::dropout: return dropout_backward(dx, dy, Dropout(run, number), run.rows, op.in, op.adds_to_dx);
+        case OpKind::add: return add_backward(dx, gradient(tape, r, op.x2), dy, static_cast<int64_t>(run.rows) * op.in, op.adds_to_dx, op.adds_to_dx2);
+        case OpKind::attention:
+            for (const Sequence& s : run.sequences) attention_backward(dx, dy, y, aux, x, s, op.heads, op.out / op.heads, Dropout(run, number), op.adds_to_dx);
+            return;
+        case OpKind::head: return head_backward(dx, dw, aux, x, w, run.targets, run.rows, op.in, op.out, run.label_smoothing, op.adds_to_dx, r.scratch);
+    }
+}
+template <class T>
+void plain_forward(const Tape& tape, const Regions<T>& r, const Run& run) {
+    for (int i = 0; i < static_cast<int>(tape.ops.count); ++i) plain_op_forward(tape, r, run, i);
+}
+template <class T>
+void plain_backward(const Tape& tape, const Regions<T>& r, const Run& run) {
+    for (int i = static_cast<int>(tape.ops.count); i-- > 0;) plain_op_backward(tape, r, run, i);
+}
+
+// ---- AdamW (Loshchilov & Hutter 2019) ------------------------------------------------------------------------------------
+
+// What the update does to each element; the numbers are prepared once a step (chapter 7).
+struct AdamW {
+    float gradient_scale;  // 1 / tokens, times the clipping factor
+    float beta1, beta2, one_minus_beta1, one_minus_beta2;
+    float step_size;       // lr / (1 - beta1^t)
+    float root_scale;      // 1 / sqrt(1 - beta2^t)
+    float epsilon;
+    float decay;           // lr * weight_decay, for matrices
+};
+// g' = g * scale;  m = b1 m + (1-b1) g';  v = b2 v + (1-b2) g'^2;  w = w - decay w - step_size m / (sqrt(v) root_scale + epsilon).
+// Moments so small that they would be subnormal become 0: those of rarely seen tokens would slow a processor down by a factor.
+inline void adamw(float* w, float* m, float* v, const float* g, int64_t n, const AdamW& a, bool decays) {
+    constexpr float tiny = 1e-30f;
+    const float decay = decays ? a.decay : 0.0f;
+    for (int64_t i = 0; i < n; ++i) {
+        const float scaled = g[i] * a.gradient_scale;
+        float first = madd(a.beta1, m[i], a.one_minus_beta1 * scaled);
+        float second = madd(a.beta2, v[i], a.one_minus_beta2 * (scaled * scaled));
+        if (first < tiny && first > -tiny) first = 0;
+        if (second < tiny) second = 0;
+        m[i] = first, v[i] = second;
+        w[i] = madd(-a.step_size, first / madd(root(second), a.root_scale, a.epsilon), madd(-decay, w[i], w[i]));
+    }
+}
+// The sum of squares of n elements, in double, lanes along blocks of 4096 elements, block after block.
+constexpr int64_t square_block = 4096;
+inline double sum_of_squares(const float* g, int n) {
+    const auto wide = [&](int i) { return static_cast<double>(g[i]); };
+    return dot_lanes<double>(n, wide, wide);
+}
+
+// ---- what a backend is ---------------------------------------------------------------------------------------------------
+
+// A backend takes the whole tape and owns the whole cycle of a step. The fast one follows in chapter 11.
+struct BackendFunctions {
+    int64_t (*scratch)(const Tape& tape, int threads);  // floats of Regions::scratch
+    int64_t (*packed)(const Tape& tape);                // floats of Regions::packed, for running; 0: it needs none
+    void (*pack)(Runtime& runtime, const Tape& tape, const float* weights, float* packed);
+    void (*forward)(Runtime& runtime, const Tape& tape, const Regions<float>& r, const Run& run);
+    void (*backward)(Runtime& runtime, const Tape& tape, const Regions<float>& r, const Run& run);
+    // Adds the lookup gradients to the gradients (and zeroes them), then returns the sum of all squares: block after block, weight after weight.
+    double (*square_sum)(Runtime& runtime, const Tape& tape, const Regions<float>& r, double* partial);
+    // AdamW on every weight; gradients become zero.
+    void (*update)(Runtime& runtime, const Tape& tape, const Regions<float>& r, float* weights, float* moment1, float* moment2, const AdamW& adam);
+};
+const BackendFunctions* find_backend(const Runtime& runtime);  // null: not built into this program
+
+// How many partial sums square_sum needs.
+inline int64_t square_blocks(const Tape& tape) { return (tape.weight_block + square_block - 1) / square_block + static_cast<int64_t>(tape.weights.count); }
+
+inline void fold_lookup_gradients(const Tape& tape, const Regions<float>& r) {
+    if (!tape.tied) return;
+    float* g = r.gradients + tape.weight(tape.shared_embedding()).offset;
+    for (int64_t i = 0; i < static_cast<int64_t>(tape.vocab) * tape.width; ++i) g[i] = g[i] + r.lookup_gradients[i], r.lookup_gradients[i] = 0;
+}
+inline double plain_square_sum(Runtime&, const Tape& tape, const Regions<float>& r, double*) {
+    fold_lookup_gradients(tape, r);
+    double total = 0;
+    for (const WeightPlan& plan : tape.weights) {
+        const int64_t size = plan.weight.rows * plan.weight.cols;
+        for (int64_t i = 0; i < size; i += square_block) total += sum_of_squares(r.gradients + plan.weight.offset + i, static_cast<int>(least(square_block, size - i)));
+    }
+    return total;
+}
+inline void plain_update(Runtime&, const Tape& tape, const Regions<float>& r, float* w, float* m, float* v, const AdamW& adam) {
+    for (const WeightPlan& plan : tape.weights) {
+        const int64_t at = plan.weight.offset, size = plan.weight.rows * plan.weight.cols;
+        adamw(w + at, m + at, v + at, r.gradients + at, size, adam, plan.weight.decay);
+    }
+    memset(r.gradients, 0, static_cast<size_t>(tape.weight_block) * sizeof(float));
+}
+inline const BackendFunctions* plain_backend() {
+    static constexpr BackendFunctions functions = {
+        [](const Tape& tape, int) { return plain_scratch(tape); },
+        [](const Tape&) { return int64_t(0); },
+        [](Runtime&, const Tape&, const float*, float*) {},
+        [](Runtime&, const Tape& tape, const Regions<float>& r, const Run& run) { plain_forward(tape, r, run); },
+        [](Runtime&, const Tape& tape, const Regions<float>& r, const Run& run) { plain_backward(tape, r, run); },
+        &plain_square_sum,
+        &plain_update,
+    };
+    return &functions;
+}
+
+}  // namespace
+}  // namespace babygpt
+// =====================================================================================================================
+// [CHAPTER 6] The architectures
+// =====================================================================================================================
+// Each is one function that writes its forward pass down on a tape; its backward pass follows from the ops.
+
+namespace babygpt {
+namespace {
+
+// GPT-2 (Radford et al. 2019): a decoder with learned positions and the norm before each sub-layer. Weights start as normal(0.02); what
+// adds to the residual stream is divided by sqrt(2 * layers), so that the stream's variance does not grow with depth. Dropout stands
+// after the embedding, on attention's probabilities and before each addition.
+void record_gpt(Tape& t, const Config& c) {
+    const double into_stream = 0.02 / root(2.0 * c.layers);
+    t.layer = -1;
+    int x = t.embedding("wte.weight", "wpe.weight");
+    x = t.drop("embedding.drop", x);
+    for (t.layer = 0; t.layer < c.layers; ++t.layer) {
+        int h = t.norm("ln_1", x, c.bias);
+        h = t.linear("attn.c_attn", h, 3 * c.width, c.bias, Activation::none, 0.02);
+        h = t.attention("attn", h, c.heads);
+        h = t.linear("attn.c_proj", h, c.width, c.bias, Activation::none, into_stream);
+        h = t.drop("attn.drop", h);
+        x = t.add("attn.add", x, h);
+        h = t.norm("ln_2", x, c.bias);
+        h = t.linear("mlp.c_fc", h, 4 * c.width, c.bias, c.activation, 0.02);
+        h = t.linear("mlp.c_proj", h, c.width, c.bias, Activation::none, into_stream);
+        h = t.drop("mlp.drop", h);
+        x = t.add("mlp.add", x, h);
+    }
+    t.layer = -1;
+    x = t.norm("ln_f", x, c.bias);
+    t.head("lm_head.weight", x);
+}
+
+// The tape of a config, planned for `rows` tokens at once.
+Status record(Tape& tape, const Config& config, int rows, bool training, double dropout) {
+    tape.layers = config.layers, tape.heads = config.heads, tape.width = config.width, tape.vocab = config.vocab, tape.context = config.context;
+    tape.tied = config.tied, tape.training = training, tape.dropout = dropout;
+    record_gpt(tape, config);
+    return tape.plan(rows);
+}
+
+}  // namespace
+
+Status preset(Text name, Config& config) {
+    struct Preset {
+        const char* name;
+        int layers, heads, width, context, vocab;
+    };
+    static constexpr Preset presets[] = {
+        {"nano", 2, 2, 32, 32, 0},          {"tiny", 4, 4, 128, 128, 0},           {"small", 6, 6, 192, 192, 0},
+        {"baby", 6, 6, 384, 192, 0},        {"gpt2", 12, 12, 768, 1024, 50257},    {"gpt2-medium", 24, 16, 1024, 1024, 50257},
+        {"gpt2-large", 36, 20, 1280, 1024, 50257}, {"gpt2-xl", 48, 25, 1600, 1024, 50257},
+    };
+    for (const Preset& p : presets)
+        if (equal(name, Text(p.name))) {
+            config.layers = p.layers, config.heads = p.heads, config.width = p.width, config.context = p.context;
+            if (p.vocab) config.vocab = p.vocab;
+            return Status();
+        }
+    return fail(Error::invalid_argument, "there is no preset '", name, "'; there are nano, tiny, small, baby, gpt2, gpt2-medium, gpt2-large and gpt2-xl");
+}
+
+Status check(const Config& c) {
+    const auto within = [](const char* name, int value, int low, int high) {
+        if (value >= low && value <= high) return Status();
+        return fail(Error::invalid_argument, name, " is ", value, ", but must be from ", low, " to ", high);
+    };
+    BABYGPT_TRY(within("layers", c.layers, 1, 1000));
+    BABYGPT_TRY(within("heads", c.heads, 1, 1024));
+    BABYGPT_TRY(within("width", c.width, 1, 65536));
+    BABYGPT_TRY(within("context", c.context, 1, 65536));
+    BABYGPT_TRY(within("vocab", c.vocab, 1, 10000000));
+    if (c.width % c.heads != 0) return fail(Error::invalid_argument, "width is ", c.width, ", but must be a multiple of heads, ", c.heads);
+    if (c.activation != Activation::gelu && c.activation != Activation::gelu_tanh) return fail(Error::invalid_argument, "activation must be gelu or gelu_tanh");
+    return Status();
+}
+
+double flops_per_token(const Config& c) {
+    const double width = c.width, linear = c.layers * 12.0 * width * width, attention = c.layers * width * (c.context + 1), head = width * c.vocab;
+    return 2 * (linear + attention + head);
+}
+
+// ---- the model -----------------------------------------------------------------------------------------------------------
+
+// The backend's packed copies of the weights, made once for each version of them and shared by all sessions.
+struct ModelState {
+    Array<WeightPlan> plans;
+    Array<Weight> names;
+    Block weights;
+    Bell lock;
+    Array<float> packed;
+    uint64_t packed_version = 0;
+    Isa packed_isa = Isa::automatic;
+    int sessions = 0;
+    explicit ModelState(Runtime& runtime) : plans(runtime), names(runtime), packed(runtime) {}
+};
+
+namespace {
+
+// Takes memory for a config's weights, all zero, and names them.
+Status allocate_weights(Runtime& runtime, Model& model, const Config& config) {
+    BABYGPT_TRY(check(config));
+    Tape tape(runtime);
+    BABYGPT_TRY(record(tape, config, 1, false, 0));
+    ModelState* state = create<ModelState>(runtime, runtime);
+    if (!state) return out_of_memory(sizeof(ModelState));
+    model.state = state;
+    model.runtime = &runtime;
+    model.config = config;
+    for (const WeightPlan& plan : tape.weights)
+        if (!state->names.push(plan.weight)) return out_of_memory(sizeof(Weight));
+    state->plans = static_cast<Array<WeightPlan>&&>(tape.weights);
+    size_t bytes;
+    if (!product(tape.weight_block, sizeof(float), bytes) || !state->weights.take(runtime, bytes, true)) return out_of_memory(static_cast<uint64_t>(tape.weight_block) * sizeof(float));
+    model.weights = reinterpret_cast<float*>(state->weights.memory);
+    model.block = tape.weight_block;
+    model.parameters = tape.parameters;
+    model.names = Span<Weight>(state->names.items, state->names.count);
+    model.version = 1;
+    model.chat.user_turn = Array<char>(runtime);
+    model.chat.reply_turn = Array<char>(runtime);
+    return Status();
+}
+
+// Two independent normal numbers, by Marsaglia's polar method; the counter's next values serve where a point falls outside the circle.
+void normal_pair(uint64_t key, uint64_t i, double& first, double& second) {
+    for (uint64_t attempt = 0;; ++attempt) {
+        const double u = 2 * random_uniform(key, (i << 8) + 2 * attempt) - 1, v = 2 * random_uniform(key, (i << 8) + 2 * attempt + 1) - 1;
+        const double s = u * u + v * v;
+        if (s >= 1 || s == 0) continue;
+        const double factor = root(-2 * log_of(s) / s);
+        first = u * factor, second = v * factor;
+        return;
+    }
+}
+
+}  // namespace
+
+Model::Model(Model&& other) noexcept { *this = static_cast<Model&&>(other); }
+Model& Model::operator=(Model&& other) noexcept {
+    if (this == &other) return *this;
+    if (state) destroy(*runtime, state);
+    config = other.config;
+    tokenizer = static_cast<Tokenizer&&>(other.tokenizer);
+    chat.user_turn = static_cast<Array<char>&&>(other.chat.user_turn);
+    chat.reply_turn = static_cast<Array<char>&&>(other.chat.reply_turn);
+    weights = other.weights, parameters = other.parameters, block = other.block, names = other.names;
+    version = other.version, runtime = other.runtime, state = other.state;
+    other.weights = nullptr, other.state = nullptr, other.names = Span<Weight>();
+    other.parameters = other.block = 0;
+    return *this;
+}
+Model::~Model() {
+    if (state) destroy(*runtime, state);
+}
+
+Status Model::create(Runtime& from, const Config& wanted, Tokenizer&& taken, uint64_t seed) {
+    const FloatMode mode;
+    Config full = wanted;
+    if (full.vocab == 0) full.vocab = taken.vocab;
+    if (full.vocab < taken.vocab) return fail(Error::mismatch, "vocab is ", full.vocab, ", but the tokenizer has ", taken.vocab, " ids");
+    *this = Model();
+    BABYGPT_TRY(allocate_weights(from, *this, full));
+    tokenizer = static_cast<Tokenizer&&>(taken);
+    for (size_t t = 0; t < state->plans.count; ++t) {
+        const WeightPlan& plan = state->plans[t];
+        const uint64_t key = random_key(seed, 0, random_weights, t);
+        const int64_t size = plan.weight.rows * plan.weight.cols;
+        float* w = weights + plan.weight.offset;
+        if (plan.deviation < 0)
+            for (int64_t i = 0; i < size; ++i) w[i] = 1;
+        else if (plan.deviation > 0)
+            for (int64_t i = 0; i < size; i += 2) {
+                double pair[2];
+                normal_pair(key, static_cast<uint64_t>(i), pair[0], pair[1]);
+                for (int64_t j = i; j < least(i + 2, size); ++j) w[j] = static_cast<float>(plan.deviation * pair[j - i]);
+            }
+    }
+    return Status();
+}
+
+const Weight* Model::find(Text name) const {
+    for (const Weight& weight : names)
+        if (equal(name, Text(weight.name))) return &weight;
+    return nullptr;
+}
+
+Status Model::set_chat(Text user_turn, Text reply_turn) {
+    if (!is_utf8(user_turn) || !is_utf8(reply_turn)) return fail(Error::invalid_argument, "a chat's turns must be UTF-8");
+    chat.user_turn = Array<char>(*runtime);
+    chat.reply_turn = Array<char>(*runtime);
+    if (!append(chat.user_turn, user_turn) || !append(chat.reply_turn, reply_turn)) return out_of_memory(user_turn.size + reply_turn.size);
+    return Status();
+}
+
+}  // namespace babygpt
+// =====================================================================================================================
+// [CHAPTER 7] Learning
+// =====================================================================================================================
+// From text to a trained model, in this order: where the text comes from (files to documents to pieces), the ids and the order in which
+// training sees them, what mere counting achieves on them; then the optimizer, the schedule and the loop that trains.
+
+namespace babygpt {
+namespace {
+
+// ---- where the text comes from ---------------------------------------------------------------------------------------
+
+constexpr size_t piece_bytes = size_t(1) << 20;     // what is read from a file and tokenized at once
+constexpr size_t longest_piece = size_t(64) << 20;  // where no white space offers a place to cut
+constexpr size_t most_marks = 1024;
+
+// A file, or a text in memory. What cannot be read again (standard input, a pipe) is kept in memory.
+struct Source {
+    Array<char> name;
+    TextFormat format = TextFormat::text;
+    Array<char> kept;
+    Text memory;
+    bool in_memory = false;
+    uint64_t size = 0;         // in bytes, as it was when the corpus was opened
+    uint64_t first = 0;        // where the text or the first record begins: after the byte order mark and the header line
+    uint64_t first_line = 1;
+    size_t column = 0, columns = 0;  // csv: the one to read, and how many there are
+    explicit Source(Runtime& runtime) : name(runtime), kept(runtime) {}
+};
+
+// Where reading can begin: before a piece of a document.
+struct Place {
+    size_t source = 0;
+    uint64_t offset = 0;  // in the source. text: of the next byte; jsonl, csv: of the record
+    uint64_t line = 1;    // jsonl, csv: of the record, for messages
+    uint64_t inside = 0;  // bytes of the document before this place
+    uint64_t text = 0;    // bytes of text before this place, over all documents
+};
+
+}  // namespace
+
+struct CorpusState {
+    Runtime& runtime;
+    Array<Source*> sources;
+    Array<char> field, column;
+    bool split_documents = false;
+    uint64_t bytes = 0, training_bytes = 0;
+    Array<Place> marks;            // places at about equal distances, so that reading can begin anywhere without a long search
+    uint64_t stride = piece_bytes;  // between two marks
+    explicit CorpusState(Runtime& from) : runtime(from), sources(from), field(from), column(from), marks(from) {}
+    ~CorpusState() {
+        for (Source* source : sources) destroy(runtime, source);
+    }
+    Text field_name() const { return field.count ? view(field) : Text("text"); }
+    Text column_name() const { return column.count ? view(column) : Text("text"); }
+};
+
+namespace {
+
+// When there are too many marks, every second one goes.
+bool add_mark(CorpusState& corpus, const Place& place) {
+    Array<Place>& marks = corpus.marks;
+    if (marks.count > 0 && place.text < marks[marks.count - 1].text + corpus.stride) return true;
+    if (marks.count == most_marks) {
+        for (size_t i = 0; i < most_marks / 2; ++i) marks[i] = marks[2 * i];
+        marks.count = most_marks / 2;
+        corpus.stride *= 2;
+    }
+    return marks.push(place);
+}
+
+inline bool is_ascii_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
+inline bool is_inside_character(char c) { return (static_cast<unsigned char>(c) & 0xc0u) == 0x80; }
+
+// May text be cut before byte `at`, so that the tokens of the two parts are those of the whole? Before white space that follows
+// something else: there GPT-2's pre-tokenization always begins a new word. (c2, e1 9a, e2 80, e2 81 and e3 80 begin all white space
+// beyond ASCII; that they begin other characters, too, only makes places to cut rarer.)
+inline bool may_cut(Text text, size_t at) {
+    if (at < 3 || !is_ascii_space(text[at])) return false;
+    unsigned char before[3];
+    memcpy(before, text.data + at - 3, 3);
+    if (before[2] < 0x80) return before[2] > ' ';
+    const unsigned start = static_cast<unsigned>(before[0] << 8 | before[1]);
+    return before[1] != 0xc2 && start != 0xe19a && start != 0xe280 && start != 0xe281 && start != 0xe380;
+}
+
+// One row of a CSV file (RFC 4180) at the start of `rest`.
+struct Row {
+    size_t size = 0;      // bytes, with the line end
+    uint64_t lines = 0;   // line ends, with those inside of quotes
+    size_t fields = 0;
+    const char* problem = nullptr;
+};
+// Calls field(index, text, quoted) for each field, its text without the outer quotes. False: the row does not end in `rest`, and there is
+// more to read.
+template <class F>
+bool scan_row(Text rest, bool is_all, Row& row, const F& field) {
+    row = Row();
+    for (size_t at = 0;; ++at) {
+        const size_t start = at;
+        const bool quoted = at < rest.size && rest[at] == '"';
+        Text value;
+        if (quoted) {
+            do {  // to the quote that is not doubled
+                const void* quote = memchr(rest.data + at + 1, '"', rest.size - at - 1);
+                if (!quote) row.problem = "a quoted field does not end";
+                if (!quote) return is_all;
+                at = static_cast<size_t>(static_cast<const char*>(quote) - rest.data) + 1;
+            } while (at < rest.size && rest[at] == '"');
+            value = Text(rest.data + start + 1, at - start - 2);
+            for (char c : value) row.lines += c == '\n';
+            if (at + 1 < rest.size && rest[at] == '\r' && rest[at + 1] == '\n') ++at;
+        } else {
+            while (at < rest.size && rest[at] != ',' && rest[at] != '\n') ++at;
+            const bool cr = at < rest.size && rest[at] == '\n' && at > start && rest[at - 1] == '\r';
+            value = Text(rest.data + start, at - start - cr);
+        }
+        if (!is_all && rest.size - at < 2) return false;  // what follows may decide: a second quote, a line end of two bytes
+        field(row.fields++, value, quoted);
+        row.size = at;
+        if (at == rest.size) return true;
+        if (rest[at] == '\n') return ++row.size, ++row.lines, true;
+        if (rest[at] != ',') return row.problem = "something follows the closing quote of a field", true;
+    }
+}
+// Doubled quotes become one.
+inline bool append_field(Array<char>& to, Text value, bool quoted) {
+    for (size_t at = 0; at < value.size;) {
+        const void* quote = quoted ? memchr(value.data + at, '"', value.size - at) : nullptr;
+        const size_t end = quote ? static_cast<size_t>(static_cast<const char*>(quote) - value.data) + 1 : value.size;
+        if (!to.append(value.data + at, end - at)) return false;
+        at = end + (quote != nullptr);
+    }
+    return true;
+}
+
+// Where a block of lines ends: before the line end that an empty line or nothing follows. False: not in `rest`, and there is more to read.
+inline bool find_block_end(Text rest, bool is_all, size_t& end) {
+    end = rest.size;
+    for (size_t at = 0; at < rest.size; ++at) {
+        const void* line_end = memchr(rest.data + at, '\n', rest.size - at);
+        if (!line_end) break;
+        at = static_cast<size_t>(static_cast<const char*>(line_end) - rest.data);
+        const size_t left = rest.size - at - 1;
+        if (!is_all && left < 2) return false;
+        if (left == 0 || rest[at + 1] == '\n' || (left > 1 && rest[at + 1] == '\r' && rest[at + 2] == '\n')) {
+            end = at - (at > 0 && rest[at - 1] == '\r');
+            return true;
+        }
+    }
+    return is_all;
+}
+
+// Reads a corpus in order, in pieces of documents. Sources are seen through a window that moves forward, and grows only as far as one
+// piece or record needs.
+struct Reader {
+    const CorpusState& corpus;
+    Place place;          // of the next piece
+    Place from;           // of the piece that was read last,
+    Text piece;           // the piece,
+    bool ends = false;    // and whether its document ends with it
+
+    explicit Reader(const CorpusState& of) : corpus(of), file(of.runtime), buffer(of.runtime), record(of.runtime) {}
+
+    void go_to(const Place& to) {
+        place = to;
+        has_record = false;
+    }
+    // To the text's byte `text`. The piece that is read next begins there.
+    Status seek(uint64_t text) {
+        Place nearest;
+        size_t low = 0, high = corpus.marks.count;
+        while (low < high) {
+            const size_t middle = (low + high) / 2;
+            if (corpus.marks[middle].text <= text) nearest = corpus.marks[middle], low = middle + 1;
+            else high = middle;
+        }
+        go_to(nearest);
+        for (bool found = true; found && place.text < text;) {
+            BABYGPT_TRY(next(found));
+            if (place.text <= text) continue;
+            const uint64_t skipped = text - from.text;
+            go_to(from);
+            if (source().format == TextFormat::text) place.offset += skipped;
+            place.inside += skipped;
+            place.text = text;
+        }
+        return Status();
+    }
+    // The next piece; `found` is false after the last.
+    Status next(bool& found) {
+        BABYGPT_TRY(find_document(found));
+        if (!found) return Status();
+        from = place;
+        size_t size = 0;
+        ends = false;
+        for (size_t limit = piece_bytes; size == 0; limit *= 2) {
+            Text rest;
+            bool is_all;
+            BABYGPT_TRY(rest_of_document(limit + 1, rest, is_all));
+            piece = rest;
+            if (is_all && rest.size <= limit) {
+                ends = true;
+                break;
+            }
+            const size_t searched = limit == piece_bytes ? 0 : limit / 2;
+            for (size = limit; size > searched && !may_cut(rest, size);) --size;
+            if (size > searched) continue;
+            size = 0;
+            if (limit < longest_piece) continue;
+            for (size = limit; size > limit - 4 && is_inside_character(rest[size]);) --size;
+        }
+        if (!ends) piece.size = size;
+        place.text += piece.size;
+        if (source().format == TextFormat::text) place.offset += piece.size;
+        place.inside += piece.size;
+        if (ends) end_document();
+        return Status();
+    }
+    // The next piece of the text before byte `end`, where a document may be cut.
+    Status next_before(uint64_t end, bool& found) {
+        found = place.text < end;
+        if (found) BABYGPT_TRY(next(found));
+        if (!found || place.text <= end) return Status();
+        found = from.text < end;
+        piece.size = static_cast<size_t>(end - from.text);
+        ends = false;
+        return Status();
+    }
+    // Reads the beginning of a source: a byte order mark, a header line.
+    Status start(size_t index, Source& of) {
+        Place at;
+        at.source = index;
+        go_to(at);
+        BABYGPT_TRY(enter());
+        BABYGPT_TRY(fill(3));
+        if (starts_with(unread(), "\xef\xbb\xbf")) of.first = place.offset = 3;
+        if (of.format != TextFormat::csv || of.size == of.first) return Status();
+        Array<char> name(corpus.runtime);
+        bool good = true;
+        char names[160];
+        Line list(names, sizeof names);
+        Row row;
+        bool there = false;
+        BABYGPT_TRY(read_row(row, [&](size_t i, Text value, bool quoted) {
+            if (i == 0) list.count = 0, there = false;
+            name.count = 0;
+            good &= append_field(name, value, quoted);
+            if (!there && equal(view(name), corpus.column_name())) there = true, of.column = i;
+            if (i > 0) list.put(", ");
+            list.put(view(name));
+        }));
+        if (!good) return out_of_memory(row.size);
+        if (!there)
+            return fail(Error::bad_file, "'", view(of.name), "', line 1: no column '", corpus.column_name(), "'; there are: ",
+                        Text(names, list.count));
+        of.columns = row.fields;
+        of.first += row.size;
+        of.first_line += row.lines;
+        return Status();
+    }
+
+private:
+    File file;
+    size_t opened = SIZE_MAX;          // the source that `file` is
+    size_t seen = SIZE_MAX;            // the source that the window is over
+    Array<char> buffer;
+    Text window;
+    uint64_t window_at = 0;
+    Array<char> record;                // jsonl, csv: the text of the record at `place`
+    bool has_record = false;
+    uint64_t record_end = 0, record_lines = 0;
+
+    const Source& source() const { return *corpus.sources[place.source]; }
+    Text unread() const {
+        const size_t read = static_cast<size_t>(place.offset - window_at);
+        return Text(window.data + read, window.size - read);
+    }
+    bool is_all_read() const { return window_at + window.size == source().size; }
+
+    // Puts the window over the place.
+    Status enter() {
+        if (seen == place.source && place.offset >= window_at && place.offset - window_at <= window.size) return Status();
+        const Source& of = source();
+        seen = place.source;
+        window = of.memory;
+        window_at = of.in_memory ? 0 : place.offset;
+        if (of.in_memory || opened == seen) return Status();
+        opened = SIZE_MAX;
+        (void)file.close();
+        BABYGPT_TRY(file.open(view(of.name), FileMode::read));
+        opened = seen;
+        return Status();
+    }
+    // Makes at least `wanted` bytes unread, or all that are left.
+    Status fill(uint64_t wanted) {
+        const Text rest = unread();
+        if (rest.size >= wanted || is_all_read()) return Status();
+        const uint64_t at = place.offset + rest.size, more = least(most(wanted - rest.size, uint64_t(piece_bytes)), source().size - at);
+        if (rest.size) memmove(buffer.items, rest.data, rest.size);
+        buffer.count = rest.size;
+        window = view(buffer), window_at = place.offset;
+        size_t total;
+        if (!product(rest.size + more, 1, total) || !buffer.reserve(total)) return out_of_memory(rest.size + more);
+        int64_t got;
+        BABYGPT_TRY(file.read(static_cast<int64_t>(at), buffer.items + rest.size, static_cast<int64_t>(more), got));
+        buffer.count += static_cast<size_t>(got);
+        window = view(buffer);
+        if (static_cast<uint64_t>(got) == more) return Status();
+        return fail(Error::cannot_read, "'", view(source().name), "' has become shorter than the ", source().size, " bytes that it had");
+    }
+    void end_document() {
+        place.inside = 0;
+        if (source().format == TextFormat::text) return;
+        place.offset = record_end, place.line += record_lines;
+        has_record = false;
+    }
+    // To the next document that holds any text, unless the place is inside of one.
+    Status find_document(bool& found) {
+        for (found = true; place.source < corpus.sources.count; ++place.source, place.offset = 0, place.line = 1) {
+            const Source& of = source();
+            if (place.offset < of.first) place.offset = of.first, place.line = of.first_line;
+            BABYGPT_TRY(enter());
+            if (of.format == TextFormat::text) {
+                BABYGPT_TRY(fill(1));
+                if (corpus.split_documents && place.inside == 0) BABYGPT_TRY(skip_empty_lines());
+                if (unread().size > 0) return Status();
+                continue;
+            }
+            for (bool more = true;;) {
+                if (!has_record) BABYGPT_TRY(of.format == TextFormat::csv ? read_csv(more) : read_jsonl(more));
+                if (!more) break;
+                if (place.inside < record.count) return Status();
+                end_document();
+            }
+        }
+        found = false;
+        return Status();
+    }
+    Status skip_empty_lines() {
+        for (;;) {
+            BABYGPT_TRY(fill(2));
+            const Text rest = unread();
+            const bool cr = starts_with(rest, "\r\n");
+            if (!cr && !starts_with(rest, "\n")) return Status();
+            place.offset += cr ? 2 : 1;
+        }
+    }
+    // What is left of the document; when it is not all, at least `wanted` bytes of it.
+    Status rest_of_document(size_t wanted, Text& rest, bool& is_all) {
+        if (source().format != TextFormat::text) {
+            const size_t inside = static_cast<size_t>(place.inside);
+            rest = Text(record.items + inside, record.count - inside);
+            is_all = true;
+            return Status();
+        }
+        size_t end = 0;
+        if (corpus.split_documents && find_block_end(unread(), is_all_read(), end)) {
+            rest = Text(unread().data, end);
+            is_all = true;
+            return Status();
+        }
+        BABYGPT_TRY(fill(wanted));
+        rest = unread();
+        is_all = is_all_read();
+        if (corpus.split_documents && find_block_end(rest, is_all, end)) rest.size = end, is_all = true;
+        return Status();
+    }
+    template <class F>
+    Status read_row(Row& row, const F& field) {
+        while (!scan_row(unread(), is_all_read(), row, field)) BABYGPT_TRY(fill(2 * static_cast<uint64_t>(unread().size) + 1));
+        if (row.problem) return fail(Error::bad_file, "'", view(source().name), "', line ", place.line, ": ", row.problem);
+        return Status();
+    }
+    // The record at the place. `more`: there was one.
+    Status read_csv(bool& more) {
+        BABYGPT_TRY(fill(1));
+        more = unread().size > 0;
+        if (!more) return Status();
+        const Source& of = source();
+        Row row;
+        Text value;
+        bool is_quoted = false;
+        BABYGPT_TRY(read_row(row, [&](size_t i, Text text, bool quoted) {
+            if (i == of.column || i == 0) value = text, is_quoted = quoted;
+        }));
+        const bool is_empty_line = row.fields == 1 && value.size == 0;
+        if (row.fields != of.columns && !is_empty_line)
+            return fail(Error::bad_file, "'", view(of.name), "', line ", place.line, ": ", uint64_t(row.fields),
+                        " fields, but the header line has ", uint64_t(of.columns));
+        record.count = 0;
+        if (!append_field(record, value, is_quoted)) return out_of_memory(value.size);
+        has_record = true;
+        record_end = place.offset + row.size, record_lines = row.lines;
+        return Status();
+    }
+    Status read_jsonl(bool& more) {
+        BABYGPT_TRY(fill(1));
+        more = unread().size > 0;
+        if (!more) return Status();
+        const void* line_end;
+        for (uint64_t searched = 0; !(line_end = memchr(unread().data + searched, '\n', unread().size - static_cast<size_t>(searched)));) {
+            if (is_all_read()) break;
+            searched = unread().size;
+            BABYGPT_TRY(fill(2 * searched));
+        }
+        Text line = unread();
+        if (line_end) line.size = static_cast<size_t>(static_cast<const char*>(line_end) - line.data);
+        record.count = 0;
+        has_record = true;
+        record_end = place.offset + line.size + (line_end != nullptr), record_lines = 1;
+        size_t blank = 0;
+        while (blank < line.size && is_ascii_space(line[blank])) ++blank;
+        return blank == line.size ? Status() : parse_jsonl(line);
+    }
+    Status parse_jsonl(Text line) {
+        const Text field = corpus.field_name();
+        char where[192], names[160];
+        Line name(where, sizeof where), list(names, sizeof names);
+        name.put(view(source().name));
+        name.put("', line ");
+        name.put(place.line);
+        Json json(corpus.runtime, line);
+        bool there = false, is_string = true;
+        for (json.enter_object(); json.next_key();) {
+            if (list.count > 0) list.put(", ");
+            list.put(view(json.key));
+            if (!json.key_is(field)) json.skip();
+            else if (there = true, is_string = json.peek() == JsonType::string; is_string) json.string(record);
+            else json.skip();
+        }
+        const Status status = json.finish("line");
+        if (status.error == Error::out_of_memory) return status;
+        if (!status.ok()) return fail(status.error, "'", Text(where), ", byte ", uint64_t(json.at), ": ", json.problem);
+        if (!there) return fail(Error::bad_file, "'", Text(where), ": no field '", field, "'; there are: ", Text(names));
+        if (!is_string) return fail(Error::bad_file, "'", Text(where), ": the field '", field, "' is not a string");
+        return Status();
+    }
+};
+
+// A name's ending decides the format.
+inline TextFormat format_of(Text name) {
+    if (ends_with(name, ".jsonl") || ends_with(name, ".ndjson")) return TextFormat::jsonl;
+    return ends_with(name, ".csv") ? TextFormat::csv : TextFormat::text;
+}
+
+// Standard input to its end.
+inline Status read_standard_input(Array<char>& bytes) {
+    constexpr size_t part = 1 << 16;
+    for (size_t got = part; got == part; bytes.count += got) {
+        if (!bytes.reserve(bytes.count + part)) return out_of_memory(bytes.count + part);
+        got = fread(bytes.items + bytes.count, 1, part, stdin);
+    }
+    return ferror(stdin) ? fail(Error::cannot_read, "cannot read standard input") : Status();
+}
+
+// Where the validation part begins. The split point lies `validation_fraction` of the bytes before the end. When a document begins there,
+// this is it. A split point inside of a document moves to the document's end; but the last document, or one of more than a 20th of the
+// text, is cut: after the first line end, or else before the first white space, or else at the first character that follows the split point
+// (no farther than 64 KiB and half of the validation part).
+inline Status find_split(CorpusState& corpus, double validation_fraction) {
+    const uint64_t bytes = corpus.bytes, wanted = static_cast<uint64_t>(validation_fraction * static_cast<double>(bytes));
+    const uint64_t split = bytes - least(wanted, bytes);
+    corpus.training_bytes = split;
+    if (split == 0 || split == bytes) return Status();
+    Reader reader(corpus);
+    BABYGPT_TRY(reader.seek(split));
+    if (reader.place.inside == 0) return Status();
+    const uint64_t begin = split - reader.place.inside;
+    const Place at_split = reader.place;
+    bool found = true;
+    for (reader.ends = false; found && !reader.ends && reader.place.text - begin <= bytes / 20;) BABYGPT_TRY(reader.next(found));
+    corpus.training_bytes = reader.place.text;
+    if (reader.place.text - begin <= bytes / 20 && reader.place.text < bytes) return Status();
+
+    reader.go_to(at_split);
+    BABYGPT_TRY(reader.next(found));
+    const Text text = reader.piece;
+    const size_t limit = static_cast<size_t>(least(uint64_t(least(text.size, size_t(1) << 16)), (bytes - split + 1) / 2));
+    size_t line = 0, space = 0, character = 0;
+    while (line < limit && text[line] != '\n') ++line;
+    while (space < limit && !is_ascii_space(text[space])) ++space;
+    while (character < limit && is_inside_character(text[character])) ++character;
+    corpus.training_bytes = split + (line + 1 < limit ? line + 1 : space < limit ? space : character < limit ? character : 0);
+    return Status();
+}
+
+inline Status open_corpus(CorpusState& state, const CorpusConfig& config, uint64_t& documents) {
+    if (!(config.validation_fraction >= 0 && config.validation_fraction < 1))
+        return fail(Error::invalid_argument, "validation_fraction is ", config.validation_fraction, ", but must be at least 0 and below 1");
+    if (!append(state.field, config.field) || !append(state.column, config.column))
+        return out_of_memory(config.field.size + config.column.size);
+    state.split_documents = config.split_documents;
+    Reader reader(state);
+    for (size_t i = 0; i < state.sources.count; ++i) BABYGPT_TRY(reader.start(i, *state.sources[i]));
+    reader.go_to(Place());
+    for (bool found = true; found;) {
+        BABYGPT_TRY(reader.next(found));
+        if (!found) break;
+        documents += reader.ends;
+        if (!add_mark(state, reader.from)) return out_of_memory(sizeof(Place));
+    }
+    state.bytes = reader.place.text;
+    if (state.bytes == 0)
+        return fail(Error::bad_file, "there is no text in '", view(state.sources[0]->name),
+                    state.sources.count > 1 ? "' and the files after it" : "'");
+    return find_split(state, config.validation_fraction);
+}
+
+inline Status add_source(CorpusState& state, Text name, TextFormat format, Source*& source) {
+    source = create<Source>(state.runtime, state.runtime);
+    if (!source || !state.sources.push(source)) {
+        destroy(state.runtime, source);
+        return out_of_memory(sizeof(Source));
+    }
+    source->format = format == TextFormat::automatic ? format_of(name) : format;
+    return append(source->name, name) ? Status() : out_of_memory(name.size);
+}
+inline void keep_in_memory(Source& source, Text text) {
+    source.memory = text;
+    source.size = text.size;
+    source.in_memory = true;
+}
+inline Status add_file(CorpusState& state, Text path, TextFormat format) {
+    Source* source;
+    BABYGPT_TRY(add_source(state, equal(path, "-") ? Text("standard input") : path, format, source));
+    if (equal(path, "-")) {
+        BABYGPT_TRY(read_standard_input(source->kept));
+        return keep_in_memory(*source, view(source->kept)), Status();
+    }
+    File file(state.runtime);
+    BABYGPT_TRY(file.open(path, FileMode::read));
+    const int64_t size = file.size();
+    source->size = static_cast<uint64_t>(size);
+    if (size >= 0) return Status();
+    (void)file.close();
+    BABYGPT_TRY(read_file(state.runtime, path, source->kept));
+    return keep_in_memory(*source, view(source->kept)), Status();
+}
+
+// Fills an object from a state that is complete, or leaves it empty.
+inline Status take_corpus(Corpus& corpus, CorpusState* state, const CorpusConfig& config, Status status) {
+    uint64_t documents = 0;
+    if (status.ok()) status = open_corpus(*state, config, documents);
+    if (!status.ok()) return destroy(state->runtime, state), status;
+    corpus.runtime = &state->runtime;
+    corpus.state = state;
+    corpus.config = config;
+    corpus.config.field = state->field_name(), corpus.config.column = state->column_name();
+    corpus.bytes = state->bytes, corpus.training_bytes = state->training_bytes, corpus.documents = documents;
+    return status;
+}
+inline uint64_t part_begin(const CorpusState& corpus, Part part) { return part == Part::validation ? corpus.training_bytes : 0; }
+inline uint64_t part_end(const CorpusState& corpus, Part part) { return part == Part::training ? corpus.training_bytes : corpus.bytes; }
+
+}  // namespace
+
+Corpus::Corpus(Corpus&& other) noexcept { *this = static_cast<Corpus&&>(other); }
+Corpus& Corpus::operator=(Corpus&& other) noexcept {
+    if (this == &other) return *this;
+    if (state) destroy(*runtime, state);
+    config = other.config;
+    runtime = other.runtime, state = other.state;
+    bytes = other.bytes, training_bytes = other.training_bytes, documents = other.documents;
+    other.state = nullptr;
+    other.bytes = other.training_bytes = other.documents = 0;
+    return *this;
+}
+Corpus::~Corpus() {
+    if (state) destroy(*runtime, state);
+}
+
+Status Corpus::open(Runtime& from, Span<const Text> files, const CorpusConfig& how) {
+    *this = Corpus();
+    const FloatMode mode;
+    int inputs = 0;
+    for (Text path : files) inputs += equal(path, "-");
+    if (files.size == 0) return fail(Error::invalid_argument, "no file is named");
+    if (inputs > 1) return fail(Error::invalid_argument, "standard input ('-') is named twice");
+    CorpusState* opened = create<CorpusState>(from, from);
+    if (!opened) return out_of_memory(sizeof(CorpusState));
+    Status status;
+    for (size_t i = 0; i < files.size && status.ok(); ++i) status = add_file(*opened, files[i], how.format);
+    return take_corpus(*this, opened, how, status);
+}
+
+Status Corpus::open_memory(Runtime& from, Text text, const CorpusConfig& how) {
+    *this = Corpus();
+    const FloatMode mode;
+    CorpusState* opened = create<CorpusState>(from, from);
+    if (!opened) return out_of_memory(sizeof(CorpusState));
+    Source* source;
+    const Status status = add_source(*opened, "text in memory", how.format, source);
+    if (status.ok()) keep_in_memory(*source, text);
+    return take_corpus(*this, opened, how, status);
+}
+
+Status Corpus::read(Part part, bool (*take)(void* user, Text bytes, bool end_of_document), void* user) {
+    if (!state) return fail(Error::invalid_argument, "the corpus is not open");
+    Reader reader(*state);
+    BABYGPT_TRY(reader.seek(part_begin(*state, part)));
+    for (bool found = true; found;) {
+        BABYGPT_TRY(reader.next_before(part_end(*state, part), found));
+        if (found && !take(user, reader.piece, reader.ends)) break;
+    }
+    return Status();
+}
+
+namespace {
+
+// ---- ids, and the order in which training sees them -------------------------------------------------------------------
+
+// Ids in blocks of memory, 16 bits each where the vocabulary allows it. Blocks are kept when it is emptied.
+struct IdStore {
+    Runtime& runtime;
+    size_t width = 4;      // bytes an id
+    size_t block_ids = 0;  // ids a block
+    Array<void*> blocks;
+    uint64_t count = 0;
+    explicit IdStore(Runtime& from) : runtime(from), blocks(from) {}
+    IdStore(const IdStore&) = delete;
+    IdStore& operator=(const IdStore&) = delete;
+    ~IdStore() { clear(); }
+    void clear() {
+        for (void* block : blocks) release(runtime, block, block_ids * width);
+        blocks.count = 0;
+        count = 0;
+    }
+    uint64_t bytes_with(size_t more) const { return (count + more + block_ids - 1) / block_ids * block_ids * width; }
+    bool append(const int32_t* ids, size_t n) {
+        for (size_t done = 0; done < n;) {
+            const size_t block = static_cast<size_t>(count / block_ids), inside = static_cast<size_t>(count % block_ids);
+            if (block == blocks.count) {
+                void* memory = allocate(runtime, block_ids * width);
+                if (!memory || !blocks.push(memory)) return release(runtime, memory, block_ids * width), false;
+            }
+            const size_t run = least(n - done, block_ids - inside);
+            narrow(ids + done, run, width, static_cast<char*>(blocks[block]) + inside * width);
+            done += run, count += run;
+        }
+        return true;
+    }
+    void read(uint64_t at, size_t n, int32_t* out) const {
+        for (size_t done = 0; done < n;) {
+            const size_t inside = static_cast<size_t>((at + done) % block_ids), run = least(n - done, block_ids - inside);
+            widen(static_cast<const char*>(blocks[static_cast<size_t>((at + done) / block_ids)]) + inside * width, run, width, out + done);
+            done += run;
+        }
+    }
+    // Both work in place, too: narrow to the beginning of `ids`, widen from the last bytes of `to`.
+    static void narrow(const int32_t* ids, size_t n, size_t width, char* to) {
+        if (width == 4) memmove(to, ids, n * 4);
+        else for (size_t i = 0; i < n; ++i) {
+            const uint16_t id = static_cast<uint16_t>(ids[i]);
+            memcpy(to + 2 * i, &id, 2);
+        }
+    }
+    static void widen(const char* from, size_t n, size_t width, int32_t* to) {
+        if (width == 4) memmove(to, from, n * 4);
+        else for (size_t i = 0; i < n; ++i) {
+            uint16_t id;
+            memcpy(&id, from + 2 * i, 2);
+            to[i] = id;
+        }
+    }
+};
+
+// The ids of a part of a corpus, piece after piece. A separator follows each document.
+struct IdStream {
+    Reader reader;
+    const Tokenizer* tokenizer;
+    uint64_t end;               // of the part
+    Array<int32_t> separator, ids;
+    uint64_t unknown = 0;       // characters of the last piece
+    IdStream(const CorpusState& corpus, const Tokenizer& with, Part part)
+        : reader(corpus), tokenizer(&with), end(part_end(corpus, part)), separator(corpus.runtime), ids(corpus.runtime) {}
+    Status start(uint64_t begin) {
+        if (tokenizer->end_of_text < 0) BABYGPT_TRY(tokenizer->encode("\n\n", separator));
+        else if (!separator.push(tokenizer->end_of_text)) return out_of_memory(sizeof(int32_t));
+        return reader.seek(begin);
+    }
+    Status next(bool& found) {
+        ids.count = 0;
+        BABYGPT_TRY(reader.next_before(end, found));
+        if (!found) return Status();
+        size_t strange = 0;
+        BABYGPT_TRY(tokenizer->encode(reader.piece, ids, false, &strange));
+        unknown = strange;
+        if (reader.ends && !ids.append(separator.items, separator.count)) return out_of_memory(separator.count * sizeof(int32_t));
+        return Status();
+    }
+};
+
+// Training shuffles within groups of ids that follow each other, so that only one must be in memory at a time. Their size depends on
+// nothing but a memory limit that is too small for four of them: with any larger one the order is the same, wherever the ids lie.
+constexpr uint64_t largest_group = uint64_t(1) << 24, smallest_group = uint64_t(1) << 16;
+struct Group {
+    Place place;  // of the piece in which its first id lies,
+    size_t skip;  // after so many others
+};
+
+enum class IdPlace { memory, groups, file, host };
+
+}  // namespace
+
+struct DataState {
+    IdPlace where = IdPlace::memory;
+    Span<const int32_t> host;
+    IdStore store;                      // memory: all ids; groups: those of one
+    uint64_t tokens = 0;
+    uint64_t group_ids = largest_group;  // the last group may have fewer
+    Array<Group> groups;
+    uint64_t loaded = UINT64_MAX;       // groups: the one in `store`
+    IdStream* stream = nullptr;         // groups: reads them again,
+    Tokenizer tokenizer;                // with a copy, since the host may have handed its own to a model
+    File cache;
+    explicit DataState(Runtime& runtime) : store(runtime), groups(runtime), cache(runtime) {}
+    ~DataState() { destroy(store.runtime, stream); }
+};
+
+namespace {
+
+// FNV-1a (Fowler, Noll & Vo), an id a step.
+constexpr uint64_t empty_fingerprint = 0xcbf29ce484222325u;
+inline uint64_t add_to_fingerprint(uint64_t hash, const int32_t* ids, size_t n) {
+    for (size_t i = 0; i < n; ++i) hash = (hash ^ static_cast<uint32_t>(ids[i])) * 0x100000001b3u;
+    return hash;
+}
+
+// The end of a cache file. What is before it are the ids, `width` bytes each. It says what the file is; the library itself never trusts
+// one that it finds, it writes it anew.
+struct CacheEnd {
+    char magic[8] = {'b', 'a', 'b', 'y', 't', 'o', 'k', '\0'};
+    uint32_t version = BABYGPT_FORMAT_VERSION, width = 0;
+    uint64_t vocab = 0, count = 0, fingerprint = 0;
+};
+
+// Reads a part once from its beginning to its end: counts, and keeps the ids (in memory, or in `file` where there is one).
+inline Status read_ids(Data& data, DataState& state, uint64_t memory_limit, File* file) {
+    IdStream& stream = *state.stream;
+    IdStore& store = state.store;
+    const Array<int32_t>& ids = stream.ids;
+    data.fingerprint = empty_fingerprint;
+    for (bool found = true;;) {
+        BABYGPT_TRY(stream.next(found));
+        if (!found) break;
+        for (; state.groups.count * state.group_ids < data.tokens + ids.count;) {
+            const Group group = {stream.reader.from, static_cast<size_t>(state.groups.count * state.group_ids - data.tokens)};
+            if (!state.groups.push(group)) return out_of_memory(sizeof(Group));
+        }
+        data.tokens += ids.count;
+        data.bytes += stream.reader.piece.size + (stream.reader.ends && stream.tokenizer->end_of_text < 0 ? 2 : 0);
+        data.unknown += stream.unknown;
+        data.fingerprint = add_to_fingerprint(data.fingerprint, ids.items, ids.count);
+        if (file) {
+            char* bytes = reinterpret_cast<char*>(ids.items);  // made narrow in their place
+            IdStore::narrow(ids.items, ids.count, store.width, bytes);
+            BABYGPT_TRY(file->write(bytes, static_cast<int64_t>(ids.count * store.width)));
+        } else if (state.where == IdPlace::memory && store.bytes_with(ids.count) <= memory_limit) {
+            if (!store.append(ids.items, ids.count)) return out_of_memory(store.block_ids * store.width);
+        } else if (state.where == IdPlace::memory) {
+            store.clear();
+            state.where = IdPlace::groups;
+        }
+    }
+    state.tokens = data.tokens;
+    data.fingerprint = mix(data.fingerprint ^ data.tokens);
+    return Status();
+}
+
+inline Status create_data(Data& data, DataState& state, const Corpus& corpus, Part part, const Tokenizer& tokenizer, Text cache,
+                          uint64_t memory_limit) {
+    Runtime& runtime = state.store.runtime;
+    state.stream = create<IdStream>(runtime, *corpus.state, tokenizer, part);
+    if (!state.stream) return out_of_memory(sizeof(IdStream));
+    const uint64_t begin = part_begin(*corpus.state, part);
+    BABYGPT_TRY(state.stream->start(begin));
+    state.store.width = tokenizer.vocab <= 65536 ? 2 : 4;
+    while (state.group_ids > smallest_group && state.group_ids * state.store.width > memory_limit / 4) state.group_ids /= 2;
+    // No token is shorter than a byte.
+    const uint64_t most_ids = state.stream->end - begin + (corpus.documents + 1) * state.stream->separator.count;
+    state.store.block_ids = static_cast<size_t>(least(most_ids, uint64_t(1) << 19));
+    if (cache.size > 0) {
+        const auto write = [&](File& file) {
+            BABYGPT_TRY(read_ids(data, state, memory_limit, &file));
+            CacheEnd end;
+            end.width = static_cast<uint32_t>(state.store.width), end.vocab = static_cast<uint64_t>(tokenizer.vocab);
+            end.count = data.tokens, end.fingerprint = data.fingerprint;
+            return file.write(&end, sizeof end);
+        };
+        BABYGPT_TRY(write_atomically(runtime, cache, write));
+        BABYGPT_TRY(state.cache.open(cache, FileMode::read));
+        state.where = IdPlace::file;
+    } else {
+        BABYGPT_TRY(read_ids(data, state, memory_limit, nullptr));
+    }
+    if (state.where == IdPlace::groups) {
+        state.store.block_ids = static_cast<size_t>(smallest_group);
+        BABYGPT_TRY(state.tokenizer.copy(runtime, tokenizer));
+        state.stream->tokenizer = &state.tokenizer;
+    } else {
+        destroy(runtime, state.stream);
+        state.stream = nullptr;
+    }
+    return Status();
+}
+
+inline Status load_group(DataState& state, uint64_t index) {
+    if (state.loaded == index) return Status();
+    state.loaded = UINT64_MAX;
+    state.store.count = 0;
+    const Group group = state.groups[static_cast<size_t>(index)];
+    const uint64_t wanted = least(state.group_ids, state.tokens - index * state.group_ids);
+    IdStream& stream = *state.stream;
+    stream.reader.go_to(group.place);
+    for (size_t skip = group.skip; state.store.count < wanted; skip = 0) {
+        bool found;
+        BABYGPT_TRY(stream.next(found));
+        if (!found || stream.ids.count < skip)
+            return fail(Error::mismatch, "the text is no longer what it was when its tokens were counted");
+        const size_t taken = static_cast<size_t>(least(uint64_t(stream.ids.count - skip), wanted - state.store.count));
+        if (!state.store.append(stream.ids.items + skip, taken)) return out_of_memory(state.store.block_ids * state.store.width);
+    }
+    state.loaded = index;
+    return Status();
+}
+
+// Ids at, at + 1, ..., at + n - 1, wherever they lie.
+inline Status fetch_ids(DataState& state, uint64_t at, size_t n, int32_t* to) {
+    switch (state.where) {
+        case IdPlace::host: memcpy(to, state.host.data + at, n * sizeof(int32_t)); break;
+        case IdPlace::memory: state.store.read(at, n, to); break;
+        case IdPlace::file: {
+            const size_t width = state.store.width;
+            char* bytes = reinterpret_cast<char*>(to) + n * (4 - width);
+            int64_t got;
+            BABYGPT_TRY(state.cache.read(static_cast<int64_t>(at * width), bytes, static_cast<int64_t>(n * width), got));
+            if (static_cast<uint64_t>(got) != n * width)
+                return fail(Error::cannot_read, "the token cache '", Text(state.cache.name), "' has become shorter");
+            IdStore::widen(bytes, n, width, to);
+            break;
+        }
+        case IdPlace::groups:
+            for (size_t done = 0; done < n;) {
+                BABYGPT_TRY(load_group(state, (at + done) / state.group_ids));
+                const uint64_t inside = (at + done) % state.group_ids;
+                const size_t run = static_cast<size_t>(least(uint64_t(n - done), state.store.count - inside));
+                state.store.read(inside, run, to + done);
+                done += run;
+            }
+    }
+    return Status();
+}
+
+// `n` ids, and the ids that follow each of them. From first to last, so that no group is loaded twice.
+inline Status fetch_window(DataState& state, uint64_t at, size_t n, int32_t* ids, int32_t* targets) {
+    BABYGPT_TRY(fetch_ids(state, at, n, ids));
+    memcpy(targets, ids + 1, (n - 1) * sizeof(int32_t));
+    return fetch_ids(state, at + n, 1, targets + n - 1);
+}
+
+// Where item i of `count` stands in a random order, without a list of it: a Feistel network (Luby & Rackoff 1988) over the next power of
+// four, walked until it lands below `count` (Black & Rogaway 2002).
+inline uint64_t shuffled(uint64_t i, uint64_t count, uint64_t key) {
+    int half = 1;
+    while (half < 31 && uint64_t(1) << (2 * half) < count) ++half;
+    const uint64_t mask = (uint64_t(1) << half) - 1;
+    do {
+        uint64_t left = i >> half, right = i & mask;
+        for (uint64_t round = 0; round < 6; ++round) {
+            const uint64_t next = left ^ (mix(key + (right << 3) + round) & mask);
+            left = right, right = next;
+        }
+        i = left << half | right;
+    } while (i >= count);
+    return i;
+}
+
+// How many windows a group gives. The first begins at a phase of 0..context-1 that changes with the epoch; the number stays.
+inline uint64_t windows_in(uint64_t ids, uint64_t context) { return ids <= context ? 0 : most(uint64_t(1), (ids - context) / context); }
+
+// Where window `index` of an epoch begins: groups in random order (the last, shorter one at a random place), and in each of them windows in
+// random order.
+inline uint64_t window_start(const DataState& state, uint64_t seed, uint64_t epoch, uint64_t index, uint64_t context) {
+    const uint64_t full = state.tokens / state.group_ids, rest = state.tokens % state.group_ids;
+    const uint64_t in_full = windows_in(state.group_ids, context), in_last = windows_in(rest, context);
+    const uint64_t order = random_key(seed, epoch, random_order, 0);
+    const uint64_t before_last = mix(order) % (full + 1) * in_full;
+    uint64_t group = full, ids = rest, count = in_last, window = index - before_last;
+    if (index < before_last || window >= in_last) {
+        if (index >= before_last) index -= in_last;
+        group = shuffled(index / in_full, full, order);
+        ids = state.group_ids, count = in_full, window = index % in_full;
+    }
+    const uint64_t key = random_key(seed, epoch, random_order, 1 + group);
+    const uint64_t phase = mix(key) % (least(context - 1, ids - 1 - count * context) + 1);
+    return group * state.group_ids + phase + shuffled(window, count, key) * context;
+}
+
+}  // namespace
+
+Data::Data(Data&& other) noexcept { *this = static_cast<Data&&>(other); }
+Data& Data::operator=(Data&& other) noexcept {
+    if (this == &other) return *this;
+    if (state) destroy(*runtime, state);
+    runtime = other.runtime, state = other.state;
+    tokens = other.tokens, bytes = other.bytes, unknown = other.unknown, fingerprint = other.fingerprint;
+    other.state = nullptr;
+    other.tokens = other.bytes = other.unknown = other.fingerprint = 0;
+    return *this;
+}
+Data::~Data() {
+    if (state) destroy(*runtime, state);
+}
+
+Status Data::create(Runtime& from, Corpus& corpus, Part part, const Tokenizer& tokenizer, Text cache, uint64_t memory_limit) {
+    *this = Data();
+    if (!corpus.state) return fail(Error::invalid_argument, "the corpus is not open");
+    if (tokenizer.vocab <= 0) return fail(Error::invalid_argument, "the tokenizer is empty");
+    runtime = &from;
+    state = babygpt::create<DataState>(from, from);
+    if (!state) return out_of_memory(sizeof(DataState));
+    const Status status = create_data(*this, *state, corpus, part, tokenizer, cache, memory_limit);
+    if (!status.ok()) *this = Data();
+    return status;
+}
+
+Status Data::create(Runtime& from, Span<const int32_t> ids) {
+    *this = Data();
+    for (size_t i = 0; i < ids.size; ++i)
+        if (ids[i] < 0) return fail(Error::invalid_argument, "id ", uint64_t(i), " is ", ids[i], ", but ids are not negative");
+    runtime = &from;
+    state = babygpt::create<DataState>(from, from);
+    if (!state) return out_of_memory(sizeof(DataState));
+    state->where = IdPlace::host;
+    state->host = ids;
+    state->tokens = tokens = ids.size;
+    fingerprint = mix(add_to_fingerprint(empty_fingerprint, ids.data, ids.size) ^ tokens);
+    return Status();
+}
+
+uint64_t Data::windows(int context) const {
+    if (!state || context < 1) return 0;
+    const uint64_t length = static_cast<uint64_t>(context);
+    return tokens / state->group_ids * windows_in(state->group_ids, length) + windows_in(tokens % state->group_ids, length);
+}
+
+Status Data::training_window(uint64_t seed, uint64_t n, int context, int32_t* ids, int32_t* targets) {
+    const uint64_t count = windows(context);
+    if (count == 0)
+        return fail(Error::invalid_argument, "there are ", tokens, " tokens, but a window of context ", context, " needs ",
+                    int64_t(context) + 1, ": take a smaller context or more text");
+    const uint64_t start = window_start(*state, seed, n / count, n % count, static_cast<uint64_t>(context));
+    return fetch_window(*state, start, static_cast<size_t>(context), ids, targets);
+}
+
+uint64_t Data::evaluation_windows(int context) const {
+    const uint64_t length = static_cast<uint64_t>(most(context, 1));
+    return tokens < 2 || context < 1 ? 0 : (tokens - 1 + length - 1) / length;
+}
+
+Status Data::evaluation_window(uint64_t n, int context, int32_t* ids, int32_t* targets, int& length) {
+    const uint64_t count = evaluation_windows(context);
+    if (n >= count)
+        return fail(Error::invalid_argument, "there is no evaluation window ", n, ": ", tokens, " tokens give ", count, " of context ",
+                    context);
+    const uint64_t start = n * static_cast<uint64_t>(context), here = least(static_cast<uint64_t>(context), tokens - 1 - start);
+    length = static_cast<int>(here);
+    return fetch_window(*state, start, static_cast<size_t>(here), ids, targets);
+}
+
+namespace {
+
+// ---- what counting achieves --------------------------------------------------------------------------------------------
+
+// P(w | h) = (c(h, w) + T(h) P(w | h')) / (c(h) + T(h)), where h' is h without its oldest token, T(h) counts the different tokens that
+// followed h in training, and P of order 0 is uniform. A history that training never saw leaves the decision to the shorter one.
+// Only histories that occur in the validation text are counted. They are divided into parts by their hash, so that the table of one part
+// is small; a table that becomes too full makes the parts smaller. Memory: 2 bytes a token (4 where the vocabulary is above 65,536), 16 a
+// validation token, and a table of 4 MiB (more for such a vocabulary) for each thread. Two histories whose 64-bit hashes are equal would be
+// taken for one; with 10^7 histories that happens about once in 10^5 texts.
+
+constexpr size_t ngram_slots = size_t(1) << 18;
+
+struct NgramSlot {
+    uint64_t key;     // the hash of h, or of h and w; 0: empty
+    uint32_t count;   // c(h), c(h, w)
+    uint32_t kinds;   // T(h)
+};
+struct NgramTable {
+    NgramSlot* slots;
+    size_t size;  // a power of two
+    size_t used = 0;
+    bool is_full() const { return used > size / 4 * 3; }
+    // The key's slot, or the empty one where it belongs.
+    NgramSlot& find(uint64_t key) const {
+        size_t i = static_cast<size_t>(key) & (size - 1);
+        while (slots[i].key != key && slots[i].key != 0) i = (i + 1) & (size - 1);
+        return slots[i];
+    }
+    NgramSlot& add(uint64_t key) {
+        NgramSlot& slot = find(key);
+        used += slot.key == 0;
+        slot.key = key;
+        return slot;
+    }
+};
+inline uint64_t ngram_key(uint64_t hash) { return most(hash, uint64_t(1)); }
+
+// Calls f(i, hash) for each position with at least `length` ids before it: the hash of these.
+template <class Id, class F>
+void for_each_history(const Array<Id>& ids, size_t length, size_t first, const F& f) {
+    constexpr uint64_t base = 0x9e3779b97f4a7c15u;  // the histories are numbers in this base, modulo 2^64
+    uint64_t oldest = 1, number = 0;
+    for (size_t i = 0; i < length; ++i) oldest *= base;
+    for (size_t i = 0; i < ids.count; ++i) {
+        if (i >= most(length, first)) f(i, ngram_key(mix(number)));
+        number = number * base + ids[i] + 1;
+        if (i >= length) number -= (static_cast<uint64_t>(ids[i - length]) + 1) * oldest;
+    }
+}
+inline uint64_t continued(uint64_t history, uint64_t id) { return ngram_key(mix(mix(history) + id)); }
+
+// The probabilities of one order, from those of the order before, where the history falls into this part. False: the table is full.
+template <class Id>
+bool count_ngrams(const Array<Id>& training, const Array<Id>& validation, size_t length, uint64_t part, uint64_t parts, NgramTable table,
+                  const double* shorter, double* longer) {
+    const auto is_here = [=](uint64_t history) { return (history >> 40 & (parts - 1)) == part; };
+    memset(static_cast<void*>(table.slots), 0, table.size * sizeof(NgramSlot));
+    for_each_history(validation, length, 1, [&](size_t, uint64_t history) {
+        if (is_here(history) && !table.is_full()) table.add(history);
+    });
+    for_each_history(training, length, 0, [&](size_t i, uint64_t history) {
+        if (!is_here(history) || table.is_full()) return;
+        NgramSlot& seen = table.find(history);
+        if (seen.key == 0) return;
+        NgramSlot& pair = table.add(continued(history, training[i]));
+        ++seen.count;
+        seen.kinds += pair.count++ == 0;
+    });
+    if (table.is_full()) return false;
+    for_each_history(validation, length, 1, [&](size_t i, uint64_t history) {
+        if (!is_here(history)) return;
+        const NgramSlot seen = table.find(history);
+        const double pair = table.find(continued(history, validation[i])).count;
+        if (seen.count > 0) longer[i] = (pair + seen.kinds * shorter[i]) / (static_cast<double>(seen.count) + seen.kinds);
+    });
+    return true;
+}
+
+template <class Id>
+Status copy_ids(Data& data, int vocab, uint64_t cap, Array<Id>& ids) {
+    const uint64_t count = least(data.tokens, cap);
+    size_t bytes;
+    if (!product(count, sizeof(Id), bytes) || !ids.resize(static_cast<size_t>(count))) return out_of_memory(count * sizeof(Id));
+    int32_t buffer[1024];
+    for (size_t i = 0; i < ids.count; i += 1024) {
+        const size_t n = least(ids.count - i, size_t(1024));
+        BABYGPT_TRY(fetch_ids(*data.state, i, n, buffer));
+        for (size_t j = 0; j < n; ++j) {
+            if (buffer[j] >= vocab) return fail(Error::mismatch, "id ", buffer[j], " in the text, but the vocabulary is ", vocab);
+            ids[i + j] = static_cast<Id>(buffer[j]);
+        }
+    }
+    return Status();
+}
+
+template <class Id>
+Status ngram_losses(Runtime& runtime, Data& training, Data& validation, int vocab, NgramResult& result, int max_order, uint64_t cap) {
+    Array<Id> from(runtime), on(runtime);
+    BABYGPT_TRY(copy_ids(training, vocab, cap, from));
+    BABYGPT_TRY(copy_ids(validation, vocab, cap, on));
+    Array<double> shorter(runtime), longer(runtime);
+    if (!shorter.resize(on.count) || !longer.resize(on.count)) return out_of_memory(2 * on.count * sizeof(double));
+    for (double& p : shorter) p = 1.0 / vocab;
+
+    constexpr int most_threads = 16;
+    start_pool(runtime);
+    const int threads = least(runtime.thread_count(), most_threads);
+    // A table has room for everything that can follow one history.
+    size_t size = 256;
+    while (size < ngram_slots && size / 4 < from.count + on.count) size *= 2;
+    while (size / 4 < least(static_cast<size_t>(vocab), from.count)) size *= 2;
+    Array<NgramSlot> slots(runtime);
+    if (!slots.resize(static_cast<size_t>(threads) * size)) return out_of_memory(static_cast<uint64_t>(threads) * size * sizeof(NgramSlot));
+
+    int parts = 1;
+    while (parts < threads) parts *= 2;
+    result = NgramResult();
+    result.training_tokens = from.count;
+    for (int order = 1; order <= max_order; ++order) {
+        memcpy(longer.items, shorter.items, on.count * sizeof(double));
+        for (bool done = false; !done;) {
+            bool full[most_threads] = {};
+            parallel(runtime, threads, [&](int thread) {
+                const NgramTable table = {slots.items + static_cast<size_t>(thread) * size, size};
+                for (int part = thread; part < parts && !full[thread]; part += threads)
+                    full[thread] = !count_ngrams(from, on, static_cast<size_t>(order - 1), static_cast<uint64_t>(part),
+                                                 static_cast<uint64_t>(parts), table, shorter.items, longer.items);
+            });
+            done = true;
+            for (int i = 0; i < threads; ++i) done &= !full[i];
+            if (!done && (parts *= 2) > 1 << 22) return fail(Error::unsupported, "the text is too large to count its n-grams");
+        }
+        double sum = 0;
+        for (size_t i = 1; i < on.count; ++i) sum -= log_of(longer[i]);
+        const double loss = sum / static_cast<double>(on.count - 1);
+        result.loss_by_order[order] = loss;
+        if (order == 1 || loss < result.loss) result.order = order, result.loss = loss;
+        double* const items = shorter.items;
+        shorter.items = longer.items, longer.items = items;
+    }
+    return Status();
+}
+
+}  // namespace
+
+Status ngram_baseline(Runtime& runtime, Data& training, Data& validation, int vocab, NgramResult& result, int max_order, uint64_t cap) {
+    if (vocab < 1 || max_order < 1 || max_order > 8)
+        return fail(Error::invalid_argument, "the vocabulary is ", vocab, " and max_order ", max_order, " (1 to 8)");
+    if (training.tokens < 1 || validation.tokens < 2) return fail(Error::invalid_argument, "too little text to count n-grams in");
+    cap = least(most(cap, uint64_t(2)), uint64_t(UINT32_MAX));
+    const FloatMode mode;
+    return vocab <= 65536 ? ngram_losses<uint16_t>(runtime, training, validation, vocab, result, max_order, cap)
+                          : ngram_losses<uint32_t>(runtime, training, validation, vocab, result, max_order, cap);
+}
+
+}  // namespace babygpt
+
+// ---- the schedule --------------------------------------------------------------------------------------------------------
+
+namespace babygpt {
+
+// Warm-up is linear from lr / warmup; then lr falls to min_lr, along half a cosine (Loshchilov & Hutter 2017), a line, not at all, or along
+// a line over the last fifth of the run (wsd, Hu et al. 2024).
+double Trainer::learning_rate(int64_t step) const {
+    const double low = config.schedule == Schedule::constant ? config.lr : config.min_lr;
+    if (step < config.warmup) return config.lr * static_cast<double>(step + 1) / static_cast<double>(config.warmup);
+    const int64_t start = config.schedule == Schedule::wsd ? most(config.warmup, config.steps - config.steps / 5) : config.warmup;
+    const double done = config.steps > start ? static_cast<double>(step - start) / static_cast<double>(config.steps - start) : 1;
+    const double left = 1 - least(most(done, 0.0), 1.0);
+    switch (config.schedule) {
+        case Schedule::constant: return config.lr;
+        case Schedule::cosine: return low + (config.lr - low) * 0.5 * (1 + cos_pi(1 - left));
+        case Schedule::linear:
+        case Schedule::wsd: return low + (config.lr - low) * left;
+    }
+    return low;
+}
+
+// ---- the trainer's memory ------------------------------------------------------------------------------------------------
+
+// Everything a step needs, in one block.
+struct TrainerState {
+    Tape tape;
+    Block memory;
+    const BackendFunctions* backend = nullptr;
+    Regions<float> regions;
+    int32_t *ids = nullptr, *targets = nullptr;  // [batch * context] of one micro-batch
+    Sequence* sequences = nullptr;               // [batch]
+    double* partial = nullptr;
+    explicit TrainerState(Runtime& runtime) : tape(runtime) {}
+};
+
+namespace {
+
+// Hands out places in a block that is not there yet. `memory` null: only counts.
+struct Layout {
+    char* memory = nullptr;
+    size_t bytes = 0;
+    template <class T>
+    T* take(int64_t count) {
+        T* place = memory ? reinterpret_cast<T*>(memory + bytes) : nullptr;
+        bytes += round_up(static_cast<size_t>(count) * sizeof(T), cache_line);
+        return place;
+    }
+};
+
+// The order of a trainer's block. The first three are the trainer's open fields.
+inline void lay_out(Layout& layout, TrainerState& s, Trainer& trainer, int batch, int threads) {
+    const Tape& tape = s.tape;
+    const int64_t rows = tape.max_rows;
+    trainer.gradients = layout.take<float>(tape.weight_block);
+    trainer.moment1 = layout.take<float>(tape.weight_block);
+    trainer.moment2 = layout.take<float>(tape.weight_block);
+    s.regions.gradients = trainer.gradients;
+    s.regions.lookup_gradients = layout.take<float>(tape.lookup_block());
+    s.regions.activations = layout.take<float>(tape.activation_block);
+    s.regions.scratch = layout.take<float>(s.backend->scratch(tape, threads));
+    s.regions.losses = layout.take<double>(rows);
+    s.regions.ranks = layout.take<int32_t>(rows);
+    s.ids = layout.take<int32_t>(rows);
+    s.targets = layout.take<int32_t>(rows);
+    s.sequences = layout.take<Sequence>(batch);
+    s.partial = layout.take<double>(square_blocks(tape));
+}
+
+// Bytes that a tape's own records take.
+inline uint64_t record_bytes(const Tape& tape) {
+    return tape.tensors.capacity * sizeof(Tensor) + tape.ops.capacity * sizeof(Op) + tape.weights.capacity * sizeof(WeightPlan);
+}
+
+constexpr int64_t max_batch_rows = int64_t(1) << 24;
+
+Status backend_for(const Runtime& runtime, const BackendFunctions*& backend) {
+    backend = find_backend(runtime);
+    if (backend) return Status();
+    return fail(Error::not_built, "this program was built without CUDA: add babygpt_cuda.cu to its compile line, or choose the backend cpu");
+}
+
+Status check(const TrainConfig& c, int context) {
+    const auto positive = [](const char* name, double value) {
+        return value > 0 && is_finite(value) ? Status() : fail(Error::invalid_argument, name, " is ", value, ", but must be above 0");
+    };
+    const auto share = [](const char* name, double value) {  // in [0, 1)
+        return value >= 0 && value < 1 ? Status() : fail(Error::invalid_argument, name, " is ", value, ", but must be from 0 to below 1");
+    };
+    BABYGPT_TRY(positive("batch", c.batch));
+    BABYGPT_TRY(positive("accumulate", c.accumulate));
+    if (static_cast<int64_t>(c.batch) * context > max_batch_rows)
+        return fail(Error::invalid_argument, "batch is ", c.batch, ", but batch * context must not be above ", max_batch_rows);
+    BABYGPT_TRY(positive("steps", static_cast<double>(c.steps)));
+    BABYGPT_TRY(positive("lr", c.lr));
+    BABYGPT_TRY(positive("epsilon", c.epsilon));
+    BABYGPT_TRY(share("beta1", c.beta1));
+    BABYGPT_TRY(share("beta2", c.beta2));
+    BABYGPT_TRY(share("dropout", c.dropout));
+    BABYGPT_TRY(share("label_smoothing", c.label_smoothing));
+    if (!(c.weight_decay >= 0) || !(c.clip >= 0)) return fail(Error::invalid_argument, "weight_decay and clip must not be below 0");
+    if (!(c.min_lr <= c.lr)) return fail(Error::invalid_argument, "min_lr is ", c.min_lr, ", above lr, ", c.lr);
+    if (c.warmup > c.steps) return fail(Error::invalid_argument, "warmup is ", c.warmup, " steps, but the whole run has ", c.steps);
+    return Status();
+}
+
+inline double power(double base, int64_t exponent) {
+    double result = 1;
+    for (; exponent > 0; exponent >>= 1, base *= base)
+        if (exponent & 1) result *= base;
+    return result;
+}
+
+}  // namespace
+
+Trainer::Trainer(Trainer&& other) noexcept { *this = static_cast<Trainer&&>(other); }
+Trainer& Trainer::operator=(Trainer&& other) noexcept {
+    if (this == &other) return *this;
+    if (state) destroy(*runtime, state);
+    config = other.config, model = other.model, training = other.training, validation = other.validation, step_count = other.step_count;
+    best_validation_loss = other.best_validation_loss, best_step = other.best_step, bad_evaluations = other.bad_evaluations;
+    gradients = other.gradients, moment1 = other.moment1, moment2 = other.moment2, runtime = other.runtime, state = other.state;
+    other.state = nullptr;
+    other.gradients = other.moment1 = other.moment2 = nullptr;
+    return *this;
+}
+Trainer::~Trainer() {
+    if (state) destroy(*runtime, state);
+}
+
+Status Trainer::create(Runtime& from, Model& of, const TrainConfig& wanted, Data& data, Data* held_out) {
+    *this = Trainer();
+    BABYGPT_TRY(check(wanted, of.config.context));
+    config = wanted;
+    if (config.min_lr < 0) config.min_lr = config.lr / 10;
+    if (config.warmup < 0) config.warmup = least<int64_t>(100, config.steps / 10);
+    if (config.evaluate_every <= 0) config.evaluate_every = most<int64_t>(1, config.steps / 20);
+    const BackendFunctions* backend;
+    BABYGPT_TRY(backend_for(from, backend));
+    runtime = &from;
+    state = babygpt::create<TrainerState>(from, from);
+    if (!state) return out_of_memory(sizeof(TrainerState));
+    state->backend = backend;
+    BABYGPT_TRY(record(state->tape, of.config, config.batch * of.config.context, true, config.dropout));
+    Layout layout;
+    lay_out(layout, *state, *this, config.batch, from.thread_count());
+    if (!state->memory.take(from, layout.bytes, true)) return out_of_memory(layout.bytes);
+    layout = Layout{state->memory.memory, 0};
+    lay_out(layout, *state, *this, config.batch, from.thread_count());
+    model = &of;
+    training = &data;
+    validation = held_out;
+    start_pool(from);
+    return Status();
+}
+
+// ---- a step --------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// What a micro-batch is: `batch` sequences of `context` rows each, or fewer and shorter ones in an evaluation.
+inline Run make_run(const Trainer& t, int sequences, bool training) {
+    Run run;
+    run.sequences = Span<const Sequence>(t.state->sequences, static_cast<size_t>(sequences));
+    for (const Sequence& s : run.sequences) run.rows += s.length;
+    run.ids = t.state->ids;
+    run.targets = t.state->targets;
+    run.training = training;
+    if (training) run.dropout = t.config.dropout, run.label_smoothing = t.config.label_smoothing, run.seed = t.config.seed, run.step = static_cast<uint64_t>(t.step_count);
+    return run;
+}
+
+Status check_ids(const int32_t* ids, const int32_t* targets, int rows, int vocab) {
+    for (int i = 0; i < rows; ++i) {
+        if (ids[i] < 0 || ids[i] >= vocab) return fail(Error::invalid_argument, "the id ", ids[i], " is none of the model's ", vocab);
+        if (targets[i] < -1 || targets[i] >= vocab) return fail(Error::invalid_argument, "the target ", targets[i], " is none of the model's ", vocab);
+    }
+    return Status();
+}
+
+// One update. fill(micro) puts a micro-batch into state->ids and state->targets.
+// Gradients are sums over tokens; they are divided once, here: so micro-batches add up to the bits of the large batch.
+template <class Fill>
+Status update(Trainer& t, const Fill& fill, StepResult& result) {
+    const FloatMode mode;
+    const double start = seconds_now();
+    TrainerState& s = *t.state;
+    const int context = t.model->config.context, rows = t.config.batch * context;
+    s.regions.weights = t.model->weights;
+    double loss = 0;
+    int64_t tokens = 0;
+    for (int i = 0; i < t.config.batch; ++i) s.sequences[i] = Sequence{i * context, context, 0, nullptr};
+    for (int micro = 0; micro < t.config.accumulate; ++micro) {
+        Status status = fill(micro);
+        if (status.ok()) status = check_ids(s.ids, s.targets, rows, t.model->config.vocab);
+        if (!status.ok()) {  // nothing may be left of the micro-batches before
+            memset(t.gradients, 0, static_cast<size_t>(s.tape.weight_block) * sizeof(float));
+            memset(s.regions.lookup_gradients, 0, static_cast<size_t>(s.tape.lookup_block()) * sizeof(float));
+            return status;
+        }
+        Run run = make_run(t, t.config.batch, true);
+        run.first_row = static_cast<uint64_t>(micro) * static_cast<uint64_t>(rows);
+        int32_t* ranks = s.regions.ranks;
+        s.regions.ranks = nullptr;
+        s.backend->forward(*t.runtime, s.tape, s.regions, run);
+        s.backend->backward(*t.runtime, s.tape, s.regions, run);
+        s.regions.ranks = ranks;
+        for (int i = 0; i < rows; ++i) loss += s.regions.losses[i], tokens += s.targets[i] >= 0;
+    }
+    const double count = static_cast<double>(most<int64_t>(tokens, 1));
+    const double norm = root(s.backend->square_sum(*t.runtime, s.tape, s.regions, s.partial)) / count;
+    result = StepResult();
+    result.loss = loss / count;
+    result.lr = t.learning_rate(t.step_count);
+    result.grad_norm = norm;
+    result.skipped = !is_finite(loss) || !is_finite(norm);
+    const int64_t number = t.step_count + 1;
+    if (result.skipped) memset(t.gradients, 0, static_cast<size_t>(s.tape.weight_block) * sizeof(float));
+    else {
+        const TrainConfig& c = t.config;
+        const double clipping = c.clip > 0 && norm > c.clip ? c.clip / norm : 1;
+        AdamW adam;
+        adam.gradient_scale = static_cast<float>(clipping / count);
+        adam.beta1 = static_cast<float>(c.beta1), adam.one_minus_beta1 = static_cast<float>(1 - c.beta1);
+        adam.beta2 = static_cast<float>(c.beta2), adam.one_minus_beta2 = static_cast<float>(1 - c.beta2);
+        adam.step_size = static_cast<float>(result.lr / (1 - power(c.beta1, number)));
+        adam.root_scale = static_cast<float>(1 / root(1 - power(c.beta2, number)));
+        adam.epsilon = static_cast<float>(c.epsilon);
+        adam.decay = static_cast<float>(result.lr * c.weight_decay);
+        s.backend->update(*t.runtime, s.tape, s.regions, t.model->weights, t.moment1, t.moment2, adam);
+        ++t.model->version;
+    }
+    result.step = t.step_count = number;
+    result.tokens_per_second = static_cast<double>(rows) * t.config.accumulate / most(seconds_now() - start, 1e-9);
+    return Status();
+}
+
+}  // namespace
+
+Status Trainer::step(StepResult& result) {
+    const int context = model->config.context;
+    const uint64_t per_step = static_cast<uint64_t>(config.batch) * static_cast<uint64_t>(config.accumulate);
+    const auto fill = [&](int micro) {
+        for (int i = 0; i < config.batch; ++i) {
+            const uint64_t window = static_cast<uint64_t>(step_count) * per_step + static_cast<uint64_t>(micro) * static_cast<uint64_t>(config.batch) + static_cast<uint64_t>(i);
+            BABYGPT_TRY(training->training_window(config.seed, window, context, state->ids + i * context, state->targets + i * context));
+        }
+        return Status();
+    };
+    return update(*this, fill, result);
+}
+
+Status Trainer::step(Span<const int32_t> ids, Span<const int32_t> targets, StepResult& result) {
+    const size_t rows = static_cast<size_t>(config.batch) * static_cast<size_t>(model->config.context), wanted = rows * static_cast<size_t>(config.accumulate);
+    if (ids.size != wanted || targets.size != wanted)
+        return fail(Error::invalid_argument, "a step needs ", static_cast<uint64_t>(wanted), " ids and targets (batch * accumulate * context), not ", static_cast<uint64_t>(ids.size),
+                    " and ", static_cast<uint64_t>(targets.size));
+    const auto fill = [&](int micro) {
+        memcpy(state->ids, ids.data + static_cast<size_t>(micro) * rows, rows * sizeof(int32_t));
+        memcpy(state->targets, targets.data + static_cast<size_t>(micro) * rows, rows * sizeof(int32_t));
+        return Status();
+    };
+    return update(*this, fill, result);
+}
+
+Status Trainer::evaluate(Data& data, Evaluation& result) {
+    const FloatMode mode;
+    TrainerState& s = *state;
+    const int context = model->config.context;
+    const uint64_t windows = data.evaluation_windows(context);
+    s.regions.weights = model->weights;
+    result = Evaluation();
+    double loss = 0;
+    uint64_t best1 = 0, best5 = 0;
+    for (uint64_t window = 0; window < windows;) {
+        int count = 0, rows = 0;
+        for (; count < config.batch && window < windows; ++count, ++window) {
+            int length = 0;
+            BABYGPT_TRY(data.evaluation_window(window, context, s.ids + rows, s.targets + rows, length));
+            s.sequences[count] = Sequence{rows, length, 0, nullptr};
+            rows += length;
+        }
+        BABYGPT_TRY(check_ids(s.ids, s.targets, rows, model->config.vocab));
+        s.backend->forward(*runtime, s.tape, s.regions, make_run(*this, count, false));
+        for (int i = 0; i < rows; ++i) {
+            if (s.targets[i] < 0) continue;
+            loss += s.regions.losses[i];
+            ++result.tokens;
+            best1 += s.regions.ranks[i] < 1, best5 += s.regions.ranks[i] < 5;
+        }
+    }
+    if (result.tokens == 0) return fail(Error::invalid_argument, "there is nothing to evaluate on: the text has fewer than two tokens");
+    const double count = static_cast<double>(result.tokens);
+    result.loss = loss / count;
+    result.perplexity = exp_of(result.loss);
+    result.bits_per_byte = data.bytes ? loss * log2_e / static_cast<double>(data.bytes) : 0;
+    result.top1 = static_cast<double>(best1) / count;
+    result.top5 = static_cast<double>(best5) / count;
+    result.unknown = data.unknown;
+    return Status();
+}
+
+// ---- a whole run ---------------------------------------------------------------------------------------------------------
+
+Status Trainer::run(const RunConfig& how, RunResult& result) {
+    const double start = seconds_now();
+    const int64_t first = step_count;
+    const bool saves = how.out.size > 0;
+    Array<char> resume(*runtime);
+    if (saves) BABYGPT_TRY(resume_path(how.out, resume));
+    // The model to use is the best by validation, or, where nothing is validated, the last. It is written before the state that goes beyond it.
+    const auto save_all = [&]() {
+        if (!saves) return Status();
+        if (best_step < 0) BABYGPT_TRY(model->save(how.out));
+        return save(view(resume));
+    };
+    result = RunResult();
+    while (step_count < config.steps) {
+        if (how.stop_at > 0 && step_count >= how.stop_at) {
+            result.cancelled = true;
+            break;
+        }
+        StepResult step_result;
+        BABYGPT_TRY(step(step_result));
+        Evaluation evaluation;
+        Progress progress;
+        const bool scheduled = step_count % config.evaluate_every == 0 || step_count == config.steps;
+        if (scheduled && validation) {
+            BABYGPT_TRY(evaluate(*validation, evaluation));
+            progress.evaluation = &evaluation;
+            progress.best = is_finite(evaluation.loss) && (best_step < 0 || evaluation.loss < best_validation_loss);
+            ++bad_evaluations;
+            if (progress.best) {
+                best_validation_loss = evaluation.loss, best_step = step_count, bad_evaluations = 0;
+                if (saves) BABYGPT_TRY(model->save(how.out));
+            }
+        }
+        result.stopped_early = config.patience > 0 && bad_evaluations >= config.patience;
+        if (how.save_every > 0 ? step_count % how.save_every == 0 : scheduled) BABYGPT_TRY(save_all());
+        progress.step = &step_result;
+        progress.steps = config.steps;
+        progress.seconds = seconds_now() - start;
+        progress.seconds_left = progress.seconds / static_cast<double>(step_count - first) * static_cast<double>(config.steps - step_count);
+        if (how.progress && !how.progress(how.user, progress)) result.cancelled = true;
+        if (result.cancelled || result.stopped_early) break;
+    }
+    BABYGPT_TRY(save_all());
+    result.step = step_count;
+    result.best_step = best_step;
+    result.best_validation_loss = best_step < 0 ? 0 : best_validation_loss;
+    result.seconds = seconds_now() - start;
+    return Status();
+}
+
+}  // namespace babygpt
+// =====================================================================================================================
+// [CHAPTER 8] Talking
+// =====================================================================================================================
+// A session reads ids and keeps their keys and values (the KV cache), so that a further token costs one row. From the last row's
+// logits the sampler draws the next token. generate() and reply() are loops around that, with stop strings and streaming.
+
+namespace babygpt {
+
+struct SessionState {
+    Tape tape;
+    Block memory;
+    const BackendFunctions* backend = nullptr;
+    Regions<float> regions;
+    int32_t* pages = nullptr;    // [context / kv_page]
+    int32_t* history = nullptr;  // [context] ids read
+    int32_t* targets = nullptr;  // [chunk]
+    float* logits = nullptr;     // [vocab]
+    float* adjusted = nullptr;   // [vocab] after bias and penalty, then the candidates' weights
+    int32_t* candidates = nullptr;  // [vocab]
+    unsigned char* seen = nullptr;  // [vocab] for the repetition penalty
+    char* held = nullptr;        // text that may yet turn out to be a stop string, and the tail of what was said, for banned strings
+    char* tail = nullptr;
+    size_t held_room = 0, tail_count = 0;
+    int chunk = 0;               // rows read at once
+    int turn = 0;                // where the newest turn of a chat begins
+    bool ready = false;          // logits are there
+    bool line_open = false;      // what was read last does not end a line
+    explicit SessionState(Runtime& runtime) : tape(runtime) {}
+};
+
+namespace {
+
+constexpr size_t longest_stop = 256;  // bytes of a stop or banned string
+
+inline void lay_out(Layout& layout, SessionState& s, int threads, size_t longest_token) {
+    const Tape& tape = s.tape;
+    s.regions.activations = layout.take<float>(tape.activation_block);
+    s.regions.scratch = layout.take<float>(s.backend->scratch(tape, threads));
+    s.regions.kv = layout.take<float>(tape.kv_page_block() * ((tape.context + kv_page - 1) / kv_page));
+    s.regions.losses = layout.take<double>(tape.max_rows);
+    s.pages = layout.take<int32_t>((tape.context + kv_page - 1) / kv_page);
+    s.history = layout.take<int32_t>(tape.context);
+    s.targets = layout.take<int32_t>(tape.max_rows);
+    s.logits = layout.take<float>(tape.vocab);
+    s.adjusted = layout.take<float>(tape.vocab);
+    s.candidates = layout.take<int32_t>(tape.vocab);
+    s.seen = layout.take<unsigned char>(tape.vocab);
+    s.held_room = 2 * longest_stop + longest_token;
+    s.held = layout.take<char>(static_cast<int64_t>(s.held_room));
+    s.tail = layout.take<char>(static_cast<int64_t>(s.held_room));
+}
+
+inline int chunk_rows(const Config& config) { return least(config.context, 256); }
+
+// The packed weights of the model's present version, made by the first session that needs them.
+Status pack_weights(Runtime& runtime, const Model& model, const Tape& tape, const BackendFunctions& backend, const float*& packed) {
+    ModelState& m = *model.state;
+    m.lock.enter();
+    Status status;
+    const size_t wanted = static_cast<size_t>(backend.packed(tape));
+    if (wanted > 0 && (m.packed_version != model.version || m.packed.count != wanted)) {
+        if (m.packed.count != wanted) m.packed = Array<float>(*model.runtime);
+        if (m.packed.count == wanted || m.packed.resize(wanted)) {
+            backend.pack(runtime, tape, model.weights, m.packed.items);
+            m.packed_version = model.version;
+        } else status = out_of_memory(wanted * sizeof(float));
+    }
+    packed = wanted > 0 && status.ok() ? m.packed.items : nullptr;
+    m.lock.leave();
+    return status;
+}
+
+}  // namespace
+
+Session::Session(Session&& other) noexcept { *this = static_cast<Session&&>(other); }
+Session& Session::operator=(Session&& other) noexcept {
+    if (this == &other) return *this;
+    if (state) destroy(*runtime, state);
+    model = other.model, runtime = other.runtime, state = other.state, position = other.position, forgotten = other.forgotten, sampled = other.sampled;
+    other.state = nullptr;
+    return *this;
+}
+Session::~Session() {
+    if (state) destroy(*runtime, state);
+}
+
+Status Session::create(Runtime& from, const Model& of) {
+    const FloatMode mode;
+    *this = Session();
+    if (!of.weights) return fail(Error::invalid_argument, "the model is empty: create or load it first");
+    const BackendFunctions* backend;
+    BABYGPT_TRY(backend_for(from, backend));
+    runtime = &from;
+    state = babygpt::create<SessionState>(from, from);
+    if (!state) return out_of_memory(sizeof(SessionState));
+    state->backend = backend;
+    state->chunk = chunk_rows(of.config);
+    BABYGPT_TRY(record(state->tape, of.config, state->chunk, false, 0));
+    size_t longest_token = 4;
+    for (int32_t id = 0; id < of.tokenizer.vocab; ++id) longest_token = most(longest_token, of.tokenizer.bytes(id).size);
+    Layout layout;
+    lay_out(layout, *state, from.thread_count(), longest_token);
+    if (!state->memory.take(from, layout.bytes, true)) return out_of_memory(layout.bytes);
+    layout = Layout{state->memory.memory, 0};
+    lay_out(layout, *state, from.thread_count(), longest_token);
+    for (int i = 0; i < (of.config.context + kv_page - 1) / kv_page; ++i) state->pages[i] = i;
+    model = &of;
+    start_pool(from);
+    return pack_weights(from, of, state->tape, *backend, state->regions.packed);
+}
+
+void Session::reset() {
+    position = 0;
+    forgotten = 0;
+    sampled = 0;
+    if (!state) return;
+    state->turn = 0;
+    state->tail_count = 0;
+    state->ready = state->line_open = false;
+}
+
+// ---- reading -------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// Reads `count` ids (they fit the context) in chunks. With losses: losses[i] = -log p(ids[i+1]), the last one for `after` (-1: none).
+void read_ids(Session& session, const int32_t* ids, int count, double* losses, int32_t after) {
+    SessionState& s = *session.state;
+    for (int done = 0; done < count;) {
+        const int rows = least(s.chunk, count - done);
+        const Sequence sequence{0, rows, session.position, s.pages};
+        Run run;
+        run.rows = rows;
+        run.sequences = Span<const Sequence>(&sequence, 1);
+        run.ids = ids + done;
+        if (losses) {
+            for (int i = 0; i < rows; ++i) s.targets[i] = done + i + 1 < count ? ids[done + i + 1] : after;
+            run.targets = s.targets;
+        }
+        s.regions.weights = session.model->weights;
+        s.regions.logits = done + rows == count ? s.logits : nullptr;
+        s.backend->forward(*session.runtime, s.tape, s.regions, run);
+        if (losses) memcpy(losses + done, s.regions.losses, static_cast<size_t>(rows) * sizeof(double));
+        memmove(s.history + session.position, ids + done, static_cast<size_t>(rows) * sizeof(int32_t));
+        session.position += rows;
+        done += rows;
+    }
+    s.ready = count > 0 || s.ready;
+}
+
+// Makes room for `count` more ids (at most half a context): forgets the older half, in a chat up to the beginning of a turn, and reads the rest again.
+void make_room(Session& session, int count) {
+    SessionState& s = *session.state;
+    const int context = session.model->config.context;
+    if (session.position + count <= context) return;
+    int from = most(session.position - context / 2, 0);
+    if (s.turn > from && s.turn < session.position) from = s.turn;
+    const int kept = session.position - from;
+    session.forgotten += static_cast<uint64_t>(from);
+    session.position = 0;
+    s.turn = most(s.turn - from, 0);
+    read_ids(session, s.history + from, kept, nullptr, -1);
+}
+
+Status check_session(const Session& session, Span<const int32_t> ids) {
+    if (!session.state) return fail(Error::invalid_argument, "the session is empty: create it first");
+    for (const int32_t id : ids)
+        if (id < 0 || id >= session.model->config.vocab) return fail(Error::invalid_argument, "the id ", id, " is none of the model's ", session.model->config.vocab);
+    return Status();
+}
+
+// The largest piece that make_room can always make room for.
+inline int piece_rows(const Session& session) { return most(1, session.model->config.context / 2); }
+
+}  // namespace
+
+Status Session::feed(Span<const int32_t> ids) {
+    BABYGPT_TRY(check_session(*this, ids));
+    const FloatMode mode;
+    BABYGPT_TRY(pack_weights(*runtime, *model, state->tape, *state->backend, state->regions.packed));
+    state->tail_count = 0;
+    const size_t context = static_cast<size_t>(model->config.context);
+    if (ids.size <= context - least(context, static_cast<size_t>(position))) {  // it fits as it is
+        read_ids(*this, ids.data, static_cast<int>(ids.size), nullptr, -1);
+        return Status();
+    }
+    for (size_t i = 0; i < ids.size;) {
+        const int count = static_cast<int>(least(static_cast<size_t>(piece_rows(*this)), ids.size - i));
+        make_room(*this, count);
+        read_ids(*this, ids.data + i, count, nullptr, -1);
+        i += static_cast<size_t>(count);
+    }
+    return Status();
+}
+
+Span<const float> Session::logits() const {
+    return state && state->ready ? Span<const float>(state->logits, static_cast<size_t>(model->config.vocab)) : Span<const float>();
+}
+
+// ---- sampling ------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// ln of the sum of e^logits
+double log_sum_exp(const float* logits, int n) {
+    float biggest = logits[0];
+    for (int i = 1; i < n; ++i) biggest = most(biggest, logits[i]);
+    const float total = sum<float>(n, [&](int i) { return exp_of(logits[i] - biggest); });
+    return log_of(static_cast<double>(total)) + static_cast<double>(biggest);
+}
+
+// A heap of candidates, the heaviest (then the smallest id) on top.
+struct Heap {
+    int32_t* ids;
+    const float* weights;  // by id
+    int count;
+    bool before(int32_t a, int32_t b) const { return weights[a] > weights[b] || (!(weights[a] < weights[b]) && a < b); }
+    void sink(int i) {
+        for (int child; (child = 2 * i + 1) < count; i = child) {
+            if (child + 1 < count && before(ids[child + 1], ids[child])) ++child;
+            if (!before(ids[child], ids[i])) return;
+            const int32_t id = ids[i];
+            ids[i] = ids[child], ids[child] = id;
+        }
+    }
+    void build() {
+        for (int i = count / 2; i-- > 0;) sink(i);
+    }
+    // Moves the top to the place after the heap's new end.
+    int32_t pop() {
+        const int32_t top = ids[0];
+        ids[0] = ids[--count], ids[count] = top;
+        sink(0);
+        return top;
+    }
+};
+
+// Draws from adjusted logits. Temperature first, then top_k, top_p, min_p. Candidates are selected, never all sorted: what is e^-40 below the best
+// is left out at once, and only as many are taken from a heap as top_k and top_p need.
+int32_t draw(SessionState& s, const SampleConfig& c, int vocab, uint64_t key) {
+    float* l = s.adjusted;
+    int32_t best = 0;
+    for (int32_t i = 1; i < vocab; ++i)
+        if (l[i] > l[best]) best = i;
+    if (c.temperature <= 0 || !is_finite(l[best])) return best;
+    const float biggest = l[best];
+    double lowest = -40;
+    if (c.min_p > 0) lowest = most(lowest, log_of(c.min_p));
+    const float cut = static_cast<float>(static_cast<double>(biggest) + lowest * c.temperature), inverse = static_cast<float>(1 / c.temperature);
+    int count = 0;
+    double total = 0;
+    for (int32_t i = 0; i < vocab; ++i)
+        if (l[i] >= cut) {
+            l[i] = exp_of((l[i] - biggest) * inverse);
+            total += static_cast<double>(l[i]);
+            s.candidates[count++] = i;
+        }
+    const int32_t* chosen = s.candidates;
+    const bool fewer = c.top_k > 0 && c.top_k < count;
+    if (fewer || c.top_p < 1) {  // popped candidates stand at the end, the heaviest last
+        Heap heap{s.candidates, l, count};
+        heap.build();
+        const int limit = fewer ? c.top_k : count;
+        double mass = 0, aim = fewer ? total : c.top_p * total;
+        int taken = 0;
+        do mass += static_cast<double>(l[heap.pop()]), ++taken;
+        while (taken < limit && mass < aim);
+        if (fewer && c.top_p < 1) {  // top_p counts among the top_k
+            aim = c.top_p * mass;
+            mass = 0, taken = 0;
+            do mass += static_cast<double>(l[s.candidates[count - ++taken]]);
+            while (taken < limit && mass < aim);
+        }
+        chosen = s.candidates + (count - taken);
+        count = taken;
+        total = mass;
+    }
+    double left = random_uniform(key, 0) * total;
+    for (int i = count; i-- > 0;) {
+        left -= static_cast<double>(l[chosen[i]]);
+        if (left < 0) return chosen[i];
+    }
+    return chosen[0];
+}
+
+bool contains(Text text, Text part) {
+    for (size_t i = 0; part.size > 0 && i + part.size <= text.size; ++i)
+        if (memcmp(text.data + i, part.data, part.size) == 0) return true;
+    return false;
+}
+
+// Would the text said so far and this token hold a banned string?
+bool is_banned(SessionState& s, const SampleConfig& c, Text token) {
+    if (c.banned.size == 0) return false;
+    memcpy(s.tail + s.tail_count, token.data, token.size);
+    for (const Text& banned : c.banned)
+        if (contains(Text(s.tail, s.tail_count + token.size), banned)) return true;
+    return false;
+}
+
+void remember(SessionState& s, Text token) {
+    memcpy(s.tail + s.tail_count, token.data, token.size);
+    s.tail_count += token.size;
+    if (s.tail_count > longest_stop) {
+        memmove(s.tail, s.tail + (s.tail_count - longest_stop), longest_stop);
+        s.tail_count = longest_stop;
+    }
+}
+
+constexpr unsigned char seen_before = 1, seen_banned = 2;  // SessionState::seen
+
+// The logits as the sampler wants them: bias, repetition penalty, and -infinity for what may not come.
+void adjust(Session& session, const SampleConfig& c, Text start) {
+    SessionState& s = *session.state;
+    const Tokenizer& tokenizer = session.model->tokenizer;
+    const int vocab = session.model->config.vocab;
+    const float never = -bits_as<float>(0x7f800000u);
+    memcpy(s.adjusted, s.logits, static_cast<size_t>(vocab) * sizeof(float));
+    for (const LogitBias& bias : c.bias) s.adjusted[bias.id] += bias.bias;
+    if (c.repetition_penalty != 1 && c.repetition_penalty > 0) {
+        const float penalty = static_cast<float>(c.repetition_penalty);
+        for (int i = 0; i < session.position; ++i) {
+            const int32_t id = s.history[i];
+            if (!(s.seen[id] & seen_before)) s.adjusted[id] = s.adjusted[id] > 0 ? s.adjusted[id] / penalty : s.adjusted[id] * penalty;
+            s.seen[id] |= seen_before;
+        }
+        for (int i = 0; i < session.position; ++i) s.seen[s.history[i]] &= seen_banned;
+    }
+    const int known = tokenizer.kind == TokenizerKind::none ? vocab : tokenizer.vocab;  // a padded vocabulary's other ids say nothing
+    for (int32_t i = 0; i < vocab; ++i)
+        if (i >= known || i == tokenizer.unknown || (s.seen[i] & seen_banned) || (start.size > 0 && !starts_with(tokenizer.bytes(i), start))) s.adjusted[i] = never;
+}
+
+// Next, where the token's text must begin with `start` (empty: anything goes).
+Status next_token(Session& session, const SampleConfig& c, Text start, int32_t& id, float* logprob) {
+    BABYGPT_TRY(check_session(session, Span<const int32_t>()));
+    SessionState& s = *session.state;
+    const Model& model = *session.model;
+    const int vocab = model.config.vocab;
+    if (!s.ready) return fail(Error::invalid_argument, "nothing has been read yet: feed the session at least one id");
+    for (const Text& banned : c.banned)
+        if (banned.size > longest_stop) return fail(Error::invalid_argument, "a banned string has ", static_cast<uint64_t>(banned.size), " bytes, at most 256 are possible");
+    for (const LogitBias& bias : c.bias)
+        if (bias.id < 0 || bias.id >= vocab) return fail(Error::invalid_argument, "a bias names the id ", bias.id, ", which is none of the model's ", vocab);
+    const uint64_t key = random_key(c.seed, session.sampled, random_sample, 0);
+    bool found = false;
+    for (int attempt = 0; !found && attempt <= vocab; ++attempt) {  // a token that would complete a banned string is drawn again, without it
+        adjust(session, c, start);
+        id = draw(s, c, vocab, mix(key + static_cast<uint64_t>(attempt)));
+        found = !is_banned(s, c, model.tokenizer.bytes(id));
+        if (!found) s.seen[id] |= seen_banned;
+    }
+    for (int32_t i = 0; c.banned.size > 0 && i < vocab; ++i) s.seen[i] = 0;
+    if (!found) return fail(Error::invalid_argument, "every possible next token would complete a banned string");
+    if (logprob) *logprob = static_cast<float>(static_cast<double>(s.logits[id]) - log_sum_exp(s.logits, vocab));
+    ++session.sampled;
+    remember(s, model.tokenizer.bytes(id));
+    make_room(session, 1);
+    read_ids(session, &id, 1, nullptr, -1);
+    return Status();
+}
+
+}  // namespace
+
+Status Session::next(const SampleConfig& config, int32_t& id, float* logprob) {
+    const FloatMode mode;
+    return next_token(*this, config, Text(), id, logprob);
+}
+
+// ---- generating ----------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// Text on its way to the caller: exact bytes to the array, whole characters to the stream.
+struct Output {
+    Generation& result;
+    Utf8Stream utf8{};
+    bool good = true;
+    explicit Output(Generation& to) : result(to) {}
+    Status put(Text text) {
+        if (result.text && !append(*result.text, text)) return out_of_memory(text.size);
+        while (result.stream && good && text.size > 0) {
+            char whole[64];
+            const Text piece(text.data, least(text.size, sizeof whole - 4));
+            const size_t n = utf8.push(piece, whole);
+            if (n > 0) good = result.stream(result.user, Text(whole, n));
+            text = Text(text.data + piece.size, text.size - piece.size);
+        }
+        return Status();
+    }
+    void finish() {
+        char rest[4];
+        const size_t n = utf8.finish(rest);
+        if (result.stream && good && n > 0) good = result.stream(result.user, Text(rest, n));
+    }
+};
+
+// How much of the end of `text` could be the beginning of `stop`.
+size_t overlap(Text text, Text stop) {
+    for (size_t n = least(text.size, stop.size); n > 0; --n)
+        if (memcmp(text.end() - n, stop.data, n) == 0) return n;
+    return 0;
+}
+
+// Draws tokens until a stop string, the end-of-text token, the limit or the caller ends it. The first token's text must begin with `start`, which is
+// not part of the result.
+Status continue_text(Session& session, const SampleConfig& c, Text start, Generation& result) {
+    SessionState& s = *session.state;
+    const Tokenizer& tokenizer = session.model->tokenizer;
+    for (const Text& stop : c.stop)
+        if (stop.size > longest_stop) return fail(Error::invalid_argument, "a stop string has ", static_cast<uint64_t>(stop.size), " bytes, at most 256 are possible");
+    const double begin = seconds_now();
+    Output output(result);
+    size_t held = 0;
+    Status status;
+    while (status.ok() && output.good && !result.stopped && result.generated < c.tokens) {
+        int32_t id;
+        float logprob;
+        status = next_token(session, c, result.generated == 0 ? start : Text(), id, result.logprobs ? &logprob : nullptr);
+        if (!status.ok()) break;
+        ++result.generated;
+        if ((result.ids && !result.ids->push(id)) || (result.logprobs && !result.logprobs->push(logprob))) {
+            status = out_of_memory(sizeof id);
+            break;
+        }
+        if (id == tokenizer.end_of_text) {
+            result.stopped = true;
+            s.line_open = false;
+            break;
+        }
+        Text bytes = tokenizer.bytes(id);
+        s.line_open = bytes.size > 0 ? bytes[bytes.size - 1] != '\n' : s.line_open;
+        if (result.generated == 1) bytes = Text(bytes.data + start.size, bytes.size - start.size);
+        memcpy(s.held + held, bytes.data, bytes.size);
+        held += bytes.size;
+        size_t ready = held;
+        for (const Text& stop : c.stop)
+            for (size_t i = 0; stop.size > 0 && i + stop.size <= held; ++i)
+                if (memcmp(s.held + i, stop.data, stop.size) == 0) ready = least(ready, i), result.stopped = true;
+        if (!result.stopped)
+            for (const Text& stop : c.stop) ready = least(ready, held - overlap(Text(s.held, held), stop));
+        status = output.put(Text(s.held, ready));
+        if (result.stopped) held = ready;
+        held -= ready;
+        memmove(s.held, s.held + ready, held);
+    }
+    if (status.ok() && !result.stopped) status = output.put(Text(s.held, held));
+    output.finish();
+    result.cancelled = !output.good;
+    result.seconds += seconds_now() - begin;
+    return status;
+}
+
+// What stands between documents.
+inline Text document_separator(const Tokenizer& tokenizer) { return tokenizer.end_of_text >= 0 ? Text() : Text("\n\n"); }
+
+Status feed_text(Session& session, Text text, bool new_document, Generation& result) {
+    const Tokenizer& tokenizer = session.model->tokenizer;
+    if (tokenizer.kind == TokenizerKind::none) return fail(Error::invalid_argument, "the model has no tokenizer: feed it ids");
+    Array<int32_t> ids(*session.runtime);
+    if (new_document) {
+        if (tokenizer.end_of_text >= 0 && !ids.push(tokenizer.end_of_text)) return out_of_memory(sizeof(int32_t));
+        BABYGPT_TRY(tokenizer.encode(document_separator(tokenizer), ids));
+    }
+    size_t unknown = 0;
+    BABYGPT_TRY(tokenizer.encode(text, ids, false, &unknown));
+    result.unknown += unknown;
+    if (ids.count > 0) BABYGPT_TRY(session.feed(Span<const int32_t>(ids.items, ids.count)));
+    if (text.size > 0) session.state->line_open = text[text.size - 1] != '\n';
+    return Status();
+}
+
+// A prompt that ends in a space would be cut where the training text never is (the space belongs to the next word's token): the
+// space is taken off, and the first token must begin with it.
+inline Text take_last_space(const Tokenizer& tokenizer, Text& prompt) {
+    if (tokenizer.kind != TokenizerKind::bpe || prompt.size < 2 || prompt[prompt.size - 1] != ' ' || prompt[prompt.size - 2] == ' ') return Text();
+    prompt = Text(prompt.data, prompt.size - 1);
+    return Text(" ");
+}
+
+inline void start_result(Generation& result) {
+    result.generated = 0;
+    result.seconds = 0;
+    result.cancelled = result.stopped = false;
+    result.unknown = 0;
+}
+
+}  // namespace
+
+Status Session::generate(Text prompt, const SampleConfig& config, Generation& result) {
+    BABYGPT_TRY(check_session(*this, Span<const int32_t>()));
+    const FloatMode mode;
+    start_result(result);
+    const Text start = take_last_space(model->tokenizer, prompt);
+    const double begin = seconds_now();
+    BABYGPT_TRY(feed_text(*this, prompt, position == 0 && prompt.size == 0, result));
+    result.seconds = seconds_now() - begin;
+    return continue_text(*this, config, start, result);
+}
+
+Status Session::reply(Text user, const SampleConfig& config, Generation& result, Text reply_turn) {
+    BABYGPT_TRY(check_session(*this, Span<const int32_t>()));
+    const FloatMode mode;
+    start_result(result);
+    if (reply_turn.size == 0) reply_turn = view(model->chat.reply_turn);
+    Array<char> prompt(*runtime);
+    const bool fresh = position == 0;
+    bool good = (fresh || !state->line_open || append(prompt, "\n")) && append(prompt, view(model->chat.user_turn));
+    for (const char c : user) good = good && prompt.push(c == '\n' ? ' ' : c);  // a turn is a line
+    good = good && append(prompt, "\n") && append(prompt, reply_turn);
+    if (!good) return out_of_memory(prompt.count + user.size);
+    Text text = view(prompt);
+    const Text start = take_last_space(model->tokenizer, text);
+    const int turn = position;
+    const uint64_t forgotten_before = forgotten;
+    const double begin = seconds_now();
+    BABYGPT_TRY(feed_text(*this, text, fresh, result));
+    state->turn = most(0, turn - static_cast<int>(forgotten - forgotten_before));
+    result.seconds = seconds_now() - begin;
+    SampleConfig turn_config = config;
+    Array<Text> stops(*runtime);
+    if (!stops.append(config.stop.data, config.stop.size) || !stops.push(Text("\n"))) return out_of_memory(sizeof(Text));
+    turn_config.stop = Span<const Text>(stops.items, stops.count);
+    return continue_text(*this, turn_config, start, result);
+}
+
+Status Session::score(Text text, Array<int32_t>& ids, Array<float>& logprobs, double& sum_of_logprobs) {
+    BABYGPT_TRY(check_session(*this, Span<const int32_t>()));
+    const FloatMode mode;
+    BABYGPT_TRY(pack_weights(*runtime, *model, state->tape, *state->backend, state->regions.packed));
+    ids = Array<int32_t>(*runtime);
+    logprobs = Array<float>(*runtime);
+    BABYGPT_TRY(model->tokenizer.encode(text, ids));
+    Array<double> losses(*runtime);
+    if (!logprobs.resize(ids.count) || !losses.resize(static_cast<size_t>(piece_rows(*this)))) return out_of_memory(ids.count * sizeof(float));
+    sum_of_logprobs = 0;
+    for (size_t i = 0; i < ids.count;) {
+        if (i == 0 && state->ready) logprobs[0] = static_cast<float>(static_cast<double>(state->logits[ids[0]]) - log_sum_exp(state->logits, model->config.vocab));
+        const int count = static_cast<int>(least(static_cast<size_t>(piece_rows(*this)), ids.count - i));
+        make_room(*this, count);
+        const bool more = i + static_cast<size_t>(count) < ids.count;
+        read_ids(*this, ids.items + i, count, losses.items, more ? ids[i + static_cast<size_t>(count)] : -1);
+        for (size_t j = 0; j < static_cast<size_t>(count) && i + j + 1 < ids.count; ++j) logprobs[i + j + 1] = static_cast<float>(-losses[j]);
+        i += static_cast<size_t>(count);
+    }
+    for (const float logprob : logprobs) sum_of_logprobs += static_cast<double>(logprob);
+    return Status();
+}
+
+// ---- looking inside --------------------------------------------------------------------------------------------------------
+
+Status Session::attention(int layer, Array<float>& probabilities) {
+    BABYGPT_TRY(check_session(*this, Span<const int32_t>()));
+    const FloatMode mode;
+    if (layer < 0 || layer >= model->config.layers) return fail(Error::invalid_argument, "layer is ", layer, ", but the model has ", model->config.layers);
+    if (position == 0) return fail(Error::invalid_argument, "nothing has been read yet");
+    // A tape planned as for training keeps queries, keys and softmax sums.
+    Tape tape(*runtime);
+    BABYGPT_TRY(record(tape, model->config, position, true, 0));
+    Layout layout;
+    Regions<float> r;
+    Block memory;
+    for (int pass = 0; pass < 2; ++pass) {
+        r.activations = layout.take<float>(tape.activation_block);
+        r.scratch = layout.take<float>(state->backend->scratch(tape, runtime->thread_count()));
+        if (pass == 0 && !memory.take(*runtime, layout.bytes, true)) return out_of_memory(layout.bytes);
+        layout = Layout{memory.memory, 0};
+    }
+    const Sequence sequence{0, position, 0, nullptr};
+    Run run;
+    run.rows = position;
+    run.sequences = Span<const Sequence>(&sequence, 1);
+    run.ids = state->history;
+    r.weights = model->weights;
+    state->backend->forward(*runtime, tape, r, run);
+    for (const Op& op : tape.ops) {
+        if (op.kind != OpKind::attention || op.layer != layer) continue;
+        const int64_t n = position, width = op.out, dim = op.out / op.heads;
+        const float *x = values(tape, r, op.x), *softmax = values(tape, r, op.aux);
+        const float scale = 1 / root(static_cast<float>(dim));
+        probabilities = Array<float>(*runtime);
+        size_t count;
+        if (!product(op.heads * n, n, count) || !probabilities.resize(count)) return out_of_memory(static_cast<uint64_t>(op.heads * n * n) * sizeof(float));
+        for (int64_t head = 0; head < op.heads; ++head)
+            for (int64_t i = 0; i < n; ++i)
+                for (int64_t k = 0; k <= i; ++k) {
+                    float score = 0;
+                    for (int64_t d = 0; d < dim; ++d) score = madd(x[i * 3 * width + head * dim + d], x[k * 3 * width + width + head * dim + d], score);
+                    const float* m = softmax + (i * op.heads + head) * 2;
+                    probabilities[static_cast<size_t>((head * n + i) * n + k)] = exp_of(score * scale - m[0]) / m[1];
+                }
+        return Status();
+    }
+    return fail(Error::invalid_argument, "the model has no attention in layer ", layer);
+}
+
+// ---- what things take ----------------------------------------------------------------------------------------------------
+
+Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, int batch, Memory& memory) {
+    memory = Memory();
+    BABYGPT_TRY(check(config));
+    if (batch < 1) return fail(Error::invalid_argument, "batch is ", batch, ", but must be at least 1");
+    const BackendFunctions* backend;
+    BABYGPT_TRY(backend_for(runtime, backend));
+    const bool training = purpose == Purpose::training;
+    int64_t weight_block;
+    {  // the model's own
+        Tape tape(runtime);
+        BABYGPT_TRY(record(tape, config, 1, false, 0));
+        weight_block = tape.weight_block;
+        Array<Weight> names(runtime);
+        for (const WeightPlan& plan : tape.weights)
+            if (!names.push(plan.weight)) return out_of_memory(sizeof(Weight));
+        memory.weights = static_cast<uint64_t>(weight_block) * sizeof(float);
+        memory.records = sizeof(ModelState) + tape.weights.capacity * sizeof(WeightPlan) + names.capacity * sizeof(Weight);
+    }
+    Layout layout;
+    const auto activations = [&](const Tape& tape) { return round_up(static_cast<uint64_t>(tape.activation_block) * sizeof(float), uint64_t(cache_line)); };
+    const auto scratch = [&](const Tape& tape) { return round_up(static_cast<uint64_t>(backend->scratch(tape, runtime.thread_count())) * sizeof(float), uint64_t(cache_line)); };
+    if (training) {
+        TrainerState state(runtime);
+        Trainer trainer;
+        state.backend = backend;
+        BABYGPT_TRY(record(state.tape, config, batch * config.context, true, 0));
+        lay_out(layout, state, trainer, batch, runtime.thread_count());
+        memory.gradients = memory.weights + round_up(static_cast<uint64_t>(state.tape.lookup_block()) * sizeof(float), uint64_t(cache_line));
+        memory.moments = 2 * memory.weights;
+        memory.activations = activations(state.tape);
+        memory.scratch = scratch(state.tape);
+        memory.records += sizeof(TrainerState) + record_bytes(state.tape);
+    } else {
+        SessionState state(runtime);
+        state.backend = backend;
+        BABYGPT_TRY(record(state.tape, config, chunk_rows(config), false, 0));
+        lay_out(layout, state, runtime.thread_count(), longest_stop);
+        memory.weights += static_cast<uint64_t>(backend->packed(state.tape)) * sizeof(float);
+        memory.activations = activations(state.tape);
+        memory.scratch = scratch(state.tape);
+        memory.kv = static_cast<uint64_t>(state.tape.kv_page_block() * ((config.context + kv_page - 1) / kv_page)) * sizeof(float);
+        memory.records += sizeof(SessionState) + record_bytes(state.tape);
+        layout.bytes *= static_cast<size_t>(batch);  // `batch` sessions of one model
+        memory.activations *= static_cast<uint64_t>(batch), memory.scratch *= static_cast<uint64_t>(batch), memory.kv *= static_cast<uint64_t>(batch);
+    }
+    // The small arrays of the block: ids, losses, pages.
+    memory.records += layout.bytes - (memory.gradients + memory.moments + memory.activations + memory.scratch + memory.kv);
+    return Status();
+}
+
+Status summary(Runtime& runtime, const Config& config, int batch, Array<SummaryRow>& rows) {
+    BABYGPT_TRY(check(config));
+    Tape tape(runtime);
+    BABYGPT_TRY(record(tape, config, 1, false, 0));
+    rows = Array<SummaryRow>(runtime);
+    const int64_t tokens = static_cast<int64_t>(batch) * config.context;
+    for (const Op& op : tape.ops) {
+        SummaryRow row{};
+        Line layer(row.layer, sizeof row.layer), shape(row.shape, sizeof row.shape);
+        layer.put(op.kind == OpKind::head ? "lm_head" : tape.at(op.y).name);
+        layer.put(" (");
+        layer.put(op_name(op.kind));
+        layer.put(")");
+        shape.put("["), shape.put(batch), shape.put(", "), shape.put(config.context), shape.put(", "), shape.put(op.out), shape.put("]");
+        const bool owns = op.kind != OpKind::head || !config.tied;
+        if (op.w != nothing && owns) row.parameters += tape.weight(op.w).rows * tape.weight(op.w).cols;
+        if (op.b != nothing) row.parameters += tape.weight(op.b).rows * tape.weight(op.b).cols;
+        if (op.kind == OpKind::linear || op.kind == OpKind::head) row.multiply_adds = tokens * op.in * op.out;
+        if (op.kind == OpKind::attention) row.multiply_adds = tokens * op.out * (config.context + 1);
+        row.bytes = op.kind == OpKind::head ? 0 : tokens * op.out * static_cast<int64_t>(sizeof(float));
+        if (!rows.push(row)) return out_of_memory(sizeof row);
+    }
+    return Status();
+}
+
+}  // namespace babygpt
+// =====================================================================================================================
+// [CHAPTER 9] Files: the checkpoint
+// =====================================================================================================================
+// A checkpoint is a safetensors file (huggingface.co/docs/safetensors), so that Python reads it as it is:
+//
+//     8 bytes   the length of the header, little-endian
+//     header    {"__metadata__": {"format": "pt", ...}, "wte.weight": {"dtype": "F32", "shape": [96, 32], "data_offsets": [0, 12288]}, ...}
+//               padded with spaces to a multiple of 8 bytes
+//     data      the tensors' bytes, little-endian, one tensor after the other without holes
+//
+// Tensors have Hugging Face's GPT-2 names. The values of the metadata are strings; ours hold JSON:
+//
+//     babygpt.format_version   1
+//     babygpt.config           what the model is, with the keys of Hugging Face's GPT-2 (and "bias")
+//     babygpt.tokenizer        a tokenizer.json; absent where there is none
+//     babygpt.chat             {"user_turn": ..., "reply_turn": ...}; absent where there is none
+//     babygpt.training         {"config": TrainConfig, "state": ...}: only in a resume file, beside the tensors moment1.* and moment2.*
+//
+// In this order: values as JSON, reading a header, checking it against its config, writing, then Model's and Trainer's calls.
+//
+// Reading trusts nothing. A length is compared with the file's size before it is used, every tensor's shape with the config before the
+// weights get their memory. All memory that reading a file takes, added up, is less than 100 times the file's size and 256 KiB more.
+
+#if defined(__BYTE_ORDER__) && defined(__ORDER_LITTLE_ENDIAN__)
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "babygpt writes floats as they lie in memory, and the file format wants them little-endian"
+#endif
+#endif
+
+namespace babygpt {
+namespace {
+
+// ---- values as JSON --------------------------------------------------------------------------------------------------
+
+// A double as C99 and Python's float.fromhex write it, every bit kept: 0x1.8p+3 is 12.
+bool append_hex(Array<char>& to, double value) {
+    const uint64_t bits = bits_as<uint64_t>(value);
+    uint64_t fraction = bits & ((uint64_t(1) << 52) - 1);
+    const int exponent = static_cast<int>(bits >> 52 & 0x7ff);
+    if (bits >> 63 && !to.push('-')) return false;
+    if (exponent == 0x7ff) return append(to, fraction ? "nan" : "inf");
+    bool good = append(to, exponent ? "0x1" : "0x0");
+    if (fraction) good = good && to.push('.');
+    for (; fraction; fraction = fraction << 4 & ((uint64_t(1) << 52) - 1)) good = good && to.push("0123456789abcdef"[fraction >> 48]);
+    char power[16];
+    Line line(power, sizeof power);
+    const int p = exponent ? exponent - 1023 : bits << 1 ? -1022 : 0;
+    line.put(p < 0 ? "p" : "p+");
+    line.put(p);
+    return good && append(to, Text(power, line.count));
+}
+
+// Reads what append_hex wrote, and nothing that would have to be rounded.
+bool parse_hex(Text text, double& value) {
+    const uint64_t sign = starts_with(text, "-") ? uint64_t(1) << 63 : 0;
+    size_t at = sign ? 1 : 0;
+    const auto result = [&](uint64_t bits) { return value = bits_as<double>(sign | bits), true; };
+    const Text unsigned_text(text.data + at, text.size - at);
+    if (equal(unsigned_text, "inf")) return result(uint64_t(0x7ff) << 52);
+    if (equal(unsigned_text, "nan")) return result(uint64_t(0xfff) << 51);
+    const bool normal = starts_with(unsigned_text, "0x1");
+    if (!normal && !starts_with(unsigned_text, "0x0")) return false;
+    at += 3;
+    uint64_t fraction = 0;
+    if (at < text.size && text[at] == '.') {
+        int shift = 48;
+        for (++at; at < text.size && text[at] != 'p'; ++at, shift -= 4) {
+            const char c = text[at];
+            const int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+            if (digit < 0 || shift < 0) return false;
+            fraction |= static_cast<uint64_t>(digit) << shift;
+        }
+    }
+    if (at + 2 >= text.size || text[at] != 'p' || (text[at + 1] != '+' && text[at + 1] != '-')) return false;
+    const bool down = text[at + 1] == '-';
+    int exponent = 0;
+    for (at += 2; at < text.size; ++at) {
+        if (text[at] < '0' || text[at] > '9' || exponent > 1023) return false;
+        exponent = exponent * 10 + (text[at] - '0');
+    }
+    if (down) exponent = -exponent;
+    if (normal) return exponent >= -1022 && exponent <= 1023 && result(static_cast<uint64_t>(exponent + 1023) << 52 | fraction);
+    return exponent == (fraction ? -1022 : 0) && result(fraction);
+}
+
+template <class E>
+struct Word {
+    E value;
+    const char* text;
+};
+constexpr Word<Activation> activation_words[] = {{Activation::gelu, "gelu"}, {Activation::gelu_tanh, "gelu_new"}};
+constexpr Word<Schedule> schedule_words[] = {
+    {Schedule::cosine, "cosine"}, {Schedule::linear, "linear"}, {Schedule::constant, "constant"}, {Schedule::wsd, "wsd"}};
+
+bool append_value(Array<char>& to, int64_t value) { return append_json(to, value); }
+bool append_value(Array<char>& to, int value) { return append_json(to, static_cast<int64_t>(value)); }
+bool append_value(Array<char>& to, uint64_t value) {
+    char digits[24];
+    Line line(digits, sizeof digits);
+    line.put(value);
+    return append(to, Text(digits, line.count));
+}
+bool append_value(Array<char>& to, bool value) { return append(to, value ? "true" : "false"); }
+bool append_value(Array<char>& to, double value) { return to.push('"') && append_hex(to, value) && to.push('"'); }
+bool append_value(Array<char>& to, Text value) { return append_json(to, value); }
+template <class E, size_t N>
+bool append_word(Array<char>& to, const Word<E> (&words)[N], E value) {
+    for (const Word<E>& word : words)
+        if (word.value == value) return append_json(to, Text(word.text));
+    return append(to, "null");
+}
+bool append_value(Array<char>& to, Activation value) { return append_word(to, activation_words, value); }
+bool append_value(Array<char>& to, Schedule value) { return append_word(to, schedule_words, value); }
+
+// The next member of the object that `to` ends in.
+bool append_key(Array<char>& to, Text key) {
+    return (to.count == 0 || to[to.count - 1] == '{' || to.push(',')) && append_json(to, key) && to.push(':');
+}
+template <class T>
+bool append_member(Array<char>& to, Text key, const T& value) {
+    return append_key(to, key) && append_value(to, value);
+}
+
+// The bytes between a string's quotes; escapes stay as they are, since no word of ours has one.
+bool read_plain(Json& json, Text& text) {
+    if (json.peek() != JsonType::string) return json.reject("expected a string");
+    if (!json.skip(text)) return false;
+    text = Text(text.data + 1, text.size - 2);
+    return true;
+}
+bool read_value(Json& json, int64_t& value) { return json.integer(value); }
+bool read_value(Json& json, int& value) {
+    int64_t wide = 0;
+    if (!json.integer(wide)) return false;
+    value = static_cast<int>(wide);
+    return (wide >= INT32_MIN && wide <= INT32_MAX) || json.reject("expected a whole number of at most 32 bits");
+}
+bool read_value(Json& json, uint64_t& value) {
+    Text digits;
+    if (json.peek() != JsonType::number || !json.skip(digits)) return json.reject("expected a whole number");
+    value = 0;
+    for (const char c : digits) {
+        const uint64_t digit = static_cast<uint64_t>(c - '0');
+        const bool good = c >= '0' && c <= '9' && value <= (UINT64_MAX - digit) / 10;
+        if (!good) return json.reject("expected a whole number from 0, of at most 64 bits");
+        value = value * 10 + digit;
+    }
+    return true;
+}
+bool read_value(Json& json, bool& value) { return json.boolean(value); }
+bool read_value(Json& json, double& value) {
+    Text text;
+    return read_plain(json, text) && (parse_hex(text, value) || json.reject("expected a hexadecimal number such as \"0x1.8p+3\""));
+}
+template <class E, size_t N>
+bool read_word(Json& json, const Word<E> (&words)[N], E& value, const char* otherwise) {
+    Text text;
+    if (!read_plain(json, text)) return false;
+    for (const Word<E>& word : words)
+        if (equal(text, Text(word.text))) return value = word.value, true;
+    return json.reject(otherwise);
+}
+bool read_value(Json& json, Activation& value) { return read_word(json, activation_words, value, "this activation function is not known"); }
+bool read_value(Json& json, Schedule& value) { return read_word(json, schedule_words, value, "this schedule is not known"); }
+
+// ---- records: the fields of what we store, listed once for writing, reading and comparing ------------------------------
+
+// f(key in the file, name in the program, member)
+template <class F>
+void each_field(const Config*, const F& f) {
+    f("n_layer", "layers", &Config::layers);
+    f("n_head", "heads", &Config::heads);
+    f("n_embd", "width", &Config::width);
+    f("n_positions", "context", &Config::context);
+    f("vocab_size", "vocab", &Config::vocab);
+    f("tie_word_embeddings", "tied", &Config::tied);
+    f("bias", "bias", &Config::bias);
+    f("activation_function", "activation", &Config::activation);
+}
+template <class F>
+void each_field(const TrainConfig*, const F& f) {
+    const auto own = [&](const char* name, auto member) { f(name, name, member); };
+    own("batch", &TrainConfig::batch);
+    own("accumulate", &TrainConfig::accumulate);
+    own("steps", &TrainConfig::steps);
+    own("lr", &TrainConfig::lr);
+    own("min_lr", &TrainConfig::min_lr);
+    own("warmup", &TrainConfig::warmup);
+    own("schedule", &TrainConfig::schedule);
+    own("weight_decay", &TrainConfig::weight_decay);
+    own("beta1", &TrainConfig::beta1);
+    own("beta2", &TrainConfig::beta2);
+    own("epsilon", &TrainConfig::epsilon);
+    own("clip", &TrainConfig::clip);
+    own("dropout", &TrainConfig::dropout);
+    own("label_smoothing", &TrainConfig::label_smoothing);
+    own("seed", &TrainConfig::seed);
+    own("evaluate_every", &TrainConfig::evaluate_every);
+    own("patience", &TrainConfig::patience);
+}
+// Where training stands. Random numbers and the order of the data are functions of the seed and the step: the step says where they are.
+struct TrainingState {
+    int64_t step_count, best_step, bad_evaluations;
+    double best_validation_loss;
+    uint64_t training_tokens, training_fingerprint, validation_tokens, validation_fingerprint;
+};
+template <class F>
+void each_field(const TrainingState*, const F& f) {
+    const auto own = [&](const char* name, auto member) { f(name, name, member); };
+    own("step_count", &TrainingState::step_count);
+    own("best_validation_loss", &TrainingState::best_validation_loss);
+    own("best_step", &TrainingState::best_step);
+    own("bad_evaluations", &TrainingState::bad_evaluations);
+    own("training_tokens", &TrainingState::training_tokens);
+    own("training_fingerprint", &TrainingState::training_fingerprint);
+    own("validation_tokens", &TrainingState::validation_tokens);
+    own("validation_fingerprint", &TrainingState::validation_fingerprint);
+}
+
+template <class Record>
+bool append_fields(Array<char>& to, const Record& record) {
+    bool good = true;
+    each_field(&record, [&](const char* key, const char*, auto member) { good = good && append_member(to, key, record.*member); });
+    return good;
+}
+// The member whose key was just read, if it is one of the record's. `seen`: a bit a field.
+template <class Record>
+bool read_field(Json& json, Record& record, uint64_t& seen) {
+    uint64_t bit = 1;
+    bool found = false;
+    each_field(&record, [&](const char* key, const char*, auto member) {
+        if (!found && json.key_is(key)) {
+            found = true;
+            if (seen & bit) json.reject("this key stands here twice");
+            else read_value(json, record.*member);
+            seen |= bit;
+        }
+        bit <<= 1;
+    });
+    return found;
+}
+template <class Record>
+Status all_seen(const Record& record, uint64_t seen, Text where) {
+    uint64_t bit = 1;
+    const char* missing = nullptr;
+    each_field(&record, [&](const char* key, const char*, auto) {
+        if (!missing && !(seen & bit)) missing = key;
+        bit <<= 1;
+    });
+    return missing ? fail(Error::bad_file, "'", where, "' lacks '", missing, "'") : Status();
+}
+template <class T>
+bool append_shown(Array<char>& to, T value) { return append_value(to, value); }
+inline bool append_shown(Array<char>& to, double value) { return append_number(to, value); }
+
+// "'M.resume.safetensors' was made with lr 0.001, but lr is 0.002"
+template <class Record>
+Status must_agree(Runtime& runtime, Text file, const Record& stored, const Record& ours) {
+    Status status;
+    each_field(&ours, [&](const char*, const char* name, auto member) {
+        if (!status.ok() || stored.*member == ours.*member) return;
+        Array<char> was(runtime), is(runtime);
+        if (!append_shown(was, stored.*member) || !append_shown(is, ours.*member)) status = out_of_memory(64);
+        else status = fail(Error::mismatch, "'", file, "' was made with ", name, " ", view(was), ", but ", name, " is ", view(is));
+    });
+    return status;
+}
+
+// ---- reading a header ------------------------------------------------------------------------------------------------
+
+// Pieces put together for a message or a name; what does not fit is left out.
+struct Words {
+    char text[176];
+    template <class... Parts>
+    explicit Words(const Parts&... parts) {
+        Line line(text, sizeof text);
+        (line.put(parts), ...);
+    }
+    operator Text() const { return Text(text); }
+};
+
+// A piece of a file as a message may show it: not too long, and without what would confuse a terminal.
+struct Shown {
+    char text[64];
+    explicit Shown(Text from) {
+        Line line(text, sizeof text);
+        line.put(from);
+        for (char* c = text; *c; ++c)
+            if (static_cast<unsigned char>(*c) < ' ' || *c == 0x7f) *c = '?';
+    }
+    operator Text() const { return Text(text); }
+};
+
+// Where the bytes come from: a file or memory.
+struct ByteSource {
+    File* file = nullptr;
+    Text memory;
+    Text name = "the checkpoint in memory";
+    uint64_t size = 0;
+    explicit ByteSource(Text bytes) : memory(bytes), size(bytes.size) {}
+    explicit ByteSource(File& from) : file(&from) {}
+    Status open(Text path) {
+        BABYGPT_TRY(file->open(path, FileMode::read));
+        name = Text(file->name);
+        const int64_t bytes = file->size();
+        if (bytes < 0) return fail(Error::cannot_read, "cannot read '", name, "': a checkpoint must be a file, not a pipe");
+        size = static_cast<uint64_t>(bytes);
+        return Status();
+    }
+    // offset + bytes <= size
+    Status read(uint64_t offset, void* to, uint64_t bytes) {
+        if (!file) {
+            if (bytes) memcpy(to, memory.data + offset, static_cast<size_t>(bytes));
+            return Status();
+        }
+        int64_t got = 0;
+        BABYGPT_TRY(file->read(static_cast<int64_t>(offset), to, static_cast<int64_t>(bytes), got));
+        if (static_cast<uint64_t>(got) == bytes) return Status();
+        const uint64_t end = offset + static_cast<uint64_t>(got);
+        return fail(Error::cannot_read, "'", name, "' became shorter while it was read: it ends at byte ", end);
+    }
+};
+
+enum class Stored : int32_t { f32, f16, bf16 };
+constexpr Word<Stored> stored_words[] = {{Stored::f32, "F32"}, {Stored::f16, "F16"}, {Stored::bf16, "BF16"}};
+inline uint64_t stored_size(Stored type) { return type == Stored::f32 ? 4 : 2; }
+
+struct StoredTensor {
+    Text name;
+    Text shown;           // the shape as the header writes it
+    Stored type;
+    int dimensions;
+    bool wanted;          // by the config
+    int64_t shape[2];     // the first two
+    uint64_t begin, end;  // in the data
+};
+struct StoredValue {  // of the metadata
+    Text name;
+    Text json;  // the string as it stands in the header, quotes and escapes included
+};
+
+// What a file holds, before any of its tensors is read.
+struct Checkpoint {
+    ByteSource& source;
+    Array<char> header, names;
+    Array<StoredValue> metadata;  // both sorted by name
+    Array<StoredTensor> tensors;
+    uint64_t data = 0;            // where the tensors' bytes begin
+    Config config;
+    template <class... Parts>
+    Status bad(const Parts&... parts) const {
+        return fail(Error::bad_file, "'", source.name, "'", parts...);
+    }
+    Checkpoint(Runtime& runtime, ByteSource& from) : source(from), header(runtime), names(runtime), metadata(runtime), tensors(runtime) {}
+};
+
+inline bool before(Text a, Text b) {
+    const int order = memcmp(a.data, b.data, least(a.size, b.size));
+    return order < 0 || (order == 0 && a.size < b.size);
+}
+
+// Heap sort (Williams 1964): in place, and never slower than n log n.
+template <class T, class Less>
+void sort_items(Array<T>& items, const Less& less) {
+    const auto sift = [&](size_t at, size_t count) {
+        for (size_t child; (child = 2 * at + 1) < count; at = child) {
+            if (child + 1 < count && less(items[child], items[child + 1])) ++child;
+            if (!less(items[at], items[child])) return;
+            const T moved = items[at];
+            items[at] = items[child], items[child] = moved;
+        }
+    };
+    for (size_t i = items.count / 2; i-- > 0;) sift(i, items.count);
+    for (size_t n = items.count; n-- > 1;) {
+        const T last = items[n];
+        items[n] = items[0], items[0] = last;
+        sift(0, n);
+    }
+}
+// Sorts by name; gives a name that two have, or null.
+template <class T>
+const T* sort_by_name(Array<T>& items) {
+    sort_items(items, [](const T& a, const T& b) { return before(a.name, b.name); });
+    for (size_t i = 1; i < items.count; ++i)
+        if (equal(items[i].name, items[i - 1].name)) return &items[i];
+    return nullptr;
+}
+template <class T>
+T* find_by_name(const Array<T>& items, Text name) {
+    size_t low = 0, high = items.count;
+    while (low < high) {
+        const size_t middle = low + (high - low) / 2;
+        before(items[middle].name, name) ? low = middle + 1 : high = middle;
+    }
+    return low < items.count && equal(items[low].name, name) ? &items[low] : nullptr;
+}
+
+// {"dtype": "F32", "shape": [96, 32], "data_offsets": [0, 12288]}; `elements` is the product of the shape.
+bool read_tensor_entry(Json& json, StoredTensor& tensor, uint64_t& elements) {
+    unsigned seen = 0;
+    const auto once = [&](unsigned bit) {
+        if (seen & bit) return json.reject("this key stands here twice");
+        seen |= bit;
+        return true;
+    };
+    elements = 1;
+    for (json.enter_object(); json.next_key();) {
+        if (json.key_is("dtype")) once(1) && read_word(json, stored_words, tensor.type, "only the dtypes F32, F16 and BF16 are read");
+        else if (json.key_is("shape")) {
+            const size_t start = (json.peek(), json.at);
+            if (!once(2) || !json.enter_array()) continue;
+            for (int64_t size = 0; json.next_item();) {
+                size_t result;
+                if (!json.integer(size)) break;
+                if (size < 0 || !product(elements, size, result)) {
+                    json.reject("a tensor of this shape does not fit into memory");
+                    break;
+                }
+                elements = result;
+                if (tensor.dimensions < 2) tensor.shape[tensor.dimensions] = size;
+                ++tensor.dimensions;
+            }
+            tensor.shown = Text(json.text.data + start, json.at - start);
+        } else if (json.key_is("data_offsets")) {
+            if (!once(4)) continue;
+            uint64_t* const offsets[] = {&tensor.begin, &tensor.end};
+            size_t count = 0;
+            for (json.enter_array(); json.next_item(); ++count)
+                if (count == 2 ? !json.reject("expected two offsets") : !read_value(json, *offsets[count])) break;
+            if (count < 2) json.reject("expected two offsets");
+        } else json.reject("expected dtype, shape or data_offsets");
+    }
+    return seen == 7 || json.reject("expected dtype, shape and data_offsets");
+}
+
+// Reads and checks the header by itself: afterwards every tensor has as many bytes as its shape says, and they lie inside the file.
+Status read_header(Runtime& runtime, Checkpoint& c) {
+    ByteSource& source = c.source;
+    constexpr uint64_t longest = 100000000;  // as the reference implementation has it
+    unsigned char bytes[8];
+    if (source.size < 8) return c.bad(" is no checkpoint: it has only ", source.size, " bytes");
+    BABYGPT_TRY(source.read(0, bytes, 8));
+    uint64_t length = 0;
+    for (int i = 7; i >= 0; --i) length = length << 8 | bytes[i];
+    if (length > source.size - 8 || length > longest)
+        return c.bad(" is no safetensors file, or was cut short: the header would have ", length, " bytes, the file has ", source.size);
+    c.data = 8 + length;
+    // Strings never grow when their escapes are resolved: `names` has room for all of them, and stays where it is.
+    if (!c.header.resize(static_cast<size_t>(length)) || !c.names.reserve(static_cast<size_t>(length))) return out_of_memory(length);
+    BABYGPT_TRY(source.read(8, c.header.items, length));
+    const Text text = view(c.header);
+    if (!starts_with(text, "{")) return c.bad(" is no safetensors file: its header does not begin with '{'");
+    for (size_t at = 0, size; at < text.size; at += size)
+        if (decode_utf8(text.data + at, text.end(), size) == not_utf8) return c.bad(": its header is not UTF-8 at byte ", at);
+
+    Json json(runtime, text);
+    bool has_metadata = false, memory = true;
+    const auto keep = [&](const Array<char>& name) {
+        const Text kept(c.names.items + c.names.count, name.count);
+        memory = memory && c.names.append(name.items, name.count);
+        return kept;
+    };
+    for (json.enter_object(); memory && json.next_key();) {
+        if (json.key_is("__metadata__")) {
+            if (has_metadata) json.reject("__metadata__ stands here twice");
+            has_metadata = true;
+            for (json.enter_object(); memory && json.next_key();) {
+                StoredValue value{keep(json.key), Text()};
+                if (json.peek() != JsonType::string) json.reject("expected a string, as all metadata are");
+                else if (json.skip(value.json)) memory = memory && c.metadata.push(value);
+            }
+            continue;
+        }
+        StoredTensor tensor{};
+        uint64_t elements;
+        tensor.name = keep(json.key);
+        if (!read_tensor_entry(json, tensor, elements)) continue;
+        size_t wanted;
+        if (tensor.end < tensor.begin || !product(elements, stored_size(tensor.type), wanted) || tensor.end - tensor.begin != wanted)
+            return c.bad(": the tensor '", Shown(tensor.name), "' has the shape ", Shown(tensor.shown), ", but lies from byte ",
+                        tensor.begin, " to ", tensor.end);
+        memory = memory && c.tensors.push(tensor);
+    }
+    if (!memory) return out_of_memory(length);
+    BABYGPT_TRY(json.finish(Words("the header of ", source.name)));
+
+    sort_items(c.tensors,
+               [](const StoredTensor& a, const StoredTensor& b) { return a.begin != b.begin ? a.begin < b.begin : a.end < b.end; });
+    uint64_t end = 0;
+    for (const StoredTensor& tensor : c.tensors) {
+        if (tensor.begin != end)
+            return c.bad(": the tensor '", Shown(tensor.name), "' begins at byte ", tensor.begin, ", but the one before it ends at ", end);
+        end = tensor.end;
+    }
+    if (end != source.size - c.data)
+        return c.bad(" was cut short or has something at its end: its tensors take ", end, " bytes, but it has ", source.size - c.data);
+    const StoredTensor* tensor = sort_by_name(c.tensors);
+    if (tensor) return c.bad(" has two tensors '", Shown(tensor->name), "'");
+    const StoredValue* value = sort_by_name(c.metadata);
+    if (value) return c.bad(" has two metadata '", Shown(value->name), "'");
+    return Status();
+}
+
+// The text of one of the metadata; empty where there is none.
+Status read_metadata(Runtime& runtime, const Checkpoint& c, Text name, Array<char>& text) {
+    text = Array<char>(runtime);
+    const StoredValue* value = find_by_name(c.metadata, name);
+    if (!value) return Status();
+    Json json(runtime, value->json);
+    json.string(text);
+    return json.finish(Words(name, " of ", c.source.name));
+}
+
+// ---- is it what its config says? ---------------------------------------------------------------------------------------
+
+// A GPT-2 config of Hugging Face's. Keys that are not ours may be there, where they say nothing against it.
+Status parse_config(Runtime& runtime, Text text, Text where, Config& config) {
+    Json json(runtime, text);
+    uint64_t seen = 0;
+    for (json.enter_object(); json.next_key();) {
+        Text other;
+        double epsilon = 0;
+        if (read_field(json, config, seen)) continue;
+        if (json.key_is("model_type")) {
+            if (read_plain(json, other) && !equal(other, "gpt2")) json.reject("the only model_type known is \"gpt2\"");
+        } else if (json.key_is("layer_norm_epsilon")) {
+            if (json.number(epsilon) && epsilon != 1e-5) json.reject("the only layer_norm_epsilon known is 1e-05");
+        } else json.skip();
+    }
+    BABYGPT_TRY(json.finish(where));
+    BABYGPT_TRY(all_seen(config, seen, where));
+    const Status status = check(config);
+    return status.ok() ? status : fail(Error::bad_file, "'", where, "': ", Text(status.message));
+}
+
+// Where a weight, or a moment of it, lies in the file: same name, same shape.
+Status find_tensor(const Checkpoint& c, Text prefix, const Weight& weight, const StoredTensor*& found) {
+    const Words name(prefix, Text(weight.name)), rows(weight.rows, ", ");
+    const Words shape("[", weight.is_vector ? Text() : Text(rows), weight.cols, "]");
+    StoredTensor* tensor = find_by_name(c.tensors, name);
+    found = tensor;
+    if (!tensor) return c.bad(" lacks the tensor '", Text(name), "' of shape ", Text(shape));
+    tensor->wanted = true;
+    const bool same = weight.is_vector ? tensor->dimensions == 1 && tensor->shape[0] == weight.cols
+                                       : tensor->dimensions == 2 && tensor->shape[0] == weight.rows && tensor->shape[1] == weight.cols;
+    if (same) return Status();
+    return c.bad(": the tensor '", Text(name), "' has the shape ", Shown(tensor->shown), ", but its config wants ", Text(shape));
+}
+
+// Header, version, config, and a tensor for every weight of the config. No other tensors but the moments of a resume file.
+Status open_checkpoint(Runtime& runtime, Checkpoint& c, bool moments) {
+    BABYGPT_TRY(read_header(runtime, c));
+    const Text name = c.source.name;
+    Array<char> version(runtime), text(runtime);
+    BABYGPT_TRY(read_metadata(runtime, c, "babygpt.format_version", version));
+    BABYGPT_TRY(read_metadata(runtime, c, "babygpt.config", text));
+    const char* missing = version.count == 0 ? "babygpt.format_version" : text.count == 0 ? "babygpt.config" : nullptr;
+    if (missing)
+        return fail(Error::unsupported, "'", name, "' is a safetensors file, but not one of babygpt: its metadata lack '", missing,
+                    "'; files of other programs must be converted first");
+    const Words known(BABYGPT_FORMAT_VERSION);
+    if (!equal(view(version), known))
+        return fail(Error::unsupported, "'", name, "' has the format version ", Shown(view(version)), ", but this program knows only ",
+                    Text(known));
+    BABYGPT_TRY(parse_config(runtime, view(text), Words("babygpt.config of ", name), c.config));
+
+    // The tape knows the weights by name. A layer has six at least; so the tape is in proportion to the header.
+    if (c.tensors.count / 6 < static_cast<size_t>(c.config.layers))
+        return c.bad(" has ", c.tensors.count, " tensors, too few for the ", c.config.layers, " layers of its config");
+    Tape tape(runtime);
+    BABYGPT_TRY(record(tape, c.config, 1, false, 0));
+    const StoredTensor* found;
+    for (const WeightPlan& plan : tape.weights) {
+        BABYGPT_TRY(find_tensor(c, "", plan.weight, found));
+        if (moments) BABYGPT_TRY(find_tensor(c, "moment1.", plan.weight, found));
+        if (moments) BABYGPT_TRY(find_tensor(c, "moment2.", plan.weight, found));
+    }
+    for (const StoredTensor& tensor : c.tensors) {
+        const bool moment = starts_with(tensor.name, "moment1.") || starts_with(tensor.name, "moment2.");
+        if (!tensor.wanted && (moments || !moment))
+            return c.bad(" has a tensor '", Shown(tensor.name), "' of shape ", Shown(tensor.shown), ", which its config does not know");
+    }
+    return Status();
+}
+
+// ---- reading tensors -------------------------------------------------------------------------------------------------
+
+inline float float_from(Stored type, uint16_t half) {
+    if (type == Stored::bf16) return bits_as<float>(static_cast<uint32_t>(half) << 16);
+    const uint32_t sign = (half & 0x8000u) << 16, rest = half & 0x7fffu;
+    if (rest < 0x400) return bits_as<float>(bits_as<uint32_t>(static_cast<float>(rest) * 0x1p-24f) | sign);  // zero or subnormal
+    const uint32_t more_exponent = rest < 0x7c00 ? 112u << 23 : 224u << 23;  // infinity and NaN keep theirs full
+    return bits_as<float>(sign | ((rest << 13) + more_exponent));
+}
+
+// Every weight, or moment, from its place in the file to its place in the block.
+Status read_tensors(const Checkpoint& c, Text prefix, Span<const Weight> names, float* block) {
+    for (const Weight& weight : names) {
+        const StoredTensor* tensor;
+        BABYGPT_TRY(find_tensor(c, prefix, weight, tensor));
+        float* to = block + weight.offset;
+        if (tensor->type == Stored::f32) {
+            BABYGPT_TRY(c.source.read(c.data + tensor->begin, to, tensor->end - tensor->begin));
+            continue;
+        }
+        uint16_t piece[4096];
+        for (uint64_t at = tensor->begin; at < tensor->end;) {
+            const uint64_t bytes = least<uint64_t>(sizeof piece, tensor->end - at);
+            BABYGPT_TRY(c.source.read(c.data + at, piece, bytes));
+            for (uint64_t i = 0; i < bytes / 2; ++i) *to++ = float_from(tensor->type, piece[i]);
+            at += bytes;
+        }
+    }
+    return Status();
+}
+
+Status read_chat(Runtime& runtime, const Checkpoint& c, Chat& chat) {
+    Array<char> text(runtime);
+    BABYGPT_TRY(read_metadata(runtime, c, "babygpt.chat", text));
+    chat.user_turn = Array<char>(runtime);
+    chat.reply_turn = Array<char>(runtime);
+    if (text.count == 0) return Status();
+    Json json(runtime, view(text));
+    for (json.enter_object(); json.next_key();) {
+        if (json.key_is("user_turn")) json.string(chat.user_turn);
+        else if (json.key_is("reply_turn")) json.string(chat.reply_turn);
+        else json.skip();
+    }
+    return json.finish(Words("babygpt.chat of ", c.source.name));
+}
+
+Status load_model(Runtime& runtime, ByteSource& source, Model& result) {
+    Checkpoint c(runtime, source);
+    Model model;
+    BABYGPT_TRY(open_checkpoint(runtime, c, false));
+    {
+        Array<char> json(runtime);
+        BABYGPT_TRY(read_metadata(runtime, c, "babygpt.tokenizer", json));
+        if (json.count) BABYGPT_TRY(model.tokenizer.load_memory(runtime, view(json)));
+    }
+    if (model.tokenizer.vocab > c.config.vocab)
+        return c.bad(": its tokenizer has ", model.tokenizer.vocab, " ids, but vocab_size is ", c.config.vocab);
+    BABYGPT_TRY(allocate_weights(runtime, model, c.config));
+    BABYGPT_TRY(read_chat(runtime, c, model.chat));
+    BABYGPT_TRY(read_tensors(c, "", model.names, model.weights));
+    result = static_cast<Model&&>(model);
+    return Status();
+}
+
+// ---- writing ---------------------------------------------------------------------------------------------------------
+
+// Values laid out as the weights are, and what stands before their names.
+struct Section {
+    const char* prefix;
+    const float* values;
+};
+
+inline uint64_t weight_bytes(const Weight& weight) { return static_cast<uint64_t>(weight.rows * weight.cols) * sizeof(float); }
+
+// The header, from the eight bytes of its length to its last space.
+Status build_header(const Model& model, Span<const Section> sections, Text training, Array<char>& to) {
+    Runtime& runtime = *model.runtime;
+    to = Array<char>(runtime);
+    Array<char> config(runtime), tokenizer(runtime), chat(runtime);
+    bool good = append(config, "{\"architectures\":[\"GPT2LMHeadModel\"]") && append_member(config, "model_type", Text("gpt2"));
+    good = good && append_fields(config, model.config) && append(config, ",\"layer_norm_epsilon\":1e-05}");
+    if (model.tokenizer.kind != TokenizerKind::none) BABYGPT_TRY(model.tokenizer.save_memory(tokenizer));
+    if (!model.chat.empty()) {
+        good = good && chat.push('{') && append_member(chat, "user_turn", view(model.chat.user_turn));
+        good = good && append_member(chat, "reply_turn", view(model.chat.reply_turn)) && chat.push('}');
+    }
+    good = good && to.resize(8) && append(to, "{\"__metadata__\":{\"format\":\"pt\"");
+    good = good && append_member(to, "babygpt.format_version", Text(Words(BABYGPT_FORMAT_VERSION)));
+    good = good && append_member(to, "babygpt.config", view(config));
+    if (tokenizer.count) good = good && append_member(to, "babygpt.tokenizer", view(tokenizer));
+    if (chat.count) good = good && append_member(to, "babygpt.chat", view(chat));
+    if (training.size) good = good && append_member(to, "babygpt.training", training);
+    good = good && to.push('}');
+    uint64_t offset = 0;
+    for (const Section& section : sections)
+        for (const Weight& weight : model.names) {
+            good = good && append_key(to, Words(Text(section.prefix), Text(weight.name))) && append(to, "{\"dtype\":\"F32\",\"shape\":[");
+            if (!weight.is_vector) good = good && append_value(to, weight.rows) && to.push(',');
+            good = good && append_value(to, weight.cols) && append(to, "],\"data_offsets\":[") && append_value(to, offset) && to.push(',');
+            good = good && append_value(to, offset += weight_bytes(weight)) && append(to, "]}");
+        }
+    good = good && to.push('}');
+    while (good && to.count % 8 != 0) good = to.push(' ');
+    if (!good) return out_of_memory(to.count);
+    for (size_t i = 0; i < 8; ++i) to[i] = static_cast<char>((to.count - 8) >> (8 * i) & 0xff);
+    return Status();
+}
+
+
+Status save_checkpoint(const Model& model, Span<const Section> sections, Text training, Text path) {
+    if (!model.weights) return fail(Error::invalid_argument, "an empty model cannot be saved to '", path, "'");
+    Array<char> header;
+    BABYGPT_TRY(build_header(model, sections, training, header));
+    return write_atomically(*model.runtime, path, [&](File& file) {
+        Status status = file.write(header.items, static_cast<int64_t>(header.count));
+        for (const Section& section : sections)
+            for (const Weight& weight : model.names)
+                if (status.ok()) status = file.write(section.values + weight.offset, static_cast<int64_t>(weight_bytes(weight)));
+        return status;
+    });
+}
+
+// ---- the state of training -------------------------------------------------------------------------------------------
+
+TrainingState state_of(const Trainer& t) {
+    TrainingState state{};
+    state.step_count = t.step_count, state.best_step = t.best_step, state.bad_evaluations = t.bad_evaluations;
+    state.best_validation_loss = t.best_validation_loss;
+    if (t.training) state.training_tokens = t.training->tokens, state.training_fingerprint = t.training->fingerprint;
+    if (t.validation) state.validation_tokens = t.validation->tokens, state.validation_fingerprint = t.validation->fingerprint;
+    return state;
+}
+
+Status parse_training(Runtime& runtime, const Checkpoint& c, TrainConfig& config, TrainingState& state) {
+    Array<char> text(runtime);
+    const Words where("babygpt.training of ", c.source.name);
+    BABYGPT_TRY(read_metadata(runtime, c, "babygpt.training", text));
+    if (text.count == 0) return c.bad(" holds no state of training to resume from: that is in the .resume.safetensors beside the model");
+    uint64_t in_config = 0, in_state = 0;
+    Json json(runtime, view(text));
+    for (json.enter_object(); json.next_key();) {
+        if (json.key_is("config")) for (json.enter_object(); json.next_key();) read_field(json, config, in_config) || json.skip();
+        else if (json.key_is("state")) for (json.enter_object(); json.next_key();) read_field(json, state, in_state) || json.skip();
+        else json.skip();
+    }
+    BABYGPT_TRY(json.finish(where));
+    BABYGPT_TRY(all_seen(config, in_config, where));
+    BABYGPT_TRY(all_seen(state, in_state, where));
+    const int64_t steps = state.step_count;
+    const bool possible = steps >= 0 && steps >> 53 == 0 && state.best_step >= -1 && state.best_step <= steps &&
+                          state.bad_evaluations >= 0 && state.bad_evaluations <= steps;
+    return possible ? Status()
+                    : fail(Error::bad_file, "'", Text(where), "' cannot be: ", steps, " steps, the best of them number ", state.best_step,
+                           ", and ", state.bad_evaluations, " evaluations that were worse");
+}
+
+// Does the file go on with what this trainer was made for?
+Status check_resume(const Trainer& t, const Checkpoint& c, const TrainConfig& config, const TrainingState& there) {
+    Runtime& runtime = *t.runtime;
+    const Text name = c.source.name;
+    BABYGPT_TRY(must_agree(runtime, name, c.config, t.model->config));
+    BABYGPT_TRY(must_agree(runtime, name, config, t.config));
+    Array<char> stored(runtime), ours(runtime);
+    BABYGPT_TRY(read_metadata(runtime, c, "babygpt.tokenizer", stored));
+    if (t.model->tokenizer.kind != TokenizerKind::none) BABYGPT_TRY(t.model->tokenizer.save_memory(ours));
+    if (!equal(view(stored), view(ours))) return fail(Error::mismatch, "'", name, "' was made with another tokenizer");
+    Chat chat;
+    BABYGPT_TRY(read_chat(runtime, c, chat));
+    const auto same_turn = [&](const char* what, const Array<char>& was, const Array<char>& is) {
+        if (equal(view(was), view(is))) return Status();
+        const Shown stored_turn(view(was)), our_turn(view(is));
+        return fail(Error::mismatch, "'", name, "' was made with ", what, " \"", stored_turn, "\", but ", what, " is \"", our_turn, "\"");
+    };
+    BABYGPT_TRY(same_turn("user_turn", chat.user_turn, t.model->chat.user_turn));
+    BABYGPT_TRY(same_turn("reply_turn", chat.reply_turn, t.model->chat.reply_turn));
+    const auto same_data = [&](const char* what, uint64_t tokens, uint64_t fingerprint, uint64_t our_tokens, uint64_t our_fingerprint) {
+        if (tokens == our_tokens && fingerprint == our_fingerprint) return Status();
+        return fail(Error::mismatch, "'", name, "' was made with other ", what, " data: ", tokens, " tokens (fingerprint ", fingerprint,
+                    "), but here are ", our_tokens, " (fingerprint ", our_fingerprint, ")");
+    };
+    const TrainingState here = state_of(t);
+    BABYGPT_TRY(same_data("training", there.training_tokens, there.training_fingerprint, here.training_tokens, here.training_fingerprint));
+    return same_data("validation", there.validation_tokens, there.validation_fingerprint, here.validation_tokens,
+                     here.validation_fingerprint);
+}
+
+}  // namespace
+
+// ---- the public calls ------------------------------------------------------------------------------------------------
+
+Status Model::load(Runtime& from, Text path) {
+    const FloatMode mode;
+    File file(from);
+    ByteSource source(file);
+    BABYGPT_TRY(source.open(path));
+    return load_model(from, source, *this);
+}
+Status Model::load_memory(Runtime& from, Text bytes) {
+    const FloatMode mode;
+    ByteSource source(bytes);
+    return load_model(from, source, *this);
+}
+
+Status Model::save(Text path) const {
+    const Section sections[] = {{"", weights}};
+    return save_checkpoint(*this, sections, Text(), path);
+}
+Status Model::save_memory(Array<char>& bytes) const {
+    if (!weights) return fail(Error::invalid_argument, "an empty model cannot be saved");
+    const Section sections[] = {{"", weights}};
+    BABYGPT_TRY(build_header(*this, Span<const Section>(sections), Text(), bytes));
+    const size_t total = bytes.count + static_cast<size_t>(parameters) * sizeof(float);
+    if (!bytes.reserve(total)) return out_of_memory(total);
+    for (const Weight& weight : names)
+        bytes.append(reinterpret_cast<const char*>(weights + weight.offset), static_cast<size_t>(weight_bytes(weight)));
+    return Status();
+}
+
+Status Trainer::save(Text path) const {
+    if (!model) return fail(Error::invalid_argument, "an empty trainer cannot be saved to '", path, "'");
+    Array<char> training_json(*runtime);
+    bool good = append(training_json, "{\"config\":{") && append_fields(training_json, config) && append(training_json, "},\"state\":{");
+    good = good && append_fields(training_json, state_of(*this)) && append(training_json, "}}");
+    if (!good) return out_of_memory(training_json.count);
+    const Section sections[] = {{"", model->weights}, {"moment1.", moment1}, {"moment2.", moment2}};
+    return save_checkpoint(*model, sections, view(training_json), path);
+}
+
+Status Trainer::load(Text path) {
+    const FloatMode mode;
+    if (!model) return fail(Error::invalid_argument, "create the trainer before it loads '", path, "'");
+    File file(*runtime);
+    ByteSource source(file);
+    BABYGPT_TRY(source.open(path));
+    Checkpoint c(*runtime, source);
+    TrainConfig stored_config;
+    TrainingState stored{};
+    BABYGPT_TRY(open_checkpoint(*runtime, c, true));
+    BABYGPT_TRY(parse_training(*runtime, c, stored_config, stored));
+    BABYGPT_TRY(check_resume(*this, c, stored_config, stored));
+    // From here on the trainer changes.
+    ++model->version;
+    Status status = read_tensors(c, "", model->names, model->weights);
+    if (status.ok()) status = read_tensors(c, "moment1.", model->names, moment1);
+    if (status.ok()) status = read_tensors(c, "moment2.", model->names, moment2);
+    if (!status.ok()) return fail(status.error, Text(status.message), "; the model is now half loaded: load again before it is used");
+    step_count = stored.step_count, best_step = stored.best_step, bad_evaluations = stored.bad_evaluations;
+    best_validation_loss = stored.best_validation_loss;
+    return Status();
+}
+
+Status resume_path(Text model_path, Array<char>& path) {
+    const Text ending(".safetensors");
+    if (!path.runtime) return fail(Error::invalid_argument, "resume_path needs an Array that was made with a Runtime");
+    if (ends_with(model_path, ending)) model_path.size -= ending.size;
+    path.count = 0;
+    if (!append(path, model_path) || !append(path, ".resume.safetensors")) return out_of_memory(model_path.size + 20);
+    return Status();
+}
+
+Status read_train_config(Runtime& runtime, Text resume_file, TrainConfig& config) {
+    File file(runtime);
+    ByteSource source(file);
+    BABYGPT_TRY(source.open(resume_file));
+    Checkpoint c(runtime, source);
+    TrainConfig stored_config;
+    TrainingState stored{};
+    BABYGPT_TRY(read_header(runtime, c));
+    BABYGPT_TRY(parse_training(runtime, c, stored_config, stored));
+    config = stored_config;
+    return Status();
+}
+
+// ---- comparing two models --------------------------------------------------------------------------------------------
+
+// A row for each of a's tensors, then one for each that only b has.
+Status compare(const Model& a, const Model& b, Array<Difference>& rows) {
+    const FloatMode mode;
+    if (!a.runtime || !b.runtime) return fail(Error::invalid_argument, "an empty model cannot be compared");
+    rows = Array<Difference>(*a.runtime);
+    // Where both have the same config, a name stands at the same place in both.
+    const auto twin = [](const Model& in, size_t at, const Weight& weight) {
+        return at < in.names.size && equal(Text(in.names[at].name), Text(weight.name)) ? &in.names[at] : in.find(Text(weight.name));
+    };
+    const auto add = [&](const Weight& x, const Weight* y) {
+        Difference row{};
+        memcpy(row.name, x.name, sizeof row.name);
+        row.index = -1;
+        row.same_shape = y && x.rows == y->rows && x.cols == y->cols && x.is_vector == y->is_vector;
+        row.same_bits = row.same_shape;
+        for (int64_t i = 0; row.same_shape && i < x.rows * x.cols; ++i) {
+            const float p = a.weights[x.offset + i], q = b.weights[y->offset + i];
+            const double difference = p < q ? double(q) - double(p) : double(p) - double(q);
+            row.max_reference = most(row.max_reference, p < 0 ? -double(p) : double(p));
+            if (bits_as<uint32_t>(p) == bits_as<uint32_t>(q)) continue;
+            if (row.index < 0) row.index = i;
+            row.same_bits = false;
+            row.max_difference = is_finite(difference) ? most(row.max_difference, difference) : bits_as<double>(uint64_t(0x7ff) << 52);
+        }
+        return rows.push(row) ? Status() : out_of_memory(sizeof row);
+    };
+    for (size_t i = 0; i < a.names.size; ++i) BABYGPT_TRY(add(a.names[i], twin(b, i, a.names[i])));
+    for (size_t i = 0; i < b.names.size; ++i)
+        if (!twin(a, i, b.names[i])) BABYGPT_TRY(add(b.names[i], nullptr));
+    return Status();
+}
+
+}  // namespace babygpt
+// =====================================================================================================================
+// [CHAPTER 10] The same ops, fast
+// =====================================================================================================================
+// One text for all instruction sets: every kernel is a template over `I`, a set of vectors of I::width floats, and is compiled once for
+// each set by the thin wrappers of chapter 11. On GCC and Clang I::V is a vector of the compiler's own (a + b works on all its elements);
+// elsewhere it is a float, and the same text becomes scalar loops. First the vectors, then products of matrices, then what works along rows.
+//
+// Rules: everything here is always_inline, since a compiler silently refuses to inline a function across instruction sets; vectors pass by
+// reference, since by value their calling convention would depend on the set; no lambda, which would not inherit the wrapper's set.
+// The order of additions is chapter 5's, so that the results have the same bits.
+
+namespace babygpt {
+namespace {
+
+#if defined(__GNUC__) || defined(__clang__)
+#define BABYGPT_VECTORS 1
+#define BABYGPT_UNROLL _Pragma("GCC unroll 32")  // for loops over registers: left rolled up, they would live in memory
+#else
+#define BABYGPT_VECTORS 0
+#define BABYGPT_UNROLL
+#endif
+// 256 bits and more on x86; GCC for Windows does not align such vectors on the stack (GCC bug 54412).
+#if BABYGPT_X86 && BABYGPT_VECTORS && (defined(__clang__) || !defined(_WIN32))
+#define BABYGPT_WIDE 1
+#else
+#define BABYGPT_WIDE 0
+#endif
+
+// V: floats; U: as many unsigned integers; M: what comparing them gives, for `m ? a : b`; D: as many doubles; L: how long unsigned integers.
+// Loose: V at any address.
+template <int W>
+struct VectorTypes {
+#if BABYGPT_VECTORS
+    typedef float V __attribute__((vector_size(4 * W)));
+    typedef float Loose __attribute__((vector_size(4 * W), aligned(4), may_alias));
+    typedef uint32_t U __attribute__((vector_size(4 * W)));
+    typedef int32_t M __attribute__((vector_size(4 * W)));
+    typedef double D __attribute__((vector_size(8 * W)));
+    typedef uint64_t L __attribute__((vector_size(8 * W)));
+#endif
+};
+template <>
+struct VectorTypes<1> {
+    typedef float V, Loose;
+    typedef uint32_t U;
+    typedef bool M;
+    typedef double D;
+    typedef uint64_t L;
+};
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wpsabi"  // the convention for passing wide vectors does not matter to what is always inlined
+#endif
+#if BABYGPT_X86 && defined(__GNUC__) && !defined(__clang__)
+// GCC knows the builtins of an instruction set after the first function that wants it.
+__attribute__((target("avx2,fma,avx512f"), unused)) inline void know_builtins() {}
+#endif
+
+// A set of vectors: `width` floats each; `fused` is the width of the fused multiply-add instruction, 0: there is none.
+template <int width_, int fused>
+struct Simd : VectorTypes<width_> {
+    static constexpr int width = width_;
+    static constexpr int registers = width_ == 16 || (fused == 4 && width_ == 4) ? 32 : 16;
+    typedef float Lanes[static_cast<size_t>(width_)];
+    using typename VectorTypes<width_>::V;
+    using typename VectorTypes<width_>::Loose;
+    using typename VectorTypes<width_>::U;
+    using typename VectorTypes<width_>::M;
+    using typename VectorTypes<width_>::D;
+    using typename VectorTypes<width_>::L;
+
+    static BABYGPT_INLINE void load(V& v, const float* p) { v = *reinterpret_cast<const Loose*>(p); }
+    static BABYGPT_INLINE void store(float* p, const V& v) { *reinterpret_cast<Loose*>(p) = v; }
+    // The first n elements; the others are 0.
+    static BABYGPT_INLINE void load_part(V& v, const float* p, int n) {
+        Lanes part = {};
+        for (int i = 0; i < n; ++i) part[i] = p[i];
+        load(v, part);
+    }
+    static BABYGPT_INLINE void store_part(float* p, const V& v, int n) {
+        Lanes part;
+        store(part, v);
+        for (int i = 0; i < n; ++i) p[i] = part[i];
+    }
+    // s in every element. Not V{s, s, ...} or v = v * s: before inlining, GCC takes a vector that its basic set does not have apart, element by element.
+    static BABYGPT_INLINE void splat(V& v, float s) {
+#if BABYGPT_X86 && defined(__GNUC__) && !defined(__clang__)
+        if constexpr (fused == 8 && width == 16) {
+            typename VectorTypes<8>::V half[2];
+            Simd<8, 8>::splat(half[0], s);
+            half[1] = half[0];
+            memcpy(&v, half, sizeof v);
+        } else if constexpr (fused > 0) __asm__("vbroadcastss %1, %0" : "=v"(v) : "vm"(s));
+        else v = s - V{};
+#else
+        v = s - V{};  // s - 0 is s, -0 too
+#endif
+    }
+    static BABYGPT_INLINE void splat(U& u, uint32_t s) {
+        V v;
+        splat(v, bits_as<float>(s));
+        bits(u, v);
+    }
+    static BABYGPT_INLINE void bits(U& to, const V& from) { memcpy(&to, &from, sizeof to); }
+    static BABYGPT_INLINE void from_bits(V& to, const U& from) { memcpy(&to, &from, sizeof to); }
+    // 0, 1, 2, ...
+    static BABYGPT_INLINE void count_up(U& u) {
+        if constexpr (width == 1) u = 0;
+        else if constexpr (width == 4) u = U{0, 1, 2, 3};
+        else if constexpr (width == 8) u = U{0, 1, 2, 3, 4, 5, 6, 7};
+        else u = U{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    }
+    // Elements from n on become 0 (n may be 0 or less, or width or more).
+    static BABYGPT_INLINE void keep_first(V& v, int n) {
+        U index, value, end;
+        count_up(index);
+        bits(value, v);
+        splat(end, static_cast<uint32_t>(most(n, 0)));
+        value = index < end ? value : U{};
+        from_bits(v, value);
+    }
+
+    // sum = a * b + sum, rounded once
+    static BABYGPT_INLINE void fma(V& sum, const V& a, const V& b) { fma(sum, a, b, sum); }
+    // d = a * b + c, rounded once
+    static BABYGPT_INLINE void fma(V& d, const V& a, const V& b, const V& c) {
+#if BABYGPT_VECTORS
+        if constexpr (fused == 0) fma_in_double(d, a, b, c);
+        else fma_instruction(d, a, b, c);
+#else
+        d = madd(a, b, c);
+#endif
+    }
+
+    // a * b that is to be added to something afterwards, rounded twice: write this instead of a * b + c. (Under a host's -ffast-math Clang
+    // would fuse the two, whatever our pragmas say.)
+    static BABYGPT_INLINE void mul(V& d, const V& a, const V& b) {
+#if defined(__clang__) && (BABYGPT_X86 || defined(__aarch64__))
+        float minus_zero = -0.0f;
+#if BABYGPT_X86
+        __asm__("" : "+x"(minus_zero));  // what it cannot see through it cannot simplify
+#else
+        __asm__("" : "+w"(minus_zero));
+#endif
+        V addend;
+        splat(addend, minus_zero);
+        fma(d, a, b, addend);
+#else
+        d = a * b;
+#endif
+    }
+
+    // a < b ? b : a
+    static BABYGPT_INLINE void max(V& d, const V& a, const V& b) { d = a < b ? b : a; }
+    static BABYGPT_INLINE void sqrt(V& d, const V& a) {
+#if BABYGPT_X86 && defined(__GNUC__) && !defined(__clang__)
+        if constexpr (width == 8) d = __builtin_ia32_sqrtps256(a);
+        else if constexpr (width == 16 && fused == 16) d = __builtin_ia32_sqrtps512_mask(a, a, short(-1), 4);
+        else
+#elif BABYGPT_X86 && BABYGPT_VECTORS  // Clang would estimate it under -ffast-math
+        if constexpr (width > 1) {
+            typedef typename VectorTypes<4>::V Quarter;
+            Quarter part[width / 4];
+            memcpy(part, &a, sizeof part);
+            for (int i = 0; i < width / 4; ++i) {
+                if constexpr (fused == 0) __asm__("sqrtps %1, %0" : "=x"(part[i]) : "x"(part[i]));
+                else __asm__("vsqrtps %1, %0" : "=x"(part[i]) : "x"(part[i]));
+            }
+            memcpy(&d, part, sizeof part);
+        } else
+#endif
+        {
+            Lanes lane;
+            store(lane, a);
+            for (int i = 0; i < width; ++i) lane[i] = root(lane[i]);
+            load(d, lane);
+        }
+    }
+
+    // exp_of, chapter 5: the integer n stands in the low bits of the number that rounding left.
+    static BABYGPT_INLINE void exp(V& y, const V& x) {
+        V low, high, scale, rounder, part, r, p, n, c;
+        splat(low, -87.3f), splat(high, 88.3f), splat(scale, 1.44269504f), splat(rounder, 12582912.0f);
+        const V limited = x < low ? low : (x > high ? high : x);
+        fma(n, limited, scale, rounder);
+        U power;
+        bits(power, n);
+        power = (power + (127u - 0x4b400000u)) << 23;
+        n = n - rounder;
+        splat(part, -0.693359375f), fma(r, n, part, limited);
+        splat(part, 2.12194440e-4f), fma(r, n, part, r);
+        splat(p, 1.9875691500e-4f);
+        splat(c, 1.3981999507e-3f), fma(p, p, r, c);
+        splat(c, 8.3334519073e-3f), fma(p, p, r, c);
+        splat(c, 4.1665795894e-2f), fma(p, p, r, c);
+        splat(c, 1.6666665459e-1f), fma(p, p, r, c);
+        splat(c, 5.0000001201e-1f), fma(p, p, r, c);
+        fma(p, p, r * r, r);
+        splat(c, 1.0f);
+        from_bits(n, power);
+        y = (p + c) * n;
+    }
+
+    // random_bits(key, first + 0, 1, 2, ...), chapter 2
+    static BABYGPT_INLINE void random(U& x, uint64_t key, uint32_t first) {
+        U low, high;
+        splat(low, first + static_cast<uint32_t>(key)), splat(high, static_cast<uint32_t>(key >> 32));
+        count_up(x);
+        x = (x + low) * 0x9e3779b9u ^ high;
+        x = (x ^ (x >> 16)) * 0x7feb352du;
+        x = (x ^ (x >> 15)) * 0x846ca68bu;
+        x = x ^ (x >> 16);
+    }
+
+    // The sixteen sums of chapter 5: part[j] holds those from j * width on. The vector at element i of a row belongs to part[i / width % parts].
+    static constexpr int parts = 16 / width;
+    typedef V Parts[static_cast<size_t>(parts)];
+    struct Sums {
+        Parts part;
+        BABYGPT_INLINE void clear() {
+            BABYGPT_UNROLL
+            for (int j = 0; j < parts; ++j) splat(part[j], 0);
+        }
+        // The fixed tree: halves are added until one number is left.
+        BABYGPT_INLINE float total() const {
+            Parts sum;
+            BABYGPT_UNROLL
+            for (int j = 0; j < parts; ++j) sum[j] = part[j];
+            BABYGPT_UNROLL
+            for (int half = parts / 2; half > 0; half /= 2)
+                for (int j = 0; j < half; ++j) sum[j] = sum[j] + sum[j + half];
+            Lanes lane;
+            store(lane, sum[0]);
+            BABYGPT_UNROLL
+            for (int half = width / 2; half > 0; half /= 2)
+                for (int j = 0; j < half; ++j) lane[j] = lane[j] + lane[j + half];
+            return lane[0];
+        }
+    };
+    static BABYGPT_INLINE float biggest(const V& v) {
+        Lanes lane;
+        store(lane, v);
+        float best = lane[0];
+        for (int i = 1; i < width; ++i) best = most(best, lane[i]);
+        return best;
+    }
+
+   private:
+#if BABYGPT_VECTORS
+    // madd, chapter 5: the double sum is rounded to odd, then to float. Not inlined: it is slow as it is, and long.
+    static __attribute__((noinline)) void fma_in_double(V& d, const V& a, const V& b, const V& c) {
+        const D product_ = __builtin_convertvector(a, D) * __builtin_convertvector(b, D), addend = __builtin_convertvector(c, D);
+        D sum = product_ + addend;
+        const D part = sum - product_;
+        const D error = (product_ - (sum - part)) + (addend - part);
+        L whole;
+        memcpy(&whole, &sum, sizeof whole);
+        const L none = {}, all = ~none;
+        const L same_sign = (error > 0.0) == (sum > 0.0) ? none + 1u : all;
+        const L inexact = error != 0.0 ? all : none, even = (whole & 1u) == 0u ? all : none;
+        const L finite = (whole & 0x7ff0000000000000u) != 0x7ff0000000000000u ? all : none;
+        whole += same_sign & inexact & even & finite;
+        memcpy(&sum, &whole, sizeof sum);
+        d = __builtin_convertvector(sum, V);
+    }
+#if defined(__clang__)
+    static BABYGPT_INLINE void fma_instruction(V& d, const V& a, const V& b, const V& c) {
+#if __has_builtin(__builtin_elementwise_fma)
+        d = __builtin_elementwise_fma(a, b, c);
+#else
+#pragma clang fp contract(on)
+        d = a * b + c;  // within one expression, on a set that has the instruction, it is always used
+#endif
+    }
+#elif BABYGPT_X86
+    static BABYGPT_INLINE void fma_instruction(V& d, const V& a, const V& b, const V& c) {
+        if constexpr (fused == width && width == 8) d = __builtin_ia32_vfmaddps256(a, b, c);
+        else if constexpr (fused == width && width == 16) d = __builtin_ia32_vfmaddps512_mask(a, b, c, short(-1), 4);
+        else {
+            typedef typename VectorTypes<8>::V Half;
+            Half x[2], y[2], z[2];
+            memcpy(x, &a, sizeof x), memcpy(y, &b, sizeof y), memcpy(z, &c, sizeof z);
+            for (int i = 0; i < 2; ++i) z[i] = __builtin_ia32_vfmaddps256(x[i], y[i], z[i]);
+            memcpy(&d, z, sizeof d);
+        }
+    }
+#else
+    static BABYGPT_INLINE void fma_instruction(V& d, const V& a, const V& b, const V& c) {
+        V result = c;
+        for (int i = 0; i < width; ++i) result[i] = __builtin_fmaf(a[i], b[i], c[i]);
+        d = result;
+    }
+#endif
+#endif
+};
+
+#if !BABYGPT_VECTORS
+using Portable = Simd<1, 0>;
+#elif defined(__ARM_FEATURE_FMA)
+using Portable = Simd<4, 4>;
+#else
+using Portable = Simd<4, 0>;  // also SSE2
+#endif
+#if BABYGPT_WIDE
+using Avx2 = Simd<8, 8>;
+using Avx512 = Simd<16, 16>;
+using Avx2Wide = Simd<16, 8>;  // the text of AVX-512 on a machine that lacks it, for tests
+#endif
+
+BABYGPT_INLINE void prefetch(const void* p) {
+#if BABYGPT_VECTORS
+    __builtin_prefetch(p);
+#else
+    (void)p;
+#endif
+}
+
+}  // namespace
+}  // namespace babygpt
+// ---- products of matrices -------------------------------------------------------------------------------------------------
+// C = start + A B, each element of C one chain along the depth. The scheme is the one of Goto & van de Geijn ("Anatomy of high-performance matrix
+// multiplication", 2008): both factors are copied into panels in the order in which they are read, and a tile of C stays in registers while a
+// panel of A and one of B stream by. The depth is cut in blocks small enough for the caches; a tile goes on from where the last block left it in C.
+
+namespace babygpt {
+namespace {
+
+// A matrix that is a factor: element (k, j) at [k * stride + j], or, where it stands `across`, at [j * stride + k]. k runs along the depth.
+struct Factor {
+    const float* at;
+    int64_t stride;
+    bool across;
+    BABYGPT_INLINE const float* element(int64_t k, int64_t j) const { return at + (across ? j * stride + k : k * stride + j); }
+};
+
+// rows x columns of C, from A (depth x rows) and B (depth x columns). start: what the chains start from: C itself, a bias (stride 0), or null for 0.
+struct Product {
+    float* c;
+    int64_t c_stride;
+    const float* start;
+    int64_t start_stride;
+    Factor a, b;
+    int rows, columns, depth;
+};
+
+constexpr int depth_block = 256;  // a panel of B of this depth stays in the first cache ...
+constexpr int row_block = 96;     // ... and so many rows of A in the second; a multiple of every tile's rows
+
+template <class I>
+struct Products {
+    using V = typename I::V;
+    static constexpr int tile_rows = I::registers == 32 ? 12 : 6;
+    static constexpr int tile_columns = 2 * I::width;
+
+    // Copies elements (k, j), k < depth, j < count, into a panel [k][size]; what is missing up to `size` becomes 0.
+    template <int size>
+    static BABYGPT_INLINE void pack(float* to, const float* from, int64_t stride, bool across, int depth, int count) {
+        if (count < size) {
+            for (int k = 0; k < depth; ++k)
+                for (int j = 0; j < size; ++j) to[k * size + j] = j < count ? from[across ? j * stride + k : k * stride + j] : 0.0f;
+        } else if (across) {
+            for (int j = 0; j < size; ++j)
+                for (int k = 0; k < depth; ++k) to[k * size + j] = from[j * stride + k];
+        } else {
+            for (int k = 0; k < depth; ++k)
+                for (int j = 0; j < size; ++j) to[k * size + j] = from[k * stride + j];
+        }
+    }
+    static BABYGPT_INLINE void pack_b(float* to, const Factor& b, int column, int depth, int columns) {
+        pack<tile_columns>(to, b.element(0, column), b.stride, b.across, depth, least(tile_columns, columns - column));
+    }
+
+    // One tile of C: a is a panel [depth][tile_rows], b a panel [depth][tile_columns].
+    static BABYGPT_INLINE void tile(float* c, int64_t c_stride, const float* start, int64_t start_stride, const float* a, const float* b, int depth) {
+        V sum[static_cast<size_t>(tile_rows)][2], x, left, right;
+        if (start) {
+            BABYGPT_UNROLL
+            for (int r = 0; r < tile_rows; ++r) I::load(sum[r][0], start + r * start_stride), I::load(sum[r][1], start + r * start_stride + I::width);
+        } else {
+            BABYGPT_UNROLL
+            for (int r = 0; r < tile_rows; ++r) I::splat(sum[r][0], 0), I::splat(sum[r][1], 0);
+        }
+        for (int k = 0; k < depth; ++k, a += tile_rows, b += tile_columns) {
+            I::load(left, b), I::load(right, b + I::width);
+            BABYGPT_UNROLL
+            for (int r = 0; r < tile_rows; ++r) {
+                I::splat(x, a[r]);
+                I::fma(sum[r][0], x, left);
+                I::fma(sum[r][1], x, right);
+            }
+        }
+        BABYGPT_UNROLL
+        for (int r = 0; r < tile_rows; ++r) I::store(c + r * c_stride, sum[r][0]), I::store(c + r * c_stride + I::width, sum[r][1]);
+    }
+    // A tile at the edge of C: rows x columns of it exist.
+    static BABYGPT_INLINE void part_of_tile(float* c, int64_t c_stride, const float* start, int64_t start_stride, const float* a, const float* b, int depth, int rows,
+                                            int columns) {
+        float whole[static_cast<size_t>(tile_rows * tile_columns)] = {};
+        for (int r = 0; r < rows && start; ++r)
+            for (int j = 0; j < columns; ++j) whole[r * tile_columns + j] = start[r * start_stride + j];
+        tile(whole, tile_columns, whole, tile_columns, a, b, depth);
+        for (int r = 0; r < rows; ++r)
+            for (int j = 0; j < columns; ++j) c[r * c_stride + j] = whole[r * tile_columns + j];
+    }
+
+    // Rows from `row` on, at most row_block, and columns [column, end) of C (whole panels of B, except the last); depths from k0 on.
+    // b: panels, each [p.depth][tile_columns], of all columns. space: [depth_block][row_block].
+    static BABYGPT_INLINE void block(const Product& p, const float* b, int row, int column, int end, float* space) {
+        const int rows = least(row_block, p.rows - row);
+        const int blocks = (p.depth + depth_block - 1) / depth_block, step = blocks == 0 ? 1 : (p.depth + blocks - 1) / blocks;
+        for (int k0 = 0; k0 < p.depth || k0 == 0; k0 += step) {
+            const int depth = least(step, p.depth - k0);
+            for (int r = 0; r < rows; r += tile_rows) pack<tile_rows>(space + r * depth, p.a.element(k0, row + r), p.a.stride, p.a.across, depth, least(tile_rows, rows - r));
+            for (int j = column; j < end; j += tile_columns)
+                for (int r = 0; r < rows; r += tile_rows) {
+                    float* c = p.c + (row + r) * p.c_stride + j;
+                    const float* start = k0 ? c : p.start ? p.start + (row + r) * p.start_stride + j : nullptr;
+                    const int64_t start_stride = k0 ? p.c_stride : p.start_stride;
+                    const float *panel_a = space + r * depth, *panel_b = b + static_cast<int64_t>(j) * p.depth + k0 * tile_columns;
+                    if (rows - r >= tile_rows && p.columns - j >= tile_columns) tile(c, p.c_stride, start, start_stride, panel_a, panel_b, depth);
+                    else part_of_tile(c, p.c_stride, start, start_stride, panel_a, panel_b, depth, least(tile_rows, rows - r), least(tile_columns, p.columns - j));
+                }
+        }
+    }
+
+    // One row of C, columns [column, end): each panel of B is read once, four side by side, which is as fast as memory can.
+    static BABYGPT_INLINE void single_row(const Product& p, const float* b, int column, int end) {
+        constexpr int most_panels = 4;
+        for (int j = column; j < end; j += most_panels * tile_columns) {
+            if (end - j >= most_panels * tile_columns) panels<most_panels>(p, b, j);
+            else
+                for (int i = j; i < end; i += tile_columns) panels<1>(p, b, i);
+        }
+    }
+    template <int count>
+    static BABYGPT_INLINE void panels(const Product& p, const float* b, int column) {
+        V sum[static_cast<size_t>(2 * count)], x, y;
+        const float* panel = b + static_cast<int64_t>(column) * p.depth;
+        const int64_t apart = static_cast<int64_t>(tile_columns) * p.depth;
+        const int whole = least(count * tile_columns, p.columns - column);  // columns that exist
+        BABYGPT_UNROLL
+        for (int i = 0; i < 2 * count; ++i) {
+            const int from = i * I::width;
+            if (!p.start || from >= whole) I::splat(sum[i], 0);
+            else if (whole - from >= I::width) I::load(sum[i], p.start + column + from);
+            else I::load_part(sum[i], p.start + column + from, whole - from);
+        }
+        for (int k = 0; k < p.depth; ++k, panel += tile_columns) {
+            I::splat(x, *p.a.element(k, 0));
+            BABYGPT_UNROLL
+            for (int i = 0; i < 2 * count; ++i) {
+                I::load(y, panel + i / 2 * apart + i % 2 * I::width);
+                I::fma(sum[i], x, y);
+            }
+        }
+        BABYGPT_UNROLL
+        for (int i = 0; i < 2 * count; ++i) {
+            const int from = i * I::width;
+            if (whole - from >= I::width) I::store(p.c + column + from, sum[i]);
+            else if (whole > from) I::store_part(p.c + column + from, sum[i], whole - from);
+        }
+    }
+
+    // A loop in registers: how fast multiply-adds can be. Returns their number.
+    static BABYGPT_INLINE double ceiling(int64_t rounds, float* result) {
+        constexpr int chains = I::registers == 32 ? 24 : 12;
+        V sum[static_cast<size_t>(chains)], x, y;
+        I::splat(x, 0.999f), I::splat(y, 1e-3f);
+        BABYGPT_UNROLL
+        for (int i = 0; i < chains; ++i) I::splat(sum[i], static_cast<float>(i));
+        for (int64_t n = 0; n < rounds; ++n) {
+            BABYGPT_UNROLL
+            for (int i = 0; i < chains; ++i) I::fma(sum[i], sum[i], x, y);
+        }
+        BABYGPT_UNROLL
+        for (int i = 1; i < chains; ++i) sum[0] = sum[0] + sum[i];
+        *result = I::biggest(sum[0]);
+        return static_cast<double>(rounds) * chains * I::width;
+    }
+};
+
+}  // namespace
+}  // namespace babygpt
+
+// ---- what works along rows ---------------------------------------------------------------------------------------------
+//
+// Everything that is not a product of matrices with weights, for a set of vectors I. Each function does a part of an op of chapter 5, so that
+// threads can share it, and takes what that op takes:
+//   rows [r0, r1):       embedding_forward, norm_forward, norm_backward_rows, dropout_forward, dropout_backward, head_rows
+//   columns [c0, c1), all rows in order (threads best take multiples of 16 columns):
+//                        embedding_backward, norm_backward_columns, bias_backward
+//   any n elements:      activation_forward, activation_backward, add_forward, add_backward, adamw, square_sum, fold
+//   one head of one sequence: attention_forward, attention_backward
+// Pointers are those of the whole tensors, except where a function says otherwise. No alignment is asked for.
+
+namespace babygpt {
+namespace {
+
+// In double, and not inlined into other instruction sets. `sum` of all logits is read only where there is smoothing.
+inline double cross_entropy(float total, float biggest, float target, double smoothing, float sum, int vocab) {
+    double loss = log_of(static_cast<double>(total)) + static_cast<double>(biggest) - (1 - smoothing) * static_cast<double>(target);
+    if (smoothing > 0) loss -= smoothing * static_cast<double>(sum) / vocab;
+    return loss;
+}
+
+template <class I>
+struct Rows {
+    using V = typename I::V;
+    using U = typename I::U;
+    using Sums = typename I::Sums;
+    static constexpr int W = I::width;
+
+    // ---- parts of a vector ----
+
+    // The vector at p, of which `left` elements exist; the others are 0.
+    static BABYGPT_INLINE void get(V& v, const float* p, int left) {
+        if (left >= W) I::load(v, p);
+        else I::load_part(v, p, left);
+    }
+    static BABYGPT_INLINE void put(float* p, const V& v, int left) {
+        if (left >= W) I::store(p, v);
+        else I::store_part(p, v, left);
+    }
+    // The first n elements of `from` come to `to`.
+    static BABYGPT_INLINE void take_first(V& to, const V& from, int n) {
+        if (n >= W) {
+            to = from;
+            return;
+        }
+        U index, end;
+        I::count_up(index), I::splat(end, static_cast<uint32_t>(most(n, 0)));
+        to = index < end ? from : to;
+    }
+    // One part of sixteen sums: part += v, and part += a * b; `left` elements exist.
+    static BABYGPT_INLINE void add(V& part, const V& v, int left) {
+        const V sum = part + v;
+        take_first(part, sum, left);
+    }
+    static BABYGPT_INLINE void add_product(V& part, const V& a, const V& b, int left) {
+        V sum;
+        I::fma(sum, a, b, part);
+        take_first(part, sum, left);
+    }
+    static BABYGPT_INLINE void copy(float* to, const float* from, int n) {
+        V v;
+        for (int i = 0; i < n; i += W) get(v, from + i, n - i), put(to + i, v, n - i);
+    }
+
+    // ---- embedding ----
+
+    static BABYGPT_INLINE void embedding_forward(float* y, const float* token, const float* position, const int32_t* ids, Span<const Sequence> sequences,
+                                                 int width, int r0, int r1) {
+        for (const Sequence& s : sequences)
+            for (int row = most(r0, s.row); row < least(r1, s.row + s.length); ++row) {
+                const float* t = token + static_cast<int64_t>(ids[row]) * width;
+                add_forward(y + static_cast<int64_t>(row) * width, t, position + static_cast<int64_t>(s.position + row - s.row) * width, width);
+            }
+    }
+    static BABYGPT_INLINE void embedding_backward(float* dtoken, float* dposition, const float* dy, const int32_t* ids, Span<const Sequence> sequences,
+                                                  int width, int c0, int c1) {
+        for (const Sequence& s : sequences)
+            for (int i = 0; i < s.length; ++i) {
+                const float* d = dy + static_cast<int64_t>(s.row + i) * width + c0;
+                add_backward(dtoken + static_cast<int64_t>(ids[s.row + i]) * width + c0, d, c1 - c0, true);
+                add_backward(dposition + static_cast<int64_t>(s.position + i) * width + c0, d, c1 - c0, true);
+            }
+    }
+
+    // ---- norm ----
+
+    static BABYGPT_INLINE void norm_forward(float* y, float* statistics, const float* x, const float* w, const float* b, int n, double epsilon, int r0, int r1) {
+        x += static_cast<int64_t>(r0) * n, y += static_cast<int64_t>(r0) * n, statistics += static_cast<int64_t>(r0) * 2;
+        for (int row = r0; row < r1; ++row, x += n, y += n, statistics += 2) {
+            V a, c, means, scales;
+            Sums sums;
+            sums.clear();
+            for (int i = 0; i < n; i += 16) {
+                BABYGPT_UNROLL
+                for (int j = 0; j < I::parts; ++j) {
+                    const int at = i + j * W, left = n - at;
+                    if (left > 0) get(a, x + at, left), add(sums.part[j], a, left);
+                }
+            }
+            const float mean = sums.total() / static_cast<float>(n);
+            I::splat(means, mean);
+            sums.clear();
+            for (int i = 0; i < n; i += 16) {
+                BABYGPT_UNROLL
+                for (int j = 0; j < I::parts; ++j) {
+                    const int at = i + j * W, left = n - at;
+                    if (left > 0) get(a, x + at, left), a = a - means, add_product(sums.part[j], a, a, left);
+                }
+            }
+            const float variance = sums.total() / static_cast<float>(n);
+            const float scale = 1.0f / root(variance + static_cast<float>(epsilon));
+            I::splat(scales, scale);
+            for (int i = 0; i < n; i += W) {
+                get(a, x + i, n - i), get(c, w + i, n - i);
+                a = (a - means) * scales;
+                if (b) {
+                    V bias;
+                    get(bias, b + i, n - i);
+                    I::fma(a, a, c, bias);
+                } else a = a * c;
+                put(y + i, a, n - i);
+            }
+            statistics[0] = mean, statistics[1] = scale;
+        }
+    }
+    static BABYGPT_INLINE void norm_backward_rows(float* dx, const float* dy, const float* x, const float* statistics, const float* w, int n, bool adds, int r0, int r1) {
+        const int64_t start = static_cast<int64_t>(r0) * n;
+        x += start, dy += start, dx += start, statistics += static_cast<int64_t>(r0) * 2;
+        for (int row = r0; row < r1; ++row, x += n, dy += n, dx += n, statistics += 2) {
+            V mean, scale, g, h, a, mean_g, mean_gh;
+            I::splat(mean, statistics[0]), I::splat(scale, statistics[1]);
+            Sums sums, products;
+            sums.clear(), products.clear();
+            for (int i = 0; i < n; i += 16) {
+                BABYGPT_UNROLL
+                for (int j = 0; j < I::parts; ++j) {
+                    const int at = i + j * W, left = n - at;
+                    if (left <= 0) break;
+                    get(g, dy + at, left), get(a, w + at, left), get(h, x + at, left);
+                    I::mul(g, g, a), h = (h - mean) * scale;
+                    add(sums.part[j], g, left), add_product(products.part[j], g, h, left);
+                }
+            }
+            I::splat(mean_g, sums.total() / static_cast<float>(n)), I::splat(mean_gh, products.total() / static_cast<float>(n));
+            for (int i = 0; i < n; i += W) {
+                get(g, dy + i, n - i), get(a, w + i, n - i), get(h, x + i, n - i);
+                I::mul(g, g, a), h = (h - mean) * scale, h = -h;
+                I::fma(h, h, mean_gh, g - mean_g);
+                I::mul(h, scale, h);
+                if (adds) get(a, dx + i, n - i), h = a + h;
+                put(dx + i, h, n - i);
+            }
+        }
+    }
+    // Rows by fours, so that sums stay in registers for a while.
+    static BABYGPT_INLINE void norm_backward_columns(float* dw, float* db, const float* dy, const float* x, const float* statistics, int rows, int n, int c0, int c1) {
+        for (int row = 0; row < rows; row += 4) {
+            const int64_t start = static_cast<int64_t>(row) * n;
+            const int count = least(4, rows - row);
+            for (int i = c0; i < c1; i += W) {
+                const int left = c1 - i;
+                V sum_w, sum_b = {}, d, h, mean, scale;
+                get(sum_w, dw + i, left);
+                if (db) get(sum_b, db + i, left);
+                for (int r = 0; r < count; ++r) {
+                    get(d, dy + start + static_cast<int64_t>(r) * n + i, left), get(h, x + start + static_cast<int64_t>(r) * n + i, left);
+                    I::splat(mean, statistics[(row + r) * 2]), I::splat(scale, statistics[(row + r) * 2 + 1]);
+                    h = (h - mean) * scale;
+                    I::fma(sum_w, d, h);
+                    sum_b = sum_b + d;
+                }
+                put(dw + i, sum_w, left);
+                if (db) put(db + i, sum_b, left);
+            }
+        }
+    }
+    // The bias of a linear op: db += sum over rows of dy.
+    static BABYGPT_INLINE void bias_backward(float* db, const float* dy, int rows, int n, int c0, int c1) {
+        for (int row = 0; row < rows; row += 4) {
+            const float* d = dy + static_cast<int64_t>(row) * n;
+            const int count = least(4, rows - row);
+            for (int i = c0; i < c1; i += W) {
+                V sum, v;
+                get(sum, db + i, c1 - i);
+                for (int r = 0; r < count; ++r) get(v, d + static_cast<int64_t>(r) * n + i, c1 - i), sum = sum + v;
+                put(db + i, sum, c1 - i);
+            }
+        }
+    }
+
+    // ---- activations ----
+
+    // 1 + e^-u, u = x (b x^2 + a): the sigmoid's denominator
+    static BABYGPT_INLINE void gelu_tanh_part(V& d, V& square, const V& x) {
+        V a, b;
+        I::splat(a, static_cast<float>(gelu_a)), I::splat(b, static_cast<float>(gelu_b));
+        square = x * x;
+        I::fma(d, b, square, a);
+        d = -(x * d);
+        I::exp(d, d);
+        I::splat(a, 1.0f);
+        d = a + d;
+    }
+    static BABYGPT_INLINE void gelu_tanh(V& y, const V& x) {
+        V d, square;
+        gelu_tanh_part(d, square, x);
+        y = x / d;
+    }
+    static BABYGPT_INLINE void gelu_tanh_derivative(V& y, const V& x) {
+        V s, square, slope, one;
+        gelu_tanh_part(s, square, x);
+        I::splat(one, 1.0f);
+        s = one / s;
+        V a, b;
+        I::splat(a, static_cast<float>(gelu_a)), I::splat(b, static_cast<float>(3 * gelu_b));
+        I::fma(slope, b, square, a);
+        I::fma(y, x * s * (one - s), slope, s);
+    }
+    // y may be `before`.
+    static BABYGPT_INLINE void activation_forward(float* y, const float* before, int64_t n, Activation activation) {
+        if (activation == Activation::gelu_tanh) {
+            for (int64_t i = 0; i < n; i += W) {
+                const int left = static_cast<int>(least(n - i, static_cast<int64_t>(W)));
+                V v;
+                get(v, before + i, left), gelu_tanh(v, v), put(y + i, v, left);
+            }
+        } else
+            for (int64_t i = 0; i < n; ++i) y[i] = activate(before[i], activation);
+    }
+    // dy = dy * derivative
+    static BABYGPT_INLINE void activation_backward(float* dy, const float* before, int64_t n, Activation activation) {
+        if (activation == Activation::gelu_tanh) {
+            for (int64_t i = 0; i < n; i += W) {
+                const int left = static_cast<int>(least(n - i, static_cast<int64_t>(W)));
+                V v, d;
+                get(v, before + i, left), get(d, dy + i, left);
+                gelu_tanh_derivative(v, v);
+                d = d * v;
+                put(dy + i, d, left);
+            }
+        } else if (activation != Activation::none)
+            for (int64_t i = 0; i < n; ++i) dy[i] = dy[i] * activate_derivative(before[i], activation);
+    }
+
+    // ---- dropout ----
+
+    // What the elements i, i + 1, ... of the row with this key are multiplied by.
+    static BABYGPT_INLINE void factors(V& f, const Dropout& drop, uint64_t key, int i) {
+        U random, below;
+        I::random(random, key, static_cast<uint32_t>(i)), I::splat(below, drop.below);
+        V keep, none;
+        I::splat(keep, drop.keep), I::splat(none, 0);
+        f = random < below ? none : keep;
+    }
+    static BABYGPT_INLINE void dropout_forward(float* y, const float* x, const Dropout& drop, int n, int r0, int r1) {
+        dropout_backward(y, x, drop, n, false, r0, r1);
+    }
+    static BABYGPT_INLINE void dropout_backward(float* dx, const float* dy, const Dropout& drop, int n, bool adds, int r0, int r1) {
+        for (int64_t row = r0; row < r1; ++row) {
+            const uint64_t key = drop.key(static_cast<int>(row));
+            for (int i = 0; i < n; i += W) {
+                V d, f, before;
+                get(d, dy + row * n + i, n - i);
+                if (drop.active()) factors(f, drop, key, i), I::mul(d, d, f);
+                if (adds) get(before, dx + row * n + i, n - i), d = before + d;
+                put(dx + row * n + i, d, n - i);
+            }
+        }
+    }
+
+    // ---- add ----
+
+    static BABYGPT_INLINE void add_forward(float* y, const float* a, const float* b, int64_t n) {
+        for (int64_t i = 0; i < n; i += W) {
+            const int left = static_cast<int>(least(n - i, static_cast<int64_t>(W)));
+            V v, u;
+            get(v, a + i, left), get(u, b + i, left);
+            v = v + u;
+            put(y + i, v, left);
+        }
+    }
+    // For one of the operands.
+    static BABYGPT_INLINE void add_backward(float* dx, const float* dy, int64_t n, bool adds) {
+        if (adds) add_forward(dx, dx, dy, n);
+        else memcpy(dx, dy, static_cast<size_t>(n) * sizeof(float));
+    }
+
+    // ---- softmax cross-entropy ----
+
+    // Some rows of the output head; all pointers stand at the first of them, row r of logits at logits + r * stride. With `gradient`, the logits
+    // become d loss / d logits in place (0 where the target is negative). ranks may be null.
+    static BABYGPT_INLINE void head_rows(double* losses, int32_t* ranks, float* softmax, float* logits, int64_t stride, const int32_t* targets, int vocab,
+                                         double smoothing, bool gradient, int rows) {
+        for (int row = 0; row < rows; ++row, logits += stride, softmax += 2) {
+            const int target = targets[row];
+            losses[row] = 0;
+            if (ranks) ranks[row] = 0;
+            if (target < 0) {
+                if (gradient) memset(logits, 0, static_cast<size_t>(vocab) * sizeof(float));
+                continue;
+            }
+            const float wanted = logits[target], biggest = biggest_of(logits, vocab);
+            if (ranks) ranks[row] = rank(logits, target, vocab);
+            V top, a;
+            Sums sums;
+            float all = 0;
+            if (smoothing > 0) {
+                sums.clear();
+                for (int i = 0; i < vocab; i += W) get(a, logits + i, vocab - i), add(sums.part[i / W % I::parts], a, vocab - i);
+                all = sums.total();
+            }
+            I::splat(top, biggest);
+            sums.clear();
+            for (int i = 0; i < vocab; i += 16) {
+                BABYGPT_UNROLL
+                for (int j = 0; j < I::parts; ++j) {
+                    const int at = i + j * W, left = vocab - at;
+                    if (left <= 0) break;
+                    get(a, logits + at, left);
+                    a = a - top;
+                    I::exp(a, a);
+                    add(sums.part[j], a, left);
+                    if (gradient) put(logits + at, a, left);
+                }
+            }
+            const float total = sums.total();
+            softmax[0] = biggest, softmax[1] = total;
+            losses[row] = cross_entropy(total, biggest, wanted, smoothing, all, vocab);
+            if (!gradient) continue;
+            V inverse, share;
+            I::splat(inverse, 1.0f / total), I::splat(share, static_cast<float>(smoothing / vocab));
+            for (int i = 0; i < vocab; i += W) {
+                get(a, logits + i, vocab - i);
+                I::mul(a, a, inverse);
+                a = a - share;
+                put(logits + i, a, vocab - i);
+            }
+            logits[target] = logits[target] - static_cast<float>(1 - smoothing);
+        }
+    }
+    static BABYGPT_INLINE float biggest_of(const float* x, int n) {
+        float best = x[0];
+        int i = 0;
+        if (n >= 4 * W) {
+            V top[4], a;
+            BABYGPT_UNROLL
+            for (int j = 0; j < 4; ++j) I::load(top[j], x + j * W);
+            for (i = 4 * W; i + 4 * W <= n; i += 4 * W) {
+                BABYGPT_UNROLL
+                for (int j = 0; j < 4; ++j) I::load(a, x + i + j * W), I::max(top[j], top[j], a);
+            }
+            I::max(top[0], top[0], top[1]), I::max(top[2], top[2], top[3]), I::max(top[0], top[0], top[2]);
+            best = I::biggest(top[0]);
+        }
+        for (; i < n; ++i) best = most(best, x[i]);
+        return best;
+    }
+    // How many stand before the target, by logit, then by id.
+    static BABYGPT_INLINE int32_t rank(const float* logits, int target, int vocab) {
+        const float wanted = logits[target];
+        int32_t count = 0;
+        int i = 0;
+        V w, a;
+        U counts = {}, zero = {}, one;
+        I::splat(w, wanted), I::splat(one, 1u);
+        for (; i + W <= target; i += W) I::load(a, logits + i), counts = counts + (a < w ? zero : one);
+        for (; i < target || (i < vocab && i % W != 0); ++i) count += logits[i] > wanted || (i < target && !(logits[i] < wanted));
+        for (; i + W <= vocab; i += W) I::load(a, logits + i), counts = counts + (a > w ? one : zero);
+        for (; i < vocab; ++i) count += logits[i] > wanted;
+        uint32_t lane[static_cast<size_t>(W)];
+        memcpy(lane, &counts, sizeof lane);
+        for (int j = 0; j < W; ++j) count += static_cast<int32_t>(lane[j]);
+        return count;
+    }
+
+    // ---- AdamW ----
+
+    // Also zeroes the gradients.
+    static BABYGPT_INLINE void adamw(float* w, float* m, float* v, float* g, int64_t n, const AdamW& a, bool decays) {
+        V scale, beta1, beta2, rest1, rest2, step, root_scale, epsilon, decay, tiny, none;
+        I::splat(scale, a.gradient_scale), I::splat(beta1, a.beta1), I::splat(beta2, a.beta2), I::splat(rest1, a.one_minus_beta1), I::splat(rest2, a.one_minus_beta2);
+        I::splat(step, -a.step_size), I::splat(root_scale, a.root_scale), I::splat(epsilon, a.epsilon), I::splat(decay, decays ? -a.decay : -0.0f);
+        I::splat(tiny, 1e-30f), I::splat(none, 0);
+        for (int64_t i = 0; i < n; i += W) {
+            const int left = static_cast<int>(least(n - i, static_cast<int64_t>(W)));
+            V weight, first, second, gradient, size;
+            get(weight, w + i, left), get(first, m + i, left), get(second, v + i, left), get(gradient, g + i, left);
+            gradient = gradient * scale;
+            I::fma(first, beta1, first, rest1 * gradient);
+            I::fma(second, beta2, second, rest2 * (gradient * gradient));
+            first = first < tiny ? (first > -tiny ? none : first) : first;
+            second = second < tiny ? none : second;
+            put(m + i, first, left), put(v + i, second, left), put(g + i, none, left);
+            I::sqrt(size, second);
+            I::fma(size, size, root_scale, epsilon);
+            first = first / size;
+            I::fma(weight, decay, weight, weight);
+            I::fma(weight, step, first, weight);
+            put(w + i, weight, left);
+        }
+    }
+    // Of at most square_block elements. (The square of a float is exact in double.)
+    static BABYGPT_INLINE double square_sum(const float* g, int n) {
+        Lanes<double> lanes;
+        int i = 0;
+#if BABYGPT_VECTORS
+        constexpr int half = W / 2;
+        using Half = VectorTypes<half>;
+        typename Half::D part[static_cast<size_t>(16 / half)] = {}, d;
+        for (; i + 16 <= n; i += 16) {
+            BABYGPT_UNROLL
+            for (int j = 0; j < 16 / half; ++j) {
+                typename Half::V v;
+                memcpy(&v, g + i + j * half, sizeof v);
+                d = __builtin_convertvector(v, typename Half::D);
+                part[j] = d * d + part[j];
+            }
+        }
+        memcpy(lanes.lane, part, sizeof lanes.lane);
+#endif
+        for (; i < n; ++i) lanes.lane[i % 16] += static_cast<double>(g[i]) * static_cast<double>(g[i]);
+        return lanes.total();
+    }
+    // g += lookup, lookup = 0
+    static BABYGPT_INLINE void fold(float* g, float* lookup, int64_t n) {
+        add_forward(g, g, lookup, n);
+        memset(lookup, 0, static_cast<size_t>(n) * sizeof(float));
+    }
+
+    // ---- attention ----
+    //
+    // Products of small matrices, by tiles of `tall` rows by `wide` columns in registers:
+    //   forward, for `tall` queries: scores = q K^T, softmax along each row, y = p V;
+    //   backward, for blocks of queries and keys: scores and dp = dy V^T, from these p and ds, then dq += ds K, dk += ds^T q, dv += p^T dy.
+    // Queries of a tile see different numbers of keys: what all see is one product; the triangle that is left follows (or, for dk and dv, comes
+    // first), so that nothing is added to a chain that is not in it. Scores above the diagonal are computed where a tile holds them, and not used.
+
+    static constexpr int tall = 6, wide = 2 * W, block = tall * W;  // block: a multiple of both
+    static constexpr int page = kv_page;
+
+    // c[r][0..wide) += sum over k < n of a[r * a_row + k * a_step] * b[k * b_row + 0..wide), a chain; fresh: c was 0.
+    template <int rows>
+    static BABYGPT_INLINE void tile(float* c, int64_t c_row, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row, int n, bool fresh) {
+        V sum[static_cast<size_t>(rows)][2], b0, b1, s;
+        BABYGPT_UNROLL
+        for (int r = 0; r < rows; ++r) {
+            if (fresh) I::splat(sum[r][0], 0), I::splat(sum[r][1], 0);
+            else I::load(sum[r][0], c + r * c_row), I::load(sum[r][1], c + r * c_row + W);
+        }
+        for (int k = 0; k < n; ++k, a += a_step, b += b_row) {
+            I::load(b0, b), I::load(b1, b + W);
+            BABYGPT_UNROLL
+            for (int r = 0; r < rows; ++r) {
+                I::splat(s, a[r * a_row]);
+                I::fma(sum[r][0], s, b0), I::fma(sum[r][1], s, b1);
+            }
+        }
+        BABYGPT_UNROLL
+        for (int r = 0; r < rows; ++r) I::store(c + r * c_row, sum[r][0]), I::store(c + r * c_row + W, sum[r][1]);
+    }
+    // The triangle of a tile: step e = 0..count-1 adds a[r * a_row + e * a_step] * b[e][0..wide) to the rows r > e (lower: r <= e).
+    template <bool lower>
+    static BABYGPT_INLINE void triangle(float* c, int64_t c_row, const float* a, int64_t a_row, int64_t a_step, const float* const* b, int64_t b_column, int count) {
+        V sum[static_cast<size_t>(tall)][2], b0, b1, s;
+        BABYGPT_UNROLL
+        for (int r = 0; r < tall; ++r) I::load(sum[r][0], c + r * c_row), I::load(sum[r][1], c + r * c_row + W);
+        BABYGPT_UNROLL
+        for (int e = 0; e < tall - 1; ++e) {
+            if (e >= count) break;
+            I::load(b0, b[e] + b_column), I::load(b1, b[e] + b_column + W);
+            BABYGPT_UNROLL
+            for (int r = 0; r < tall; ++r) {
+                if (lower ? r > e : r <= e) continue;
+                I::splat(s, a[r * a_row + e * a_step]);
+                I::fma(sum[r][0], s, b0), I::fma(sum[r][1], s, b1);
+            }
+        }
+        BABYGPT_UNROLL
+        for (int r = 0; r < tall; ++r) I::store(c + r * c_row, sum[r][0]), I::store(c + r * c_row + W, sum[r][1]);
+    }
+    static constexpr int ahead = 8;  // rows that lie apart are called for so long before they are read
+
+    // to[c * to_row + r] = from[r * from_row + c], squares of 4 x 4 by shuffles
+    static BABYGPT_INLINE void transpose(float* to, int64_t to_row, const float* from, int64_t from_row, int rows, int cols) {
+        int r = 0;
+#if BABYGPT_VECTORS && defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+        typedef float Four __attribute__((vector_size(16)));
+        for (; r + 4 <= rows; r += 4) {
+            for (int j = 0; j < 4; ++j)
+                for (int c = 0; c < cols; c += 16) prefetch(from + (r + ahead + j) * from_row + c);
+            int c = 0;
+            for (; c + 4 <= cols; c += 4) {
+                Four a[4];
+                BABYGPT_UNROLL
+                for (int j = 0; j < 4; ++j) memcpy(&a[j], from + (r + j) * from_row + c, sizeof a[j]);
+                const Four low01 = __builtin_shufflevector(a[0], a[1], 0, 4, 1, 5), high01 = __builtin_shufflevector(a[0], a[1], 2, 6, 3, 7);
+                const Four low23 = __builtin_shufflevector(a[2], a[3], 0, 4, 1, 5), high23 = __builtin_shufflevector(a[2], a[3], 2, 6, 3, 7);
+                a[0] = __builtin_shufflevector(low01, low23, 0, 1, 4, 5), a[1] = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
+                a[2] = __builtin_shufflevector(high01, high23, 0, 1, 4, 5), a[3] = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
+                BABYGPT_UNROLL
+                for (int j = 0; j < 4; ++j) memcpy(to + (c + j) * to_row + r, &a[j], sizeof a[j]);
+            }
+            for (; c < cols; ++c)
+                for (int j = 0; j < 4; ++j) to[c * to_row + r + j] = from[(r + j) * from_row + c];
+        }
+#endif
+#endif
+        for (; r < rows; ++r)
+            for (int c = 0; c < cols; ++c) to[c * to_row + r] = from[r * from_row + c];
+    }
+    // Columns from `cols` to `padded` become 0.
+    static BABYGPT_INLINE void copy_rows(float* to, int64_t to_row, const float* from, int64_t from_row, int rows, int cols, int padded) {
+        for (int r = 0; r < rows; ++r, to += to_row, from += from_row) {
+            for (int c = 0; c < cols; c += 16) prefetch(from + ahead * from_row + c);
+            copy(to, from, cols);
+            for (int c = cols; c < padded; ++c) to[c] = 0;
+        }
+    }
+    // Floats of scratch for one thread. `keys`: the longest position + length of a sequence.
+    static int64_t attention_scratch(int keys, int dim, bool training) {
+        const int64_t padded = round_up(dim, wide), pages = round_up(keys, page), blocks = round_up(keys, block);
+        const int64_t forward = tall * (dim + padded + pages) + pages * (dim + padded);
+        const int64_t backward = blocks * (3 * padded + 1) + block * (3 * padded + 2 * dim + 2 * block);
+        return round_up(training ? most(forward, backward) : forward, static_cast<int64_t>(16));
+    }
+
+    // Where the keys and values of one head are: in the pages of a KV cache, or, packed in the same way, in scratch.
+    struct Cache {
+        float *keys, *values;           // in scratch
+        float* kv;                      // first page, this layer and head; null: no cache
+        const int32_t* pages;
+        int64_t page_block, value_offset;
+        int dim, row;                   // floats from one position's values to the next
+        bool copied;                    // the values are in scratch
+        // [dim][page] of page number i
+        BABYGPT_INLINE float* key_page(int i) const { return kv ? kv + pages[i] * page_block : keys + static_cast<int64_t>(i) * page * dim; }
+        BABYGPT_INLINE float* cached_values(int i) const { return kv + pages[i] * page_block + value_offset; }
+        BABYGPT_INLINE const float* value(int position) const {
+            return copied ? values + static_cast<int64_t>(position) * row : cached_values(position / page) + static_cast<int64_t>(position % page) * dim;
+        }
+    };
+
+    static BABYGPT_INLINE void attention_forward(float* y, float* softmax, const float* x, const Sequence& s, float* kv, int layer, int layers, int heads,
+                                                 int dim, const Dropout& drop, int head, float* scratch) {
+        const int64_t width = static_cast<int64_t>(heads) * dim, stride = 3 * width, column = static_cast<int64_t>(head) * dim;
+        const int before = s.pages ? s.position : 0, keys = before + s.length, padded = round_up(dim, wide);
+        const float* q = x + s.row * stride + column;
+        float *queries = scratch, *out = queries + tall * dim, *scores = out + tall * padded;
+        const int scores_row = round_up(keys, page);
+        Cache cache;
+        cache.keys = scores + static_cast<int64_t>(tall) * scores_row;
+        cache.values = cache.keys + static_cast<int64_t>(scores_row) * dim;
+        cache.kv = s.pages ? kv + (static_cast<int64_t>(layer) * 2 * width + column) * page : nullptr;
+        cache.pages = s.pages;
+        cache.page_block = static_cast<int64_t>(layers) * 2 * width * page;
+        cache.value_offset = width * page;
+        cache.dim = dim, cache.row = padded;
+        cache.copied = !s.pages || padded != dim;  // a tile reads whole vectors
+        for (int i = 0, n; i < s.length; i += n) {
+            const int at = (before + i) % page;
+            n = least(page - at, s.length - i);
+            const float* from = q + i * stride + width;
+            transpose(cache.key_page((before + i) / page) + at, page, from, stride, n, dim);
+            if (s.pages) copy_rows(cache.cached_values((before + i) / page) + at * dim, dim, from + width, stride, n, dim, dim);
+            else copy_rows(cache.values + static_cast<int64_t>(i) * padded, padded, from + width, stride, n, dim, padded);
+        }
+        if (s.pages && cache.copied)
+            for (int k = 0; k < keys; k += page)
+                copy_rows(cache.values + static_cast<int64_t>(k) * padded, padded, cache.cached_values(k / page), dim, least(page, keys - k), dim, padded);
+
+        for (int i = 0, n; i < s.length; i += n) {
+            n = least(tall, s.length - i);
+            if (n <= 2) n = 1;  // one by one
+            copy_rows(queries, dim, q + i * stride, stride, n, dim, dim);
+            for (int j = n * dim; j < tall * dim && n > 1; ++j) queries[j] = 0;
+            if (n == 1) scores_of<1>(scores, scores_row, queries, cache, before + i + n);
+            else scores_of<tall>(scores, scores_row, queries, cache, before + i + n);
+            const int64_t row = s.row + i;
+            for (int r = 0; r < n; ++r) softmax_row(scores + static_cast<int64_t>(r) * scores_row, before + i + r + 1, dim, drop, static_cast<int>(row) + r, head, softmax + ((row + r) * heads + head) * 2);
+            if (n == 1) mix_values<1>(out, scores, scores_row, cache, before + i + 1, n);
+            else mix_values<tall>(out, scores, scores_row, cache, before + i + 1, n);
+            for (int r = 0; r < n; ++r) {
+                V v, inverse;
+                I::splat(inverse, 1.0f / softmax[((row + r) * heads + head) * 2 + 1]);
+                for (int d = 0; d < dim; d += W) {
+                    I::load(v, out + r * padded + d);
+                    v = v * inverse;
+                    put(y + (row + r) * width + column + d, v, dim - d);
+                }
+            }
+        }
+    }
+    template <int rows>
+    static BABYGPT_INLINE void scores_of(float* scores, int64_t scores_row, const float* queries, const Cache& cache, int keys) {
+        for (int k = 0; k < keys; k += wide)
+            tile<rows>(scores + k, scores_row, queries, cache.dim, 1, cache.key_page(k / page) + k % page, page, cache.dim, true);
+    }
+    // Scores become e^(score / sqrt(dim) - max), dropped or not; the maximum and the sum before dropout go to `statistics`.
+    static BABYGPT_INLINE void softmax_row(float* scores, int keys, int dim, const Dropout& drop, int row, int head, float* statistics) {
+        V scale, top, v;
+        I::splat(scale, 1.0f / root(static_cast<float>(dim)));
+        I::splat(top, scores[0]);
+        top = top * scale;
+        for (int k = 0; k < keys; k += W) {
+            I::load(v, scores + k);
+            I::mul(v, v, scale);
+            I::store(scores + k, v);
+            if (k + W <= keys) I::max(top, top, v);
+        }
+        float biggest = I::biggest(top);
+        for (int k = keys / W * W; k < keys; ++k) biggest = most(biggest, scores[k]);
+        I::splat(top, biggest);
+        Sums sums;
+        sums.clear();
+        for (int k = 0; k < keys; k += 16) {  // scores has room for whole vectors
+            BABYGPT_UNROLL
+            for (int j = 0; j < I::parts; ++j) {
+                const int at = k + j * W;
+                I::load(v, scores + at);
+                v = v - top;
+                I::exp(v, v);
+                if (at < keys) add(sums.part[j], v, keys - at);
+                I::store(scores + at, v);
+            }
+        }
+        statistics[0] = biggest, statistics[1] = sums.total();
+        if (!drop.active()) return;
+        const uint64_t key = drop.key(row);
+        for (int k = 0; k < keys; k += W) {
+            I::load(v, scores + k), factors(scale, drop, key, head * 65536 + k);
+            v = v * scale;
+            I::store(scores + k, v);
+        }
+    }
+    // out = p V. The first query sees `keys` keys, each of the others one more than the one before.
+    template <int rows>
+    static BABYGPT_INLINE void mix_values(float* out, const float* p, int64_t p_row, const Cache& cache, int keys, int queries) {
+        const int padded = cache.row, run = cache.copied ? keys : page;
+        const float* last[tall - 1];
+        for (int e = 0; e < queries - 1; ++e) last[e] = cache.value(keys + e);
+        for (int c = 0; c < padded; c += wide) {
+            for (int k = 0; k < keys; k += run)
+                tile<rows>(out + c, padded, p + k, p_row, 1, cache.value(k) + c, cache.row, least(run, keys - k), k == 0);
+            if (rows > 1) triangle<false>(out + c, padded, p + keys, p_row, 1, last, c, queries - 1);
+        }
+    }
+
+    // This head's part of dx.
+    static BABYGPT_INLINE void attention_backward(float* dx, const float* dy, const float* y, const float* softmax, const float* x, const Sequence& s, int heads,
+                                                  int dim, const Dropout& drop, bool adds, int head, float* scratch) {
+        const int64_t width = static_cast<int64_t>(heads) * dim, stride = 3 * width, column = static_cast<int64_t>(head) * dim;
+        const int n = s.length, rows = round_up(n, block);
+        const int padded = round_up(dim, wide);
+        float *q = scratch, *dout = q + rows * padded, *dq = dout + rows * padded, *D = dq + rows * padded;
+        float *k = D + rows, *dk = k + block * padded, *dv = dk + block * padded, *kt = dv + block * padded, *vt = kt + block * dim;
+        float *p = vt + block * dim, *ds = p + block * block;
+        x += s.row * stride + column, dx += s.row * stride + column;
+        y += s.row * width + column, dy += s.row * width + column;
+        softmax += (static_cast<int64_t>(s.row) * heads + head) * 2;
+        copy_rows(q, padded, x, stride, n, dim, padded);
+        copy_rows(dout, padded, dy, width, n, dim, padded);
+        start_rows(dq, padded, dx, stride, n, dim, adds);
+        for (int i = 0; i < n; ++i) {
+            for (int d = 0; d < dim; d += 16) prefetch(y + (i + ahead) * width + d);
+            Sums sums;
+            V a, b;
+            sums.clear();
+            for (int d = 0; d < dim; d += 16) {
+                BABYGPT_UNROLL
+                for (int j = 0; j < I::parts; ++j) {
+                    const int at = d + j * W, left = dim - at;
+                    if (left > 0) get(a, dout + i * padded + at, left), get(b, y + i * width + at, left), add_product(sums.part[j], a, b, left);
+                }
+            }
+            D[i] = sums.total();
+        }
+        for (int i = n * padded; i < rows * padded; ++i) q[i] = dout[i] = 0;
+
+        const float scale = 1.0f / root(static_cast<float>(dim));
+        for (int k0 = 0; k0 < n; k0 += block) {
+            const int keys = least(block, n - k0);
+            const float* key = x + k0 * stride + width;
+            float* dkey = dx + k0 * stride + width;
+            copy_rows(k, padded, key, stride, keys, dim, padded);
+            transpose(kt, block, k, padded, keys, dim);
+            transpose(vt, block, key + width, stride, keys, dim);
+            start_rows(dk, padded, dkey, stride, keys, dim, adds);
+            start_rows(dv, padded, dkey + width, stride, keys, dim, adds);
+            for (int q0 = k0; q0 < n; q0 += block) {
+                const int queries = least(block, n - q0);
+                const bool diagonal = q0 == k0;
+                const float *q_block = q + q0 * padded, *dout_block = dout + q0 * padded;
+                for (int i = 0; i < queries; i += tall)
+                    for (int j = 0; j < (diagonal ? least(i + tall, keys) : keys); j += wide) {
+                        tile<tall>(p + i * block + j, block, q_block + i * padded, padded, 1, kt + j, block, dim, true);
+                        tile<tall>(ds + i * block + j, block, dout_block + i * padded, padded, 1, vt + j, block, dim, true);
+                    }
+                for (int i = 0; i < queries; ++i) {
+                    const float* statistics = softmax + static_cast<int64_t>(q0 + i) * heads * 2;
+                    V scales, top, inverse, delta, a, b, f;
+                    I::splat(scales, scale), I::splat(top, statistics[0]), I::splat(inverse, 1.0f / statistics[1]), I::splat(delta, D[q0 + i]);
+                    const uint64_t key = drop.key(s.row + q0 + i);
+                    for (int j = 0; j < (diagonal ? i + 1 : keys); j += W) {
+                        I::load(a, p + i * block + j), I::load(b, ds + i * block + j);
+                        I::mul(a, a, scales);
+                        a = a - top;
+                        I::exp(a, a);
+                        a = a * inverse;
+                        if (drop.active()) {
+                            factors(f, drop, key, head * 65536 + k0 + j);
+                            I::mul(b, b, f);
+                            b = a * (b - delta) * scales, a = a * f;
+                        } else b = a * (b - delta) * scales;
+                        I::store(p + i * block + j, a), I::store(ds + i * block + j, b);
+                    }
+                }
+                const float* last[tall - 1];
+                for (int i = 0; i < queries; i += tall) {
+                    for (int e = 0; e < tall - 1; ++e) last[e] = k + (i + 1 + e) * padded;
+                    for (int c = 0; c < padded; c += wide) {
+                        float* to = dq + (q0 + i) * padded + c;
+                        tile<tall>(to, padded, ds + i * block, block, 1, k + c, padded, diagonal ? i + 1 : keys, false);
+                        if (diagonal) triangle<false>(to, padded, ds + i * block + i + 1, block, 1, last, c, least(tall, queries - i) - 1);
+                    }
+                }
+                weigh_queries(dk, ds, q_block, padded, queries, keys, diagonal);
+                weigh_queries(dv, p, dout_block, padded, queries, keys, diagonal);
+            }
+            copy_rows(dkey, stride, dk, padded, keys, dim, dim);
+            copy_rows(dkey + width, stride, dv, padded, keys, dim, dim);
+        }
+        copy_rows(dx, stride, dq, padded, n, dim, dim);
+    }
+    // What chains start from: what is there, or 0.
+    static BABYGPT_INLINE void start_rows(float* to, int padded, const float* from, int64_t from_row, int rows, int dim, bool adds) {
+        if (adds) copy_rows(to, padded, from, from_row, rows, dim, padded);
+        else memset(to, 0, static_cast<size_t>(rows) * static_cast<size_t>(padded) * sizeof(float));
+    }
+    // d[key] += sum over the block's queries of a[query][key] * b[query]
+    static BABYGPT_INLINE void weigh_queries(float* d, const float* a, const float* b, int padded, int queries, int keys, bool diagonal) {
+        const float* first[tall - 1];
+        for (int j = 0; j < keys; j += tall) {
+            const int start = diagonal ? least(j + tall - 1, queries) : 0;
+            for (int e = 0; e < tall - 1; ++e) first[e] = b + (j + e) * padded;
+            for (int c = 0; c < padded; c += wide) {
+                float* to = d + j * padded + c;
+                if (diagonal) triangle<true>(to, padded, a + j * block + j, 1, block, first, c, start - j);
+                tile<tall>(to, padded, a + start * block + j, 1, block, b + start * padded + c, padded, queries - start, false);
+            }
+        }
+    }
+};
+
+}  // namespace
+}  // namespace babygpt
+
+// ---- selftest ------------------------------------------------------------------------------------------------------------
+// Does this program, as it was compiled, on this machine, compute what it should? In this order: elementary functions against known
+// values, a small GPT's gradients in double against differences, the runtime's backend against the plain one, and the bits of a model
+// after a few steps of training. It takes about a second.
+
+namespace babygpt {
+namespace {
+
+// A small tape with memory of its own, random weights and an input: two sequences of different lengths.
+template <class T>
+struct Specimen {
+    Tape tape;
+    Block memory;
+    Regions<T> r;
+    Run run;
+    Sequence sequences[2];
+    T* weights = nullptr;
+    int32_t *ids = nullptr, *targets = nullptr;
+    explicit Specimen(Runtime& runtime) : tape(runtime) {}
+
+    Status create(Runtime& runtime, const BackendFunctions* backend, const Config& config, int first_length, int second_length) {
+        constexpr double dropout = 0.2;
+        run.rows = first_length + second_length;
+        BABYGPT_TRY(record(tape, config, run.rows, true, dropout));
+        Layout layout;
+        lay_out(layout, runtime, backend);
+        if (!memory.take(runtime, layout.bytes, true)) return out_of_memory(layout.bytes);
+        layout = Layout{memory.memory, 0};
+        lay_out(layout, runtime, backend);
+        for (size_t t = 0; t < tape.weights.count; ++t) {
+            const Weight& weight = tape.weights[t].weight;
+            const double middle = tape.weights[t].deviation < 0 ? 1 : 0;
+            for (int64_t i = 0; i < weight.rows * weight.cols; ++i)
+                weights[weight.offset + i] = static_cast<T>(middle + random_uniform(t, static_cast<uint64_t>(i)) - 0.5);
+        }
+        for (int i = 0; i < run.rows; ++i) {
+            ids[i] = (i * 5 + 1) % config.vocab;
+            targets[i] = i == 2 ? -1 : (i * 3 + 2) % config.vocab;
+        }
+        sequences[0] = Sequence{0, first_length, 0, nullptr};
+        sequences[1] = Sequence{first_length, second_length, 0, nullptr};
+        run.sequences = Span<const Sequence>(sequences, 2);
+        run.ids = ids, run.targets = targets;
+        run.training = true, run.dropout = dropout, run.label_smoothing = 0.1;
+        return Status();
+    }
+    void lay_out(Layout& layout, Runtime& runtime, const BackendFunctions* backend) {
+        r.weights = weights = layout.take<T>(tape.weight_block);
+        r.gradients = layout.take<T>(tape.weight_block);
+        r.lookup_gradients = layout.take<T>(tape.lookup_block());
+        r.activations = layout.take<T>(tape.activation_block);
+        r.scratch = layout.take<T>(backend->scratch(tape, runtime.thread_count()));
+        r.losses = layout.take<double>(run.rows);
+        ids = layout.take<int32_t>(run.rows);
+        targets = layout.take<int32_t>(run.rows);
+    }
+    double loss() const {
+        double total = 0;
+        for (int i = 0; i < run.rows; ++i) total += r.losses[i];
+        return total;
+    }
+};
+
+struct SelfTest {
+    Runtime& runtime;
+    Array<CheckResult>& results;
+
+    template <class... Parts>
+    Status report(double error, double limit, const Parts&... what) {
+        CheckResult result{};
+        Line line(result.what, sizeof result.what);
+        (line.put(what), ...);
+        result.error = error, result.limit = limit, result.passed = error <= limit;
+        return results.push(result) ? Status() : out_of_memory(sizeof result);
+    }
+
+    Status functions() {
+        const struct {
+            const char* name;
+            double value, truth, limit;
+        } known[] = {
+            {"exp(1) in double", exp_of(1.0), 2.718281828459045235, 1e-15},
+            {"exp(-20) in double", exp_of(-20.0), 2.061153622438557828e-9, 1e-15},
+            {"exp(-5) in float", static_cast<double>(exp_of(-5.0f)), 6.737946999085467097e-3, 2e-7},
+            {"log(10)", log_of(10.0), 2.302585092994045684, 1e-15},
+            {"erf(0.5)", erf_of(0.5), 0.5204998778130465377, 1e-15},
+            {"erf(-2)", erf_of(-2.0), -0.9953222650189527342, 1e-15},
+            {"cos(pi / 4)", cos_pi(0.25), 0.7071067811865475244, 1e-15},
+        };
+        for (const auto& k : known) {
+            const double error = k.value / k.truth - 1;
+            BABYGPT_TRY(report(error < 0 ? -error : error, k.limit, k.name));
+        }
+        return Status();
+    }
+
+    // (loss(w + h) - loss(w - h)) / 2h, for every weight.
+    Status gradients(const Config& config) {
+        Specimen<double> s(runtime);
+        BABYGPT_TRY(s.create(runtime, plain_backend(), config, 5, 3));
+        plain_forward(s.tape, s.r, s.run);
+        plain_backward(s.tape, s.r, s.run);
+        const int shared = s.tape.shared_embedding();
+        for (int64_t i = 0; shared != nothing && i < int64_t(config.vocab) * config.width; ++i)
+            s.r.gradients[s.tape.weight(shared).offset + i] += s.r.lookup_gradients[i];
+        for (const WeightPlan& plan : s.tape.weights) {
+            double difference = 0, reference = 1e-3;
+            for (int64_t i = 0; i < plan.weight.rows * plan.weight.cols; ++i) {
+                double& w = s.weights[plan.weight.offset + i];
+                const double before = w, h = 1e-5;
+                const auto loss_at = [&](double value) {
+                    w = value;
+                    plain_forward(s.tape, s.r, s.run);
+                    return s.loss();
+                };
+                const double slope = (loss_at(before + h) - loss_at(before - h)) / (2 * h);
+                const double off = slope - s.r.gradients[plan.weight.offset + i];
+                w = before;
+                difference = most(difference, is_finite(off) ? off < 0 ? -off : off : 1e300);
+                reference = most(reference, slope < 0 ? -slope : slope);
+            }
+            BABYGPT_TRY(report(difference / reference, 1e-6, "gradient of ", plan.weight.name, config.tied ? ", erf" : ", tanh, untied"));
+        }
+        return Status();
+    }
+
+    // All gradients of a step, in bits.
+    Status backend() {
+        const BackendFunctions* chosen;
+        BABYGPT_TRY(backend_for(runtime, chosen));
+        Config config;
+        config.layers = 2, config.heads = 3, config.width = 39, config.context = 21, config.vocab = 50;
+        Specimen<float> a(runtime), b(runtime);
+        BABYGPT_TRY(a.create(runtime, plain_backend(), config, 19, 21));
+        BABYGPT_TRY(b.create(runtime, chosen, config, 19, 21));
+        start_pool(runtime);
+        plain_forward(a.tape, a.r, a.run);
+        plain_backward(a.tape, a.r, a.run);
+        chosen->forward(runtime, b.tape, b.r, b.run);
+        chosen->backward(runtime, b.tape, b.r, b.run);
+        double difference = 0, reference = 0;
+        for (int64_t i = 0; i < a.tape.weight_block; ++i) {
+            const double x = static_cast<double>(a.r.gradients[i]), d = static_cast<double>(b.r.gradients[i]) - x;
+            difference = most(difference, is_finite(d) ? d < 0 ? -d : d : 1e300);
+            reference = most(reference, x < 0 ? -x : x);
+        }
+        return report(difference / reference, 0, "backend (", runtime.isa_name(), ") against plain");
+    }
+
+    // The same on every machine and compiler, with any flags, number of threads and instruction set.
+    Status bits() {
+        constexpr uint64_t golden = 0xf8f49c29733c7d02u;
+        constexpr int batch = 3, context = 13, steps = 5;
+        Config config;
+        config.layers = 2, config.heads = 2, config.width = 22, config.context = context;
+        TrainConfig how;
+        how.batch = batch, how.steps = steps, how.dropout = 0.1;
+        Tokenizer tokenizer;
+        BABYGPT_TRY(tokenizer.create_bytes(runtime));
+        Model model;
+        BABYGPT_TRY(model.create(runtime, config, static_cast<Tokenizer&&>(tokenizer)));
+        int32_t ids[batch * context + 1];
+        for (int i = 0; i <= batch * context; ++i) ids[i] = i * i % 251;
+        Data data;
+        BABYGPT_TRY(data.create(runtime, Span<const int32_t>(ids, batch * context + 1)));
+        Trainer trainer;
+        BABYGPT_TRY(trainer.create(runtime, model, how, data));
+        StepResult result;
+        for (int step = 0; step < steps; ++step)
+            BABYGPT_TRY(trainer.step(Span<const int32_t>(ids, batch * context), Span<const int32_t>(ids + 1, batch * context), result));
+        uint64_t hash = 0;
+        for (int64_t i = 0; i < model.block; ++i) hash = mix(hash ^ bits_as<uint32_t>(model.weights[i]));
+        char digits[17] = {};
+        for (int i = 0; i < 16; ++i) digits[i] = "0123456789abcdef"[hash >> (60 - 4 * i) & 15];
+        return report(hash == golden ? 0 : 1, 0, "bits of a model after ", steps, " steps: ", digits);
+    }
+};
+
+}  // namespace
+
+Status selftest(Runtime& runtime, Array<CheckResult>& results) {
+    const FloatMode mode;
+    results = Array<CheckResult>(runtime);
+    SelfTest test{runtime, results};
+    BABYGPT_TRY(test.functions());
+    Config config;
+    config.layers = 1, config.heads = 2, config.width = 6, config.context = 5, config.vocab = 7, config.activation = Activation::gelu;
+    BABYGPT_TRY(test.gradients(config));
+    config.tied = false, config.activation = Activation::gelu_tanh;
+    BABYGPT_TRY(test.gradients(config));
+    BABYGPT_TRY(test.backend());
+    return test.bits();
+}
+
+}  // namespace babygpt
+// =====================================================================================================================
+// [CHAPTER 11] The fast backend
+// =====================================================================================================================
+// Which processor is this, how is the work divided, and in which order does the tape run? The kernels are compiled once for every
+// instruction set, by wrappers of one line, and chosen at run time. Threads divide the outputs of an op, never the terms of a sum.
+
+namespace babygpt {
+namespace {
+
+// ---- what a thread does at a time ----------------------------------------------------------------------------------------
+
+// Some of an op's units: rows, heads of sequences (attention), or groups of 16 columns (gradients of vectors, and of embeddings).
+constexpr int column_group = 16;
+struct Work {
+    const Tape& tape;
+    const Regions<float>& r;
+    const Run& run;
+    int number;                      // of the op
+    bool by_columns = false;         // backward: the part whose sums run along all rows
+    float* logits = nullptr;         // head: a chunk of rows, from first_row on
+    int64_t logits_stride = 0;
+    int first_row = 0;
+    bool logits_gradient = false;
+};
+
+template <class I>
+BABYGPT_INLINE void forward_part(const Work& work, int from, int to, float* space) {
+    using R = Rows<I>;
+    const Op& op = work.tape.ops[static_cast<size_t>(work.number)];
+    const Run& run = work.run;
+    const float *x = values(work.tape, work.r, op.x), *w = weights(work.tape, work.r, op.w), *b = weights(work.tape, work.r, op.b);
+    float *y = values(work.tape, work.r, op.y), *aux = values(work.tape, work.r, op.aux);
+    const int64_t first = static_cast<int64_t>(from) * op.out, count = static_cast<int64_t>(to - from) * op.out;
+    switch (op.kind) {
+        case OpKind::embedding: return R::embedding_forward(y, w, b, run.ids, run.sequences, op.out, from, to);
+        case OpKind::norm: return R::norm_forward(y, aux, x, w, b, op.in, work.tape.epsilon, from, to);
+        case OpKind::linear: return R::activation_forward(y + first, (aux ? aux : y) + first, count, op.activation);
+        case OpKind::dropout: return R::dropout_forward(y, x, Dropout(run, work.number), op.in, from, to);
+        case OpKind::add: return R::add_forward(y + first, x + first, values(work.tape, work.r, op.x2) + first, count);
+        case OpKind::attention:
+            for (int i = from; i < to; ++i)
+                R::attention_forward(y, aux, x, run.sequences[static_cast<size_t>(i / op.heads)], work.r.kv, op.layer, work.tape.layers, op.heads, op.out / op.heads,
+                                     Dropout(run, work.number), i % op.heads, space);
+            return;
+        case OpKind::head: {
+            const int row = work.first_row + from;
+            return R::head_rows(work.r.losses + row, work.r.ranks ? work.r.ranks + row : nullptr, aux + 2 * static_cast<int64_t>(row), work.logits + from * work.logits_stride,
+                                work.logits_stride, run.targets + row, op.out, run.label_smoothing, work.logits_gradient, to - from);
+        }
+    }
+}
+
+template <class I>
+BABYGPT_INLINE void backward_part(const Work& work, int from, int to, float* space) {
+    using R = Rows<I>;
+    const Tape& tape = work.tape;
+    const Op& op = tape.ops[static_cast<size_t>(work.number)];
+    const Run& run = work.run;
+    const float *x = values(tape, work.r, op.x), *y = values(tape, work.r, op.y), *aux = values(tape, work.r, op.aux), *w = weights(tape, work.r, op.w);
+    float *dx = gradient(tape, work.r, op.x), *dx2 = gradient(tape, work.r, op.x2), *dy = gradient(tape, work.r, op.y);
+    float *dw = weight_gradient(tape, work.r, op.w), *db = weight_gradient(tape, work.r, op.b);
+    const int64_t first = static_cast<int64_t>(from) * op.out, count = static_cast<int64_t>(to - from) * op.out;
+    const int column = from * column_group, end = least(to * column_group, op.out);
+    switch (op.kind) {
+        case OpKind::embedding: return R::embedding_backward(tape.tied ? work.r.lookup_gradients : dw, db, dy, run.ids, run.sequences, op.out, column, end);
+        case OpKind::norm:
+            if (work.by_columns) return R::norm_backward_columns(dw, db, dy, x, aux, run.rows, op.in, column, end);
+            return R::norm_backward_rows(dx, dy, x, aux, w, op.in, op.adds_to_dx, from, to);
+        case OpKind::linear:
+            if (work.by_columns) return R::bias_backward(db, dy, run.rows, op.out, column, end);
+            return R::activation_backward(dy + first, aux + first, count, op.activation);
+        case OpKind::dropout: return R::dropout_backward(dx, dy, Dropout(run, work.number), op.in, op.adds_to_dx, from, to);
+        case OpKind::add:
+            R::add_backward(dx + first, dy + first, count, op.adds_to_dx);
+            return R::add_backward(dx2 + first, dy + first, count, op.adds_to_dx2);
+        case OpKind::attention:
+            for (int i = from; i < to; ++i)
+                R::attention_backward(dx, dy, y, aux, x, run.sequences[static_cast<size_t>(i / op.heads)], op.heads, op.out / op.heads, Dropout(run, work.number), op.adds_to_dx, i % op.heads, space);
+            return;
+        case OpKind::head: return;
+    }
+}
+
+// What happens to a weight after the backward pass, in blocks of square_block elements.
+struct Update {
+    enum What { folding, squaring, stepping } what;
+    int64_t size;
+    float *g, *lookup = nullptr;
+    double* partial = nullptr;
+    float *w = nullptr, *m = nullptr, *v = nullptr;
+    const AdamW* adam = nullptr;
+    bool decays = false;
+};
+template <class I>
+BABYGPT_INLINE void update_part(const Update& u, int from, int to) {
+    using R = Rows<I>;
+    const int64_t at = from * square_block, n = least(to * square_block, u.size) - at;
+    if (u.what == Update::folding) R::fold(u.g + at, u.lookup + at, n);
+    else if (u.what == Update::stepping) R::adamw(u.w + at, u.m + at, u.v + at, u.g + at, n, *u.adam, u.decays);
+    else
+        for (int i = from; i < to; ++i) u.partial[i] = R::square_sum(u.g + i * square_block, static_cast<int>(least(square_block, u.size - i * square_block)));
+}
+
+// ---- one table of kernels for each instruction set -----------------------------------------------------------------------
+
+struct Kernels {
+    const char* name;
+    int tile_columns;
+    int64_t (*attention_scratch)(int keys, int dim, bool training);
+    void (*pack)(float* to, const Factor& b, int column, int depth, int columns);
+    void (*block)(const Product& p, const float* b, int row, int column, int end, float* space);
+    void (*single_row)(const Product& p, const float* b, int column, int end);
+    void (*forward)(const Work& work, int from, int to, float* space);
+    void (*backward)(const Work& work, int from, int to, float* space);
+    void (*update)(const Update& u, int from, int to);
+    double (*ceiling)(int64_t rounds, float* result);
+};
+
+#define BABYGPT_KERNELS(set, I, name, target)                                                                                                      \
+    struct set {                                                                                                                                   \
+        target static void pack(float* to, const Factor& b, int column, int depth, int columns) { Products<I>::pack_b(to, b, column, depth, columns); } \
+        target static void block(const Product& p, const float* b, int row, int column, int end, float* space) {                                   \
+            Products<I>::block(p, b, row, column, end, space);                                                                                     \
+        }                                                                                                                                          \
+        target static void single_row(const Product& p, const float* b, int column, int end) { Products<I>::single_row(p, b, column, end); }       \
+        target static void forward(const Work& work, int from, int to, float* space) { forward_part<I>(work, from, to, space); }                   \
+        target static void backward(const Work& work, int from, int to, float* space) { backward_part<I>(work, from, to, space); }                 \
+        target static void update(const Update& u, int from, int to) { update_part<I>(u, from, to); }                                              \
+        target static double ceiling(int64_t rounds, float* result) { return Products<I>::ceiling(rounds, result); }                               \
+        static constexpr Kernels table = {name, Products<I>::tile_columns, &Rows<I>::attention_scratch, &pack, &block, &single_row, &forward, &backward, &update, &ceiling}; \
+    };
+
+#if defined(__ARM_NEON) && BABYGPT_VECTORS
+BABYGPT_KERNELS(KernelsPortable, Portable, "neon", )
+#elif BABYGPT_X86 && BABYGPT_VECTORS
+BABYGPT_KERNELS(KernelsPortable, Portable, "sse2", )
+#else
+BABYGPT_KERNELS(KernelsPortable, Portable, "portable", )
+#endif
+#if BABYGPT_WIDE
+BABYGPT_KERNELS(KernelsAvx2, Avx2, "avx2", __attribute__((target("avx2,fma"))))
+#if defined(__clang__)
+BABYGPT_KERNELS(KernelsAvx512, Avx512, "avx512", __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"), min_vector_width(512))))
+#else
+BABYGPT_KERNELS(KernelsAvx512, Avx512, "avx512", __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))))
+#endif
+#ifdef BABYGPT_TEST_WIDE
+BABYGPT_KERNELS(KernelsAvx2Wide, Avx2Wide, "avx2, wide", __attribute__((target("avx2,fma"))))
+#endif
+#endif
+
+// ---- walking the tape ----------------------------------------------------------------------------------------------------
+
+// How the scratch of a tape is divided.
+struct Scratch {
+    int64_t panels;        // packed factors of a product, for all threads
+    int64_t logits;        // a chunk of rows of them
+    int64_t slot;          // each thread's own
+    int chunk;             // rows of the chunk
+    Scratch(const Kernels& kernels, const Tape& tape) {
+        const int64_t wide = round_up(tape.vocab, column_group);
+        const int64_t wanted = tape.training ? int64_t(1) << 21 : int64_t(1) << 18;  // logits at a time
+        chunk = static_cast<int>(least(most(wanted / wide, int64_t(1)), static_cast<int64_t>(tape.max_rows)));
+        logits = round_up(chunk * wide, int64_t(16));
+        panels = tape.training ? panel_limit(tape.width) : 0;
+        slot = static_cast<int64_t>(row_block) * depth_block;
+        for (const Op& op : tape.ops)
+            if (op.kind == OpKind::attention) slot = most(slot, kernels.attention_scratch(tape.context, op.out / op.heads, tape.training));
+    }
+    // Floats of packed panels at a time: enough for a thousand columns or more of the deepest product, little enough for a shared cache.
+    static int64_t panel_limit(int width) { return most(int64_t(1) << 20, int64_t(4) * width * 128); }
+};
+
+template <const Kernels& kernels>
+struct Fast {
+    Runtime& runtime;
+    const Tape& tape;
+    const Regions<float>& r;
+    const Run& run;
+    const Scratch scratch;
+    const int threads;
+    float *panels, *logits, *slots;
+
+    Fast(Runtime& runtime_, const Tape& tape_, const Regions<float>& r_, const Run& run_)
+        : runtime(runtime_), tape(tape_), r(r_), run(run_), scratch(kernels, tape_), threads(runtime_.thread_count()), panels(r_.scratch),
+          logits(panels + scratch.panels), slots(logits + scratch.logits) {}
+
+    // f(item, space) for each item, on the threads; space is the thread's own.
+    template <class F>
+    void divide(int items, const F& f) const {
+        const int workers = least(threads, items);
+        if (workers <= 1) {
+            for (int i = 0; i < items; ++i) f(i, slots);
+            return;
+        }
+        std::atomic<int> next{0};
+        parallel(runtime, workers, [&](int worker) {
+            for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) f(i, slots + worker * scratch.slot);
+        });
+    }
+    // f(from, to, space) for ranges of `units` that cost about `cost` multiply-adds each.
+    template <class F>
+    void share(int units, int64_t cost, const F& f) const {
+        constexpr int64_t least_cost = 1 << 14;  // what is smaller is done before another thread has noticed
+        const int items = static_cast<int>(least(least(static_cast<int64_t>(units), static_cast<int64_t>(threads) * 8), most(units * cost / least_cost, int64_t(1))));
+        divide(items, [&](int i, float* space) {
+            f(static_cast<int>(static_cast<int64_t>(i) * units / items), static_cast<int>((static_cast<int64_t>(i) + 1) * units / items), space);
+        });
+    }
+    void share_forward(const Work& work, int units, int64_t cost) const {
+        share(units, cost, [&](int from, int to, float* space) { kernels.forward(work, from, to, space); });
+    }
+    void share_backward(const Work& work, int units, int64_t cost) const {
+        share(units, cost, [&](int from, int to, float* space) { kernels.backward(work, from, to, space); });
+    }
+
+    // ---- products ----
+
+    // With B in panels.
+    void multiply(const Product& p, const float* b) const {
+        constexpr int columns = kernels.tile_columns;
+        const int all_panels = (p.columns + columns - 1) / columns;
+        if (p.rows == 1) {
+            const int units = (all_panels + 3) / 4;
+            return share(units, static_cast<int64_t>(p.depth) * columns * 4,
+                         [&](int from, int to, float*) { kernels.single_row(p, b, from * 4 * columns, least(to * 4 * columns, p.columns)); });
+        }
+        const int row_blocks = (p.rows + row_block - 1) / row_block;
+        const bool small = static_cast<int64_t>(p.rows) * p.columns * p.depth < 1 << 17;
+        const int groups = small || threads == 1 ? 1 : least((8 * threads + row_blocks - 1) / row_blocks, (all_panels + 3) / 4);
+        divide(row_blocks * groups, [&](int i, float* space) {
+            const int64_t group = i % groups;
+            const int from = static_cast<int>(group * all_panels / groups), to = static_cast<int>((group + 1) * all_panels / groups);
+            kernels.block(p, b, i / groups * row_block, from * columns, least(to * columns, p.columns), space);
+        });
+    }
+    // B is packed here, in pieces that fit in `panels`: all columns at a time where they are not too many, else some; then as deep as there is room.
+    void product(Product p) const {
+        constexpr int columns = kernels.tile_columns;
+        const Product all = p;
+        const int deep = least(all.depth, 2 * depth_block);
+        const int wide = static_cast<int>(least(static_cast<int64_t>(round_up(all.columns, columns)), scratch.panels / deep / columns * columns));
+        const int pieces = static_cast<int>((static_cast<int64_t>(all.depth) * wide + scratch.panels - 1) / scratch.panels), depth = (all.depth + pieces - 1) / pieces;
+        for (int column = 0; column < all.columns; column += wide)
+            for (int k = 0; k < all.depth; k += depth) {
+                p.columns = least(wide, all.columns - column), p.depth = least(depth, all.depth - k);
+                p.c = all.c + column;
+                p.start = k ? p.c : all.start ? all.start + column : nullptr;
+                p.start_stride = k ? all.c_stride : all.start_stride;
+                p.a.at = all.a.element(k, 0);
+                p.b.at = all.b.element(k, column);
+                share((p.columns + columns - 1) / columns, static_cast<int64_t>(p.depth) * columns, [&](int from, int to, float*) {
+                    for (int i = from * columns; i < least(to * columns, p.columns); i += columns)
+                        kernels.pack(panels + static_cast<int64_t>(i) * p.depth, p.b, i, p.depth, p.columns);
+                });
+                multiply(p, panels);
+            }
+    }
+
+    // ---- ops ----
+
+    // Where an op's packed weights begin; null: there are none.
+    const float* packed(int number) const {
+        if (!r.packed) return nullptr;
+        const float* at = r.packed;
+        for (int i = 0; i < number; ++i) at += packed_size(tape.ops[static_cast<size_t>(i)]);
+        return at;
+    }
+    static int64_t packed_size(const Op& op) {
+        if (op.kind != OpKind::linear && op.kind != OpKind::head) return 0;
+        return static_cast<int64_t>(op.in) * round_up(op.out, kernels.tile_columns);
+    }
+
+    void forward(int number) const {
+        const Op& op = tape.ops[static_cast<size_t>(number)];
+        const Work work{tape, r, run, number};
+        const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w), *b = weights(tape, r, op.b);
+        switch (op.kind) {
+            case OpKind::attention: {
+                int64_t cost = 0;
+                for (const Sequence& s : run.sequences) cost += static_cast<int64_t>(s.length) * (s.length / 2 + 1 + (s.pages ? s.position : 0)) * 2 * (op.out / op.heads);
+                const int units = static_cast<int>(run.sequences.size) * op.heads;
+                return share_forward(work, units, cost / most(static_cast<int>(run.sequences.size), 1));
+            }
+            case OpKind::linear: {
+                float* before = values(tape, r, op.aux != nothing ? op.aux : op.y);
+                const Product p{before, op.out, b, 0, Factor{x, op.in, true}, Factor{w, op.out, false}, run.rows, op.out, op.in};
+                const float* ready = packed(number);
+                if (ready) multiply(p, ready);
+                else product(p);
+                if (op.activation != Activation::none) share_forward(work, run.rows, static_cast<int64_t>(op.out) * 8);
+                return;
+            }
+            case OpKind::head: return head(number);
+            case OpKind::embedding:
+            case OpKind::norm:
+            case OpKind::add:
+            case OpKind::dropout: return share_forward(work, run.rows, static_cast<int64_t>(op.out) * 2);
+        }
+    }
+
+    // Chunk of rows after chunk of rows; in training the logits turn into their gradients, and those of x and W follow at once.
+    void head(int number) const {
+        const Op& op = tape.ops[static_cast<size_t>(number)];
+        const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w), *ready = packed(number);
+        float *dx = gradient(tape, r, op.x), *dw = weight_gradient(tape, r, op.w);
+        const int64_t wide = round_up(op.out, column_group);
+        Work work{tape, r, run, number};
+        work.logits = logits, work.logits_stride = wide, work.logits_gradient = run.training;
+        for (int row = 0; row < run.rows && run.targets; row += scratch.chunk) {
+            const int rows = least(scratch.chunk, run.rows - row);
+            const int64_t at = static_cast<int64_t>(row) * op.in;
+            const Product forward{logits, wide, nullptr, 0, Factor{x + at, op.in, true}, Factor{w, op.in, true}, rows, op.out, op.in};
+            if (ready) multiply(forward, ready);
+            else product(forward);
+            work.first_row = row;
+            share_forward(work, rows, wide * 8);
+            if (!run.training) continue;
+            product(Product{dx + at, op.in, op.adds_to_dx ? dx + at : nullptr, op.in, Factor{logits, wide, true}, Factor{w, op.in, false}, rows, op.in, op.out});
+            product(Product{dw, op.in, dw, op.in, Factor{logits, wide, false}, Factor{x + at, op.in, false}, op.out, op.in, rows});
+        }
+        if (!r.logits) return;
+        for (size_t i = 0; i < run.sequences.size; ++i) {
+            const int64_t last = run.sequences[i].row + run.sequences[i].length - 1;
+            const Product p{r.logits + static_cast<int64_t>(i) * op.out, op.out, nullptr, 0, Factor{x + last * op.in, op.in, true}, Factor{w, op.in, true}, 1, op.out, op.in};
+            if (ready) multiply(p, ready);
+            else product(p);
+        }
+    }
+
+    void backward(int number) const {
+        const Op& op = tape.ops[static_cast<size_t>(number)];
+        Work work{tape, r, run, number};
+        Work columns = work;
+        columns.by_columns = true;
+        const int groups = (op.out + column_group - 1) / column_group, rows = run.rows;
+        switch (op.kind) {
+            case OpKind::attention: {
+                int64_t cost = 0;
+                for (const Sequence& s : run.sequences) cost += static_cast<int64_t>(s.length) * (s.length + 1) / 2 * 5 * (op.out / op.heads);
+                return share_backward(work, static_cast<int>(run.sequences.size) * op.heads, cost / most(static_cast<int>(run.sequences.size), 1));
+            }
+            case OpKind::linear: {
+                const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w);
+                float *dx = gradient(tape, r, op.x), *dy = gradient(tape, r, op.y), *dw = weight_gradient(tape, r, op.w);
+                if (op.activation != Activation::none) share_backward(work, rows, static_cast<int64_t>(op.out) * 8);
+                if (op.b != nothing) share_backward(columns, groups, static_cast<int64_t>(rows) * column_group);
+                product(Product{dw, op.out, dw, op.out, Factor{x, op.in, false}, Factor{dy, op.out, false}, op.in, op.out, rows});
+                product(Product{dx, op.in, op.adds_to_dx ? dx : nullptr, op.in, Factor{dy, op.out, true}, Factor{w, op.out, true}, rows, op.in, op.out});
+                return;
+            }
+            case OpKind::norm:
+                share_backward(columns, groups, static_cast<int64_t>(rows) * column_group * 2);
+                return share_backward(work, rows, static_cast<int64_t>(op.out) * 4);
+            case OpKind::embedding: return share_backward(columns, groups, static_cast<int64_t>(rows) * column_group * 2);
+            case OpKind::add:
+            case OpKind::dropout: return share_backward(work, rows, static_cast<int64_t>(op.out) * 2);
+            case OpKind::head: return;  // done in the forward pass
+        }
+    }
+
+    void update(const Update& u) const {
+        share(static_cast<int>((u.size + square_block - 1) / square_block), square_block, [&](int from, int to, float*) { kernels.update(u, from, to); });
+    }
+
+    // ---- what the backend offers ----
+
+    static int64_t scratch_of(const Tape& tape, int threads) {
+        const Scratch s(kernels, tape);
+        return s.panels + s.logits + threads * s.slot;
+    }
+    static int64_t packed_of(const Tape& tape) {
+        int64_t total = 0;
+        for (const Op& op : tape.ops) total += packed_size(op);
+        return total;
+    }
+    static void pack_all(Runtime& runtime, const Tape& tape, const float* weights, float* to) {
+        constexpr int columns = kernels.tile_columns;
+        for (const Op& op : tape.ops) {
+            if (packed_size(op) == 0) continue;
+            const float* w = weights + tape.weight(op.w).offset;
+            const Factor factor{w, op.kind == OpKind::head ? op.in : op.out, op.kind == OpKind::head};
+            parallel(runtime, (op.out + columns - 1) / columns, [&](int i) { kernels.pack(to + static_cast<int64_t>(i) * columns * op.in, factor, i * columns, op.in, op.out); });
+            to += packed_size(op);
+        }
+    }
+    static void forward_all(Runtime& runtime, const Tape& tape, const Regions<float>& r, const Run& run) {
+        const Fast fast(runtime, tape, r, run);
+        for (int i = 0; i < static_cast<int>(tape.ops.count); ++i) fast.forward(i);
+    }
+    static void backward_all(Runtime& runtime, const Tape& tape, const Regions<float>& r, const Run& run) {
+        const Fast fast(runtime, tape, r, run);
+        for (int i = static_cast<int>(tape.ops.count); i-- > 0;) fast.backward(i);
+    }
+    static double square_sum(Runtime& runtime, const Tape& tape, const Regions<float>& r, double* partial) {
+        const Run run;
+        const Fast fast(runtime, tape, r, run);
+        double total = 0;
+        for (const WeightPlan& plan : tape.weights) {
+            Update u{};
+            u.g = r.gradients + plan.weight.offset, u.size = plan.weight.rows * plan.weight.cols;
+            if (tape.tied && &plan == &tape.weights[static_cast<size_t>(tape.shared_embedding())]) {
+                u.what = Update::folding, u.lookup = r.lookup_gradients;
+                fast.update(u);
+            }
+            u.what = Update::squaring, u.partial = partial;
+            fast.update(u);
+            for (int64_t i = 0; i < u.size; i += square_block) total += *partial++;
+        }
+        return total;
+    }
+    static void update_all(Runtime& runtime, const Tape& tape, const Regions<float>& r, float* w, float* m, float* v, const AdamW& adam) {
+        const Run run;
+        const Fast fast(runtime, tape, r, run);
+        for (const WeightPlan& plan : tape.weights) {
+            const int64_t at = plan.weight.offset;
+            Update u{};
+            u.what = Update::stepping, u.size = plan.weight.rows * plan.weight.cols;
+            u.g = r.gradients + at, u.w = w + at, u.m = m + at, u.v = v + at;
+            u.adam = &adam, u.decays = plan.weight.decay;
+            fast.update(u);
+        }
+    }
+    static constexpr BackendFunctions functions = {&scratch_of, &packed_of, &pack_all, &forward_all, &backward_all, &square_sum, &update_all};
+};
+
+// ---- which kernels does this machine get? --------------------------------------------------------------------------------
+
+// What was asked for, or the best that this machine has.
+inline Isa choose(Isa wanted) {
+#if BABYGPT_WIDE
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && (wanted == Isa::automatic || wanted == Isa::avx512)) return Isa::avx512;
+    if (avx2 && wanted != Isa::sse2 && wanted != Isa::portable) return Isa::avx2;
+#endif
+    (void)wanted;
+    return Isa::portable;
+}
+
+const BackendFunctions* find_backend(const Runtime& runtime) {
+    if (runtime.backend == Backend::cuda) return nullptr;
+    if (runtime.backend == Backend::plain) return plain_backend();
+#if BABYGPT_WIDE
+    const Isa isa = choose(runtime.isa);
+    if (isa == Isa::avx512) return &Fast<KernelsAvx512::table>::functions;
+    if (isa == Isa::avx2) return &Fast<KernelsAvx2::table>::functions;
+#endif
+    return &Fast<KernelsPortable::table>::functions;
+}
+
+const Kernels& find_kernels(Isa wanted) {
+#if BABYGPT_WIDE
+    const Isa isa = choose(wanted);
+    if (isa == Isa::avx512) return KernelsAvx512::table;
+    if (isa == Isa::avx2) return KernelsAvx2::table;
+#endif
+    (void)wanted;
+    return KernelsPortable::table;
+}
+
+}  // namespace
+
+const char* Runtime::isa_name() const { return backend == Backend::plain ? "plain" : find_kernels(isa).name; }
+
+double fma_ceiling(Runtime& runtime, int threads) {
+    const Kernels& kernels = find_kernels(runtime.isa);
+    start_pool(runtime);
+    const int tasks = least(most(threads, 1), max_threads);
+    constexpr int64_t rounds = 1 << 20;
+    double best = 0;
+    for (int attempt = 0; attempt < 8; ++attempt) {
+        std::atomic<int64_t> done{0};
+        const double start = seconds_now();
+        parallel(runtime, tasks, [&](int) {
+            float result;
+            done.fetch_add(static_cast<int64_t>(kernels.ceiling(rounds, &result)) + (result > 1e30f));
+        });
+        best = most(best, 2e-9 * static_cast<double>(done.load()) / (seconds_now() - start));
+    }
+    return best;
+}
+
+}  // namespace babygpt
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+#undef BABYGPT_KERNELS
+#undef BABYGPT_UNROLL
+#undef BABYGPT_VECTORS
+#undef BABYGPT_WIDE
+
+// ---- the end of the implementation -----------------------------------------------------------------------------------
+
+#if defined(__clang__)
+#pragma float_control(pop)
+#elif defined(__GNUC__)
+#pragma GCC diagnostic pop
+#pragma GCC pop_options
+#endif
+#undef BABYGPT_TRY
+#undef BABYGPT_INLINE
+#undef BABYGPT_X86
+
+#endif  // BABYGPT_IMPLEMENTED
+#endif  // BABYGPT_IMPLEMENTATION
+
+// =====================================================================================================================
+// [CHAPTER 12] Licence (MIT)
+// =====================================================================================================================
+// Copyright (c) 2026 the babygpt.h authors
+//
+// Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation
+// files (the "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy,
+// modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
+// Software is furnished to do so, subject to the following conditions:
+//
+// The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+// Software.
+//
+// THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+// WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+// COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+// OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.

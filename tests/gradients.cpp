@@ -1,0 +1,328 @@
+// The derivatives, in double: each op's hand-written backward, and whole models, against central differences of the forward pass.
+// Then what follows from the order of additions: micro-batches give the bits of the large batch, and sharing memory changes nothing.
+#define BABYGPT_IMPLEMENTATION
+#include "../babygpt.h"
+#include "check.h"
+
+#include <vector>
+
+namespace gradients_test {  // so that no name of the header's insides is in the way
+using namespace babygpt;
+
+namespace {
+
+constexpr double op_limit = 1e-6, model_limit = 1e-5;
+constexpr double smallest_reference = 1e-4;  // the absolute floor: gradients below it are compared as if they were so large
+
+double uniform(uint64_t key, uint64_t i) { return random_uniform(key, i) - 0.5; }
+
+// What a tape is run on: sequences one after the other, random ids, random targets of which every fourth counts for nothing.
+struct Input {
+    std::vector<Sequence> sequences;
+    std::vector<int32_t> ids, targets;
+    Run run;
+    Input(const std::vector<int>& lengths, int vocab, int position = 0) {
+        for (int length : lengths) {
+            sequences.push_back(Sequence{run.rows, length, position, nullptr});
+            run.rows += length;
+        }
+        for (int i = 0; i < run.rows; ++i) {
+            ids.push_back(static_cast<int32_t>(random_uniform(1, static_cast<uint64_t>(i)) * vocab));
+            targets.push_back(i % 4 == 2 ? -1 : static_cast<int32_t>(random_uniform(2, static_cast<uint64_t>(i)) * vocab));
+        }
+        run.training = true;
+        run.seed = 7, run.step = 3;
+    }
+    const Run& get() {
+        run.sequences = Span<const Sequence>(sequences.data(), sequences.size());
+        run.ids = ids.data(), run.targets = targets.data();
+        return run;
+    }
+};
+
+// The memory of a tape.
+template <class T>
+struct Buffers {
+    std::vector<T> weights, gradients, lookup, activations, scratch;
+    std::vector<double> losses;
+    Regions<T> r;
+    Buffers(const Tape& tape, int64_t scratch_size)
+        : weights(at_least_one(tape.weight_block)), gradients(weights.size()), lookup(at_least_one(tape.lookup_block())),
+          activations(at_least_one(tape.activation_block)), scratch(at_least_one(scratch_size)),
+          losses(static_cast<size_t>(tape.max_rows)) {
+        for (size_t t = 0; t < tape.weights.count; ++t) {
+            const WeightPlan& plan = tape.weights[t];
+            T* w = weights.data() + plan.weight.offset;
+            for (int64_t i = 0; i < plan.weight.rows * plan.weight.cols; ++i)
+                w[i] = static_cast<T>((plan.deviation < 0 ? 1 : 0) + uniform(t + 10, static_cast<uint64_t>(i)));
+        }
+        r.weights = weights.data(), r.gradients = gradients.data(), r.lookup_gradients = lookup.data();
+        r.activations = activations.data(), r.scratch = scratch.data(), r.losses = losses.data();
+    }
+    static size_t at_least_one(int64_t n) { return n > 0 ? static_cast<size_t>(n) : 1; }
+};
+
+// ---- gradients against differences ------------------------------------------------------------------------------------
+
+// The loss of a tape that ends in a head is the sum of its losses, that of any other the projection of its last tensor on random numbers.
+double projection(int64_t i) { return uniform(5, static_cast<uint64_t>(i)); }
+double loss(const Tape& tape, Buffers<double>& m, const Run& run) {
+    plain_forward(tape, m.r, run);
+    const Op& last = tape.ops[tape.ops.count - 1];
+    double total = 0;
+    if (last.kind == OpKind::head)
+        for (int i = 0; i < run.rows; ++i) total += m.losses[static_cast<size_t>(i)];
+    else
+        for (int64_t i = 0; i < int64_t(run.rows) * last.out; ++i) total += projection(i) * values(tape, m.r, last.y)[i];
+    return total;
+}
+
+void check_gradients(const char* what, const Tape& tape, const Run& run, double limit) {
+    Buffers<double> m(tape, plain_scratch(tape));
+    (void)loss(tape, m, run);
+    const Op& last = tape.ops[tape.ops.count - 1];
+    if (last.kind != OpKind::head)
+        for (int64_t i = 0; i < int64_t(run.rows) * last.out; ++i) gradient(tape, m.r, last.y)[i] = projection(i);
+    plain_backward(tape, m.r, run);
+    if (tape.tied)
+        for (int64_t i = 0; i < int64_t(tape.vocab) * tape.width; ++i)
+            m.r.gradients[tape.weight(tape.shared_embedding()).offset + i] += m.r.lookup_gradients[i];
+    for (const WeightPlan& plan : tape.weights) {
+        double worst = 0, biggest = smallest_reference;
+        for (int64_t i = 0; i < plan.weight.rows * plan.weight.cols; ++i) {
+            const size_t at = static_cast<size_t>(plan.weight.offset + i);
+            const double w = m.weights[at], h = 5e-5;
+            const auto moved = [&](double by) { return m.weights[at] = w + by, loss(tape, m, run); };
+            // Four points: the error is of order h^4.
+            const double difference = (8 * (moved(h) - moved(-h)) - (moved(2 * h) - moved(-2 * h))) / (12 * h);
+            m.weights[at] = w;
+            const double wrong = m.gradients[at] - difference;
+            if (!(wrong < worst && wrong > -worst)) worst = wrong < 0 ? -wrong : wrong;
+            biggest = most(biggest, difference < 0 ? -difference : difference);
+        }
+        if (!CHECK(worst <= limit * biggest)) printf("    %s, %s: relative error %g\n", what, plan.weight.name, worst / biggest);
+    }
+}
+
+// A tape whose first op is an embedding of `width` (that is where an op's x comes from), and whose next ops are recorded by `record_ops`.
+template <class F>
+void check_op(const char* what, int width, int vocab, const std::vector<int>& lengths, const F& record_ops, double dropout = 0,
+              double smoothing = 0, int position = 0) {
+    Runtime runtime;
+    Tape tape(runtime);
+    Input input(lengths, vocab, position);
+    tape.layers = 1, tape.width = width, tape.vocab = vocab, tape.context = position + 7, tape.training = true, tape.dropout = dropout;
+    input.run.dropout = dropout, input.run.label_smoothing = smoothing;
+    const int x = tape.embedding("wte", "wpe");
+    record_ops(tape, x);
+    if (CHECK_OK(tape.plan(input.run.rows))) check_gradients(what, tape, input.get(), op_limit);
+}
+const std::vector<int> shapes[] = {{1}, {5}, {1, 4, 2}, {7, 7}};
+const int widths[] = {1, 3, 18};
+
+}  // namespace
+
+TEST(embedding, "tokens or positions would learn from the wrong rows") {
+    for (const auto& lengths : shapes)
+        for (int width : widths) check_op("embedding", width, 4, lengths, [](Tape&, int) {}, 0, 0, width == 3 ? 5 : 0);
+}
+TEST(norm, "layer norm's gradient would be wrong") {
+    for (const auto& lengths : shapes)
+        for (int width : widths)
+            for (bool bias : {false, true}) check_op("norm", width, 5, lengths, [&](Tape& t, int x) { t.norm("n", x, bias); });
+}
+TEST(linear, "a matrix, a bias or an activation would learn wrongly") {
+    for (const auto& lengths : shapes)
+        for (int width : widths)
+            for (int out : {1, 2, 17})
+                for (bool bias : {false, true})
+                    for (Activation activation : {Activation::none, Activation::gelu, Activation::gelu_tanh})
+                        check_op("linear", width, 5, lengths, [&](Tape& t, int x) { t.linear("l", x, out, bias, activation, 0.02); });
+}
+TEST(attention, "queries, keys or values would learn wrongly, or look into the future or into another sequence") {
+    for (const auto& lengths : shapes)
+        for (int heads : {1, 3})
+            for (int dim : {1, 3, 6})
+                for (double dropout : {0.0, 0.4})
+                    check_op("attention", 3 * heads * dim, 6, lengths, [&](Tape& t, int x) { t.attention("a", x, heads); }, dropout);
+}
+TEST(dropout, "the backward pass would drop other elements than the forward pass did") {
+    for (const auto& lengths : shapes)
+        for (int width : widths) check_op("dropout", width, 5, lengths, [](Tape& t, int x) { t.drop("d", x); }, 0.5);
+}
+TEST(head, "the loss would send a wrong gradient into the whole model") {
+    for (const auto& lengths : shapes)
+        for (int width : widths)
+            for (int vocab : {1, 2, 33})
+                for (double smoothing : {0.0, 0.1})
+                    check_op("head", width, vocab, lengths, [](Tape& t, int x) { t.head("h", x); }, 0, smoothing);
+}
+TEST(tensors_read_twice, "an op would overwrite the gradient that another reader of its input has left") {
+    const std::vector<int> lengths{3, 2};
+    check_op("x + x", 3, 5, lengths, [](Tape& t, int x) { t.add("s", x, x); });
+    check_op("x + norm(x)", 3, 5, lengths, [](Tape& t, int x) { t.add("s", x, t.norm("n", x, true)); });
+    check_op("norm(x) + x", 3, 5, lengths, [](Tape& t, int x) { t.add("s", t.norm("n", x, true), x); });
+    check_op("x + linear(x)", 3, 5, lengths, [](Tape& t, int x) { t.add("s", x, t.linear("l", x, 3, true, Activation::gelu, 0.02)); });
+    check_op("x + dropout(x)", 3, 5, lengths, [](Tape& t, int x) { t.add("s", x, t.drop("d", x)); }, 0.3);
+    check_op("attention(x) + linear(x)", 6, 5, lengths, [](Tape& t, int x) {
+        const int a = t.attention("a", x, 2);
+        t.add("s", a, t.linear("l", x, 2, true, Activation::none, 0.02));
+    });
+    check_op("(x + n) + n", 3, 5, lengths, [](Tape& t, int x) {
+        const int n = t.norm("n", x, true);
+        t.add("t", t.add("s", x, n), n);
+    });
+}
+
+// ---- whole models ------------------------------------------------------------------------------------------------------
+
+namespace {
+
+Config config_of(int layers, int heads, int width, int vocab, bool tied, bool bias, Activation activation) {
+    Config c;
+    c.layers = layers, c.heads = heads, c.width = width, c.vocab = vocab, c.context = 7;
+    c.tied = tied, c.bias = bias, c.activation = activation;
+    return c;
+}
+void check_model(const char* what, const Config& config, const std::vector<int>& lengths, double dropout = 0, double smoothing = 0) {
+    Runtime runtime;
+    Tape tape(runtime);
+    Input input(lengths, config.vocab);
+    input.run.dropout = dropout, input.run.label_smoothing = smoothing;
+    if (CHECK_OK(record(tape, config, input.run.rows, true, dropout))) check_gradients(what, tape, input.get(), model_limit);
+}
+
+}  // namespace
+
+TEST(models, "ops that are right alone would be joined wrongly: the model could not learn") {
+    for (bool tied : {false, true})
+        for (bool bias : {false, true})
+            for (Activation activation : {Activation::gelu, Activation::gelu_tanh}) {
+                check_model("two layers", config_of(2, 2, 6, 5, tied, bias, activation), {7, 1, 3});
+                check_model("width 3, 3 heads, dropout and smoothing", config_of(1, 3, 3, 4, tied, bias, activation), {2, 5}, 0.3, 0.1);
+            }
+    check_model("one of everything", config_of(1, 1, 1, 1, true, true, Activation::gelu_tanh), {1});
+    check_model("one token, one sequence", config_of(2, 1, 5, 3, false, true, Activation::gelu_tanh), {1});
+    check_model("a vocabulary of one", config_of(1, 2, 4, 1, true, true, Activation::gelu), {4, 2});
+    check_model("three heads of one", config_of(2, 3, 3, 7, true, false, Activation::gelu_tanh), {7, 7, 1}, 0.2);
+}
+
+// ---- bits --------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+    return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+bool any(const std::vector<float>& a) {
+    for (float x : a)
+        if (x < 0 || x > 0) return true;
+    return false;
+}
+
+void accumulate_on(Backend which) {
+    Runtime runtime;
+    runtime.backend = which, runtime.threads = 3;
+    start_pool(runtime);
+    const BackendFunctions* backend = find_backend(runtime);
+    if (!CHECK(backend)) return;
+    for (bool tied : {false, true}) {
+        const Config config = config_of(2, 3, 27, 21, tied, true, Activation::gelu_tanh);
+        const std::vector<int> lengths{7, 7, 7, 7, 7, 7};
+        Input input(lengths, config.vocab);
+        input.run.dropout = 0.2, input.run.label_smoothing = 0.1;
+        Tape large(runtime);
+        if (!CHECK_OK(record(large, config, input.run.rows, true, 0.2))) return;
+        Buffers<float> whole(large, backend->scratch(large, runtime.thread_count()));
+        const Run run = input.get();
+        backend->forward(runtime, large, whole.r, run);
+        backend->backward(runtime, large, whole.r, run);
+        CHECK(any(whole.gradients) && any(whole.lookup) == tied);
+        for (int micro : {1, 2, 3}) {  // sequences at once
+            Tape tape(runtime);
+            if (!CHECK_OK(record(tape, config, 7 * micro, true, 0.2))) return;
+            Buffers<float> parts(tape, backend->scratch(tape, runtime.thread_count()));
+            std::vector<double> losses;
+            for (int first = 0; first < 6; first += micro) {
+                Run part = run;
+                part.rows = 7 * micro, part.first_row = static_cast<uint64_t>(7 * first);
+                part.sequences = Span<const Sequence>(run.sequences.data, static_cast<size_t>(micro));  // all start alike
+                part.ids = run.ids + 7 * first, part.targets = run.targets + 7 * first;
+                backend->forward(runtime, tape, parts.r, part);
+                backend->backward(runtime, tape, parts.r, part);
+                losses.insert(losses.end(), parts.losses.begin(), parts.losses.end());
+            }
+            CHECK(losses == whole.losses);
+            CHECK(same_bits(parts.gradients, whole.gradients));
+            CHECK(same_bits(parts.lookup, whole.lookup));
+        }
+    }
+}
+
+struct Place {
+    int64_t from, to;
+    int born, dies;
+};
+
+}  // namespace
+
+TEST(accumulation_plain, "micro-batches would train otherwise than one large batch") { accumulate_on(Backend::plain); }
+TEST(accumulation_fast, "micro-batches would train otherwise than one large batch, on the fast backend") { accumulate_on(Backend::cpu); }
+
+TEST(planner, "two tensors that are needed at the same time would share memory") {
+    Runtime runtime;
+    for (bool training : {false, true})
+        for (double dropout : {0.0, 0.2}) {
+            const Config config = config_of(3, 3, 9, 11, true, true, Activation::gelu_tanh);
+            Input input({7, 3, 1}, config.vocab);
+            input.run.training = training, input.run.dropout = dropout;
+            Tape tape(runtime), apart(runtime);
+            if (!CHECK_OK(record(tape, config, input.run.rows, training, dropout))) return;
+            if (!CHECK_OK(record(apart, config, input.run.rows, training, dropout))) return;
+
+            std::vector<Place> places;
+            for (const Tensor& t : tape.tensors) {
+                places.push_back(Place{t.offset, t.offset + tape.elements(t), t.born, t.dies});
+                if (t.gradient >= 0) places.push_back(Place{t.gradient, t.gradient + tape.elements(t), t.gradient_born, t.gradient_dies});
+            }
+            for (size_t i = 0; i < places.size(); ++i) {
+                const Place& a = places[i];
+                CHECK(a.from >= 0 && a.from % 16 == 0 && a.to <= tape.activation_block && a.born <= a.dies);
+                for (size_t j = 0; j < i; ++j) {
+                    const Place& b = places[j];
+                    CHECK(a.dies < b.born || b.dies < a.born || a.to <= b.from || b.to <= a.from);
+                }
+            }
+
+            // Every tensor at a place of its own, filled with numbers that would be noticed.
+            apart.activation_block = 0;
+            for (Tensor& t : apart.tensors) {
+                t.offset = apart.activation_block, apart.activation_block += apart.elements(t);
+                if (t.gradient >= 0) t.gradient = apart.activation_block, apart.activation_block += apart.elements(t);
+            }
+            CHECK(tape.activation_block < apart.activation_block);
+            for (Backend which : {Backend::plain, Backend::cpu}) {
+                runtime.backend = which;
+                const BackendFunctions* backend = find_backend(runtime);
+                if (!CHECK(backend)) return;
+                Buffers<float> a(tape, backend->scratch(tape, runtime.thread_count()));
+                Buffers<float> b(apart, backend->scratch(apart, runtime.thread_count()));
+                for (float& x : a.activations) x = 1e30f;
+                for (float& x : b.activations) x = 1e30f;
+                std::vector<float> packed(static_cast<size_t>(training ? 0 : backend->packed(tape)));
+                if (!training) backend->pack(runtime, tape, a.r.weights, packed.data());  // tapes that only run read packed weights
+                a.r.packed = b.r.packed = packed.data();
+                backend->forward(runtime, tape, a.r, input.get());
+                backend->forward(runtime, apart, b.r, input.get());
+                CHECK(a.losses == b.losses);
+                if (!training) continue;
+                backend->backward(runtime, tape, a.r, input.get());
+                backend->backward(runtime, apart, b.r, input.get());
+                CHECK(any(a.gradients) && same_bits(a.gradients, b.gradients) && same_bits(a.lookup, b.lookup));
+            }
+        }
+}
+
+}  // namespace gradients_test
+
+int main(int count, char** words) { return run_tests(count > 1 ? words[1] : nullptr); }

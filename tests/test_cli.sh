@@ -1,0 +1,192 @@
+#!/bin/sh
+# The command line's contract, end to end, on a model of a thousand weights: exit codes, messages, the shapes of --json,
+# refusals, resuming after every kind of end, round trips. Run from the repository's root: BABYGPT=build/babygpt sh tests/test_cli.sh
+babygpt=${BABYGPT:-build/babygpt}
+case "$babygpt" in /*) ;; *) babygpt=$PWD/$babygpt ;; esac
+text=$PWD/examples/village.txt
+folder=$(mktemp -d) || exit 1
+trap 'rm -rf "$folder"' EXIT
+cd "$folder" || exit 1
+passed=0 failed=0
+tiny='--layers 1 --heads 1 --width 8 --context 8 --batch 2 --threads 1'
+
+good() { passed=$((passed + 1)); }
+bad() { failed=$((failed + 1)); echo "FAILED: $*"; sed 's/^/    /' out err 2> /dev/null | head -n 8; }
+# run STATUS COMMAND...: runs babygpt, keeps its output in out and err, and says whether it ended with this status
+run() {
+    wanted=$1; shift
+    "$babygpt" "$@" > out 2> err < "${input:-/dev/null}"
+    status=$?
+    if [ $status -eq "$wanted" ]; then good; else bad "babygpt $* ended with $status, not with $wanted"; fi
+}
+# Errors are one line that begins in one way and names what is wrong.
+says() {
+    if [ "$(wc -l < err)" -eq 1 ] && grep -q '^babygpt: error: ' err && grep -q -e "$1" err; then good
+    else bad "the error should be one line about $1"; fi
+}
+has() { if grep -q -e "$2" "$1"; then good; else bad "$1 should hold $2"; fi; }
+check() { what=$1; shift; if "$@"; then good; else bad "$what"; fi; }
+same() { what=$1; if cmp -s "$2" "$3"; then good; else bad "$what"; fi; }
+# Every line is one JSON object (looked at closely where Python is there, roughly where not).
+json() {
+    if command -v python3 > /dev/null; then
+        if python3 -c 'import json, sys; [json.loads(l).items() for l in sys.stdin]' < out; then good; else bad "not JSON"; fi
+    elif grep -q -v '^{.*}$' out; then bad "not JSON"; else good; fi
+}
+# wait_for FILE: until it is there and not empty, ten seconds at most
+wait_for() {
+    tries=0
+    until [ -s "$1" ] || [ $tries -ge 100 ]; do sleep 0.1; tries=$((tries + 1)); done
+    [ -s "$1" ]
+}
+last_step() { tail -n 1 "$1" | cut -d, -f1; }
+
+head -c 4000 "$text" > a.txt
+head -c 9000 "$text" | tail -c 5000 > b.txt
+
+# ---- usage ----
+run 0 --version;                            has out '^babygpt [0-9]'
+run 0 --help;                               has out '  train '
+run 0 help chat;                            has out '--reply-turn'
+run 0 train --help;                         has out '--accumulate'
+run 2;                                      says help
+run 2 trian;                                says 'did you mean train'
+run 2 train a.txt --out x --stesp 3;        says 'did you mean --steps'
+run 2 train a.txt --out x --steps many;     says "--steps 'many'"
+run 2 train a.txt --out x --steps 0;        says "--steps '0'"
+run 2 train a.txt --out x --lr nan;         says "--lr 'nan'"
+run 2 train a.txt --out x --schedule wild;  says "--schedule 'wild': must be one of cosine"
+run 2 train a.txt --out x --steps;          says '--steps needs a value'
+run 2 train a.txt;                          says '--out'
+run 2 train a.txt --out x --preset huge;    says 'huge'
+run 2 train a.txt --out x --steps 3 --epochs 2; says 'only one of'
+run 2 train a.txt --out a.txt --steps 3;    says 'a.txt is a file to read from'
+run 1 train none.txt --out x --steps 3;     says 'none.txt'
+run 1 train a.txt --out no/where --steps 3; says 'no/where'
+run 1 generate none.safetensors --prompt a; says 'none.safetensors'
+run 1 train a.txt --out x --log b.txt --steps 3; says 'b.txt'
+run 1 train a.txt --out x --plot no/p.svg --steps 3; says 'no/p.svg'
+check 'a refused training leaves no file' test ! -e x -a ! -e x.lock
+
+# ---- tokens ----
+printf 'h\303\251!\n\200\377' > odd.bin
+input=odd.bin run 0 encode byte
+check 'bytes are their own ids' test "$(cat out)" = '104 195 169 33 10 128 255'
+cp out ids; input=ids run 0 decode byte
+same 'decode gives the exact bytes' out odd.bin
+run 0 tokenizer a.txt b.txt --vocab 300 --out t.json --json; json
+input=b.txt run 0 encode t.json; cp out ids
+input=ids run 0 decode t.json;              same 'BPE: decode of encode is the text' out b.txt
+input=odd.bin run 0 encode t.json; cp out ids
+input=ids run 0 decode t.json;              same 'BPE: decode of encode is the bytes' out odd.bin
+printf '{"other":[{"a":"}"}],"text":"h\\u00e9\\ud83d\\ude00"}\n{"hex":"ff0a"}\n' > lines
+input=lines run 0 encode byte --jsonl;      has out '^{"ids":\[104,195,169,240,159,152,128\]}$'; has out '^{"ids":\[255,10\]}$'
+cp out lines; input=lines run 0 decode byte --jsonl; json; has out '"hex":"ff0a"'
+printf '{"ids":[240,159,97,195]}\n' > lines
+input=lines run 0 decode byte --jsonl
+check 'text as errors=replace gives it' test "$(cat out)" = "$(printf '{"hex":"f09f61c3","text":"\357\277\275a\357\277\275"}')"
+printf '{"ids":[300]}\n' > lines; input=lines run 1 decode byte --jsonl; says 300
+printf '{"text":"a"}\n{"text":3}\n' > lines; input=lines run 1 encode byte --jsonl; says 'line 2'
+
+# ---- training ----
+run 0 train a.txt --out m.safetensors $tiny --steps 40 --evaluate-every 20 --json --log m.csv --plot m.svg; json
+has out '^{"step":1,"loss":[0-9.]*,"lr":[-0-9.e]*,"grad_norm":[0-9.]*,"tokens_per_second":[0-9.e+]*}$'
+has out '^{"step":20,.*"validation_loss":'
+check 'a line a step and a last one' test "$(wc -l < out)" -eq 41
+tail -n 1 out > last; has last '^{"done":true,'; has last '"best_validation_loss":[0-9]'; has last '"best_step":'; has last '"ngram_loss":[0-9]'
+check 'nothing on standard error beside --json' test ! -s err
+has m.svg '</svg>'
+check 'a log row a step' test "$(wc -l < m.csv)" -eq 41
+run 0 plot m.csv --svg p.svg;               has p.svg validation
+run 0 plot m.csv;                           has out step
+check 'the lock is gone' test ! -e m.safetensors.lock
+run 1 train a.txt --out m.safetensors $tiny --steps 40; says '--overwrite'
+run 1 train a.txt --out n.safetensors --resume;  says n.resume.safetensors
+run 1 train a.txt --out m.safetensors --resume --steps 50;    says '--steps 50 contradicts.*40'
+run 1 train a.txt --out m.safetensors --resume --width 16;    says '--width 16 contradicts.*8'
+run 1 train a.txt --out m.safetensors --resume --tokenizer byte; says '--tokenizer byte contradicts.*char'
+run 1 train b.txt --out m.safetensors --resume; says data
+input=a.txt run 0 train - --out s.safetensors $tiny --steps 40 --evaluate-every 20
+run 0 compare s.safetensors m.safetensors;  has out 'same bits'
+run 1 train - --out q.safetensors $tiny --steps 5; says 'standard input'
+run 0 train a.txt --out d.safetensors --preset nano --time 0.5 --no-counting; has err '--steps [0-9]* --evaluate-every [0-9]*'
+repeat=$(sed -n 's/.*give \(--steps .*\)/\1/p' err)
+run 0 train a.txt --out e.safetensors --preset nano $repeat --no-counting
+run 0 compare d.safetensors e.safetensors;  has out 'same bits'
+
+run 0 train a.txt --validation b.txt --out v.safetensors $tiny --steps 20 --json
+loss=$(tail -n 1 out | sed 's/.*"best_validation_loss":\([0-9.]*\).*/\1/')
+run 0 eval v.safetensors b.txt --json;      has out "\"loss\":$loss,"
+
+# ---- stopping and going on ----
+long="$tiny --steps 1000000 --save-every 10 --seed 7"
+run 0 train a.txt --out i.safetensors $long --stop-at 30 --log i.csv
+run 0 train a.txt --out r.safetensors $long --stop-at 11 --log r.csv
+run 0 train a.txt --out r.safetensors --resume --stop-at 30 --threads 2 --log r.csv
+run 0 compare i.resume.safetensors r.resume.safetensors
+same 'resuming is exact' i.resume.safetensors r.resume.safetensors
+cut -d, -f1-4 i.csv > i.rows; cut -d, -f1-4 r.csv > r.rows
+same 'the log goes on' i.rows r.rows
+run 1 compare m.safetensors i.safetensors
+for signal in INT TERM KILL; do
+    "$babygpt" train a.txt --out k$signal.safetensors $long --log k.csv > out 2> err &
+    process=$!
+    check 'it saves while it trains' wait_for k$signal.resume.safetensors
+    if [ $signal = INT ]; then
+        run 1 train a.txt --out kINT.safetensors $long --overwrite; says 'another process'
+    fi
+    kill -$signal $process
+    wait $process 2> /dev/null
+    status=$?
+    case $signal in
+        KILL) check 'a kill is a kill' test $status -eq 137 ;;
+        *) check "SIG$signal: saved, status 130 (not $status)" test $status -eq 130 ;;
+    esac
+    until=$(($(last_step k.csv) + 15))
+    run 0 train a.txt --out k$signal.safetensors --resume --stop-at $until --log k.csv
+    check 'the log has no step twice' test -z "$(cut -d, -f1 k.csv | sort | uniq -d)"
+    check 'the log has the steps' test "$(wc -l < k.csv)" -ge $until  # a header, and all but at most the one that a kill cut off
+    run 0 train a.txt --out u.safetensors $long --stop-at $until --overwrite
+    same "going on after SIG$signal is exact" u.resume.safetensors k$signal.resume.safetensors
+done
+
+# ---- talking and looking ----
+run 0 train a.txt --out c.safetensors $tiny --steps 20 --user-turn 'You: ' --reply-turn 'Mira: ' --json
+run 0 generate m.safetensors --prompt 'You' --tokens 12 --json; json; has out '^{"text":".*","ids":\[[0-9,]*\],.*"tokens_per_second":'
+cp out first; run 0 generate m.safetensors --prompt 'You' --tokens 12 --json --threads 2
+sed 's/"tokens_per_second.*//' first > first.text; sed 's/"tokens_per_second.*//' out > second.text
+same 'the same seed, the same text' first.text second.text
+run 0 generate m.safetensors --prompt 'You' --tokens 12 --temperature 0 --stop e
+printf 'Hello\n/reset\nWho are you?\n\n' > talk
+input=talk run 0 chat c.safetensors --tokens 10;         check 'a line in, a line out' test "$(wc -l < out)" -eq 3
+input=talk run 0 chat c.safetensors --tokens 10 --json --reply-turn 'Bram: '; json; check 'an object a line' test "$(grep -c '^{"text":' out)" -eq 3
+input=talk run 0 chat m.safetensors --tokens 10;         has err 'no chat template'
+run 0 eval m.safetensors b.txt --train a.txt --json; json; has out '^{"loss":[0-9.]*,"bits_per_byte":[0-9.]*,"perplexity":'; has out '"ngram_loss":'
+run 0 eval m.safetensors b.txt;             has out '^loss'
+input=b.txt run 0 score m.safetensors;      has out '^sum of'
+printf '{"text":"You: hello"}\n' > lines
+input=lines run 0 score m.safetensors --jsonl; json; has out '^{"ids":\[.*\],"logprobs":\[.*\],"sum":-[0-9.]*}$'
+run 0 info m.safetensors --json; json;      has out '"parameters":[0-9]'
+run 0 info --preset baby --batch 8;         has out 'multiply-adds'
+run 0 attention m.safetensors 'You see' --svg at.svg; has at.svg '</svg>'
+run 1 attention m.safetensors 'You see me here';      says context
+run 2 attention m.safetensors You --layer 5;          says '--layer 5'
+run 0 bench decode --preset nano --seconds 0.05 --json; json; has out '"percent_of_ceiling":'
+run 0 bench train --preset nano --batch 1 --seconds 0.05;  has out 'GFLOP/s'
+
+# ---- standard output that cannot take it ----
+if [ -w /dev/full ]; then
+    for command in 'encode byte' 'generate m.safetensors --prompt You' 'info m.safetensors' '--version'; do
+        "$babygpt" $command < a.txt > /dev/full 2> err
+        check "a full disk is an error: $command" test $? -eq 1; says 'standard output'
+    done
+fi
+for i in 1 2 3 4 5 6 7 8; do cat "$text"; done > big.txt
+{ "$babygpt" encode byte < big.txt 2> err; echo $? > status; } | head -c 10 > /dev/null
+check 'a closed pipe is an error' test "$(cat status)" = 1; says 'standard output'
+{ "$babygpt" train a.txt --out w.safetensors $long --json 2> err; echo $? > status; } | head -n 1 > /dev/null
+check 'a closed pipe ends the training' test "$(cat status)" = 1; says 'standard output'
+check 'and saves it' test -s w.resume.safetensors
+
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]

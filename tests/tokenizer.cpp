@@ -1,0 +1,581 @@
+// Tokenizers: text to ids and back, learning, files. The reference implementations here are slow and simple on purpose.
+#include "../babygpt.h"
+#include "check.h"
+
+#include <stdlib.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+using namespace babygpt;
+using std::string;
+using Ids = std::vector<int32_t>;
+
+static int thoroughness = 1;
+static uint64_t random_state = 1;
+static uint32_t random_below(uint32_t n) {
+    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<uint32_t>((random_state >> 33) % n);
+}
+static string random_bytes(size_t size, uint32_t kinds) {
+    string text(size, '\0');
+    for (char& c : text) c = static_cast<char>(random_below(kinds));
+    return text;
+}
+
+static Ids encode(const Tokenizer& tokenizer, const string& text, bool special = false, size_t* unknown = nullptr) {
+    Array<int32_t> ids(*tokenizer.runtime);
+    CHECK_OK(tokenizer.encode(text, ids, special, unknown));
+    return Ids(ids.begin(), ids.end());
+}
+static string decode(const Tokenizer& tokenizer, const Ids& ids) {
+    Array<char> text(*tokenizer.runtime);
+    CHECK_OK(tokenizer.decode(Span<const int32_t>(ids.data(), ids.size()), text));
+    return string(text.begin(), text.size());
+}
+static string saved(const Tokenizer& tokenizer) {
+    Array<char> json(*tokenizer.runtime);
+    CHECK_OK(tokenizer.save_memory(json));
+    return string(json.begin(), json.size());
+}
+static TokenizerConfig bpe(int vocab) {
+    TokenizerConfig config;
+    config.vocab = vocab;
+    return config;
+}
+static string read_shared(const char* name) {
+    string text;
+    if (FILE* file = fopen((string("../shared/data/") + name).c_str(), "rb")) {
+        char buffer[4096];
+        for (size_t n; (n = fread(buffer, 1, sizeof buffer, file)) > 0;) text.append(buffer, n);
+        fclose(file);
+    }
+    return text;
+}
+
+static const char prose[] =
+    "It's a truth that we've all heard: the innkeeper doesn't sleep, and she'll tell you so. 1, 2, 345 times!\n\n"
+    "  Two blanks, then  more;\ttabs\t\tand a line end \r\n  The smith, the smith's hammer, the smith's hammers. They'd have sung, I'm "
+    "told.\n"
+    "Good morning! Good evening! Good night. (There is no good afternoon here...) ''quoted'' 'tis 'twas don't'll\n";
+
+// ---- a reference for the merges: everything is counted anew for each ----------------------------------------------------
+
+// GPT-2's words, for ASCII only.
+static std::vector<string> words_of(const string& text) {
+    const auto kind = [](char c) {
+        if ((c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z')) return 1;
+        if (c >= '0' && c <= '9') return 2;
+        return c == ' ' || (c >= '\t' && c <= '\r') ? 0 : 3;
+    };
+    std::vector<string> words;
+    for (size_t i = 0; i < text.size();) {
+        size_t n = 0;
+        for (const char* ending : {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"})
+            if (text.compare(i, strlen(ending), ending) == 0) n = strlen(ending);
+        const size_t blank = text[i] == ' ' && i + 1 < text.size() && kind(text[i + 1]) != 0;
+        if (n == 0 && kind(text[i + blank]) != 0)
+            for (n = blank + 1; i + n < text.size() && kind(text[i + n]) == kind(text[i + blank]);) ++n;
+        if (n == 0) {
+            while (i + n < text.size() && kind(text[i + n]) == 0) ++n;
+            if (i + n < text.size() && n > 1) --n;
+        }
+        words.push_back(text.substr(i, n));
+        i += n;
+    }
+    return words;
+}
+static void merge_everywhere(Ids& word, std::pair<int32_t, int32_t> pair, int32_t id) {
+    for (size_t i = 0; i + 1 < word.size(); ++i)
+        if (word[i] == pair.first && word[i + 1] == pair.second) word[i] = id, word.erase(word.begin() + static_cast<long>(i) + 1);
+}
+using Merges = std::vector<std::pair<int32_t, int32_t>>;
+static Merges naive_train(const string& text, int vocab) {
+    std::vector<Ids> words;
+    for (const string& word : words_of(text)) {
+        words.emplace_back();
+        for (const char c : word) words.back().push_back(static_cast<unsigned char>(c));
+    }
+    Merges merges;
+    while (static_cast<int>(merges.size()) < vocab - 257) {
+        std::map<std::pair<int32_t, int32_t>, int> counts;
+        for (const Ids& word : words)
+            for (size_t i = 0; i + 1 < word.size(); ++i) ++counts[{word[i], word[i + 1]}];
+        if (counts.empty()) break;
+        auto best = counts.begin();  // the smallest pair; a later one only with a higher count
+        for (auto i = counts.begin(); i != counts.end(); ++i)
+            if (i->second > best->second) best = i;
+        merges.push_back(best->first);
+        for (Ids& word : words) merge_everywhere(word, merges.back(), static_cast<int32_t>(255 + merges.size()));
+    }
+    return merges;
+}
+static Ids naive_encode(const Merges& merges, const string& text) {
+    Ids ids;
+    for (const string& text_word : words_of(text)) {
+        Ids word;
+        for (const char c : text_word) word.push_back(static_cast<unsigned char>(c));
+        for (size_t m = 0; m < merges.size(); ++m) merge_everywhere(word, merges[m], static_cast<int32_t>(256 + m));
+        ids.insert(ids.end(), word.begin(), word.end());
+    }
+    return ids;
+}
+
+TEST(training_is_the_reference, "BPE training chooses other merges than counting anew for each would") {
+    Runtime runtime;
+    string few_letters, runs;
+    for (int i = 0; i < 3000; ++i) few_letters += "ab"[random_below(2)];
+    for (int i = 0; i < 300; ++i) runs += string(1 + random_below(40), "aab "[random_below(4)]);
+    string words;
+    for (int i = 0; i < 400; ++i) words += " " + string(prose).substr(random_below(300), 1 + random_below(8));
+    const string texts[] = {prose, few_letters, runs, words, "aaaaaaaaaaa", "", "a", "abab abab ab", random_bytes(2000, 128)};
+    for (const string& text : texts) {
+        const int vocab = 400;
+        const Merges merges = naive_train(text, vocab);
+        Tokenizer tokenizer;
+        if (!CHECK_OK(tokenizer.train(runtime, bpe(vocab), text))) continue;
+        CHECK(tokenizer.vocab == static_cast<int>(257 + merges.size()));
+        CHECK(tokenizer.end_of_text == tokenizer.vocab - 1);
+        for (size_t m = 0; m < merges.size(); ++m) {
+            const Text left = tokenizer.bytes(merges[m].first), right = tokenizer.bytes(merges[m].second),
+                       whole = tokenizer.bytes(static_cast<int32_t>(256 + m));
+            if (!CHECK(string(left.begin(), left.end()) + string(right.begin(), right.end()) == string(whole.begin(), whole.end()))) break;
+        }
+        for (const string& other : texts) CHECK(encode(tokenizer, other) == naive_encode(merges, other));
+    }
+}
+
+TEST(training_from_a_corpus, "a corpus read in pieces gives another tokenizer than its text at once") {
+    Runtime runtime;
+    string text;
+    while (text.size() < 3000000) text += string(prose).substr(random_below(200), 1 + random_below(200)) + (random_below(9) ? " " : "\n\n");
+    CorpusConfig all;
+    all.validation_fraction = 0;
+    Corpus corpus;
+    if (!CHECK_OK(corpus.open_memory(runtime, text, all))) return;
+    Tokenizer whole, pieces;
+    CHECK_OK(whole.train(runtime, bpe(700), text));
+    CHECK_OK(pieces.train(runtime, bpe(700), corpus));
+    CHECK(saved(whole) == saved(pieces));
+}
+
+TEST(round_trips, "decode(encode(x)) is not x for some bytes") {
+    Runtime runtime;
+    Tokenizer tokenizers[3];
+    CHECK_OK(tokenizers[0].create_bytes(runtime));
+    CHECK_OK(tokenizers[1].train(runtime, bpe(500), prose));
+    const bool gpt2 = tokenizers[2].load(runtime, "../shared/data/tokenizers/gpt2").ok();
+    for (int t = 0; t < 2 + gpt2; ++t)
+        for (int i = 0; i < 400; ++i) {
+            string text = random_bytes(random_below(200), random_below(2) ? 256 : 128);
+            for (int k = 0; k < 5; ++k)
+                text.insert(random_below(static_cast<uint32_t>(text.size() + 1)),
+                            i % 2 ? "\xe2\x82\xac" : "\xc4\xb1 don't \xf0\x9f\x98\x80");
+            if (!CHECK(decode(tokenizers[t], encode(tokenizers[t], text)) == text)) break;
+        }
+}
+
+TEST(long_words, "a very long word is cut otherwise than a short one, or takes quadratic time") {
+    Runtime runtime;
+    Tokenizer tokenizer;
+    CHECK_OK(tokenizer.train(runtime, bpe(600), string(prose) + string(3000, 'a')));
+    const Merges merges = naive_train(string(prose) + string(3000, 'a'), 600);
+    for (uint32_t size : {63u, 64u, 65u, 66u, 200u, 3000u}) {
+        string word;
+        for (uint32_t i = 0; i < size; ++i) word += "aeinst"[random_below(6)];
+        CHECK(encode(tokenizer, word) == naive_encode(merges, word));
+        CHECK(encode(tokenizer, string(size, 'a')) == naive_encode(merges, string(size, 'a')));
+    }
+    for (const char c : {'a', '^', ' ', 'x'}) {
+        string word(1000000, c);
+        if (c == 'x')
+            for (char& letter : word) letter = static_cast<char>('a' + random_below(26));
+        CHECK(decode(tokenizer, encode(tokenizer, word)) == word);
+    }
+    CHECK_OK(tokenizer.train(runtime, bpe(300), string(300000, 'a')));
+    CHECK(tokenizer.vocab < 300);  // 300,000 letters a are one token after some 20 merges
+    CHECK(encode(tokenizer, string(300000, 'a')).size() == 1);
+}
+
+TEST(characters, "unknown characters are lost or not counted, or the ids are not in the order of the characters") {
+    Runtime runtime;
+    TokenizerConfig config;
+    config.kind = TokenizerKind::characters;
+    Tokenizer tokenizer, again;
+    CHECK_OK(tokenizer.train(runtime, config, "cab\xc4\xb1\xe2\x82\xac\xff\xf0\x9f\x98\x80 \n\"\\"));
+    CHECK(tokenizer.vocab == 11 && tokenizer.unknown == 10 && tokenizer.end_of_text == -1);
+    size_t unknown = 9;
+    CHECK(encode(tokenizer, "\nabc\xf0\x9f\x98\x80", false, &unknown) == (Ids{0, 4, 5, 6, 9}) && unknown == 0);
+    CHECK(encode(tokenizer, "az\xe2\x82\xff\xc3\xa9", false, &unknown) == (Ids{4, 10, 10, 10, 10}) && unknown == 4);
+    CHECK(decode(tokenizer, {4, 10, 7}) == "a\xef\xbf\xbd\xc4\xb1");
+    CHECK_OK(again.load_memory(runtime, saved(tokenizer)));
+    CHECK(saved(again) == saved(tokenizer) && again.vocab == 11 && again.unknown == 10);
+    CHECK_OK(tokenizer.train(runtime, config, ""));
+    CHECK(tokenizer.vocab == 1);
+    CHECK(encode(tokenizer, "hm") == (Ids{0, 0}));
+}
+
+TEST(names, "a tokenizer's name on the command line means something else") {
+    TokenizerConfig config;
+    CHECK(parse_tokenizer("byte", config).ok() && config.kind == TokenizerKind::bytes);
+    CHECK(parse_tokenizer("char", config).ok() && config.kind == TokenizerKind::characters);
+    CHECK(parse_tokenizer("bpe:4096", config).ok() && config.kind == TokenizerKind::bpe && config.vocab == 4096);
+    for (const char* wrong : {"", "bpe", "bpe:", "bpe:256", "bpe:-1", "bpe:1e3", "bpe:300 ", "Byte", "words"})
+        CHECK(!parse_tokenizer(wrong, config).ok());
+}
+
+TEST(what_is_empty, "an empty tokenizer or an id out of range is not refused") {
+    Runtime runtime;
+    Tokenizer tokenizer, other;
+    Array<int32_t> ids(runtime);
+    Array<char> text(runtime);
+    CHECK(!tokenizer.encode("a", ids).ok() && !tokenizer.save_memory(text).ok() && !other.copy(runtime, tokenizer).ok());
+    CHECK(tokenizer.bytes(0).size == 0);
+    CHECK_OK(tokenizer.train(runtime, bpe(300), prose));
+    for (const int32_t id : {-1, tokenizer.vocab, INT32_MAX, INT32_MIN}) {
+        CHECK(tokenizer.bytes(id).size == 0);
+        CHECK(!tokenizer.decode(Span<const int32_t>(&id, 1), text).ok());
+    }
+    CHECK(tokenizer.decode(Span<const int32_t>(), text).ok() && text.size() == 0);
+    CHECK(!tokenizer.train(runtime, bpe(256), prose).ok());
+    CHECK(tokenizer.vocab == 300);  // as it was
+    CHECK_OK(other.copy(runtime, tokenizer));
+    CHECK(saved(other) == saved(tokenizer) && encode(other, prose) == encode(tokenizer, prose));
+}
+
+// ---- files -----------------------------------------------------------------------------------------------------------------
+
+// A text with the first `from` in it changed.
+static string replaced(string text, const string& from, const string& to) {
+    const size_t at = text.find(from);
+    if (!CHECK(at != string::npos)) return text;
+    return text.replace(at, from.size(), to);
+}
+
+TEST(tokenizer_json, "what is saved is not what is loaded") {
+    Runtime runtime;
+    Tokenizer tokenizer, again;
+    CHECK_OK(tokenizer.train(runtime, bpe(600), prose));
+    const string json = saved(tokenizer);
+    CHECK_OK(again.load_memory(runtime, json));
+    CHECK(again.vocab == tokenizer.vocab && again.end_of_text == tokenizer.end_of_text && again.kind == TokenizerKind::bpe);
+    CHECK(saved(again) == json && encode(again, prose) == encode(tokenizer, prose));
+    CHECK_OK(tokenizer.create_bytes(runtime));
+    CHECK_OK(again.load_memory(runtime, saved(tokenizer)));
+    CHECK(again.kind == TokenizerKind::bytes && again.vocab == 256);
+    CHECK_OK(again.load(runtime, "byte"));
+    // The other way to write a merge.
+    CHECK_OK(tokenizer.train(runtime, bpe(258), "abab"));
+    CHECK_OK(again.load_memory(runtime, replaced(saved(tokenizer), "\"a b\"", "[\"a\",\"b\"]")));
+    CHECK(encode(again, "ab") == (Ids{256}));
+}
+
+TEST(special_tokens, "special tokens are found where they were not allowed, or not the longest, or not the first") {
+    Runtime runtime;
+    Tokenizer tokenizer;
+    CHECK_OK(tokenizer.train(runtime, bpe(258), "abab"));
+    const string end = "\"id\":257,\"content\":\"<|endoftext|>\"", more = "\"special\":true}";
+    string json = saved(tokenizer);
+    json = replaced(json, more + "]",
+                    more +
+                        ",{\"id\":258,\"content\":\"<a\",\"special\":true},{\"id\":259,\"content\":\"<a>b\",\"special\":true},"
+                        "{\"id\":260,\"content\":\"a\\u0131 \",\"special\":true}]");
+    CHECK(json.find(end) != string::npos);
+    CHECK_OK(tokenizer.load_memory(runtime, json));
+    CHECK(tokenizer.vocab == 261 && tokenizer.end_of_text == 257);
+    CHECK(encode(tokenizer, "<a<a>ab<a>b<|endoftext|><|endoftext|", true).front() == 258);
+    CHECK(encode(tokenizer, "<a<a>b", true) == (Ids{258, 259}));
+    CHECK(encode(tokenizer, "ab<a>aba\xc4\xb1 <|endoftext|>", true) == (Ids{256, 258, '>', 256, 260, 257}));
+    CHECK(encode(tokenizer, "<a>b") == (Ids{'<', 'a', '>', 'b'}));
+    CHECK(decode(tokenizer, {257, 260, 256}) == "<|endoftext|>a\xc4\xb1 ab");
+    Tokenizer again;
+    CHECK_OK(again.load_memory(runtime, saved(tokenizer)));
+    CHECK(saved(again) == saved(tokenizer));
+}
+
+TEST(refusals, "a tokenizer.json that would give other ids here than elsewhere is accepted, or the message does not name the reason") {
+    Runtime runtime;
+    Tokenizer tokenizer, again;
+    CHECK_OK(tokenizer.train(runtime, bpe(260), "abab abcabc"));
+    const string json = saved(tokenizer);
+    const char* changes[][3] = {
+        {"\"normalizer\":null", "\"normalizer\":{\"type\":\"NFC\"}", "normalizer"},
+        {"\"truncation\":null", "\"truncation\":{}", "truncation"},
+        {"\"padding\":null", "\"padding\":{}", "padding"},
+        {"\"type\":\"ByteLevel\"", "\"type\":\"Metaspace\"", "Metaspace"},
+        {"\"add_prefix_space\":false", "\"add_prefix_space\":true", "add_prefix_space"},
+        {"\"add_prefix_space\":false,", "", "add_prefix_space"},
+        {"\"use_regex\":true", "\"use_regex\":false", "use_regex"},
+        {"\"post_processor\":null", "\"post_processor\":{\"type\":\"BertProcessing\"}", "BertProcessing"},
+        {"\"type\":\"BPE\"", "\"type\":\"Unigram\"", "Unigram"},
+        {"\"dropout\":null", "\"dropout\":0.1", "dropout"},
+        {"\"continuing_subword_prefix\":null", "\"continuing_subword_prefix\":\"##\"", "continuing_subword_prefix"},
+        {"\"end_of_word_suffix\":null", "\"end_of_word_suffix\":\"</w>\"", "end_of_word_suffix"},
+        {"\"byte_fallback\":false", "\"byte_fallback\":true", "byte_fallback"},
+        {"\"fuse_unk\":false", "\"shiny\":false", "shiny"},
+        {"\"special\":true", "\"special\":false", "<|endoftext|>"},
+        {"\"lstrip\":false", "\"lstrip\":true", "lstrip"},
+        {"\"a b\"", "\"a zz\"", "merge 1"},
+        {"\"a b\"", "\"ab\"", "merge 1"},
+        {"\"!\":33", "\"!!\":33", "byte 33"},
+        {"\"!\":33", "\"!\":34", "34"},
+        {"\"!\":33", "\"!\":33000000000", "33000000000"},
+        {"\"!\":33", "\"\":33", "33"},
+        {"\"!\":33", "\"\\u4e00\":33", "not byte-level"},
+    };
+    for (const auto& change : changes) {
+        const Status status = again.load_memory(runtime, replaced(json, change[0], change[1]));
+        if (!CHECK(!status.ok() && strstr(status.message, change[2]))) printf("    %s: %s\n", change[1], status.message);
+    }
+    CHECK(again.kind == TokenizerKind::none);
+    CHECK_OK(again.load_memory(runtime, json));
+    for (const char* wrong : {"{\"babygpt\":{\"kind\":\"characters\",\"characters\":\"ba\"}}",
+                              "{\"babygpt\":{\"kind\":\"characters\",\"characters\":\"aa\"}}", "{\"babygpt\":{\"kind\":\"words\"}}",
+                              "{\"babygpt\":{\"kind\":\"bytes\"},\"x\":1}", "{\"babygpt\":{}}", "{}", "[]", "", "null", "{\"babygpt\""})
+        CHECK(!again.load_memory(runtime, wrong).ok());
+}
+
+// A host's memory that can run out and that counts.
+struct HostMemory {
+    int64_t used = 0, peak = 0, blocks = 0, calls = 0, fail_at = -1;
+    static void* allocate(void* self, size_t bytes, size_t) {
+        HostMemory& m = *static_cast<HostMemory*>(self);
+        if (m.calls++ == m.fail_at) return nullptr;
+        m.used += static_cast<int64_t>(bytes), ++m.blocks;
+        if (m.used > m.peak) m.peak = m.used;
+        return malloc(bytes);
+    }
+    static void release(void* self, void* memory, size_t bytes) {
+        HostMemory& m = *static_cast<HostMemory*>(self);
+        m.used -= static_cast<int64_t>(bytes), --m.blocks;
+        free(memory);
+    }
+    void lend(Runtime& runtime) {
+        runtime.memory_user = this;
+        runtime.allocate = allocate;
+        runtime.release = release;
+    }
+};
+
+TEST(damage, "a damaged tokenizer.json crashes, leaks, or takes much more memory than its size") {
+    HostMemory memory;
+    Runtime runtime;
+    memory.lend(runtime);
+    string files[2];
+    {
+        Tokenizer tokenizer;
+        CHECK_OK(tokenizer.train(runtime, bpe(300), prose));
+        files[0] = saved(tokenizer);
+        TokenizerConfig config;
+        config.kind = TokenizerKind::characters;
+        CHECK_OK(tokenizer.train(runtime, config, prose));
+        files[1] = saved(tokenizer);
+    }
+    const auto load = [&](const string& file) {
+        memory.peak = 0;
+        Tokenizer tokenizer;
+        const Status status = tokenizer.load_memory(runtime, file);
+        CHECK(status.ok() || status.message[0]);
+        CHECK(memory.peak < static_cast<int64_t>(100 * file.size() + 200000));
+        if (status.ok() && tokenizer.kind == TokenizerKind::bpe) CHECK(decode(tokenizer, encode(tokenizer, prose, true)) == prose);
+        return status.ok();
+    };
+    const char interesting[] = "\"{}[],:\\0129-ue\x80\xff ";
+    for (const string& file : files) {
+        for (size_t n = 0; n + 2 < file.size(); ++n)
+            if (!CHECK(!load(file.substr(0, n)))) break;
+        for (int i = 0; i < 20000; ++i) {
+            string mutated = file;
+            for (uint32_t k = 1 + random_below(3); k > 0; --k) {
+                const size_t at = random_below(static_cast<uint32_t>(mutated.size()));
+                const uint32_t how = random_below(4);
+                if (how == 0) mutated.erase(at, 1 + random_below(4));
+                else if (how == 1) mutated.insert(at, 1, interesting[random_below(sizeof interesting - 1)]);
+                else if (how == 2) mutated[at] = static_cast<char>(random_below(256));
+                else mutated.insert(at, mutated.substr(random_below(static_cast<uint32_t>(mutated.size())), 20));
+                if (mutated.empty()) mutated = "{";
+            }
+            load(mutated);
+        }
+    }
+    CHECK(memory.used == 0 && memory.blocks == 0);
+}
+
+TEST(out_of_memory, "an allocation that fails is not reported, or leaks") {
+    HostMemory memory;
+    Runtime runtime;
+    memory.lend(runtime);
+    TokenizerConfig characters;
+    characters.kind = TokenizerKind::characters;
+    const string text = string(prose) + string(200, 'a') + string(5000, '.');
+    for (int what = 0; what < 2; ++what) {
+        bool done = false;
+        for (int64_t n = 0; !done && n < 10000; ++n) {
+            memory.calls = 0;
+            memory.fail_at = n;
+            {
+                Tokenizer tokenizer, copied, loaded;
+                Array<int32_t> ids(runtime);
+                Array<char> back(runtime), json(runtime);
+                const auto step = [&](Status status) {
+                    if (!CHECK(status.ok() || status.error == Error::out_of_memory))
+                        printf("    allocation %d: %s\n", static_cast<int>(n), status.message);
+                    return status.ok();
+                };
+                done = step(tokenizer.train(runtime, what ? characters : bpe(350), text)) && step(copied.copy(runtime, tokenizer)) &&
+                       step(copied.encode(text, ids, true)) && step(copied.decode(Span<const int32_t>(ids.begin(), ids.size()), back)) &&
+                       step(copied.save_memory(json)) && step(loaded.load_memory(runtime, json)) && memory.calls <= n;
+                if (done) CHECK(string(back.begin(), back.end()) == text);
+            }
+            if (!CHECK(memory.used == 0 && memory.blocks == 0)) return;
+        }
+        CHECK(done);
+    }
+}
+
+// ---- whole characters from pieces ---------------------------------------------------------------------------------------
+
+TEST(streams, "a character is cut in two on its way to the terminal, or a byte is lost") {
+    const string alphabet[] = {"a",       "\n",       "\xc4\xb1",     "\xe2\x82\xac", "\xf0\x9f\x98\x80", "\xff",
+                               "\xc3",    "\xe2\x82", "\xf0\x9f\x98", "\x80",         "\xed\xa0\x80",     "\xf5",
+                               "\xc0\xaf"};
+    for (int i = 0; i < 3000; ++i) {
+        string text, out;
+        std::vector<size_t> starts;  // of characters that stand whole in the text
+        for (int k = 0; k < 12; ++k) {
+            const string& piece = alphabet[random_below(sizeof alphabet / sizeof *alphabet)];
+            starts.push_back(text.size());
+            text += piece;
+        }
+        Utf8Stream stream;
+        std::vector<size_t> cuts;
+        for (size_t at = 0; at < text.size();) {
+            const size_t n = random_below(4);
+            const string piece = text.substr(at, n);
+            at += piece.size();
+            char buffer[16];
+            const size_t written = stream.push(piece, buffer);
+            CHECK(written <= piece.size() + 3);
+            out.append(buffer, written);
+            cuts.push_back(out.size());
+            CHECK(at - out.size() <= 3);
+        }
+        char buffer[4];
+        const size_t left = stream.finish(buffer);
+        CHECK(left <= 3);
+        out.append(buffer, left);
+        CHECK(out == text);
+        // No cut stands inside one of the valid characters.
+        for (size_t k = 0; k < starts.size(); ++k) {
+            const size_t start = starts[k], end = k + 1 < starts.size() ? starts[k + 1] : text.size();
+            const string piece = text.substr(start, end - start);
+            if (piece == "\xc4\xb1" || piece == "\xe2\x82\xac" || piece == "\xf0\x9f\x98\x80")
+                for (const size_t cut : cuts) CHECK(cut <= start || cut >= end);
+        }
+    }
+}
+
+// ---- GPT-2 -----------------------------------------------------------------------------------------------------------------
+
+TEST(gpt2_ids, "GPT-2's tokenizer gives other ids than those that others have published") {
+    Runtime runtime;
+    Tokenizer tokenizer, ranks;
+    if (read_shared("tokenizers/gpt2/vocab.bpe").empty()) SKIP("../shared/data/tokenizers/gpt2 is absent");
+    if (!CHECK_OK(tokenizer.load(runtime, "../shared/data/tokenizers/gpt2"))) return;
+    CHECK(tokenizer.vocab == 50257 && tokenizer.end_of_text == 50256);
+    CHECK_OK(ranks.load(runtime, "../shared/data/tokenizers/gpt2/r50k_base.tiktoken"));
+    CHECK(saved(ranks) == saved(tokenizer));
+    CHECK(encode(tokenizer, "hello <|endoftext|>", true) == (Ids{31373, 220, 50256}));
+    CHECK(encode(tokenizer, "hello <|endoftext|>") == (Ids{31373, 1279, 91, 437, 1659, 5239, 91, 29}));
+
+    const string inputs = read_shared("tokenizers/llamacpp/ggml-vocab-gpt-2.gguf.inp"),
+                 outputs = read_shared("tokenizers/llamacpp/ggml-vocab-gpt-2.gguf.out");
+    const string between = "\n__ggml_vocab_test__\n";
+    int vectors = 0;
+    for (size_t in = 0, out = 0; out < outputs.size(); ++vectors) {
+        const size_t in_end = inputs.find(between, in), out_end = outputs.find('\n', out);
+        if (!CHECK(out_end != string::npos)) break;
+        string found;
+        for (const int32_t id : encode(tokenizer, inputs.substr(in, in_end - in))) found += " " + std::to_string(id);
+        string wanted = outputs.substr(out, out_end - out);
+        if (!CHECK(found == wanted)) printf("    vector %d: %s, but %s\n", vectors, found.c_str(), wanted.c_str());
+        in = in_end + between.size(), out = out_end + 1;
+    }
+    CHECK(vectors >= 40);
+
+    const string facts = read_shared("tokenizers/vectors/known_vectors.jsonl");
+    int known = 0;
+    for (size_t at = 0; at < facts.size();) {
+        const size_t end = facts.find('\n', at);
+        const string line = facts.substr(at, end - at);
+        at = end == string::npos ? facts.size() : end + 1;
+        const size_t text = line.find("\"text\":\""), text_end = line.find("\",\"ids\":[");
+        if (line.find("\"tokenizer\":\"gpt2\"") == string::npos || text == string::npos || text_end == string::npos) continue;
+        // Enough of JSON's escapes for these facts.
+        string unescaped;
+        for (size_t i = text + 8; i < text_end; ++i)
+            unescaped += line[i] != '\\' ? line[i] : line[++i] == 'n' ? '\n' : line[i] == 't' ? '\t' : line[i];
+        string found;
+        for (const int32_t id : encode(tokenizer, unescaped, line.find("\"special\":true") != string::npos))
+            found += (found.empty() ? "" : ",") + std::to_string(id);
+        const size_t ids = text_end + 9;
+        if (!CHECK(found == line.substr(ids, line.find(']', ids) - ids))) printf("    %s\n", line.c_str());
+        ++known;
+    }
+    CHECK(known >= 10);
+}
+
+TEST(gpt2_damage, "a damaged vocab.bpe, encoder.json or .tiktoken file crashes") {
+    const char* names[] = {"r50k_base.tiktoken", "vocab.bpe", "encoder.json"};
+    if (read_shared("tokenizers/gpt2/vocab.bpe").empty()) SKIP("../shared/data/tokenizers/gpt2 is absent");
+    // Files in memory behind the hooks; one of them is damaged.
+    struct Disk {
+        string files[3];
+        static void* open(void* self, const char* path, FileMode) {
+            for (int i = 0; i < 3; ++i)
+                if (strstr(path, i == 0 ? ".tiktoken" : i == 1 ? "vocab.bpe" : "encoder.json")) return &static_cast<Disk*>(self)->files[i];
+            return nullptr;
+        }
+        static int64_t size(void*, void* file) { return static_cast<int64_t>(static_cast<string*>(file)->size()); }
+        static int64_t read(void*, void* file, int64_t at, void* to, int64_t bytes) {
+            const string& text = *static_cast<string*>(file);
+            const size_t n = static_cast<size_t>(at) >= text.size()
+                                 ? 0
+                                 : text.copy(static_cast<char*>(to), static_cast<size_t>(bytes), static_cast<size_t>(at));
+            return static_cast<int64_t>(n);
+        }
+        static int close(void*, void*) { return 0; }
+    } disk;
+    Runtime runtime;
+    runtime.files.user = &disk;
+    runtime.files.open = Disk::open, runtime.files.size = Disk::size, runtime.files.read = Disk::read, runtime.files.close = Disk::close;
+    for (int f = 0; f < 3; ++f) {
+        for (int i = 0; i < 3; ++i) disk.files[i] = read_shared((string("tokenizers/gpt2/") + names[i]).c_str());
+        const string whole = disk.files[f];
+        for (int i = 0; i < 12 * thoroughness; ++i) {
+            disk.files[f] = whole.substr(0, i % 2 ? whole.size() : random_below(static_cast<uint32_t>(whole.size())));
+            for (int k = 0; k < i % 4; ++k)
+                disk.files[f][random_below(static_cast<uint32_t>(disk.files[f].size()))] = static_cast<char>(random_below(256));
+            Tokenizer tokenizer;
+            const Status status = tokenizer.load(runtime, f == 0 ? "x.tiktoken" : "folder");
+            CHECK(status.ok() || status.message[0]);
+            if (status.ok()) CHECK(decode(tokenizer, encode(tokenizer, prose)) == prose);
+        }
+    }
+}
+
+TEST(missing_files, "a path with no tokenizer gives no clear error") {
+    Runtime runtime;
+    Tokenizer tokenizer;
+    for (const char* path : {"tests/none.json", "tests", "", "tests/none/encoder.json", "nowhere"}) {
+        const Status status = tokenizer.load(runtime, path);
+        if (!CHECK(status.error == Error::cannot_open && strstr(status.message, path))) printf("    %s: %s\n", path, status.message);
+    }
+}
+
+// With a word as argument: only the tests whose name holds it; with a number after it: so many times as many damaged files of GPT-2.
+int main(int count, char** arguments) {
+    if (count > 2) thoroughness = atoi(arguments[2]);
+    return run_tests(count > 1 ? arguments[1] : nullptr);
+}

@@ -1,0 +1,51 @@
+// Our side of tools/compare_torch.py: torch_steps MODEL.safetensors VARIANT saves a fresh two-layer model, trains it for 100 steps on
+// numbers that the Python side makes as well, and prints a line a step: the loss and the learning rate. Not a test by itself.
+#include "../babygpt.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <vector>
+
+using namespace babygpt;
+
+static int report(const Status& status) {
+    if (!status.ok()) fprintf(stderr, "torch_steps: %s\n", status.message);
+    return status.ok() ? 0 : 1;
+}
+
+int main(int count, char** words) {
+    if (count < 3) return report(Status()), 2;
+    const bool second = atoi(words[2]) == 1;
+    Runtime runtime;
+    Config config;
+    config.layers = 2, config.heads = 4, config.width = 64, config.context = 32;
+    config.tied = !second, config.bias = !second, config.activation = second ? Activation::gelu : Activation::gelu_tanh;
+    TrainConfig how;
+    how.batch = 4, how.accumulate = 2, how.steps = 100, how.lr = 3e-3, how.warmup = 10;
+
+    Tokenizer tokenizer;
+    Model model;
+    if (report(tokenizer.create_bytes(runtime)) || report(model.create(runtime, config, static_cast<Tokenizer&&>(tokenizer), 42))) return 1;
+    if (report(model.save(words[1]))) return 1;
+
+    // A walk through the 256 ids whose next step is one of four.
+    uint32_t random = 1;
+    int32_t id = 0;
+    const auto next = [&] {
+        random = random * 1664525u + 1013904223u;
+        return id = static_cast<int32_t>((static_cast<uint32_t>(id) * 5 + (random >> 30)) % 256);
+    };
+    const size_t rows = static_cast<size_t>(how.batch * how.accumulate * config.context);
+    std::vector<int32_t> ids(rows), targets(rows);
+    Data data;
+    Trainer trainer;
+    if (report(data.create(runtime, Span<const int32_t>(ids.data(), rows))) || report(trainer.create(runtime, model, how, data))) return 1;
+    for (int64_t step = 0; step < how.steps; ++step) {
+        for (size_t i = 0; i < rows; ++i) ids[i] = i == 0 && step == 0 ? 0 : i == 0 ? targets[rows - 1] : targets[i - 1], targets[i] = next();
+        StepResult result;
+        if (report(trainer.step(Span<const int32_t>(ids.data(), rows), Span<const int32_t>(targets.data(), rows), result))) return 1;
+        printf("%.9f %.12g\n", result.loss, result.lr);
+    }
+    return 0;
+}

@@ -1,0 +1,2543 @@
+// babygpt: the command line. Trains, talks, measures and draws, with nothing but the public interface of ../babygpt.h.
+//
+//     make
+//     build/babygpt train story.txt --out story.safetensors
+//     build/babygpt generate story.safetensors --prompt "Once upon"
+//
+// A command is a function: it lists its options in a table, parses, and does its work. Errors are thrown as Failure and become one line in
+// main. Results go to standard output, everything else to standard error; with --json standard output holds one JSON object a line.
+// In this order: errors and text, output, JSON, options, files, charts, training, talking, looking, measuring, main.
+
+#include "../babygpt.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <chrono>
+#include <cmath>
+#include <csignal>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <filesystem>
+#include <limits>
+#include <new>
+#include <set>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <variant>
+#include <vector>
+
+#if defined(_WIN32)
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#include <fcntl.h>
+#include <io.h>
+#include <windows.h>
+#else
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+using namespace babygpt;
+using std::string;
+using std::vector;
+
+constexpr double none = std::numeric_limits<double>::quiet_NaN();  // no value
+constexpr double infinite = std::numeric_limits<double>::infinity();
+
+// =====================================================================================================================
+// Errors and text
+// =====================================================================================================================
+
+struct Failure {
+    int code;  // the program's exit status: 1 an error, 2 wrong usage
+    string message;
+};
+
+#if defined(__GNUC__)
+string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)));
+#endif
+string format(const char* pattern, ...) {
+    va_list arguments, again;
+    va_start(arguments, pattern);
+    va_copy(again, arguments);
+    string text(size_t(std::max(0, vsnprintf(nullptr, 0, pattern, arguments))), '\0');
+    vsnprintf(text.data(), text.size() + 1, pattern, again);
+    va_end(arguments);
+    va_end(again);
+    return text;
+}
+
+[[noreturn]] void error(string message) { throw Failure{1, std::move(message)}; }
+[[noreturn]] void usage(string message) { throw Failure{2, std::move(message)}; }
+
+void must(const Status& status) {
+    if (!status.ok()) error(status.message[0] ? status.message : error_text(status.error));
+}
+// For values that came from an option: `what` names it.
+void must_be(const string& what, const Status& status) {
+    if (!status.ok()) usage(what + ": " + (status.message[0] ? status.message : error_text(status.error)));
+}
+
+string to_string(Text text) { return string(text.data, text.size); }
+bool starts_with(const string& text, const char* start) { return text.compare(0, strlen(start), start) == 0; }
+
+// The length of the well-formed UTF-8 sequence at the start of `text` (not empty), or 0; then `bad` is the length of the part that could
+// have begun one (the Unicode standard's "maximal subpart", which Python's errors='replace' turns into one U+FFFD).
+size_t utf8_length(Text text, size_t& bad) {
+    const auto byte = [&](size_t i) { return static_cast<unsigned char>(text[i]); };
+    const unsigned lead = byte(0);
+    bad = 1;
+    if (lead < 0x80) return 1;
+    if (lead < 0xC2 || lead > 0xF4) return 0;
+    const size_t length = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+    unsigned low = 0x80, high = 0xBF;  // of the second byte: no overlong forms, no surrogates, nothing above U+10FFFF
+    if (lead == 0xE0) low = 0xA0;
+    if (lead == 0xED) high = 0x9F;
+    if (lead == 0xF0) low = 0x90;
+    if (lead == 0xF4) high = 0x8F;
+    for (size_t i = 1; i < length; ++i) {
+        if (i >= text.size || byte(i) < low || byte(i) > high) return 0;
+        bad = i + 1;
+        low = 0x80, high = 0xBF;
+    }
+    return length;
+}
+
+size_t code_points(Text text) {
+    return size_t(std::count_if(text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; }));
+}
+
+// At most `count` code points.
+string cut(const string& text, size_t count) {
+    size_t at = 0, seen = 0;
+    for (; at < text.size(); ++at)
+        if ((static_cast<unsigned char>(text[at]) & 0xC0) != 0x80 && ++seen > count) break;
+    return at < text.size() ? text.substr(0, at) + "..." : text;
+}
+
+string pad(const string& text, size_t width, bool right = false) {
+    const string space(width - std::min(width, code_points(text)), ' ');
+    return right ? space + text : text + space;
+}
+
+// A token as people can read it: white space and bytes that are no character are written out.
+string visible(Text token, bool mark_spaces) {
+    string result;
+    for (size_t i = 0; i < token.size;) {
+        size_t bad = 0;
+        const size_t length = utf8_length(Text(token.data + i, token.size - i), bad);
+        const unsigned char c = static_cast<unsigned char>(token[i]);
+        if (c == '\n') result += "\\n";
+        else if (c == '\t') result += "\\t";
+        else if (c == '\r') result += "\\r";
+        else if (c == ' ' && mark_spaces) result += "\xC2\xB7";  // a middle dot
+        else if (c < 0x20 || c == 0x7F || length == 0) result += format("\\x%02x", unsigned(c));
+        else result.append(token.data + i, length);
+        i += std::max<size_t>(length, 1);
+    }
+    return result;
+}
+
+string one_line(const string& text, const char* line_end) {
+    string result;
+    for (char c : text) {
+        if (c == '\n') result += line_end;
+        else if (c != '\r') result += c;
+    }
+    return result;
+}
+
+string grouped(int64_t n) {  // 1234567 -> 1,234,567
+    string text = std::to_string(n);
+    for (size_t i = text.size(); i > 3 + (n < 0 ? 1u : 0u); i -= 3) text.insert(i - 3, ",");
+    return text;
+}
+
+string bytes_text(uint64_t bytes) {
+    const char* units[] = {"bytes", "kB", "MB", "GB", "TB"};
+    double amount = double(bytes);
+    size_t unit = 0;
+    while (amount >= 1000 && unit < 4) amount /= 1000, ++unit;
+    return format(unit == 0 ? "%.0f %s" : "%.1f %s", amount, units[unit]);
+}
+
+string duration(double seconds) {
+    const int64_t s = int64_t(std::clamp(seconds, 0.0, 1e9) + 0.5);
+    if (s >= 3600)
+        return format("%lld:%02lld:%02lld", static_cast<long long>(s / 3600), static_cast<long long>(s / 60 % 60),
+                      static_cast<long long>(s % 60));
+    return format("%lld:%02lld", static_cast<long long>(s / 60), static_cast<long long>(s % 60));
+}
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// =====================================================================================================================
+// Output: results to standard output, where every write is checked; notes to standard error
+// =====================================================================================================================
+
+bool write_output(Text text) noexcept { return fwrite(text.data, 1, text.size, stdout) == text.size; }
+bool flush_output() noexcept { return fflush(stdout) == 0 && !ferror(stdout); }
+[[noreturn]] void output_failed() { error(string("cannot write to standard output: ") + strerror(errno)); }
+
+void put(Text text) {
+    if (!write_output(text)) output_failed();
+}
+void put_line(const string& text) { put(text + "\n"); }
+void put_now(const string& text) {
+    put(text);
+    if (!flush_output()) output_failed();
+}
+void note(const string& text) { fprintf(stderr, "babygpt: %s\n", text.c_str()); }
+
+bool is_terminal(FILE* file) {
+#if defined(_WIN32)
+    return _isatty(_fileno(file)) != 0;
+#else
+    return isatty(fileno(file)) != 0;
+#endif
+}
+
+volatile std::sig_atomic_t interrupted = 0;
+
+void on_interrupt(int number) {
+    interrupted = 1;
+#if defined(_WIN32)
+    std::signal(number, on_interrupt);  // it is reset with each delivery there
+#else
+    (void)number;
+#endif
+}
+
+// From here on Ctrl-C only sets `interrupted`. While training, SIGTERM does the same, and no write is disturbed; in a chat, a read that
+// waits returns at once.
+void catch_interrupts(bool training) {
+#if defined(_WIN32)
+    std::signal(SIGINT, on_interrupt);
+    if (training) std::signal(SIGTERM, on_interrupt);
+#else
+    struct sigaction action = {};
+    action.sa_handler = on_interrupt;
+    if (training) action.sa_flags = SA_RESTART;
+    sigaction(SIGINT, &action, nullptr);
+    if (training) sigaction(SIGTERM, &action, nullptr);
+#endif
+}
+void release_interrupts() {
+    std::signal(SIGINT, SIG_DFL);
+    std::signal(SIGTERM, SIG_DFL);
+}
+
+// =====================================================================================================================
+// JSON: objects of one line, written and read
+// =====================================================================================================================
+
+string json_string(Text text) {  // what is not UTF-8 becomes U+FFFD, as Python's errors='replace' does it
+    string result = "\"";
+    for (size_t i = 0; i < text.size;) {
+        size_t bad = 0;
+        const size_t length = utf8_length(Text(text.data + i, text.size - i), bad);
+        const unsigned char c = static_cast<unsigned char>(text[i]);
+        if (length == 0) result += "\xEF\xBF\xBD";
+        else if (c == '"' || c == '\\') (result += '\\') += char(c);
+        else if (c == '\n') result += "\\n";
+        else if (c == '\t') result += "\\t";
+        else if (c == '\r') result += "\\r";
+        else if (c < 0x20 || c == 0x7F) result += format("\\u%04x", unsigned(c));
+        else result.append(text.data + i, length);
+        i += length ? length : bad;
+    }
+    return result + "\"";
+}
+
+string json_value(bool value) { return value ? "true" : "false"; }
+string json_value(double value) { return std::isfinite(value) ? format("%.9g", value) : "null"; }
+string json_value(const string& value) { return json_string(value); }
+string json_value(const char* value) { return json_string(value); }
+template <class T, class = std::enable_if_t<std::is_integral_v<T>>>
+string json_value(T value) {
+    return std::to_string(value);
+}
+string json_value(float value) { return json_value(double(value)); }
+
+template <class T>
+string json_list(const T* values, size_t count) {
+    string result = "[";
+    for (size_t i = 0; i < count; ++i) {
+        if (i) result += ",";
+        result += json_value(values[i]);
+    }
+    return result + "]";
+}
+
+struct Json {
+    string text = "{";
+    Json& raw(const char* key, const string& value) {
+        if (text.size() > 1) text += ",";
+        text += json_string(key) + ":" + value;
+        return *this;
+    }
+    template <class T>
+    Json& add(const char* key, const T& value) {
+        return raw(key, json_value(value));
+    }
+    void print() { put_now(text + "}\n"); }
+};
+
+// Reads one object. Of its members only those named text, hex and ids are kept; others are skipped, however deep.
+struct JsonLine {
+    string text;
+    string hex;
+    vector<int32_t> ids;
+    bool has_text = false, has_hex = false, has_ids = false;
+
+    void parse(const string& line, size_t number) {
+        *this = JsonLine();
+        source = &line, at = 0, line_number = number;
+        expect('{');
+        if (!accept('}')) {
+            do {
+                const string key = read_string();
+                expect(':');
+                if (key == "text") text = read_string(), has_text = true;
+                else if (key == "hex") hex = from_hex(read_string()), has_hex = true;
+                else if (key == "ids") read_ids(), has_ids = true;
+                else skip();
+            } while (accept(','));
+            expect('}');
+        }
+        if (peek() != '\0') bad("nothing more after the object");
+    }
+    [[noreturn]] void bad(const char* wanted) const {
+        error(format("standard input, line %zu, byte %zu: expected %s", line_number, at + 1, wanted));
+    }
+
+ private:
+    const string* source = nullptr;
+    size_t at = 0;
+    size_t line_number = 0;
+
+    char peek() {
+        while (at < source->size() && strchr(" \t\r\n", (*source)[at]) && (*source)[at]) ++at;
+        return at < source->size() ? (*source)[at] : '\0';
+    }
+    bool accept(char c) {
+        if (peek() != c) return false;
+        ++at;
+        return true;
+    }
+    void expect(char c) {
+        const char wanted[] = {'\'', c, '\'', '\0'};
+        if (!accept(c)) bad(wanted);
+    }
+    unsigned read_hex4() {
+        unsigned value = 0;
+        const char* start = source->data() + at;
+        if (at + 4 > source->size() || std::from_chars(start, start + 4, value, 16).ptr != start + 4) bad("four hex digits");
+        at += 4;
+        return value;
+    }
+    static void append_utf8(string& to, unsigned c) {
+        if (c < 0x80) to += char(c);
+        else if (c < 0x800) (to += char(0xC0 | c >> 6)) += char(0x80 | (c & 63));
+        else if (c < 0x10000) ((to += char(0xE0 | c >> 12)) += char(0x80 | (c >> 6 & 63))) += char(0x80 | (c & 63));
+        else (((to += char(0xF0 | c >> 18)) += char(0x80 | (c >> 12 & 63))) += char(0x80 | (c >> 6 & 63))) += char(0x80 | (c & 63));
+    }
+    string read_string() {
+        if (!accept('"')) bad("a string");
+        string result;
+        while (at < source->size() && (*source)[at] != '"') {
+            char c = (*source)[at++];
+            if (c != '\\') {
+                result += c;
+                continue;
+            }
+            c = at < source->size() ? (*source)[at++] : '\0';
+            const char* escapes = "\"\\/bfnrt";
+            const char* found = c ? strchr(escapes, c) : nullptr;
+            if (found) result += "\"\\/\b\f\n\r\t"[found - escapes];
+            else if (c == 'u') {
+                unsigned code = read_hex4();
+                if (code >= 0xD800 && code < 0xDC00 && source->compare(at, 2, "\\u") == 0) {
+                    const size_t back = at;
+                    at += 2;
+                    const unsigned low = read_hex4();
+                    if (low >= 0xDC00 && low < 0xE000) code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+                    else at = back;
+                }
+                append_utf8(result, code >= 0xD800 && code < 0xE000 ? 0xFFFD : code);  // half of a pair is no character
+            } else bad("an escape of JSON");
+        }
+        if (at >= source->size()) bad("the string's end");
+        ++at;
+        return result;
+    }
+    string from_hex(const string& digits) const {
+        string bytes;
+        for (size_t i = 0; i < digits.size(); i += 2) {
+            unsigned value = 0;
+            const char* start = digits.data() + i;
+            if (i + 2 > digits.size() || std::from_chars(start, start + 2, value, 16).ptr != start + 2) bad("two hex digits a byte");
+            bytes += char(value);
+        }
+        return bytes;
+    }
+    void read_ids() {
+        expect('[');
+        if (accept(']')) return;
+        do {
+            peek();
+            int32_t id = 0;
+            const auto [end, fault] = std::from_chars(source->data() + at, source->data() + source->size(), id);
+            if (fault != std::errc()) bad("a token's number");
+            at = size_t(end - source->data());
+            ids.push_back(id);
+        } while (accept(','));
+        expect(']');
+    }
+    void skip() {  // any value; brackets are counted, not checked
+        int64_t depth = 0;
+        do {
+            const char c = peek();
+            if (c == '\0') bad("a value");
+            if (c == '"') {
+                read_string();
+                continue;
+            }
+            if (c == '[' || c == '{') ++depth;
+            if (c == ']' || c == '}') --depth;
+            if (depth < 0) bad("a value");
+            if (strchr("[]{},:", c)) ++at;
+            else
+                while (at < source->size() && !strchr("[]{},:\" \t\r\n", (*source)[at])) ++at;
+        } while (depth > 0);
+    }
+};
+
+// =====================================================================================================================
+// Options: a table for each command
+// =====================================================================================================================
+
+using Target = std::variant<std::monostate, bool*, int*, int64_t*, uint64_t*, double*, string*, vector<string>*>;
+
+struct Option {
+    const char* name;   // "--steps"; null: a heading of the help
+    const char* value;  // what the help calls the value; null: a flag; a|b|c in small letters: one of these
+    const char* help;   // null: not shown
+    Target target = {};
+    double least = -infinite, most = infinite;
+};
+
+// What every command understands.
+struct Common {
+    Runtime runtime;
+    int threads = 0;
+    string backend = "cpu", isa;
+    vector<Option> options() {
+        return {{nullptr, nullptr, "Everywhere"},
+                {"--threads", "N", "how many threads (all cores; the result is the same with any number)", &threads, 1, 1024},
+                {"--backend", "plain|cpu|cuda", "plain: the readable, slow one (cpu)", &backend},
+                {"--isa", "automatic|sse2|avx2|avx512|neon|portable", nullptr, &isa}};
+    }
+    void apply() {
+        runtime.threads = threads;
+        runtime.backend = backend == "plain" ? Backend::plain : backend == "cuda" ? Backend::cuda : Backend::cpu;
+        const char* names[] = {"automatic", "sse2", "avx2", "avx512", "neon", "portable"};
+        for (int i = 0; i < 6; ++i)
+            if (isa == names[i]) runtime.isa = Isa(i);
+        runtime.log = [](void*, Text line) { note(to_string(line)); };
+    }
+};
+
+struct Command;
+
+struct Arguments {
+    const Command& command;
+    vector<string> words;
+    vector<string> operands;
+    std::set<string> given = {};
+    bool has(const char* option) const { return given.count(option) != 0; }
+    // Fills the options' targets and `operands`. Shows the help and throws Failure{0} when asked for it.
+    void parse(Common& common, vector<Option> options, size_t least, size_t most);
+};
+
+struct Command {
+    const char* name;
+    const char* operands;
+    const char* summary;
+    const char* examples;
+    int (*run)(Arguments& arguments);
+};
+extern const vector<Command> commands;
+
+size_t edit_distance(const string& a, const string& b) {  // Levenshtein 1965
+    vector<size_t> row(b.size() + 1);
+    for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
+    for (size_t i = 1; i <= a.size(); ++i) {
+        size_t diagonal = row[0];
+        row[0] = i;
+        for (size_t j = 1; j <= b.size(); ++j) {
+            const size_t above = row[j];
+            row[j] = std::min({row[j - 1] + 1, above + 1, diagonal + (a[i - 1] != b[j - 1])});
+            diagonal = above;
+        }
+    }
+    return row[b.size()];
+}
+
+// "; did you mean X?", or "" when nothing is near.
+string nearest(const string& word, const vector<string>& known) {
+    string best;
+    size_t distance = 1 + std::max<size_t>(2, std::min(word.size(), size_t(80)) / 3);
+    for (const string& name : known) {
+        const bool begins = word.size() > 3 && starts_with(name, word.c_str());
+        const size_t d = begins ? 0 : edit_distance(word.substr(0, 80), name);
+        if (d < distance + (begins ? 1 : 0)) distance = d, best = name;
+    }
+    return best.empty() ? "" : "; did you mean " + best + "?";
+}
+
+void show_help(const Command& command, const vector<Option>& options) {
+    put_line(format("babygpt %s %s\n\n%s\n", command.name, command.operands, command.summary));
+    for (const Option& option : options) {
+        if (!option.help) continue;
+        if (!option.name) {
+            put_line(format("%s:", option.help));
+            continue;
+        }
+        const string left = string("  ") + option.name + (option.value ? string(" ") + option.value : "");
+        put_line(left.size() < 34 ? pad(left, 34) + option.help : left + "\n" + string(34, ' ') + option.help);
+    }
+    if (command.examples[0]) put_line(format("\nExamples:\n%s", command.examples));
+}
+
+template <class T>
+bool read_number(const string& text, T& value) {
+    if constexpr (std::is_floating_point_v<T>) {
+        if (text.empty() || text.find_first_not_of("0123456789+-.eE") != string::npos) return false;  // no "nan", no "0x1"
+        char* end = nullptr;
+        value = strtod(text.c_str(), &end);
+        return *end == '\0' && std::isfinite(value);
+    } else {
+        const char* end = text.data() + text.size();
+        const auto result = std::from_chars(text.data(), end, value);
+        return result.ec == std::errc() && result.ptr == end;
+    }
+}
+
+template <class T>
+void set_number(const Option& option, const string& text, T& target) {
+    T value = {};
+    const bool whole = !std::is_floating_point_v<T>;
+    if (read_number(text, value) && double(value) >= option.least && double(value) <= option.most) {
+        target = value;
+        return;
+    }
+    string may = whole ? "a whole number" : "a number";
+    if (std::isfinite(option.least) && option.most < 1e6) may += format(" from %g to %g", option.least, option.most);
+    else if (std::isfinite(option.least)) may += format(", %g or more", option.least);
+    usage(format("%s '%s': must be %s", option.name, text.c_str(), may.c_str()));
+}
+
+void set_text(const Option& option, const string& text, string& target) {
+    const string choices = option.value;
+    if (choices.find('|') != string::npos && std::none_of(choices.begin(), choices.end(), [](char c) { return c >= 'A' && c <= 'Z'; }) &&
+        ("|" + choices + "|").find("|" + text + "|") == string::npos)
+        usage(format("%s '%s': must be one of %s", option.name, text.c_str(), choices.c_str()));
+    target = text;
+}
+
+void set_option(const Option& option, const string& text) {
+    std::visit(
+        [&](auto target) {
+            using T = decltype(target);
+            if constexpr (std::is_same_v<T, bool*>) *target = true;
+            else if constexpr (std::is_same_v<T, string*>) set_text(option, text, *target);
+            else if constexpr (std::is_same_v<T, vector<string>*>) target->push_back(text);
+            else if constexpr (!std::is_same_v<T, std::monostate>) set_number(option, text, *target);
+        },
+        option.target);
+}
+
+void Arguments::parse(Common& common, vector<Option> options, size_t least, size_t most) {
+    for (const Option& option : common.options()) options.push_back(option);
+    vector<string> names = {"--help"};
+    for (const Option& option : options)
+        if (option.name && option.help) names.push_back(option.name);
+    const auto find = [&](const string& name) {
+        return std::find_if(options.begin(), options.end(), [&](const Option& option) { return option.name && name == option.name; });
+    };
+    bool only_operands = false;
+    for (size_t i = 0; i < words.size(); ++i) {
+        const string& word = words[i];
+        if (only_operands || word.size() < 2 || word[0] != '-') {
+            operands.push_back(word);
+            continue;
+        }
+        if (word == "--") {
+            only_operands = true;
+            continue;
+        }
+        if (word == "--help" || word == "-h") {
+            show_help(command, options);
+            throw Failure{0, ""};
+        }
+        const size_t equals = word.find('=');
+        const auto option = find(word.substr(0, equals));
+        if (option == options.end())
+            usage(format("%s: unknown option '%s'%s", command.name, word.c_str(), nearest(word.substr(0, equals), names).c_str()));
+        given.insert(option->name);
+        if (!option->value) {
+            if (equals != string::npos) usage(format("%s takes no value", option->name));
+            set_option(*option, "");
+        } else if (equals != string::npos) {
+            set_option(*option, word.substr(equals + 1));
+        } else {
+            if (i + 1 == words.size()) usage(format("%s needs a value: %s", option->name, option->value));
+            if (find(words[i + 1]) != options.end())
+                usage(format("%s needs a value: %s (if you mean the text '%s', write %s=%s)", option->name, option->value,
+                             words[i + 1].c_str(), option->name, words[i + 1].c_str()));
+            set_option(*option, words[++i]);
+        }
+    }
+    if (operands.size() < least) usage(format("%s needs %s (see babygpt %s --help)", command.name, command.operands, command.name));
+    if (operands.size() > most) usage(format("%s: '%s' is one argument too many", command.name, operands[most].c_str()));
+    common.apply();
+}
+
+// =====================================================================================================================
+// Files: models, tokenizers, corpora, standard input
+// =====================================================================================================================
+
+namespace fs = std::filesystem;
+
+fs::path path_of(const string& utf8) {
+#if defined(__cpp_lib_char8_t)
+    return fs::path(std::u8string(utf8.begin(), utf8.end()));
+#else
+    return fs::u8path(utf8);
+#endif
+}
+string to_string(const fs::path& path) {
+    const auto utf8 = path.u8string();
+    return string(utf8.begin(), utf8.end());
+}
+bool exists(const string& path) {
+    std::error_code ignored;
+    return fs::exists(path_of(path), ignored);
+}
+bool same_file(const string& a, const string& b) {
+    std::error_code ignored;
+    return a == b || fs::equivalent(path_of(a), path_of(b), ignored);
+}
+
+FILE* open_file(const string& path, const char* mode) {
+#if defined(_WIN32)
+    return _wfopen(path_of(path).c_str(), fs::path(mode).c_str());
+#else
+    return fopen(path.c_str(), mode);
+#endif
+}
+
+string read_all(FILE* file, const string& name) {
+    string text;
+    char buffer[1 << 16];
+    size_t got = 0;
+    while ((got = fread(buffer, 1, sizeof buffer, file)) > 0) text.append(buffer, got);
+    if (ferror(file)) error("cannot read " + name + ": " + strerror(errno));
+    return text;
+}
+string read_file(const string& path) {
+    FILE* file = open_file(path, "rb");
+    if (!file) error("cannot open " + path + ": " + strerror(errno));
+    string text;
+    try {
+        text = read_all(file, path);
+    } catch (...) {
+        fclose(file);
+        throw;
+    }
+    fclose(file);
+    return text;
+}
+void write_file(const string& path, const string& text) {
+    FILE* file = open_file(path, "wb");
+    bool good = file && fwrite(text.data(), 1, text.size(), file) == text.size();
+    const int fault = errno;
+    if (file && fclose(file) != 0) good = false;
+    if (!good) error("cannot write " + path + ": " + strerror(fault));
+}
+
+// Lines of standard input, without their ends.
+enum class Line { text, end, broken_off };
+Line read_line(string& line) {
+    line.clear();
+    for (;;) {
+        errno = 0;
+        const int c = fgetc(stdin);
+        if (c == EOF && ferror(stdin)) {
+            if (errno != EINTR) error(string("cannot read standard input: ") + strerror(errno));
+            clearerr(stdin);
+            return Line::broken_off;
+        }
+        if (c == EOF && line.empty()) return Line::end;
+        if (c == EOF || c == '\n') break;
+        line += char(c);
+    }
+    if (!line.empty() && line.back() == '\r') line.pop_back();
+    return Line::text;
+}
+
+// A safetensors file begins with the length of its header, then the header's brace.
+bool is_checkpoint(const string& path) {
+    std::error_code ignored;
+    if (!fs::is_regular_file(path_of(path), ignored)) return false;
+    FILE* file = open_file(path, "rb");
+    unsigned char start[9] = {};
+    const size_t got = file ? fread(start, 1, 9, file) : 0;
+    if (file) fclose(file);
+    uint64_t length = 0;
+    for (int i = 0; i < 8; ++i) length |= uint64_t(start[i]) << (8 * i);
+    return got == 9 && start[8] == '{' && length < fs::file_size(path_of(path), ignored);
+}
+
+void load_tokenizer(Runtime& runtime, const string& path, Tokenizer& tokenizer) {
+    if (is_checkpoint(path)) {
+        Model model;
+        must(model.load(runtime, path));
+        must(tokenizer.copy(runtime, model.tokenizer));
+    } else {
+        must(tokenizer.load(runtime, path));
+    }
+}
+
+void need_tokenizer(const Model& model, const string& path) {
+    if (model.tokenizer.kind == TokenizerKind::none) error(path + " has no tokenizer, so it can neither read nor write text");
+}
+
+// The options that say how text is read.
+struct TextOptions {
+    string field, column;
+    bool dialogues = false;
+    vector<Option> options() {
+        return {{"--field", "NAME", "jsonl: the member to read (text)", &field},
+                {"--column", "NAME", "csv: the column to read (text)", &column},
+                {"--dialogues", nullptr, "text files: empty lines divide documents (on for chat models)", &dialogues}};
+    }
+    CorpusConfig config(double validation_fraction) const {
+        CorpusConfig config;
+        if (!field.empty()) config.field = field;
+        if (!column.empty()) config.column = column;
+        config.split_documents = dialogues;
+        config.validation_fraction = validation_fraction;
+        return config;
+    }
+};
+
+void open_corpus(Runtime& runtime, const vector<string>& files, const CorpusConfig& config, Corpus& corpus) {
+    const vector<Text> views(files.begin(), files.end());
+    must(corpus.open(runtime, views, config));
+}
+
+vector<Option> operator+(vector<Option> a, const vector<Option>& b) {
+    a.insert(a.end(), b.begin(), b.end());
+    return a;
+}
+
+// =====================================================================================================================
+// Charts: SVG and terminal
+// =====================================================================================================================
+
+struct Point {
+    double x, y;
+};
+struct Curve {
+    string name;
+    vector<Point> training, validation;  // step, loss
+    double counting = none;              // what n-grams achieve on the validation text
+};
+
+// Bounds that a chart needs, and ticks at round numbers.
+struct Axis {
+    double low, high, step;
+    Axis(double from, double to, int wanted) : low(from), high(to), step(1) {
+        if (!(high > low)) high = low + 1;
+        const double rough = (high - low) / wanted, unit = std::pow(10.0, std::floor(std::log10(rough)));
+        const double share = rough / unit;
+        step = unit * (share <= 1 ? 1 : share <= 2 ? 2 : share <= 5 ? 5 : 10);
+    }
+    vector<double> ticks() const {
+        vector<double> result;
+        for (double i = std::ceil(low / step - 1e-9); i * step <= high + step * 1e-9; ++i) result.push_back(i * step);
+        return result;
+    }
+    double place(double value) const { return std::clamp((value - low) / (high - low), 0.0, 1.0); }
+    string label(double value) const {
+        if (step >= 1) return grouped(int64_t(std::llround(value)));
+        return format("%.*f", int(std::ceil(-std::log10(step) - 1e-9)), value);
+    }
+};
+
+vector<Point> smooth(const vector<Point>& points) {  // a moving mean over a fiftieth of the run
+    const size_t n = points.size(), half = n / 100;
+    vector<double> sums(n + 1, 0);
+    for (size_t i = 0; i < n; ++i) sums[i + 1] = sums[i] + points[i].y;
+    vector<Point> result(n);
+    for (size_t i = 0; i < n; ++i) {
+        const size_t reach = std::min({half, i, n - 1 - i});
+        result[i] = {points[i].x, (sums[i + reach + 1] - sums[i - reach]) / double(2 * reach + 1)};
+    }
+    return result;
+}
+
+vector<Point> thin(const vector<Point>& points, size_t most) {  // means of neighbours, at most so many
+    if (points.size() <= most) return points;
+    vector<Point> result;
+    for (size_t i = 0; i < most; ++i) {
+        const size_t from = i * points.size() / most, to = (i + 1) * points.size() / most;
+        Point mean = {0, 0};
+        for (size_t j = from; j < to; ++j) mean.x += points[j].x / double(to - from), mean.y += points[j].y / double(to - from);
+        result.push_back(mean);
+    }
+    return result;
+}
+
+// The first fiftieth of a long run, where the loss falls from its start, does not stretch the chart: what is above is left out.
+void chart_bounds(const vector<Curve>& curves, Axis& x, Axis& y, int x_ticks, int y_ticks) {
+    double left = infinite, right = -infinite, low = infinite, high = -infinite;
+    const auto see = [&](const vector<Point>& points) {
+        for (const Point& p : points) left = std::min(left, p.x), right = std::max(right, p.x);
+        for (size_t i = points.size() < 100 ? 0 : points.size() / 50; i < points.size(); ++i)
+            low = std::min(low, points[i].y), high = std::max(high, points[i].y);
+    };
+    for (const Curve& curve : curves) {
+        see(smooth(curve.training));
+        see(curve.validation);
+        if (std::isfinite(curve.counting)) low = std::min(low, curve.counting), high = std::max(high, curve.counting);
+    }
+    if (!(right >= left) || !(high >= low)) error("there is no loss to draw");
+    x = Axis(std::min(left, right - 1), right, x_ticks);
+    const double edge = 0.04 * std::max(high - low, 1e-3);
+    y = Axis(low - edge, high + edge, y_ticks);
+}
+
+string xml(const string& text) {
+    string result;
+    for (char c : text) {
+        if (c == '<') result += "&lt;";
+        else if (c == '&') result += "&amp;";
+        else if (c == '"') result += "&quot;";
+        else if (static_cast<unsigned char>(c) >= 0x20) result += c;
+    }
+    return result;
+}
+
+struct Svg {
+    string body;
+    void rectangle(double x, double y, double w, double h, const char* style) {
+        body += format("<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" %s/>\n", x, y, w, h, style);
+    }
+    void line(double x1, double y1, double x2, double y2, const char* style) {
+        body += format("<line x1=\"%.1f\" y1=\"%.1f\" x2=\"%.1f\" y2=\"%.1f\" %s/>\n", x1, y1, x2, y2, style);
+    }
+    void text(double x, double y, const string& words, const char* style) {
+        body += format("<text x=\"%.1f\" y=\"%.1f\" %s>%s</text>\n", x, y, style, xml(words).c_str());
+    }
+    void circle(double x, double y, double r, const char* style) {
+        body += format("<circle cx=\"%.1f\" cy=\"%.1f\" r=\"%.1f\" %s/>\n", x, y, r, style);
+    }
+    void path(const vector<Point>& points, const char* style) {
+        body += "<polyline points=\"";
+        for (const Point& p : points) body += format("%.1f,%.1f ", p.x, p.y);
+        body += format("\" fill=\"none\" stroke-linejoin=\"round\" %s/>\n", style);
+    }
+    void save(const string& path_name, double width, double height) const {
+        write_file(
+            path_name,
+            format("<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %.0f %.0f\" width=\"%.0f\" height=\"%.0f\" "
+                   "font-family=\"system-ui, sans-serif\" font-size=\"13\">\n<rect width=\"100%%\" height=\"100%%\" fill=\"#fff\"/>\n",
+                   width, height, width, height) +
+                body + "</svg>\n");
+    }
+};
+
+void draw_svg(const vector<Curve>& curves, const string& path) {
+    const double width = 880, height = 500, left = 70, right = 24, top = 44, bottom = 58;
+    const double inner_width = width - left - right, inner_height = height - top - bottom;
+    const char* colours[] = {"#2563eb", "#dc2626", "#059669", "#9333ea", "#d97706", "#0891b2", "#be185d", "#4d7c0f"};
+    Axis x(0, 1, 1), y(0, 1, 1);
+    chart_bounds(curves, x, y, 8, 7);
+    const auto at = [&](Point p) { return Point{left + inner_width * x.place(p.x), top + inner_height * (1 - y.place(p.y))}; };
+    const auto placed = [&](const vector<Point>& points) {
+        vector<Point> result;
+        for (const Point& p : points)
+            if (p.y <= y.high) result.push_back(at(p));
+        return result;
+    };
+    Svg svg;
+    svg.text(left, 26, "Loss while learning", "font-size=\"16\" font-weight=\"600\" fill=\"#111\"");
+    for (double tick : y.ticks()) {
+        const double height_at = at({x.low, tick}).y;
+        svg.line(left, height_at, width - right, height_at, "stroke=\"#e5e7eb\"");
+        svg.text(left - 8, height_at + 4.5, y.label(tick), "text-anchor=\"end\" fill=\"#4b5563\"");
+    }
+    for (double tick : x.ticks()) {
+        const double place = at({tick, y.low}).x;
+        svg.line(place, height - bottom, place, height - bottom + 5, "stroke=\"#9ca3af\"");
+        svg.text(place, height - bottom + 20, x.label(tick), "text-anchor=\"middle\" fill=\"#4b5563\"");
+    }
+    svg.line(left, height - bottom, width - right, height - bottom, "stroke=\"#9ca3af\"");
+    svg.text(left + inner_width / 2, height - 14, "step", "text-anchor=\"middle\" fill=\"#111\"");
+    svg.text(0, 0, "loss, nats a token",
+             format("text-anchor=\"middle\" fill=\"#111\" transform=\"translate(18 %.1f) rotate(-90)\"", top + inner_height / 2).c_str());
+    const double legend_left = width - right - (curves.size() == 1 ? 236 : 330);
+    double legend = top + 14;
+    const auto explain = [&](const string& words, const string& style) {
+        svg.rectangle(legend_left - 6, legend - 14, width - right - legend_left + 6, 20, "fill=\"#fff\" fill-opacity=\"0.85\"");
+        svg.line(legend_left, legend - 4, legend_left + 30, legend - 4, style.c_str());
+        svg.text(legend_left + 38, legend, words, "fill=\"#111\"");
+        legend += 20;
+    };
+    for (size_t i = 0; i < curves.size(); ++i) {
+        const Curve& curve = curves[i];
+        const bool alone = curves.size() == 1;
+        const char* colour = colours[i % 8];
+        const char* second = alone ? colours[1] : colour;
+        const string name = alone ? "" : cut(curve.name, 14) + ", ";
+        if (!curve.training.empty()) {
+            const string thick = format("stroke=\"%s\" stroke-width=\"2.4\"", colour);
+            svg.path(placed(thin(curve.training, 1200)), format("stroke=\"%s\" stroke-opacity=\"0.22\"", colour).c_str());
+            svg.path(placed(thin(smooth(curve.training), 600)), thick.c_str());
+            explain(name + "training", thick);
+        }
+        if (!curve.validation.empty()) {
+            const string dashed = format("stroke=\"%s\" stroke-width=\"2\" stroke-dasharray=\"5 3\"", second);
+            svg.path(placed(curve.validation), dashed.c_str());
+            const Point best =
+                *std::min_element(curve.validation.begin(), curve.validation.end(), [](Point a, Point b) { return a.y < b.y; });
+            for (const Point& p : curve.validation) svg.circle(at(p).x, at(p).y, 2.6, format("fill=\"%s\"", second).c_str());
+            svg.circle(at(best).x, at(best).y, 6, format("fill=\"none\" stroke=\"%s\" stroke-width=\"2\"", second).c_str());
+            explain(name + format("validation, best %.3f", best.y), dashed);
+        }
+        if (std::isfinite(curve.counting)) {
+            const Point from = at({x.low, curve.counting});
+            svg.line(from.x, from.y, width - right, from.y, "stroke=\"#6b7280\" stroke-dasharray=\"2 4\" stroke-width=\"1.6\"");
+            explain(name + format("counting (n-grams) %.3f", curve.counting),
+                    "stroke=\"#6b7280\" stroke-dasharray=\"2 4\" stroke-width=\"1.6\"");
+        }
+    }
+    svg.save(path, width, height);
+}
+
+// The training loss as Braille dots (2 x 4 a cell), the validation losses as 'o', what counting achieves as a line.
+string draw_terminal(const Curve& curve) {
+    const size_t columns = 64, rows = 14;
+    Axis x(0, 1, 1), y(0, 1, 1);
+    chart_bounds({curve}, x, y, 6, 5);
+    vector<vector<unsigned>> dots(rows, vector<unsigned>(columns, 0));
+    const auto dot = [&](int column, int row) {
+        const unsigned bits[4][2] = {{1, 8}, {2, 16}, {4, 32}, {64, 128}};
+        dots[size_t(row) / 4][size_t(column) / 2] |= bits[row % 4][column % 2];
+    };
+    Point last = {-1, 0};
+    for (const Point& p : thin(smooth(curve.training), columns * 2)) {
+        if (p.y > y.high) continue;
+        const Point here = {x.place(p.x) * double(columns * 2 - 1), (1 - y.place(p.y)) * double(rows * 4 - 1)};
+        const int steps = last.x < 0 ? 1 : std::max(1, int(std::max(here.x - last.x, std::fabs(here.y - last.y))));
+        for (int i = 1; i <= steps; ++i) {  // a straight line from the last point
+            const double share = last.x < 0 ? 1 : double(i) / steps;
+            dot(int(last.x + share * (here.x - last.x)), int(last.y + share * (here.y - last.y)));
+        }
+        last = here;
+    }
+    const auto row_of = [&](double value) { return size_t((1 - y.place(value)) * double(rows - 1) + 0.5); };
+    vector<vector<bool>> marks(rows, vector<bool>(columns, false));
+    for (const Point& p : curve.validation) marks[row_of(p.y)][size_t(x.place(p.x) * double(columns - 1))] = true;
+    const bool counts = std::isfinite(curve.counting);
+    const size_t counting_row = counts ? row_of(curve.counting) : rows;
+    vector<string> labels(rows);
+    for (double tick : y.ticks()) labels[row_of(tick)] = y.label(tick);
+    string picture;
+    for (size_t r = 0; r < rows; ++r) {
+        picture += pad(labels[r], 8, true) + (labels[r].empty() ? " \xE2\x94\x82" : " \xE2\x94\xA4");
+        for (size_t c = 0; c < columns; ++c) {
+            const unsigned code = 0x2800 + dots[r][c];
+            if (marks[r][c]) picture += "o";
+            else if (dots[r][c] == 0) picture += r == counting_row ? "\xE2\x95\x8C" : " ";
+            else ((picture += char(0xE2)) += char(0x80 | (code >> 6 & 63))) += char(0x80 | (code & 63));
+        }
+        picture += "\n";
+    }
+    string axis(columns + 16, ' ');
+    picture += string(9, ' ') + "\xE2\x94\x94";
+    for (size_t c = 0; c < columns; ++c) picture += "\xE2\x94\x80";
+    for (double tick : x.ticks()) {
+        const string label = x.label(tick);
+        const size_t place = 10 + size_t(x.place(tick) * double(columns - 1)) - label.size() / 2;
+        axis.replace(std::min(place, axis.size() - label.size()), label.size(), label);
+    }
+    return picture + "\n" + axis.substr(0, axis.find_last_not_of(' ') + 1) + "\n          step; training loss as dots" +
+           (curve.validation.empty() ? "" : ", validation as o") + (counts ? ", counting as a line" : "") + "; nats a token\n";
+}
+
+// ---- The log of a training, as CSV -----------------------------------------------------------------------------------
+
+const char* const log_header = "step,loss,lr,grad_norm,tokens_per_second,validation_loss";
+
+Curve read_log(const string& path) {
+    const string text = read_file(path);
+    Curve curve;
+    curve.name = to_string(path_of(path).stem());
+    size_t number = 0;
+    vector<string> names;
+    for (size_t at = 0; at < text.size();) {
+        const size_t end = std::min(text.find('\n', at), text.size());
+        string line = text.substr(at, end - at);
+        at = end + 1;
+        ++number;
+        if (!line.empty() && line.back() == '\r') line.pop_back();
+        if (line.empty()) continue;
+        vector<string> cells;
+        for (size_t from = 0;;) {
+            const size_t comma = line.find(',', from);
+            cells.push_back(line.substr(from, comma - from));
+            if (comma == string::npos) break;
+            from = comma + 1;
+        }
+        if (names.empty()) {
+            names = cells;
+            if (std::find(names.begin(), names.end(), "step") == names.end() ||
+                std::find(names.begin(), names.end(), "loss") == names.end())
+                error(path + ": the first line must name the columns, among them step and loss");
+            continue;
+        }
+        double step = none, loss = none, validation = none;
+        for (size_t i = 0; i < cells.size() && i < names.size(); ++i) {
+            double value = 0;
+            double* to = names[i] == "step" ? &step : names[i] == "loss" ? &loss : names[i] == "validation_loss" ? &validation : nullptr;
+            if (!to || cells[i].empty() || cells[i] == "nan" || cells[i] == "-nan" || cells[i] == "inf") continue;
+            if (!read_number(cells[i], value)) error(format("%s, line %zu: '%s' is not a number", path.c_str(), number, cells[i].c_str()));
+            *to = value;
+        }
+        if (std::isfinite(step) && std::isfinite(loss)) curve.training.push_back({step, loss});
+        if (std::isfinite(step) && std::isfinite(validation)) curve.validation.push_back({step, validation});
+    }
+    return curve;
+}
+
+void check_log(const string& path) {  // what is there may be written over, if it is a log
+    if (!exists(path)) return;
+    const string old = read_file(path);
+    if (!old.empty() && !starts_with(old, log_header))
+        error("--log " + path + ": the file exists and is no log of a training; choose another name");
+}
+
+// A resumed run goes on where its checkpoint stood: rows of later steps belong to work that was lost.
+FILE* open_log(const string& path, bool resume, int64_t step) {
+    string kept = string(log_header) + "\n";
+    const string old = resume && exists(path) ? read_file(path) : "";
+    for (size_t at = old.find('\n') + 1; at > 0 && at < old.size();) {
+        const size_t end = old.find('\n', at);
+        if (end == string::npos) break;  // cut off in the middle of a row
+        const string row = old.substr(at, end - at);
+        int64_t row_step = 0;
+        if (read_number(row.substr(0, row.find(',')), row_step) && row_step <= step) kept += row + "\n";
+        at = end + 1;
+    }
+    write_file(path, kept);
+    FILE* log = open_file(path, "ab");
+    if (!log) error("cannot open --log " + path + ": " + strerror(errno));
+    return log;
+}
+
+int plot(Arguments& in) {
+    Common common;
+    string svg;
+    in.parse(common, {{"--svg", "FILE", "writes the picture there (without it: drawn in the terminal)", &svg}}, 1, 64);
+    vector<Curve> curves;
+    for (const string& path : in.operands) curves.push_back(read_log(path));
+    if (!svg.empty()) {
+        draw_svg(curves, svg);
+        return 0;
+    }
+    for (const Curve& curve : curves) put_line((curves.size() > 1 ? curve.name + "\n" : "") + draw_terminal(curve));
+    return 0;
+}
+
+// =====================================================================================================================
+// Training
+// =====================================================================================================================
+
+// One process at a time may write a model: holds OUT.lock until it ends.
+struct Lock {
+    string path;
+    explicit Lock(const string& out) : path(out + ".lock") {
+#if defined(_WIN32)
+        handle = CreateFileW(path_of(path).c_str(), GENERIC_WRITE, 0, nullptr, CREATE_ALWAYS, FILE_FLAG_DELETE_ON_CLOSE, nullptr);
+        if (handle == INVALID_HANDLE_VALUE) busy(out);
+#else
+        for (;;) {
+            handle = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+            if (handle < 0) error("cannot write " + path + ": " + strerror(errno) + "; --out must be in a folder that can be written to");
+            if (flock(handle, LOCK_EX | LOCK_NB) != 0) {
+                close(handle);
+                busy(out);
+            }
+            struct stat mine, there;  // another process may have removed the file between our open and our lock
+            if (fstat(handle, &mine) == 0 && stat(path.c_str(), &there) == 0 && mine.st_ino == there.st_ino) return;
+            close(handle);
+        }
+#endif
+    }
+    ~Lock() {
+#if defined(_WIN32)
+        CloseHandle(handle);
+#else
+        unlink(path.c_str());
+        close(handle);
+#endif
+    }
+    Lock(const Lock&) = delete;
+    Lock& operator=(const Lock&) = delete;
+
+ private:
+    [[noreturn]] void busy(const string& out) const {
+        error("another process is training --out " + out + " (it holds " + path + "); wait for it or choose another name");
+    }
+#if defined(_WIN32)
+    HANDLE handle;
+#else
+    int handle;
+#endif
+};
+
+struct TrainOptions {
+    string out, tokenizer, preset_name = "tiny", schedule = "cosine", validation, user_turn, reply_turn, log, plot, cache,
+                           activation = "gelu_tanh";
+    bool resume = false, overwrite = false, untie = false, no_bias = false, no_counting = false, json = false;
+    double epochs = 0, time = 0, validation_fraction = 0.1;
+    int64_t stop_at = 0, save_every = 0;
+    Config shape;
+    TrainConfig learning;
+    TextOptions text;
+
+    vector<Option> options() {
+        return vector<Option>{
+                   {nullptr, nullptr, "What is written"},
+                   {"--out", "M.safetensors", "the model (what resuming needs is kept beside it, in M.resume.safetensors)", &out},
+                   {"--resume", nullptr, "go on where --out stopped, with the same text; its other options are remembered", &resume},
+                   {"--overwrite", nullptr, "start anew although --out exists", &overwrite},
+                   {"--log", "FILE.csv", "a row a step", &log},
+                   {"--plot", "FILE.svg", "the loss curves as a picture", &plot},
+                   {"--json", nullptr, "one JSON object a step on standard output, a last one at the end", &json},
+                   {nullptr, nullptr, "How text is read (FILE: .txt, .jsonl, .csv, or - for standard input)"},
+                   {"--tokenizer", "byte|char|bpe:N|FILE", "(bpe:1024, and char below 100 kB of text)", &tokenizer},
+                   {"--user-turn", "TEXT", "a chat: what stands before the user's line, e.g. '#Person1#: '", &user_turn},
+                   {"--reply-turn", "TEXT", "a chat: what stands before the model's line, e.g. '#Person2#: '", &reply_turn},
+                   {"--validation", "FILE", "validate on this file instead of the text's last part", &validation},
+                   {"--validation-fraction", "X", "share of the text that is held out, its last part (0.1)", &validation_fraction, 0, 0.9},
+                   {"--token-cache", "FILE", "keep the training tokens in this file instead of in memory", &cache}} +
+               text.options() +
+               vector<Option>{
+                   {nullptr, nullptr, "The model"},
+                   {"--preset", "NAME", "nano, tiny, small, baby, gpt2, gpt2-medium, gpt2-large, gpt2-xl (tiny)", &preset_name},
+                   {"--layers", "N", "blocks of attention and feed-forward", &shape.layers, 1, 1000},
+                   {"--heads", "N", "of attention in a block", &shape.heads, 1, 1000},
+                   {"--width", "N", "a multiple of the heads", &shape.width, 1, 1e6},
+                   {"--context", "N", "how many tokens it sees at once", &shape.context, 1, 1e6},
+                   {"--untie", nullptr, "the output head gets a matrix of its own", &untie},
+                   {"--no-bias", nullptr, "no biases", &no_bias},
+                   {"--activation", "gelu|gelu_tanh", "(gelu_tanh)", &activation},
+                   {nullptr, nullptr, "Learning"},
+                   {"--steps", "N", "the total, and the schedule's horizon", &learning.steps, 1, 1e15},
+                   {"--epochs", "N", "times through the text instead", &epochs, 1e-9, 1e9},
+                   {"--time", "SECONDS", "as many steps as fit in this time instead (120); the number is printed", &time, 0.1, 1e8},
+                   {"--batch", "N", "sequences at once (16)", &learning.batch, 1, 1e6},
+                   {"--accumulate", "N", "batches a step (1)", &learning.accumulate, 1, 1e6},
+                   {"--lr", "X", "the highest learning rate (1e-3 at width 384, more for narrower models, less for wider)", &learning.lr, 0,
+                    10},
+                   {"--min-lr", "X", "where it ends (a tenth of --lr)", &learning.min_lr, 0, 10},
+                   {"--warmup", "N", "steps (100, or a tenth of the run)", &learning.warmup, 0, 1e15},
+                   {"--schedule", "cosine|linear|constant|wsd", "(cosine)", &schedule},
+                   {"--weight-decay", "X", "(0.1)", &learning.weight_decay, 0, 100},
+                   {"--beta1", "X", "(0.9)", &learning.beta1, 0, 0.999999},
+                   {"--beta2", "X", "(0.99)", &learning.beta2, 0, 0.999999},
+                   {"--clip", "X", "the gradient's largest norm; 0: any (1)", &learning.clip, 0, 1e9},
+                   {"--dropout", "X", "(0)", &learning.dropout, 0, 0.95},
+                   {"--label-smoothing", "X", "(0)", &learning.label_smoothing, 0, 0.95},
+                   {"--seed", "N", "(1)", &learning.seed},
+                   {"--evaluate-every", "N", "steps (a twentieth of the run)", &learning.evaluate_every, 1, 1e15},
+                   {"--patience", "N", "end after so many evaluations without a better one; 0: never (0)", &learning.patience, 0, 1e9},
+                   {"--stop-at", "STEP", "save and end there, as an interruption would", &stop_at, 1, 1e15},
+                   {"--save-every", "N", "steps between two saves for resuming (at evaluations)", &save_every, 1, 1e15},
+                   {"--no-counting", nullptr, "leave the n-gram baseline out of the report", &no_counting}};
+    }
+};
+
+// Everything that a training holds. Members stay where they are: later ones point to earlier ones.
+struct Training {
+    Common common;
+    TrainOptions options;
+    Corpus corpus, validation_corpus;
+    Tokenizer tokenizer;
+    Data data, validation;
+    bool has_validation = false;
+    Model model;
+    TrainConfig config;
+    Trainer trainer;
+    int64_t parameters() const { return model.parameters; }
+};
+
+[[noreturn]] void contradicts(const char* option, const string& given, const string& stored) {
+    error(format("%s %s contradicts the checkpoint, which was made with %s; leave the option out, or start anew with --overwrite", option,
+                 given.c_str(), stored.c_str()));
+}
+
+template <class T>
+void agree(const Arguments& in, const char* option, const T& given, const T& stored) {
+    if (in.has(option) && !(given == stored)) contradicts(option, json_value(given), json_value(stored));
+}
+
+const char* const schedules[] = {"cosine", "linear", "constant", "wsd"};
+
+// What was said again beside --resume must be what was said first.
+void check_agreement(const Arguments& in, const TrainOptions& o, const Model& model, const TrainConfig& stored) {
+    const Config& shape = model.config;
+    if (in.has("--preset")) {
+        Config named = shape;
+        must_be("--preset", preset(o.preset_name, named));
+        if (in.has("--layers")) named.layers = shape.layers;
+        if (in.has("--heads")) named.heads = shape.heads;
+        if (in.has("--width")) named.width = shape.width;
+        if (in.has("--context")) named.context = shape.context;
+        if (named.layers != shape.layers || named.heads != shape.heads || named.width != shape.width || named.context != shape.context)
+            contradicts("--preset", o.preset_name,
+                        format("%d layers, %d heads, width %d, context %d", shape.layers, shape.heads, shape.width, shape.context));
+    }
+    agree(in, "--layers", o.shape.layers, shape.layers);
+    agree(in, "--heads", o.shape.heads, shape.heads);
+    agree(in, "--width", o.shape.width, shape.width);
+    agree(in, "--context", o.shape.context, shape.context);
+    agree(in, "--untie", o.untie, !shape.tied);
+    agree(in, "--no-bias", o.no_bias, !shape.bias);
+    agree(in, "--activation", o.activation, string(shape.activation == Activation::gelu ? "gelu" : "gelu_tanh"));
+    agree(in, "--batch", o.learning.batch, stored.batch);
+    agree(in, "--accumulate", o.learning.accumulate, stored.accumulate);
+    agree(in, "--steps", o.learning.steps, stored.steps);
+    agree(in, "--lr", o.learning.lr, stored.lr);
+    agree(in, "--min-lr", o.learning.min_lr, stored.min_lr);
+    agree(in, "--warmup", o.learning.warmup, stored.warmup);
+    agree(in, "--schedule", o.schedule, string(schedules[int(stored.schedule)]));
+    agree(in, "--weight-decay", o.learning.weight_decay, stored.weight_decay);
+    agree(in, "--beta1", o.learning.beta1, stored.beta1);
+    agree(in, "--beta2", o.learning.beta2, stored.beta2);
+    agree(in, "--clip", o.learning.clip, stored.clip);
+    agree(in, "--dropout", o.learning.dropout, stored.dropout);
+    agree(in, "--label-smoothing", o.learning.label_smoothing, stored.label_smoothing);
+    agree(in, "--seed", o.learning.seed, stored.seed);
+    agree(in, "--evaluate-every", o.learning.evaluate_every, stored.evaluate_every);
+    agree(in, "--patience", o.learning.patience, stored.patience);
+    agree(in, "--user-turn", o.user_turn, to_string(model.chat.user_turn));
+    agree(in, "--reply-turn", o.reply_turn, to_string(model.chat.reply_turn));
+}
+
+bool named_tokenizer(const string& name) { return name == "byte" || name == "char" || starts_with(name, "bpe:"); }
+
+void choose_tokenizer(Training& t) {
+    string name = t.options.tokenizer;
+    if (name.empty()) name = t.corpus.bytes < 100000 ? "char" : "bpe:1024";
+    if (!named_tokenizer(name)) return load_tokenizer(t.common.runtime, name, t.tokenizer);
+    TokenizerConfig config;
+    must_be("--tokenizer " + name, parse_tokenizer(name, config));
+    must(t.tokenizer.train(t.common.runtime, config, t.corpus));
+}
+
+void check_tokenizer(Training& t) {  // --tokenizer beside --resume
+    const string& name = t.options.tokenizer;
+    const Tokenizer& stored = t.model.tokenizer;
+    const string kinds[] = {"none", "byte", "char", "bpe:" + std::to_string(stored.vocab)};
+    const string kept = kinds[int(stored.kind)];
+    if (name == kept || (stored.kind == TokenizerKind::bpe && starts_with(name, "bpe:"))) {
+        if (starts_with(name, "bpe:")) {
+            TokenizerConfig config;
+            must_be("--tokenizer " + name, parse_tokenizer(name, config));
+            if (config.vocab < stored.vocab) contradicts("--tokenizer", name, kept);  // it may hold fewer than asked for
+        }
+        return;
+    }
+    if (named_tokenizer(name)) contradicts("--tokenizer", name, kept);
+    Tokenizer given;
+    load_tokenizer(t.common.runtime, name, given);
+    Array<char> a(t.common.runtime), b(t.common.runtime);
+    must(given.save_memory(a));
+    must(stored.save_memory(b));
+    if (to_string(a) != to_string(b)) contradicts("--tokenizer", name, "another vocabulary");
+}
+
+void open_data(Training& t, const vector<string>& files) {
+    TrainOptions& o = t.options;
+    Runtime& runtime = t.common.runtime;
+    if (!o.user_turn.empty() || !t.model.chat.empty()) o.text.dialogues = true;
+    open_corpus(runtime, files, o.text.config(o.validation.empty() ? o.validation_fraction : 0), t.corpus);
+    if (!o.validation.empty()) open_corpus(runtime, {o.validation}, o.text.config(0), t.validation_corpus);
+    if (o.resume) {
+        if (!o.tokenizer.empty()) check_tokenizer(t);
+        must(t.tokenizer.copy(runtime, t.model.tokenizer));
+    } else {
+        choose_tokenizer(t);
+    }
+    must(t.data.create(runtime, t.corpus, o.validation.empty() ? Part::training : Part::all, t.tokenizer, o.cache));
+    if (t.data.tokens < 2) error(format("the text has %lld tokens: too little to learn from", static_cast<long long>(t.data.tokens)));
+    if (!o.validation.empty() || o.validation_fraction > 0) {
+        must(o.validation.empty() ? t.validation.create(runtime, t.corpus, Part::validation, t.tokenizer)
+                                  : t.validation.create(runtime, t.validation_corpus, Part::all, t.tokenizer));
+        t.has_validation = t.validation.tokens >= 2;
+        if (!t.has_validation) note("the validation text is too short: the last model will be kept instead of the best");
+        else if (t.validation.unknown > 0)
+            note(grouped(int64_t(t.validation.unknown)) + " characters of the validation text do not occur in the training text");
+    }
+}
+
+// The model's shape and the way of learning, from the options.
+Config choose_shape(const Arguments& in, Training& t) {
+    const TrainOptions& o = t.options;
+    Config shape;
+    must_be("--preset", preset(o.preset_name, shape));
+    shape.vocab = t.tokenizer.vocab;
+    if (in.has("--layers")) shape.layers = o.shape.layers;
+    if (in.has("--heads")) shape.heads = o.shape.heads;
+    if (in.has("--width")) shape.width = o.shape.width;
+    if (in.has("--context")) shape.context = o.shape.context;
+    else if (t.data.tokens <= uint64_t(shape.context)) shape.context = int(t.data.tokens) - 1;  // a very short text
+    shape.tied = !o.untie;
+    shape.bias = !o.no_bias;
+    shape.activation = o.activation == "gelu" ? Activation::gelu : Activation::gelu_tanh;
+    must_be("the model's shape", check(shape));
+    if (t.data.windows(shape.context) == 0)
+        error(format("the training text has %lld tokens, too few for --context %d; give a smaller --context or more text",
+                     static_cast<long long>(t.data.tokens), shape.context));
+    return shape;
+}
+
+void create_model(Training& t, const Config& shape, Model& model) {
+    Tokenizer copy;
+    must(copy.copy(t.common.runtime, t.tokenizer));
+    must(model.create(t.common.runtime, shape, std::move(copy), t.config.seed));
+    must(model.set_chat(t.options.user_turn, t.options.reply_turn));
+}
+
+// The middle time of a step, by training a throw-away model for a moment.
+double seconds_per_step(Training& t, const Config& shape, double budget) {
+    Model model;
+    create_model(t, shape, model);
+    TrainConfig config = t.config;
+    config.steps = 1000000;
+    Trainer trainer;
+    must(trainer.create(t.common.runtime, model, config, t.data));
+    vector<double> times;
+    for (const double start = now(); times.size() < 3 || (times.size() < 100 && now() - start < std::min(2.0, budget / 20));) {
+        const double before = now();
+        StepResult result;
+        must(trainer.step(result));
+        times.push_back(now() - before);
+        if (times.size() >= 2 && now() - start > budget) break;
+    }
+    std::sort(times.begin(), times.end());
+    return times[times.size() / 2];
+}
+
+void choose_steps(const Arguments& in, Training& t, const Config& shape, double budget) {
+    const double windows_a_step = double(t.config.batch) * t.config.accumulate;
+    if (in.has("--steps")) return;
+    if (in.has("--epochs")) {
+        t.config.steps =
+            std::max<int64_t>(1, int64_t(std::ceil(t.options.epochs * double(t.data.windows(shape.context)) / windows_a_step)));
+        return;
+    }
+    const double start = now(), step = seconds_per_step(t, shape, budget);
+    budget = std::max(budget * 0.1, budget * 0.97 - (now() - start));
+    // An evaluation costs about a third of the training steps that read as many tokens: twenty of them, but no more than a quarter of the
+    // time.
+    const double evaluation = t.has_validation ? step / 3 * double(t.validation.tokens) / (windows_a_step * shape.context) : 0;
+    double evaluations = std::clamp(budget / 4 / std::max(evaluation, 1e-9), 1.0, 20.0);
+    if (in.has("--evaluate-every")) evaluations = budget / (step * double(t.config.evaluate_every) + evaluation);
+    t.config.steps = std::max<int64_t>(1, int64_t((budget - std::floor(evaluations) * evaluation) / step));
+    if (!in.has("--evaluate-every"))
+        t.config.evaluate_every = std::max<int64_t>(1, int64_t(std::ceil(double(t.config.steps) / std::floor(evaluations))));
+    fprintf(stderr, "babygpt: %.1f ms a step: to repeat this run exactly, give --steps %lld --evaluate-every %lld\n", step * 1e3,
+            static_cast<long long>(t.config.steps), static_cast<long long>(t.config.evaluate_every));
+}
+
+// What is shown while it learns. `show` is called by the library after each step: it must not throw.
+struct TrainingView {
+    Training& t;
+    FILE* log = nullptr;
+    Curve curve = {};
+    double first_loss = none, last_loss = none, bits_per_nat = none;  // bits a byte for each nat a token
+    double shown_at = -1;
+    bool terminal = is_terminal(stderr), line_is_open = false;
+    std::exception_ptr failure = nullptr;
+
+    explicit TrainingView(Training& training) : t(training) {}
+    ~TrainingView() {
+        if (log) fclose(log);
+        end_line();
+    }
+    void end_line() {
+        if (line_is_open) fputc('\n', stderr);
+        line_is_open = false;
+    }
+    TrainingView(const TrainingView&) = delete;
+    TrainingView& operator=(const TrainingView&) = delete;
+
+    static bool show(void* user, const Progress& progress) noexcept {
+        TrainingView& view = *static_cast<TrainingView*>(user);
+        try {
+            view.update(progress);
+        } catch (...) {
+            view.failure = std::current_exception();
+            return false;
+        }
+        return !interrupted;
+    }
+
+    string sample() {  // a few words from the model as it is now; the training does not notice
+        Session session;
+        must(session.create(t.common.runtime, t.model));
+        Array<char> text(t.common.runtime);
+        SampleConfig how;
+        how.tokens = std::min(80, t.model.config.context);
+        Generation result;
+        result.text = &text;
+        must(session.generate("", how, result));
+        return to_string(text);
+    }
+
+    void update(const Progress& progress) {
+        if (!progress.step) return;
+        const StepResult& s = *progress.step;
+        const Evaluation* e = progress.evaluation;
+        if (std::isfinite(s.loss)) {
+            if (std::isnan(first_loss)) first_loss = s.loss;
+            curve.training.push_back({double(s.step), s.loss});
+        }
+        if (e && std::isfinite(e->loss)) {
+            curve.validation.push_back({double(s.step), e->loss});
+            if (e->loss > 0) bits_per_nat = e->bits_per_byte / e->loss;
+        }
+        if (log) {
+            fprintf(log, "%lld,%.9g,%.9g,%.9g,%.0f,%s\n", static_cast<long long>(s.step), s.loss, s.lr, s.grad_norm, s.tokens_per_second,
+                    e ? format("%.9g", e->loss).c_str() : "");
+            if (fflush(log) != 0) error("cannot write --log " + t.options.log + ": " + strerror(errno));
+        }
+        const string talk = e ? sample() : "";
+        if (t.options.json) {
+            Json line;
+            line.add("step", s.step)
+                .add("loss", s.loss)
+                .add("lr", s.lr)
+                .add("grad_norm", s.grad_norm)
+                .add("tokens_per_second", s.tokens_per_second);
+            if (s.skipped) line.add("skipped", true);
+            if (e)
+                line.add("validation_loss", e->loss)
+                    .add("bits_per_byte", e->bits_per_byte)
+                    .add("perplexity", e->perplexity)
+                    .add("top1", e->top1)
+                    .add("top5", e->top5)
+                    .add("best", progress.best)
+                    .add("sample", talk);
+            line.print();
+            return;
+        }
+        show_line(progress, s, e != nullptr);
+        if (e)
+            fprintf(stderr, "  validation %.4f%s  %s\n", e->loss, progress.best ? " best" : "     ",
+                    visible(Text(cut(one_line(talk, " / "), 90)), false).c_str());
+    }
+
+    // On a terminal one line that changes ten times a second; else a line each fiftieth of the run.
+    void show_line(const Progress& progress, const StepResult& s, bool evaluated) {
+        const double time = now();
+        const int64_t every = std::max<int64_t>(1, progress.steps / 50);
+        const bool last = s.step == progress.steps || interrupted;
+        if (terminal ? !(evaluated || last || time - shown_at >= 0.1) : !(evaluated || last || s.step % every == 0)) return;
+        shown_at = time;
+        string line = format("step %lld/%lld  loss %.4f  lr %.2e  %s tokens/s  %s left", static_cast<long long>(s.step),
+                             static_cast<long long>(progress.steps), s.loss, s.lr, grouped(int64_t(s.tokens_per_second)).c_str(),
+                             duration(progress.seconds_left).c_str());
+        if (s.skipped) line += "  (not finite: skipped)";
+        line_is_open = terminal && !evaluated && !last;
+        if (terminal) fprintf(stderr, "\r%s\x1b[K%s", line.c_str(), line_is_open ? "" : "\n");
+        else fprintf(stderr, "%s\n", line.c_str());
+        fflush(stderr);
+    }
+};
+
+void show_start(Training& t) {
+    if (t.options.json) return;
+    const Config& c = t.model.config;
+    Memory memory;
+    must(memory_needed(t.common.runtime, c, Purpose::training, t.config.batch, memory));
+    const char* kinds[] = {"no", "byte", "character", "BPE"};
+    note(format("%s of text: %s training and %s validation tokens (%s tokenizer, vocabulary %s)", bytes_text(t.corpus.bytes).c_str(),
+                grouped(int64_t(t.data.tokens)).c_str(), grouped(int64_t(t.has_validation ? t.validation.tokens : 0)).c_str(),
+                kinds[int(t.tokenizer.kind)], grouped(c.vocab).c_str()));
+    note(format("%d layers, %d heads, width %d, context %d: %s parameters, %s to train; %s %s, %d threads", c.layers, c.heads, c.width,
+                c.context, grouped(t.parameters()).c_str(), bytes_text(memory.total()).c_str(), t.common.backend.c_str(),
+                t.common.runtime.isa_name(), t.common.runtime.thread_count()));
+    note(format("%lld steps of %lld tokens (%.1f times through the text), lr %g, %s schedule, seed %llu",
+                static_cast<long long>(t.config.steps), static_cast<long long>(int64_t(t.config.batch) * t.config.accumulate * c.context),
+                double(t.config.steps) * t.config.batch * t.config.accumulate / double(std::max<uint64_t>(1, t.data.windows(c.context))),
+                t.config.lr, schedules[int(t.config.schedule)], static_cast<unsigned long long>(t.config.seed)));
+}
+
+double mean_of_end(const vector<Point>& points) {
+    const size_t count = std::max<size_t>(1, points.size() / 50);
+    double sum = 0;
+    for (size_t i = points.size() - std::min(points.size(), count); i < points.size(); ++i) sum += points[i].y;
+    return points.empty() ? none : sum / double(count);
+}
+
+void show_report(Training& t, const TrainingView& view, const RunResult& result, const NgramResult& counting) {
+    const double best = result.best_step > 0 ? result.best_validation_loss : none;
+    put_line(format("\nTrained for %s: step %lld of %lld%s", duration(result.seconds).c_str(), static_cast<long long>(result.step),
+                    static_cast<long long>(t.config.steps),
+                    interrupted            ? ", interrupted (go on with --resume)"
+                    : result.stopped_early ? ", ended by --patience"
+                    : result.cancelled     ? ", ended by --stop-at (go on with --resume)"
+                                           : ""));
+    if (!view.curve.training.empty())
+        put_line(
+            format("  training loss    %.4f at first, %.4f at last (nats a token)", view.first_loss, mean_of_end(view.curve.training)));
+    if (std::isfinite(best)) {
+        string line = format("  validation loss  %.4f at step %lld, the best; perplexity %.2f", best,
+                             static_cast<long long>(result.best_step), std::exp(best));
+        if (std::isfinite(view.bits_per_nat)) line += format(", %.3f bits a byte", best * view.bits_per_nat);
+        put_line(line);
+    }
+    if (counting.order > 0) {
+        const double gain = counting.loss - best;
+        put_line(format("  counting         %.4f, the best n-gram's loss (order %d): the model is %.4f %s", counting.loss, counting.order,
+                        std::fabs(gain), gain > 0 ? "better" : "worse, it has not learnt enough yet"));
+    }
+    if (view.curve.training.size() > 1) put_line("\n" + draw_terminal(view.curve));
+    put_line(format("The model is %s; talk to it: babygpt %s %s", t.options.out.c_str(), t.model.chat.empty() ? "generate" : "chat",
+                    t.options.out.c_str()));
+}
+
+void check_train_options(const Arguments& in, const TrainOptions& o) {
+    if (o.out.empty()) usage("train needs --out M.safetensors");
+    if (o.resume && o.overwrite) usage("--resume and --overwrite exclude each other");
+    if (in.has("--steps") + in.has("--epochs") + in.has("--time") > 1) usage("give only one of --steps, --epochs and --time");
+    if (in.has("--validation") && in.has("--validation-fraction")) usage("--validation and --validation-fraction exclude each other");
+    if (in.has("--user-turn") != in.has("--reply-turn")) usage("--user-turn and --reply-turn belong together: a chat needs both");
+    if (in.has("--user-turn") && (o.user_turn.empty() || o.reply_turn.empty())) usage("--user-turn and --reply-turn must not be empty");
+    const vector<std::pair<const char*, string>> written = {
+        {"--out", o.out}, {"--log", o.log}, {"--plot", o.plot}, {"--token-cache", o.cache}};
+    vector<string> inputs = in.operands;
+    inputs.push_back(o.validation);
+    for (size_t i = 0; i < written.size(); ++i) {
+        if (written[i].second.empty()) continue;
+        for (const string& file : inputs)
+            if (!file.empty() && same_file(file, written[i].second))
+                usage(format("%s %s is a file to read from", written[i].first, file.c_str()));
+        for (size_t j = 0; j < i; ++j)
+            if (written[i].second == written[j].second) usage(format("%s and %s name the same file", written[j].first, written[i].first));
+        std::error_code ignored;
+        const fs::path folder = path_of(written[i].second).parent_path();
+        if (!folder.empty() && !fs::is_directory(folder, ignored))
+            error(format("%s %s: there is no folder %s", written[i].first, written[i].second.c_str(), to_string(folder).c_str()));
+    }
+}
+
+int train(Arguments& in) {
+    Training t;
+    TrainOptions& o = t.options;
+    in.parse(t.common, o.options(), 1, 1000000);
+    check_train_options(in, o);
+    if (!o.log.empty()) check_log(o.log);
+    Runtime& runtime = t.common.runtime;
+    Array<char> resume_name(runtime);
+    must(resume_path(o.out, resume_name));
+    const string resume_file = to_string(resume_name);
+    const Lock lock(o.out);
+    if (!o.resume && !o.overwrite)
+        for (const string& path : {o.out, resume_file})
+            if (exists(path)) error(path + " exists; go on with --resume, start anew with --overwrite, or choose another --out");
+    const double start = now();
+
+    if (o.resume) {
+        if (!exists(resume_file)) error("--resume: there is no " + resume_file + " to go on from; leave --resume out");
+        must(t.model.load(runtime, resume_file));
+        must(read_train_config(runtime, resume_file, t.config));
+        if (o.learning.min_lr < 0) o.learning.min_lr = t.config.min_lr;
+        check_agreement(in, o, t.model, t.config);
+    }
+    open_data(t, in.operands);
+    if (o.resume) {
+        if (in.has("--epochs")) {
+            const double steps =
+                std::ceil(o.epochs * double(t.data.windows(t.model.config.context)) / (double(t.config.batch) * t.config.accumulate));
+            if (steps != double(t.config.steps))
+                contradicts("--epochs", format("%g (%.0f steps)", o.epochs, steps),
+                            format("%lld steps", static_cast<long long>(t.config.steps)));
+        }
+        if (in.has("--time") && !o.json)
+            note(format("--time was measured when the run began: it goes on to step %lld", static_cast<long long>(t.config.steps)));
+    } else {
+        t.config = o.learning;
+        for (int i = 0; i < 4; ++i)
+            if (o.schedule == schedules[i]) t.config.schedule = Schedule(i);
+        const Config shape = choose_shape(in, t);
+        if (!in.has("--lr")) t.config.lr = std::clamp(1e-3 * 384 / shape.width, 3e-4, 3e-3);
+        choose_steps(in, t, shape, in.has("--time") ? o.time : 120);
+        create_model(t, shape, t.model);
+    }
+    must(t.trainer.create(runtime, t.model, t.config, t.data, t.has_validation ? &t.validation : nullptr));
+    if (o.resume) must(t.trainer.load(resume_file));
+    show_start(t);
+    if (o.resume && !o.json) note(format("going on after step %lld", static_cast<long long>(t.trainer.step_count)));
+
+    TrainingView view(t);
+    if (!o.log.empty()) view.log = open_log(o.log, o.resume, t.trainer.step_count);
+    RunConfig how;
+    how.out = o.out;
+    how.stop_at = o.stop_at;
+    how.save_every = o.save_every;
+    how.user = &view;
+    how.progress = TrainingView::show;
+    RunResult result;
+    catch_interrupts(true);
+    must(t.trainer.run(how, result));
+    view.end_line();
+    if (view.failure) std::rethrow_exception(view.failure);
+    const bool ended_by_signal = interrupted != 0;
+    release_interrupts();
+
+    NgramResult counting;
+    if (t.has_validation && !o.no_counting && !result.cancelled) {
+        must(ngram_baseline(runtime, t.data, t.validation, t.model.config.vocab, counting));
+        view.curve.counting = counting.loss;
+    }
+    if (!o.plot.empty()) {
+        Curve curve = view.curve;
+        if (!o.log.empty()) curve = read_log(o.log), curve.counting = view.curve.counting;  // with what was learnt before a resume
+        if (!curve.training.empty()) draw_svg({curve}, o.plot);
+    }
+    if (o.json) {
+        Json line;
+        line.add("done", !ended_by_signal).add("step", result.step).add("steps", t.config.steps);
+        line.add("best_validation_loss", result.best_step > 0 ? result.best_validation_loss : none).add("best_step", result.best_step);
+        if (result.best_step > 0)
+            line.add("perplexity", std::exp(result.best_validation_loss))
+                .add("bits_per_byte", result.best_validation_loss * view.bits_per_nat);
+        line.add("first_loss", view.first_loss).add("last_loss", mean_of_end(view.curve.training));
+        if (counting.order > 0) line.add("ngram_loss", counting.loss).add("ngram_order", counting.order);
+        line.add("seconds", now() - start).add("stopped_early", result.stopped_early).add("interrupted", ended_by_signal);
+        line.add("parameters", t.parameters()).add("training_tokens", t.data.tokens).add("out", o.out);
+        line.print();
+    } else {
+        show_report(t, view, result, counting);
+    }
+    return ended_by_signal ? 130 : 0;
+}
+
+int make_tokenizer(Arguments& in) {
+    Common common;
+    TextOptions text;
+    int vocab = 0;
+    string out;
+    bool json = false;
+    in.parse(common,
+             vector<Option>{{"--vocab", "N", "tokens in all, with the 256 bytes and the end-of-text token", &vocab, 257, 1e6},
+                            {"--out", "T", "written as tokenizer.json (a file, or a folder for it)", &out},
+                            {"--json", nullptr, "one JSON object on standard output", &json}} +
+                 text.options(),
+             1, 1000000);
+    if (vocab == 0) usage("tokenizer needs --vocab N");
+    if (out.empty()) usage("tokenizer needs --out T");
+    std::error_code ignored;
+    if (fs::is_directory(path_of(out), ignored)) out = to_string(path_of(out) / "tokenizer.json");
+    for (const string& file : in.operands)
+        if (same_file(file, out)) usage("--out " + out + " is a file to read from");
+    Corpus corpus;
+    open_corpus(common.runtime, in.operands, text.config(0), corpus);
+    TokenizerConfig config;
+    config.vocab = vocab;
+    Tokenizer tokenizer;
+    const double start = now();
+    must(tokenizer.train(common.runtime, config, corpus));
+    const double seconds = now() - start;
+    must(tokenizer.save(out));
+    if (tokenizer.vocab < vocab) note(format("the text gives only %d tokens", tokenizer.vocab));
+    if (json) Json().add("vocab", tokenizer.vocab).add("bytes", corpus.bytes).add("seconds", seconds).add("out", out).print();
+    else
+        put_line(format("%s: %d tokens learnt from %s in %.2f s", out.c_str(), tokenizer.vocab, bytes_text(corpus.bytes).c_str(), seconds));
+    return 0;
+}
+
+// =====================================================================================================================
+// Talking: generate, chat, encode, decode
+// =====================================================================================================================
+
+struct Sampling {
+    SampleConfig config;
+    vector<string> stop, ban;
+    vector<Text> stop_views, ban_views;
+    vector<Option> options() {
+        return {{nullptr, nullptr, "Choosing tokens"},
+                {"--tokens", "N", "at most so many (200)", &config.tokens, 0, 1e9},
+                {"--temperature", "X", "0: always the likeliest (generate 0.8, chat 0.7)", &config.temperature, 0, 100},
+                {"--top-k", "N", "only the N likeliest; 0: all (0)", &config.top_k, 0, 1e9},
+                {"--top-p", "X", "only the likeliest that hold this share together (1)", &config.top_p, 1e-6, 1},
+                {"--min-p", "X", "none below this share of the likeliest (0.05)", &config.min_p, 0, 1},
+                {"--repetition-penalty", "X", "above 1: against repetition (1)", &config.repetition_penalty, 0.01, 100},
+                {"--stop", "TEXT", "end before this text (may be given several times)", &stop},
+                {"--ban", "TEXT", "never write this text (may be given several times)", &ban},
+                {"--seed", "N", "the same seed gives the same text (1)", &config.seed}};
+    }
+    const SampleConfig& ready() {
+        stop_views.assign(stop.begin(), stop.end());
+        ban_views.assign(ban.begin(), ban.end());
+        config.stop = Span<const Text>(stop_views.data(), stop_views.size());
+        config.banned = Span<const Text>(ban_views.data(), ban_views.size());
+        return config;
+    }
+};
+
+// Prints pieces as they come; called by the library, so it must not throw.
+bool print_piece(void*, Text piece) noexcept { return write_output(piece) && flush_output() && !interrupted; }
+
+void check_unknown(uint64_t count) {
+    if (count > 0) note(format("%llu characters of the text are unknown to the model", static_cast<unsigned long long>(count)));
+}
+
+int generate(Arguments& in) {
+    Common common;
+    Sampling sampling;
+    string prompt;
+    bool json = false;
+    in.parse(common,
+             vector<Option>{{"--prompt", "TEXT", "what the text begins with (without: a new document)", &prompt},
+                            {"--json", nullptr, "one JSON object: text and ids without the prompt, log-probabilities, tokens/s", &json}} +
+                 sampling.options(),
+             1, 1);
+    Model model;
+    must(model.load(common.runtime, in.operands[0]));
+    need_tokenizer(model, in.operands[0]);
+    Session session;
+    must(session.create(common.runtime, model));
+    Array<char> text(common.runtime);
+    Array<int32_t> ids(common.runtime);
+    Array<float> logprobs(common.runtime);
+    Generation result;
+    if (json) {
+        result.text = &text, result.ids = &ids, result.logprobs = &logprobs;
+    } else {
+        result.stream = print_piece;
+        if (is_terminal(stdout)) put_now(prompt);
+    }
+    must(session.generate(prompt, sampling.ready(), result));
+    if (result.cancelled) output_failed();
+    const double speed = result.seconds > 0 ? result.generated / result.seconds : 0;
+    if (json) {
+        Json line;
+        line.add("text", to_string(text))
+            .raw("ids", json_list(ids.items, ids.count))
+            .raw("logprobs", json_list(logprobs.items, logprobs.count));
+        line.add("tokens_per_second", speed).add("stopped", result.stopped).add("unknown", result.unknown).print();
+        return 0;
+    }
+    put_line("");
+    check_unknown(result.unknown);
+    if (is_terminal(stderr)) note(format("%d tokens, %.0f tokens/s", result.generated, speed));
+    return 0;
+}
+
+const char* const chat_help =
+    "  /reset  forget the conversation\n"
+    "  /quit   leave (or Ctrl-D); Ctrl-C stops a reply\n";
+
+int chat(Arguments& in) {
+    Common common;
+    Sampling sampling;
+    sampling.config.temperature = 0.7;
+    string reply_turn;
+    bool json = false;
+    in.parse(common,
+             vector<Option>{{"--reply-turn", "TEXT", "let another character reply, e.g. 'Smith: '", &reply_turn},
+                            {"--json", nullptr, "one JSON object a reply", &json}} +
+                 sampling.options(),
+             1, 1);
+    Runtime& runtime = common.runtime;
+    Model model;
+    must(model.load(runtime, in.operands[0]));
+    need_tokenizer(model, in.operands[0]);
+    const bool terminal = is_terminal(stdin) && !json, talks = !model.chat.empty();
+    if (!talks) {
+        if (!reply_turn.empty())
+            error(in.operands[0] + " has no chat template, so --reply-turn has no meaning; train with --user-turn and --reply-turn");
+        note("the model has no chat template: it goes on with what you write");
+    }
+    if (terminal) put_line(format("Say something to the model. Commands:\n%s", chat_help)), catch_interrupts(false);
+    Session session;
+    must(session.create(runtime, model));
+    const SampleConfig& how = sampling.ready();
+    string line;
+    for (;;) {
+        if (terminal) put_now("> ");
+        interrupted = 0;
+        const Line got = read_line(line);
+        if (got == Line::end) break;
+        if (got == Line::broken_off) {
+            put_now("\n");
+            continue;
+        }
+        if (line == "/quit") return 0;
+        if (line == "/reset") {
+            session.reset();
+            continue;
+        }
+        if (terminal && line == "/help") put(chat_help);
+        if (terminal && (line.empty() || line[0] == '/')) continue;
+        Array<char> text(runtime);
+        Array<float> logprobs(runtime);
+        Generation result;
+        result.text = &text, result.logprobs = &logprobs;
+        if (terminal) result.stream = print_piece;
+        interrupted = 0;
+        must(talks ? session.reply(line, how, result, reply_turn) : session.generate(line, how, result));
+        if (result.cancelled && !interrupted) output_failed();
+        if (json) {
+            double sum = 0;
+            for (const float logprob : logprobs) sum += double(logprob);
+            Json reply;
+            reply.add("text", to_string(text))
+                .add("tokens", result.generated)
+                .add("mean_logprob", result.generated > 0 ? sum / result.generated : none);
+            reply.add("unknown", result.unknown).print();
+            continue;
+        }
+        put_now(terminal ? "\n" : one_line(to_string(text), " ") + "\n");  // in a pipe a reply is one line
+        if (terminal) check_unknown(result.unknown);
+    }
+    if (terminal) put_line("");
+    return 0;
+}
+
+string ids_line(const Array<int32_t>& ids) {
+    string line;
+    line.reserve(ids.count * 6);
+    char digits[16];
+    for (size_t i = 0; i < ids.count; ++i) {
+        if (i) line += ' ';
+        line.append(digits, std::to_chars(digits, digits + sizeof digits, ids[i]).ptr);
+    }
+    return line;
+}
+
+int encode(Arguments& in) {
+    Common common;
+    bool special = false, jsonl = false;
+    in.parse(common,
+             {{"--special", nullptr, "names of special tokens in the text become their ids", &special},
+              {"--jsonl", nullptr, "lines {\"text\":..} or {\"hex\":..} -> {\"ids\":[..]}", &jsonl}},
+             1, 1);
+    Tokenizer tokenizer;
+    load_tokenizer(common.runtime, in.operands[0], tokenizer);
+    size_t unknown = 0;
+    if (!jsonl) {
+        const string text = read_all(stdin, "standard input");
+        Array<int32_t> ids(common.runtime);
+        must(tokenizer.encode(text, ids, special, &unknown));
+        put_line(ids_line(ids));
+        check_unknown(unknown);
+        return 0;
+    }
+    string line;
+    JsonLine object;
+    for (size_t number = 1; read_line(line) == Line::text; ++number) {
+        if (line.empty()) continue;
+        object.parse(line, number);
+        if (object.has_text == object.has_hex) object.bad("either \"text\" or \"hex\" in the object");
+        Array<int32_t> ids(common.runtime);
+        must(tokenizer.encode(object.has_text ? object.text : object.hex, ids, special));
+        put("{\"ids\":" + json_list(ids.items, ids.count) + "}\n");
+    }
+    return 0;
+}
+
+int decode(Arguments& in) {
+    Common common;
+    bool jsonl = false;
+    in.parse(common, {{"--jsonl", nullptr, "lines {\"ids\":[..]} -> {\"hex\":..,\"text\":..}", &jsonl}}, 1, 1);
+    Tokenizer tokenizer;
+    load_tokenizer(common.runtime, in.operands[0], tokenizer);
+    const auto decoded = [&](const vector<int32_t>& ids) {
+        Array<char> bytes(common.runtime);
+        must(tokenizer.decode(Span<const int32_t>(ids.data(), ids.size()), bytes));
+        return to_string(bytes);
+    };
+    if (!jsonl) {
+        const string text = read_all(stdin, "standard input");
+        vector<int32_t> ids;
+        for (size_t at = 0; (at = text.find_first_not_of(" \t\r\n,", at)) != string::npos;) {
+            const size_t end = std::min(text.find_first_of(" \t\r\n,", at), text.size());
+            int32_t id = 0;
+            if (!read_number(text.substr(at, end - at), id))
+                error(format("standard input, byte %zu: '%s' is no token's number", at + 1,
+                             text.substr(at, std::min<size_t>(end - at, 40)).c_str()));
+            ids.push_back(id);
+            at = end;
+        }
+        put(decoded(ids));
+        return 0;
+    }
+    string line;
+    JsonLine object;
+    for (size_t number = 1; read_line(line) == Line::text; ++number) {
+        if (line.empty()) continue;
+        object.parse(line, number);
+        if (!object.has_ids) object.bad("\"ids\" in the object");
+        const string bytes = decoded(object.ids);
+        string hex;
+        for (const char c : bytes) {
+            const unsigned value = static_cast<unsigned char>(c);
+            (hex += "0123456789abcdef"[value >> 4]) += "0123456789abcdef"[value & 15];
+        }
+        put("{\"hex\":\"" + hex + "\",\"text\":" + json_string(bytes) + "}\n");
+    }
+    return 0;
+}
+
+// =====================================================================================================================
+// Looking: eval, score, info, attention
+// =====================================================================================================================
+
+int eval(Arguments& in) {
+    Common common;
+    TextOptions text;
+    vector<string> training_files;
+    bool json = false;
+    in.parse(
+        common,
+        vector<Option>{{"--train", "FILE", "also say what counting n-grams in this text achieves (several may be given)", &training_files},
+                       {"--json", nullptr, "one JSON object", &json}} +
+            text.options(),
+        2, 1000000);
+    Runtime& runtime = common.runtime;
+    Model model;
+    must(model.load(runtime, in.operands[0]));
+    need_tokenizer(model, in.operands[0]);
+    if (!model.chat.empty()) text.dialogues = true;
+    Corpus corpus, training_corpus;
+    open_corpus(runtime, vector<string>(in.operands.begin() + 1, in.operands.end()), text.config(0), corpus);
+    Data data, training;
+    must(data.create(runtime, corpus, Part::all, model.tokenizer));
+    if (data.tokens < 2) error("the text has fewer than two tokens: there is nothing to predict");
+    Evaluation result;
+    {
+        TrainConfig config;
+        config.batch = 8;
+        Trainer trainer;
+        must(trainer.create(runtime, model, config, data));
+        must(trainer.evaluate(data, result));
+    }
+    NgramResult counting;
+    if (!training_files.empty()) {
+        open_corpus(runtime, training_files, text.config(0), training_corpus);
+        must(training.create(runtime, training_corpus, Part::all, model.tokenizer));
+        must(ngram_baseline(runtime, training, data, model.config.vocab, counting));
+    }
+    if (json) {
+        Json line;
+        line.add("loss", result.loss)
+            .add("bits_per_byte", result.bits_per_byte)
+            .add("perplexity", result.perplexity)
+            .add("tokens", result.tokens);
+        line.add("top1", result.top1).add("top5", result.top5).add("unknown", data.unknown);
+        if (counting.order > 0) line.add("ngram_loss", counting.loss).add("ngram_order", counting.order);
+        line.print();
+        return 0;
+    }
+    put_line(format("loss           %.4f nats a token", result.loss));
+    if (result.bits_per_byte > 0) put_line(format("bits a byte    %.4f", result.bits_per_byte));
+    put_line(format("perplexity     %.3f", result.perplexity));
+    put_line(format("accuracy       top-1 %.2f %%, top-5 %.2f %%", 100 * result.top1, 100 * result.top5));
+    put_line(format("tokens         %s", grouped(int64_t(result.tokens)).c_str()));
+    if (data.unknown > 0)
+        put_line(format("unknown        %s characters that the model has never seen", grouped(int64_t(data.unknown)).c_str()));
+    if (counting.order > 0) put_line(format("counting       %.4f nats a token, the best n-gram (order %d)", counting.loss, counting.order));
+    return 0;
+}
+
+int score(Arguments& in) {
+    Common common;
+    bool jsonl = false, json = false;
+    in.parse(common,
+             {{"--jsonl", nullptr, "lines {\"text\":..} -> {\"ids\":[..],\"logprobs\":[..],\"sum\":..}", &jsonl},
+              {"--json", nullptr, "the same object for all of standard input", &json}},
+             1, 1);
+    Model model;
+    must(model.load(common.runtime, in.operands[0]));
+    need_tokenizer(model, in.operands[0]);
+    Session session;
+    must(session.create(common.runtime, model));
+    Array<int32_t> ids(common.runtime);
+    Array<float> logprobs(common.runtime);
+    double sum = 0;
+    const auto measure = [&](const string& text) {
+        session.reset();
+        must(session.score(text, ids, logprobs, sum));
+    };
+    const auto print = [&] {
+        Json()
+            .raw("ids", json_list(ids.items, ids.count))
+            .raw("logprobs", json_list(logprobs.items, logprobs.count))
+            .add("sum", sum)
+            .print();
+    };
+    string line;
+    JsonLine object;
+    for (size_t number = 1; jsonl && read_line(line) == Line::text; ++number) {
+        if (line.empty()) continue;
+        object.parse(line, number);
+        if (!object.has_text && !object.has_hex) object.bad("\"text\" in the object");
+        measure(object.has_text ? object.text : object.hex);
+        print();
+    }
+    if (jsonl) return 0;
+    measure(read_all(stdin, "standard input"));
+    if (json) {
+        print();
+        return 0;
+    }
+    put_line("token                   id    log-prob.  probability");
+    for (size_t i = 0; i < ids.count; ++i) {
+        const string name = pad("'" + visible(model.tokenizer.bytes(ids[i]), false) + "'", 18);
+        const double logprob = double(logprobs[i]);
+        put_line(name + (i == 0 ? format("%8d            -            -", ids[i])
+                                : format("%8d  %11.4f  %10.2f%%", ids[i], logprob, 100 * std::exp(logprob))));
+    }
+    put_line(format("sum of %zu tokens: %.4f", ids.count, sum));
+    return 0;
+}
+
+string memory_json(const Memory& m) {
+    Json object;
+    object.add("weights", m.weights).add("gradients", m.gradients).add("moments", m.moments).add("activations", m.activations);
+    object.add("kv", m.kv).add("scratch", m.scratch).add("records", m.records).add("total", m.total());
+    return object.text + "}";
+}
+
+void show_memory(const string& title, const Memory& m) {
+    string parts;
+    const std::pair<const char*, uint64_t> all[] = {{"weights", m.weights},         {"gradients", m.gradients}, {"moments", m.moments},
+                                                    {"activations", m.activations}, {"KV cache", m.kv},         {"scratch", m.scratch},
+                                                    {"records", m.records}};
+    for (const auto& [name, bytes] : all)
+        if (bytes > 0) parts += (parts.empty() ? "" : ", ") + string(name) + " " + bytes_text(bytes);
+    put_line(pad(title, 26) + pad(grouped(int64_t(m.total())), 16, true) + " bytes (" + parts + ")");
+}
+
+int info(Arguments& in) {
+    Common common;
+    string name;
+    Config shape;
+    int batch = 1;
+    bool json = false;
+    in.parse(common,
+             {{"--preset", "NAME", "a preset instead of a model file", &name},
+              {"--vocab", "N", "the preset's vocabulary (96, GPT-2's own for gpt2...)", &shape.vocab, 1, 1e8},
+              {"--context", "N", "the preset with another context", &shape.context, 1, 1e6},
+              {"--batch", "N", "sequences at once (1)", &batch, 1, 1e6},
+              {"--json", nullptr, "one JSON object", &json}},
+             0, 1);
+    if (in.operands.empty() == name.empty()) usage("info needs either a model file or --preset NAME");
+    Model model;
+    Config config;
+    if (name.empty()) {
+        for (const char* option : {"--vocab", "--context"})
+            if (in.has(option)) usage(format("%s belongs to --preset", option));
+        must(model.load(common.runtime, in.operands[0]));
+        config = model.config;
+    } else {
+        config.vocab = 0;
+        must_be("--preset", preset(name, config));
+        if (in.has("--vocab")) config.vocab = shape.vocab;
+        else if (config.vocab == 0) config.vocab = 96;
+        if (in.has("--context")) config.context = shape.context;
+        must_be("--preset", check(config));
+    }
+    Array<SummaryRow> rows(common.runtime);
+    must(summary(common.runtime, config, batch, rows));
+    Memory training, running;
+    must(memory_needed(common.runtime, config, Purpose::training, batch, training));
+    must(memory_needed(common.runtime, config, Purpose::running, 1, running));
+    int64_t parameters = 0, multiply_adds = 0;
+    for (const SummaryRow& row : rows) parameters += row.parameters, multiply_adds += row.multiply_adds;
+    const char* kinds[] = {"none", "byte", "char", "bpe"};
+    const char* activations[] = {"none", "gelu", "gelu_tanh"};
+    const char* activation = activations[int(config.activation)];
+    if (json) {
+        string table;
+        for (const SummaryRow& row : rows) {
+            Json object;
+            object.add("layer", row.layer)
+                .add("shape", row.shape)
+                .add("parameters", row.parameters)
+                .add("multiply_adds", row.multiply_adds)
+                .add("bytes", row.bytes);
+            table += (table.empty() ? "" : ",") + object.text + "}";
+        }
+        Json line;
+        line.add("layers", config.layers)
+            .add("heads", config.heads)
+            .add("width", config.width)
+            .add("context", config.context)
+            .add("vocab", config.vocab);
+        line.add("tied", config.tied).add("bias", config.bias).add("activation", activation).add("batch", batch);
+        line.add("parameters", parameters).add("multiply_adds", multiply_adds).add("flops_per_token", flops_per_token(config));
+        line.raw("memory_to_train", memory_json(training)).raw("memory_to_run", memory_json(running)).raw("table", "[" + table + "]");
+        if (name.empty())
+            line.add("tokenizer", kinds[int(model.tokenizer.kind)])
+                .add("user_turn", to_string(model.chat.user_turn))
+                .add("reply_turn", to_string(model.chat.reply_turn));
+        line.print();
+        return 0;
+    }
+    const auto row_text = [](const string& layer, const string& out, const string& count, const string& adds, const string& bytes) {
+        return pad(layer, 28) + "  " + pad(out, 18) + pad(count, 14, true) + pad(adds, 18, true) + pad(bytes, 15, true);
+    };
+    const string rule(93, '-');
+    put_line(row_text("layer", "output", "parameters", "multiply-adds", "bytes") + "\n" + rule);
+    for (const SummaryRow& row : rows)
+        put_line(row_text(row.layer, row.shape, grouped(row.parameters), grouped(row.multiply_adds), grouped(row.bytes)));
+    put_line(rule);
+    put_line(row_text("total", "", grouped(parameters), grouped(multiply_adds), ""));
+    put_line("");
+    put_line(format("%d layers, %d heads, width %d, context %d, vocabulary %d, %s head, %s, %s", config.layers, config.heads, config.width,
+                    config.context, config.vocab, config.tied ? "tied" : "untied", config.bias ? "biases" : "no biases", activation));
+    if (name.empty()) {
+        put_line(format("tokenizer %s%s", kinds[int(model.tokenizer.kind)], model.chat.empty() ? "; no chat template" : ""));
+        if (!model.chat.empty())
+            put_line("chat: '" + visible(model.chat.user_turn, false) + "' ... '" + visible(model.chat.reply_turn, false) + "' ...");
+    }
+    put_line(format("%.2f MFLOP a token, forward; training takes three times that", flops_per_token(config) / 1e6));
+    show_memory(format("to train, batch %d:", batch), training);
+    show_memory("to run, one conversation:", running);
+    return 0;
+}
+
+struct HeatMap {
+    vector<string> tokens;
+    vector<float> cells;  // [row][column], 0..1: how much the row's token looks at the column's
+    float at(size_t row, size_t column) const { return cells[row * tokens.size() + column]; }
+};
+
+void draw_heat_terminal(const HeatMap& map) {
+    const size_t n = map.tokens.size();
+    size_t width = 5;
+    for (const string& token : map.tokens) width = std::max(width, std::min<size_t>(code_points(token), 16));
+    const char* shades[] = {"  ", "\xE2\x96\x91\xE2\x96\x91", "\xE2\x96\x92\xE2\x96\x92", "\xE2\x96\x93\xE2\x96\x93",
+                            "\xE2\x96\x88\xE2\x96\x88"};
+    string header = string(width + 6, ' ');
+    for (size_t i = 0; i < n; ++i) header += format("%2zu ", (i + 1) % 100);
+    put_line(header + "  looks most at");
+    for (size_t row = 0; row < n; ++row) {
+        string line = format("%3zu  ", row + 1) + pad(cut(map.tokens[row], 13), width) + " ";
+        size_t most = 0;
+        for (size_t column = 0; column < n; ++column) {
+            const float share = column <= row ? map.at(row, column) : 0;
+            const size_t shade = share < 0.05f ? 0 : std::min<size_t>(4, 1 + size_t(share * 5));
+            line += (column <= row && shade == 0 ? "\xC2\xB7 " : string(shades[shade])) + " ";
+            if (column <= row && share > map.at(row, most)) most = column;
+        }
+        put_line(line + format("  %zu %s %.0f %%", most + 1, map.tokens[most].c_str(), 100 * double(map.at(row, most))));
+    }
+}
+
+void draw_heat_svg(const HeatMap& map, const string& title, const string& path) {
+    const size_t n = map.tokens.size();
+    const double cell = std::clamp(640.0 / double(n), 10.0, 44.0);
+    size_t longest = 1;
+    for (const string& token : map.tokens) longest = std::max(longest, code_points(token));
+    const double margin = 30 + 8.5 * double(std::min<size_t>(longest, 16)), top = margin + 34;
+    Svg svg;
+    svg.text(16, 26, title, "font-size=\"16\" font-weight=\"600\" fill=\"#111\"");
+    for (size_t i = 0; i < n; ++i) {
+        const double centre = (double(i) + 0.5) * cell;
+        svg.text(margin - 8, top + centre + 4.5, cut(map.tokens[i], 13), "text-anchor=\"end\" fill=\"#111\"");
+        svg.text(0, 0, cut(map.tokens[i], 13),
+                 format("fill=\"#111\" transform=\"translate(%.1f %.1f) rotate(-60)\"", margin + centre + 4, top - 8).c_str());
+        for (size_t j = 0; j < n; ++j) {
+            const double share = j <= i ? double(map.at(i, j)) : 0;
+            const string style = j > i ? string("fill=\"#f3f4f6\"")
+                                       : format("fill=\"#1d4ed8\" fill-opacity=\"%.3f\" stroke=\"#e5e7eb\" stroke-width=\"0.5\"", share);
+            svg.rectangle(margin + double(j) * cell, top + double(i) * cell, cell, cell, style.c_str());
+            if (j <= i && cell >= 30 && share >= 0.005)
+                svg.text(margin + (double(j) + 0.5) * cell, top + centre + 4, format("%.0f", 100 * share),
+                         format("text-anchor=\"middle\" font-size=\"11\" fill=\"%s\"", share > 0.5 ? "#fff" : "#374151").c_str());
+        }
+    }
+    svg.text(margin, top + double(n) * cell + 24, "Each row: where this token looks; the darker, the more", "fill=\"#4b5563\"");
+    svg.save(path, std::max(margin + double(n) * cell + margin, 360.0), top + double(n) * cell + 44);
+}
+
+int attention(Arguments& in) {
+    Common common;
+    int layer = -1, head = -1;
+    string svg;
+    bool json = false;
+    in.parse(common,
+             {{"--layer", "N", "0 is the first (the last)", &layer, 0, 1e6},
+              {"--head", "N", "0 is the first (the mean of all)", &head, 0, 1e6},
+              {"--svg", "FILE", "writes a picture as well", &svg},
+              {"--json", nullptr, "one JSON object", &json}},
+             2, 2);
+    Model model;
+    must(model.load(common.runtime, in.operands[0]));
+    need_tokenizer(model, in.operands[0]);
+    const Config& config = model.config;
+    if (layer < 0) layer = config.layers - 1;
+    if (layer >= config.layers) usage(format("--layer %d: the model has layers 0 to %d", layer, config.layers - 1));
+    if (head >= config.heads) usage(format("--head %d: the model has heads 0 to %d", head, config.heads - 1));
+    Array<int32_t> ids(common.runtime);
+    must(model.tokenizer.encode(in.operands[1], ids));
+    if (ids.count == 0) usage("TEXT is empty");
+    if (ids.count > size_t(config.context))
+        error(format("TEXT has %zu tokens, but the model's context holds %d", ids.count, config.context));
+    Session session;
+    must(session.create(common.runtime, model));
+    must(session.feed(Span<const int32_t>(ids.items, ids.count)));
+    Array<float> all(common.runtime);
+    must(session.attention(layer, all));
+    const size_t n = ids.count, heads = size_t(config.heads);
+    HeatMap map;
+    map.cells.assign(n * n, 0);
+    for (size_t h = 0; h < heads; ++h) {
+        if (head >= 0 && h != size_t(head)) continue;
+        for (size_t i = 0; i < n * n; ++i) map.cells[i] += all[h * n * n + i] / (head >= 0 ? 1.0f : float(heads));
+    }
+    for (const int32_t id : ids) map.tokens.push_back(visible(model.tokenizer.bytes(id), true));
+    const string title =
+        format("Attention of layer %d, ", layer) + (head >= 0 ? format("head %d", head) : format("mean of %zu heads", heads));
+    if (!svg.empty()) draw_heat_svg(map, title, svg);
+    if (json) {
+        string rows;
+        for (size_t i = 0; i < n; ++i) rows += (i ? "," : "") + json_list(map.cells.data() + i * n, n);
+        Json line;
+        line.raw("tokens", json_list(map.tokens.data(), n)).add("layer", layer);
+        if (head >= 0) line.add("head", head);
+        line.raw("attention", "[" + rows + "]").print();
+        return 0;
+    }
+    put_line(title);
+    draw_heat_terminal(map);
+    return 0;
+}
+
+// =====================================================================================================================
+// Measuring and checking: bench, compare, selftest
+// =====================================================================================================================
+
+// A model of random weights. Its vocabulary is as many characters as asked for, so that any size is possible.
+void random_model(Runtime& runtime, const Config& config, Model& model) {
+    string text;
+    for (int c = 0, code = 0x21; c + 1 < config.vocab; ++c, ++code) {
+        if (code == 0xD800) code = 0xE000;
+        if (code < 0x80) text += char(code);
+        else if (code < 0x800) (text += char(0xC0 | code >> 6)) += char(0x80 | (code & 63));
+        else if (code < 0x10000) ((text += char(0xE0 | code >> 12)) += char(0x80 | (code >> 6 & 63))) += char(0x80 | (code & 63));
+        else
+            (((text += char(0xF0 | code >> 18)) += char(0x80 | (code >> 12 & 63))) += char(0x80 | (code >> 6 & 63))) +=
+                char(0x80 | (code & 63));
+    }
+    TokenizerConfig characters;
+    characters.kind = TokenizerKind::characters;
+    Tokenizer tokenizer;
+    must(tokenizer.train(runtime, characters, text));
+    must(model.create(runtime, config, std::move(tokenizer)));
+}
+
+// Calls work() until the time is over, at least three times after one that does not count; returns the middle duration.
+template <class Work>
+double middle_time(double seconds, const Work& work) {
+    vector<double> times;
+    work();
+    for (const double start = now(); times.size() < 3 || now() - start < seconds;) {
+        const double before = now();
+        work();
+        times.push_back(now() - before);
+    }
+    std::sort(times.begin(), times.end());
+    return times[times.size() / 2];
+}
+
+int bench(Arguments& in) {
+    Common common;
+    string name = "baby";
+    int vocab = 96, batch = 8;
+    double seconds = 5;
+    bool json = false;
+    in.parse(common,
+             {{"--preset", "NAME", "(baby)", &name},
+              {"--vocab", "N", "(96)", &vocab, 2, 1000000},
+              {"--batch", "N", "sequences a training step (8)", &batch, 1, 1e6},
+              {"--seconds", "X", "how long each is measured (5)", &seconds, 0.01, 1e6},
+              {"--json", nullptr, "one JSON object each", &json}},
+             0, 1);
+    const string what = in.operands.empty() ? "" : in.operands[0];
+    if (!what.empty() && what != "train" && what != "prefill" && what != "decode")
+        usage("bench '" + what + "': must be train, prefill or decode");
+    Runtime& runtime = common.runtime;
+    Config config;
+    must_be("--preset", preset(name, config));
+    config.vocab = vocab;
+    Model model;
+    random_model(runtime, config, model);
+    uint64_t state = 1;
+    vector<int32_t> ids(size_t(batch) * size_t(config.context) + 1);
+    for (int32_t& id : ids) {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        id = int32_t((state >> 33) % uint64_t(vocab));
+    }
+    const double ceiling = fma_ceiling(runtime, runtime.thread_count());
+    if (!json)
+        put_line(format("%s, vocabulary %d; %s %s, %d threads; FMA ceiling %.0f GFLOP/s", name.c_str(), vocab, common.backend.c_str(),
+                        runtime.isa_name(), runtime.thread_count(), ceiling));
+    const auto report = [&](const char* kind, double tokens, double time, double flops) {
+        const double gflops = tokens / time * flops / 1e9;
+        if (json) {
+            Json line;
+            line.add("bench", kind)
+                .add("tokens_per_second", tokens / time)
+                .add("ms", time * 1e3)
+                .add("gflops", gflops)
+                .add("ceiling_gflops", ceiling);
+            line.add("percent_of_ceiling", 100 * gflops / ceiling).add("preset", name).add("vocab", vocab).add("batch", batch);
+            line.add("threads", runtime.thread_count()).add("backend", common.backend).add("isa", runtime.isa_name()).print();
+        } else {
+            put_now(format("%-8s %9s tokens/s  %10.3f ms %-12s %8.1f GFLOP/s  %5.1f %% of the ceiling\n", kind,
+                           grouped(int64_t(tokens / time)).c_str(), time * 1e3,
+                           strcmp(kind, "train") == 0     ? "a step"
+                           : strcmp(kind, "prefill") == 0 ? "a context"
+                                                          : "a token",
+                           gflops, 100 * gflops / ceiling));
+        }
+    };
+    if (what.empty() || what == "train") {
+        Data data;
+        must(data.create(runtime, Span<const int32_t>(ids.data(), ids.size())));
+        TrainConfig learning;
+        learning.batch = batch;
+        learning.steps = 1000000000;
+        learning.schedule = Schedule::constant;
+        Trainer trainer;
+        must(trainer.create(runtime, model, learning, data));
+        const size_t tokens = ids.size() - 1;
+        const double time = middle_time(seconds, [&] {
+            StepResult result;
+            must(trainer.step(Span<const int32_t>(ids.data(), tokens), Span<const int32_t>(ids.data() + 1, tokens), result));
+        });
+        report("train", double(tokens), time, 3 * flops_per_token(config));
+    }
+    Session session;
+    if (what != "train") must(session.create(runtime, model));
+    const size_t context = size_t(config.context);
+    if (what.empty() || what == "prefill") {
+        const double time = middle_time(seconds, [&] {
+            session.reset();
+            must(session.feed(Span<const int32_t>(ids.data(), context)));
+        });
+        report("prefill", double(context), time, flops_per_token(config));
+    }
+    if (what.empty() || what == "decode") {  // a whole context, token by token
+        SampleConfig how;
+        const double time = middle_time(seconds, [&] {
+            session.reset();
+            must(session.feed(Span<const int32_t>(ids.data(), 1)));
+            int32_t id = 0;
+            for (size_t i = 1; i < context; ++i) must(session.next(how, id));
+        });
+        report("decode", 1, time / double(context), flops_per_token(config));
+    }
+    return 0;
+}
+
+int compare(Arguments& in) {
+    Common common;
+    bool json = false;
+    in.parse(common, {{"--json", nullptr, "one JSON object", &json}}, 2, 2);
+    Model a, b;
+    must(a.load(common.runtime, in.operands[0]));
+    must(b.load(common.runtime, in.operands[1]));
+    Array<Difference> rows(common.runtime);
+    must(babygpt::compare(a, b, rows));
+    const Difference* first = nullptr;
+    size_t different = 0;
+    for (const Difference& row : rows) {
+        if (row.same_bits && row.same_shape) continue;
+        if (!first) first = &row;
+        ++different;
+    }
+    const double relative = first && first->max_reference > 0 ? first->max_difference / first->max_reference : none;
+    if (json) {
+        Json line;
+        line.add("same", !first).add("tensors", rows.count).add("different", different);
+        if (first)
+            line.add("tensor", first->name)
+                .add("same_shape", first->same_shape)
+                .add("index", first->index)
+                .add("max_difference", first->max_difference)
+                .add("relative", relative);
+        line.print();
+    } else if (!first) {
+        put_line(format("the same bits in all %zu tensors", rows.count));
+    } else if (!first->same_shape) {
+        put_line(format("%s is the first of %zu tensors that differ: it is missing in one, or has another shape", first->name, different));
+    } else {
+        put_line(format("%s is the first of %zu tensors that differ (of %zu): from element %lld on, by at most %.3g (relative %.3g)",
+                        first->name, different, rows.count, static_cast<long long>(first->index), first->max_difference, relative));
+    }
+    return first ? 1 : 0;
+}
+
+int selftest(Arguments& in) {
+    Common common;
+    bool json = false;
+    in.parse(common, {{"--json", nullptr, "one JSON object a check", &json}}, 0, 0);
+    Array<CheckResult> results(common.runtime);
+    must(babygpt::selftest(common.runtime, results));
+    size_t failed = 0;
+    for (const CheckResult& check : results) {
+        failed += !check.passed;
+        if (json) Json().add("check", check.what).add("error", check.error).add("limit", check.limit).add("passed", check.passed).print();
+        else put_line(format("%-6s  %-52s  error %.2e  limit %.0e", check.passed ? "ok" : "FAILED", check.what, check.error, check.limit));
+    }
+    if (!json) put_line(format("%zu passed, %zu failed", results.count - failed, failed));
+    return failed > 0 ? 1 : 0;
+}
+
+// =====================================================================================================================
+// main
+// =====================================================================================================================
+
+const vector<Command> commands = {
+    {"train", "FILE... --out M.safetensors [options]",
+     "Trains a model on text. Without further options it takes about two minutes and does something sensible.",
+     "  babygpt train story.txt --out story.safetensors\n"
+     "  babygpt train talks.jsonl --field dialogue --user-turn '#Person1#: ' --reply-turn '#Person2#: ' --preset baby --tokenizer char "
+     "--time 3600 --out m.safetensors\n"
+     "  babygpt train story.txt --out story.safetensors --resume\n",
+     train},
+    {"generate", "M [options]", "Continues a text.",
+     "  babygpt generate story.safetensors --prompt 'Once upon' --temperature 0.6 --tokens 300\n", generate},
+    {"chat", "M [options]",
+     "Talks with a model. When standard input is no terminal, each line gets a reply of one line; the line /reset forgets the "
+     "conversation.",
+     "  babygpt chat village.safetensors\n  printf 'Hello\\nWho are you?\\n' | babygpt chat village.safetensors --reply-turn 'Smith: ' "
+     "--json\n",
+     chat},
+    {"eval", "M FILE... [options]", "How well a model predicts a text.", "  babygpt eval m.safetensors test.txt --train train.txt\n", eval},
+    {"score", "M [options]", "The log-probability of each token of a text (standard input), and their sum.",
+     "  echo 'To be or not to be' | babygpt score m.safetensors\n", score},
+    {"encode", "T [options]", "Text from standard input -> token ids. T: a model, a tokenizer's file or folder, or byte.",
+     "  echo hello | babygpt encode tokenizer.json\n", encode},
+    {"decode", "T [options]", "Token ids from standard input -> the exact bytes. T: a model, a tokenizer's file or folder, or byte.",
+     "  echo 104 105 | babygpt decode byte\n", decode},
+    {"tokenizer", "FILE... --vocab N --out T", "Learns a byte-level BPE tokenizer from text.",
+     "  babygpt tokenizer story.txt --vocab 1024 --out tokenizer.json\n", make_tokenizer},
+    {"info", "M | --preset NAME [options]", "What a model is made of, and how much memory it takes.",
+     "  babygpt info --preset baby --batch 8\n", info},
+    {"attention", "M TEXT [options]", "Which earlier tokens each token looks at.",
+     "  babygpt attention m.safetensors 'Kedi mama yer' --layer 1 --svg cat.svg\n", attention},
+    {"plot", "LOG.csv... [options]", "Draws the loss curves of logs (train --log).", "  babygpt plot a.csv b.csv --svg curves.svg\n", plot},
+    {"bench", "[train|prefill|decode] [options]", "How fast this machine trains, reads and writes, on random tokens.",
+     "  babygpt bench train --threads 2\n", bench},
+    {"compare", "A B [options]", "The first tensor at which two checkpoints differ, and by how much. Exit status 0: the same bits, 1: not.",
+     "  babygpt compare a.safetensors b.safetensors\n", compare},
+    {"selftest", "[options]", "Gradient checks and golden numbers of this very program.", "", selftest},
+};
+
+string overview() {
+    string text = "babygpt COMMAND ... : tokenize, train a small GPT and talk to it\n\n";
+    for (const Command& command : commands) text += format("  %-10s %s\n", command.name, command.summary);
+    return text + "\nbabygpt help COMMAND, or babygpt COMMAND --help, lists a command's options.\n";
+}
+
+int dispatch(vector<string> words) {
+    if (words.empty()) usage("which command? babygpt --help lists them");
+    const string version = format("babygpt %d.%d.%d", BABYGPT_VERSION_MAJOR, BABYGPT_VERSION_MINOR, BABYGPT_VERSION_PATCH);
+    if (words[0] == "--version") return put_line(version), 0;
+    if (words[0] == "--help" || words[0] == "-h" || (words[0] == "help" && words.size() == 1)) return put(overview()), 0;
+    if (words[0] == "help") words = {words[1], "--help"};
+    vector<string> names = {"help"};
+    for (const Command& command : commands) {
+        names.push_back(command.name);
+        if (words[0] != command.name) continue;
+        Arguments arguments{command, vector<string>(words.begin() + 1, words.end()), {}};
+        return command.run(arguments);
+    }
+    usage("unknown command '" + words[0] + "'" + nearest(words[0], names));
+}
+
+void report(const string& message) {
+    string line = message;
+    for (char& c : line)
+        if (static_cast<unsigned char>(c) < 0x20 || c == 0x7F) c = ' ';
+    fprintf(stderr, "babygpt: error: %s\n", line.c_str());
+}
+
+vector<string> command_line(int count, char** words) {
+#if defined(_WIN32)  // UTF-8 in, UTF-8 and exact bytes out
+    SetConsoleOutputCP(CP_UTF8);
+    _setmode(_fileno(stdin), _O_BINARY);
+    _setmode(_fileno(stdout), _O_BINARY);
+    wchar_t** wide = CommandLineToArgvW(GetCommandLineW(), &count);
+    vector<string> result;
+    for (int i = 1; i < count; ++i) result.push_back(to_string(fs::path(wide[i])));
+    LocalFree(wide);
+    (void)words;
+    return result;
+#else
+    return vector<string>(words + std::min(count, 1), words + count);
+#endif
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+#if !defined(_WIN32)
+    std::signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error that a write reports
+#endif
+    int code = 0;
+    try {
+        code = dispatch(command_line(count, words));
+    } catch (const Failure& failure) {
+        code = failure.code;
+        if (code != 0) report(failure.message);
+    } catch (const std::bad_alloc&) {
+        code = 1;
+        report("out of memory");
+    } catch (const std::exception& fault) {
+        code = 1;
+        report(fault.what());
+    }
+    errno = 0;
+    if (!flush_output() && code == 0) {
+        code = 1;
+        report(string("cannot write to standard output: ") + strerror(errno));
+    }
+    return code;
+}

@@ -1,0 +1,191 @@
+#!/usr/bin/env python3
+"""Compares the ids of `babygpt encode` with those of tiktoken (and, where installed, of Hugging Face's tokenizers).
+
+    tools/compare_tokenizers.py [--babygpt build/babygpt] [--shared ../shared] [--strings 200000] [--seed 1]
+
+Takes the text files under the shared folder whole and line by line, DialogSum's fields, the Turkish text, and random strings: of all
+code points, of those at which classes change, of pieces that the pre-tokenization cuts in special ways, long runs. Ends with a line
+`N passed, N failed, N skipped`. What is missing is skipped with a line that says so.
+"""
+import argparse
+import base64
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import unicodedata
+
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+passed = failed = skipped = 0
+
+
+def result(name, good, detail=""):
+    global passed, failed
+    passed, failed = passed + good, failed + (not good)
+    print(("same      " if good else "DIFFERENT ") + name + (": " + detail if detail else ""), flush=True)
+
+
+def skip(name, why):
+    global skipped
+    skipped += 1
+    print(f"skipped   {name}: {why}", flush=True)
+
+
+def encode(program, tokenizer, texts, special=False):
+    """The ids of each text, from one run of the program."""
+    lines = "".join(json.dumps({"text": t}) + "\n" for t in texts)
+    command = [program, "encode", tokenizer, "--jsonl"] + (["--special"] if special else [])
+    run = subprocess.run(command, input=lines.encode(), stdout=subprocess.PIPE, check=True)
+    found = [json.loads(line)["ids"] for line in run.stdout.splitlines()]
+    if len(found) != len(texts):
+        raise SystemExit(f"{len(texts)} lines were asked for, {len(found)} came back")
+    return found
+
+
+def compare(name, texts, got, wanted):
+    wrong = [i for i in range(len(texts)) if list(wanted[i]) != got[i]]
+    detail = f"{len(texts)} texts, {sum(map(len, got))} ids"
+    if wrong:
+        i = wrong[0]
+        at = next((k for k, (a, b) in enumerate(zip(wanted[i], got[i])) if a != b), min(len(wanted[i]), len(got[i])))
+        detail = f"{len(wrong)} of {len(texts)}; first: {texts[i][:80]!r}, id {at}: {list(wanted[i][at:at + 4])} expected, {got[i][at:at + 4]} found"
+    result(name, not wrong, detail)
+
+
+def read(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return file.read()
+
+
+def random_strings(count, rng):
+    kinds = {}
+    for code in range(0x110000):
+        if not 0xD800 <= code < 0xE000:
+            kinds.setdefault(unicodedata.category(chr(code)), []).append(chr(code))
+    names = sorted(kinds)
+    blanks = " \t\n\r\x0b\x0c\x85\u00a0\u1680\u2000\u2007\u2009\u2028\u2029\u202f\u205f\u3000\u200b\ufeff\x1c\x1f"
+    pieces = ["'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "'", "''", "'l", "'r", "'v", " '", "’s", " ", "  ", "\n\n", " \n", "\t", "the", " The", "don't", "123",
+              "x²", "½", "e\u0301", "<|endoftext|>", "...", "!!", "日本語", " türkçe", "İ", "ß", "😀", "👩‍👩‍👧", "\u200d", "\ufffd", "\x00", "\U0010ffff"]
+
+    def one():
+        kind = rng.randrange(6)
+        size = rng.randrange(1, 24)
+        if kind == 0:  # any code point
+            return "".join(chr(c) for c in (rng.randrange(0x110000) for _ in range(size)) if not 0xD800 <= c < 0xE000)
+        if kind == 1:  # any category, each as often
+            return "".join(rng.choice(kinds[rng.choice(names)]) for _ in range(size))
+        if kind == 2:
+            return "".join(chr(rng.randrange(128)) for _ in range(size * 3))
+        if kind == 3:
+            return "".join(rng.choice(pieces) for _ in range(size))
+        if kind == 4:
+            return "".join(rng.choice(blanks) if rng.random() < 0.5 else rng.choice("ab1'!é½") for _ in range(size))
+        return (rng.choice(pieces) + rng.choice("aA0 \n^'é")) * rng.randrange(1, 60)
+
+    return [one() for _ in range(count)]
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--babygpt", default="build/babygpt")
+    parser.add_argument("--shared", default="../shared")
+    parser.add_argument("--strings", type=int, default=200000)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    data = os.path.join(options.shared, "data")
+    gpt2 = os.path.join(data, "tokenizers", "gpt2")
+    ranks_file = os.path.join(gpt2, "r50k_base.tiktoken")
+    if not os.path.exists(options.babygpt):
+        skip("everything", f"there is no {options.babygpt}")
+    elif not os.path.exists(ranks_file):
+        skip("everything", f"there is no {ranks_file}")
+    else:
+        against_tiktoken(options, data, gpt2, ranks_file)
+        against_hugging_face(options, data)
+    print(f"{passed} passed, {failed} failed, {skipped} skipped")
+    return 1 if failed else 0
+
+
+def against_tiktoken(options, data, gpt2, ranks_file):
+    try:
+        import tiktoken
+    except ImportError:
+        return skip("tiktoken", "not installed")
+    with open(ranks_file, "rb") as file:
+        ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in file.read().splitlines() if line)}
+    reference = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
+
+    def check(name, texts, tokenizer=gpt2):
+        compare(f"tiktoken, {name}", texts, encode(options.babygpt, tokenizer, texts), [reference.encode_ordinary(t) for t in texts])
+
+    files = {}
+    for folder in ("text", "turkish", "parallel"):
+        path = os.path.join(data, folder)
+        if not os.path.isdir(path):
+            skip(folder, "the folder is absent")
+            continue
+        for name in sorted(os.listdir(path)):
+            files[name] = read(os.path.join(path, name))
+            check(name + ", whole", [files[name]])
+            check(name + ", by lines", files[name].split("\n"))
+    for name in ("train", "dev", "test"):
+        path = os.path.join(data, "dialogsum", f"dialogsum.{name}.jsonl")
+        if not os.path.exists(path):
+            skip(f"dialogsum {name}", "the file is absent")
+            continue
+        records = [json.loads(line) for line in read(path).split("\n") if line]
+        check(f"dialogsum {name}", [text for record in records for text in record.values() if isinstance(text, str)])
+    strings = random_strings(options.strings, random.Random(options.seed))
+    check(f"random strings, seed {options.seed}", strings)
+    check("random strings, .tiktoken file", strings[:20000], ranks_file)
+    compare("tiktoken, special tokens", strings[:20000], encode(options.babygpt, gpt2, strings[:20000], special=True),
+            [reference.encode(t, allowed_special="all") for t in strings[:20000]])
+    if "tinystories_sample_2MiB.txt" in files:
+        speed(options, gpt2, reference, files["tinystories_sample_2MiB.txt"])
+
+
+def speed(options, gpt2, reference, text):
+    """One thread each; the program's own start and its reading of the vocabulary are taken off by a run on nothing."""
+    text = text * 8
+    size = len(text.encode())
+
+    def seconds(bytes_in):
+        start = time.perf_counter()
+        subprocess.run([options.babygpt, "encode", gpt2], input=bytes_in, stdout=subprocess.DEVNULL, check=True)
+        return time.perf_counter() - start
+
+    ours = min(seconds(text.encode()) for _ in range(3)) - min(seconds(b"") for _ in range(3))
+    theirs = float("inf")
+    for _ in range(2):
+        start = time.perf_counter()
+        reference.encode_ordinary(text)
+        theirs = min(theirs, time.perf_counter() - start)
+    result("faster than tiktoken, and 20 MB/s", ours < theirs and size / ours > 20e6,
+           f"{size / ours / 1e6:.1f} MB/s with reading and printing, tiktoken {size / theirs / 1e6:.1f} MB/s")
+
+
+def against_hugging_face(options, data):
+    """Trains a tokenizer, and has Hugging Face's library read our tokenizer.json."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        return skip("Hugging Face's tokenizers", "not installed")
+    path = os.path.join(data, "text", "tinyshakespeare.txt")
+    if not os.path.exists(path):
+        return skip("Hugging Face's tokenizers", f"there is no {path}")
+    with tempfile.TemporaryDirectory() as folder:
+        ours = os.path.join(folder, "tokenizer.json")
+        subprocess.run([options.babygpt, "tokenizer", path, "--vocab", "1024", "--out", ours], stdout=subprocess.DEVNULL, check=True)
+        reference = Tokenizer.from_file(ours)
+        # Its regular expressions know another version of Unicode, so characters that are newer than this one are left out.
+        known = [t for t in random_strings(20000, random.Random(options.seed + 1)) if all(unicodedata.category(c) != "Cn" for c in t)]
+        texts = read(path).split("\n") + known
+        wanted = [encoding.ids for encoding in reference.encode_batch(texts, add_special_tokens=False)]
+        compare("Hugging Face's tokenizers, our own tokenizer.json", texts, encode(options.babygpt, ours, texts, special=True), wanted)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
