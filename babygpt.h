@@ -5763,12 +5763,12 @@ Status Trainer::run(const RunConfig& how, RunResult& result) {
             }
         }
         result.stopped_early = config.patience > 0 && bad_evaluations >= config.patience;
-        if (how.save_every > 0 ? step_count % how.save_every == 0 : scheduled) BABYGPT_TRY(save_all());
         progress.step = &step_result;
         progress.steps = config.steps;
         progress.seconds = seconds_now() - start;
         progress.seconds_left = progress.seconds / static_cast<double>(step_count - first) * static_cast<double>(config.steps - step_count);
         if (how.progress && !how.progress(how.user, progress)) result.cancelled = true;
+        if (how.save_every > 0 ? step_count % how.save_every == 0 : scheduled) BABYGPT_TRY(save_all());
         if (result.cancelled || result.stopped_early) break;
     }
     BABYGPT_TRY(save_all());
@@ -7834,8 +7834,8 @@ struct Products {
 
 // ---- what works along rows ---------------------------------------------------------------------------------------------
 //
-// Everything that is not a product of matrices with weights, for a set of vectors I. Each function does a part of an op of chapter 5, so that
-// threads can share it, and takes what that op takes:
+// Everything that is not a product of matrices with weights, for a set of vectors I. Each function does a part of an op of chapter 5, so
+// that threads can share it, and takes what that op takes:
 //   rows [r0, r1):       embedding_forward, norm_forward, norm_backward_rows, dropout_forward, dropout_backward, head_rows
 //   columns [c0, c1), all rows in order (threads best take multiples of 16 columns):
 //                        embedding_backward, norm_backward_columns, bias_backward
@@ -7898,16 +7898,17 @@ struct Rows {
 
     // ---- embedding ----
 
-    static BABYGPT_INLINE void embedding_forward(float* y, const float* token, const float* position, const int32_t* ids, Span<const Sequence> sequences,
-                                                 int width, int r0, int r1) {
+    static BABYGPT_INLINE void embedding_forward(float* y, const float* token, const float* position, const int32_t* ids,
+                                                 Span<const Sequence> sequences, int width, int r0, int r1) {
         for (const Sequence& s : sequences)
             for (int row = most(r0, s.row); row < least(r1, s.row + s.length); ++row) {
                 const float* t = token + static_cast<int64_t>(ids[row]) * width;
-                add_forward(y + static_cast<int64_t>(row) * width, t, position + static_cast<int64_t>(s.position + row - s.row) * width, width);
+                add_forward(y + static_cast<int64_t>(row) * width, t, position + static_cast<int64_t>(s.position + row - s.row) * width,
+                            width);
             }
     }
-    static BABYGPT_INLINE void embedding_backward(float* dtoken, float* dposition, const float* dy, const int32_t* ids, Span<const Sequence> sequences,
-                                                  int width, int c0, int c1) {
+    static BABYGPT_INLINE void embedding_backward(float* dtoken, float* dposition, const float* dy, const int32_t* ids,
+                                                  Span<const Sequence> sequences, int width, int c0, int c1) {
         for (const Sequence& s : sequences)
             for (int i = 0; i < s.length; ++i) {
                 const float* d = dy + static_cast<int64_t>(s.row + i) * width + c0;
@@ -7918,7 +7919,8 @@ struct Rows {
 
     // ---- norm ----
 
-    static BABYGPT_INLINE void norm_forward(float* y, float* statistics, const float* x, const float* w, const float* b, int n, double epsilon, int r0, int r1) {
+    static BABYGPT_INLINE void norm_forward(float* y, float* statistics, const float* x, const float* w, const float* b, int n,
+                                            double epsilon, int r0, int r1) {
         x += static_cast<int64_t>(r0) * n, y += static_cast<int64_t>(r0) * n, statistics += static_cast<int64_t>(r0) * 2;
         for (int row = r0; row < r1; ++row, x += n, y += n, statistics += 2) {
             V a, c, means, scales;
@@ -7957,7 +7959,8 @@ struct Rows {
             statistics[0] = mean, statistics[1] = scale;
         }
     }
-    static BABYGPT_INLINE void norm_backward_rows(float* dx, const float* dy, const float* x, const float* statistics, const float* w, int n, bool adds, int r0, int r1) {
+    static BABYGPT_INLINE void norm_backward_rows(float* dx, const float* dy, const float* x, const float* statistics, const float* w,
+                                                  int n, bool adds, int r0, int r1) {
         const int64_t start = static_cast<int64_t>(r0) * n;
         x += start, dy += start, dx += start, statistics += static_cast<int64_t>(r0) * 2;
         for (int row = r0; row < r1; ++row, x += n, dy += n, dx += n, statistics += 2) {
@@ -7987,7 +7990,8 @@ struct Rows {
         }
     }
     // Rows by fours, so that sums stay in registers for a while.
-    static BABYGPT_INLINE void norm_backward_columns(float* dw, float* db, const float* dy, const float* x, const float* statistics, int rows, int n, int c0, int c1) {
+    static BABYGPT_INLINE void norm_backward_columns(float* dw, float* db, const float* dy, const float* x, const float* statistics,
+                                                     int rows, int n, int c0, int c1) {
         for (int row = 0; row < rows; row += 4) {
             const int64_t start = static_cast<int64_t>(row) * n;
             const int count = least(4, rows - row);
@@ -8121,10 +8125,10 @@ struct Rows {
 
     // ---- softmax cross-entropy ----
 
-    // Some rows of the output head; all pointers stand at the first of them, row r of logits at logits + r * stride. With `gradient`, the logits
-    // become d loss / d logits in place (0 where the target is negative). ranks may be null.
-    static BABYGPT_INLINE void head_rows(double* losses, int32_t* ranks, float* softmax, float* logits, int64_t stride, const int32_t* targets, int vocab,
-                                         double smoothing, bool gradient, int rows) {
+    // Some rows of the output head; all pointers stand at the first of them, row r of logits at logits + r * stride. With `gradient`, the
+    // logits become d loss / d logits in place (0 where the target is negative). ranks may be null.
+    static BABYGPT_INLINE void head_rows(double* losses, int32_t* ranks, float* softmax, float* logits, int64_t stride,
+                                         const int32_t* targets, int vocab, double smoothing, bool gradient, int rows) {
         for (int row = 0; row < rows; ++row, logits += stride, softmax += 2) {
             const int target = targets[row];
             losses[row] = 0;
@@ -8212,8 +8216,10 @@ struct Rows {
     // Also zeroes the gradients.
     static BABYGPT_INLINE void adamw(float* w, float* m, float* v, float* g, int64_t n, const AdamW& a, bool decays) {
         V scale, beta1, beta2, rest1, rest2, step, root_scale, epsilon, decay, tiny, none;
-        I::splat(scale, a.gradient_scale), I::splat(beta1, a.beta1), I::splat(beta2, a.beta2), I::splat(rest1, a.one_minus_beta1), I::splat(rest2, a.one_minus_beta2);
-        I::splat(step, -a.step_size), I::splat(root_scale, a.root_scale), I::splat(epsilon, a.epsilon), I::splat(decay, decays ? -a.decay : -0.0f);
+        I::splat(scale, a.gradient_scale), I::splat(beta1, a.beta1), I::splat(beta2, a.beta2), I::splat(rest1, a.one_minus_beta1),
+            I::splat(rest2, a.one_minus_beta2);
+        I::splat(step, -a.step_size), I::splat(root_scale, a.root_scale), I::splat(epsilon, a.epsilon),
+            I::splat(decay, decays ? -a.decay : -0.0f);
         I::splat(tiny, 1e-30f), I::splat(none, 0);
         for (int64_t i = 0; i < n; i += W) {
             const int left = static_cast<int>(least(n - i, static_cast<int64_t>(W)));
@@ -8250,7 +8256,8 @@ struct Rows {
                 part[j] = d * d + part[j];
             }
         }
-        memcpy(lanes.lane, part, sizeof lanes.lane);
+        BABYGPT_UNROLL
+        for (int j = 0; j < 16 / half; ++j) memcpy(lanes.lane + j * half, &part[j], sizeof part[j]);
 #endif
         for (; i < n; ++i) lanes.lane[i % 16] += static_cast<double>(g[i]) * static_cast<double>(g[i]);
         return lanes.total();
@@ -8266,15 +8273,17 @@ struct Rows {
     // Products of small matrices, by tiles of `tall` rows by `wide` columns in registers:
     //   forward, for `tall` queries: scores = q K^T, softmax along each row, y = p V;
     //   backward, for blocks of queries and keys: scores and dp = dy V^T, from these p and ds, then dq += ds K, dk += ds^T q, dv += p^T dy.
-    // Queries of a tile see different numbers of keys: what all see is one product; the triangle that is left follows (or, for dk and dv, comes
-    // first), so that nothing is added to a chain that is not in it. Scores above the diagonal are computed where a tile holds them, and not used.
+    // Queries of a tile see different numbers of keys: what all see is one product; the triangle that is left follows (or, for dk and dv,
+    // comes first), so that nothing is added to a chain that is not in it. Scores above the diagonal are computed where a tile holds them,
+    // and not used.
 
     static constexpr int tall = 6, wide = 2 * W, block = tall * W;  // block: a multiple of both
     static constexpr int page = kv_page;
 
     // c[r][0..wide) += sum over k < n of a[r * a_row + k * a_step] * b[k * b_row + 0..wide), a chain; fresh: c was 0.
     template <int rows>
-    static BABYGPT_INLINE void tile(float* c, int64_t c_row, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row, int n, bool fresh) {
+    static BABYGPT_INLINE void tile(float* c, int64_t c_row, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row,
+                                    int n, bool fresh) {
         V sum[static_cast<size_t>(rows)][2], b0, b1, s;
         BABYGPT_UNROLL
         for (int r = 0; r < rows; ++r) {
@@ -8294,7 +8303,8 @@ struct Rows {
     }
     // The triangle of a tile: step e = 0..count-1 adds a[r * a_row + e * a_step] * b[e][0..wide) to the rows r > e (lower: r <= e).
     template <bool lower>
-    static BABYGPT_INLINE void triangle(float* c, int64_t c_row, const float* a, int64_t a_row, int64_t a_step, const float* const* b, int64_t b_column, int count) {
+    static BABYGPT_INLINE void triangle(float* c, int64_t c_row, const float* a, int64_t a_row, int64_t a_step, const float* const* b,
+                                        int64_t b_column, int count) {
         V sum[static_cast<size_t>(tall)][2], b0, b1, s;
         BABYGPT_UNROLL
         for (int r = 0; r < tall; ++r) I::load(sum[r][0], c + r * c_row), I::load(sum[r][1], c + r * c_row + W);
@@ -8312,38 +8322,36 @@ struct Rows {
         BABYGPT_UNROLL
         for (int r = 0; r < tall; ++r) I::store(c + r * c_row, sum[r][0]), I::store(c + r * c_row + W, sum[r][1]);
     }
-    static constexpr int ahead = 8;  // rows that lie apart are called for so long before they are read
 
-    // to[c * to_row + r] = from[r * from_row + c], squares of 4 x 4 by shuffles
+    static constexpr int ahead = 8;  // rows that lie apart are prefetched so many before
+
+    // to[c * to_row + r] = from[r * from_row + c], in squares of 4 x 4
     static BABYGPT_INLINE void transpose(float* to, int64_t to_row, const float* from, int64_t from_row, int rows, int cols) {
         int r = 0;
 #if BABYGPT_VECTORS && defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
         typedef float Four __attribute__((vector_size(16)));
-        for (; r + 4 <= rows; r += 4) {
+        for (; r + 4 <= rows && cols % 4 == 0; r += 4) {
             for (int j = 0; j < 4; ++j)
                 for (int c = 0; c < cols; c += 16) prefetch(from + (r + ahead + j) * from_row + c);
-            int c = 0;
-            for (; c + 4 <= cols; c += 4) {
+            for (int c = 0; c < cols; c += 4) {
                 Four a[4];
                 BABYGPT_UNROLL
                 for (int j = 0; j < 4; ++j) memcpy(&a[j], from + (r + j) * from_row + c, sizeof a[j]);
-                const Four low01 = __builtin_shufflevector(a[0], a[1], 0, 4, 1, 5), high01 = __builtin_shufflevector(a[0], a[1], 2, 6, 3, 7);
-                const Four low23 = __builtin_shufflevector(a[2], a[3], 0, 4, 1, 5), high23 = __builtin_shufflevector(a[2], a[3], 2, 6, 3, 7);
-                a[0] = __builtin_shufflevector(low01, low23, 0, 1, 4, 5), a[1] = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
-                a[2] = __builtin_shufflevector(high01, high23, 0, 1, 4, 5), a[3] = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
+                const Four b0 = __builtin_shufflevector(a[0], a[1], 0, 4, 1, 5), b1 = __builtin_shufflevector(a[0], a[1], 2, 6, 3, 7);
+                const Four b2 = __builtin_shufflevector(a[2], a[3], 0, 4, 1, 5), b3 = __builtin_shufflevector(a[2], a[3], 2, 6, 3, 7);
+                a[0] = __builtin_shufflevector(b0, b2, 0, 1, 4, 5), a[1] = __builtin_shufflevector(b0, b2, 2, 3, 6, 7);
+                a[2] = __builtin_shufflevector(b1, b3, 0, 1, 4, 5), a[3] = __builtin_shufflevector(b1, b3, 2, 3, 6, 7);
                 BABYGPT_UNROLL
                 for (int j = 0; j < 4; ++j) memcpy(to + (c + j) * to_row + r, &a[j], sizeof a[j]);
             }
-            for (; c < cols; ++c)
-                for (int j = 0; j < 4; ++j) to[c * to_row + r + j] = from[(r + j) * from_row + c];
         }
 #endif
 #endif
         for (; r < rows; ++r)
             for (int c = 0; c < cols; ++c) to[c * to_row + r] = from[r * from_row + c];
     }
-    // Columns from `cols` to `padded` become 0.
+    // Copies rows x cols; columns from `cols` to `padded` become 0.
     static BABYGPT_INLINE void copy_rows(float* to, int64_t to_row, const float* from, int64_t from_row, int rows, int cols, int padded) {
         for (int r = 0; r < rows; ++r, to += to_row, from += from_row) {
             for (int c = 0; c < cols; c += 16) prefetch(from + ahead * from_row + c);
@@ -8351,6 +8359,7 @@ struct Rows {
             for (int c = cols; c < padded; ++c) to[c] = 0;
         }
     }
+
     // Floats of scratch for one thread. `keys`: the longest position + length of a sequence.
     static int64_t attention_scratch(int keys, int dim, bool training) {
         const int64_t padded = round_up(dim, wide), pages = round_up(keys, page), blocks = round_up(keys, block);
@@ -8361,30 +8370,32 @@ struct Rows {
 
     // Where the keys and values of one head are: in the pages of a KV cache, or, packed in the same way, in scratch.
     struct Cache {
-        float *keys, *values;           // in scratch
-        float* kv;                      // first page, this layer and head; null: no cache
+        float *keys, *values;  // in scratch: pages of keys [dim][page], values [position][row]
+        float* kv;             // this layer and head in the first page; null: no KV cache
         const int32_t* pages;
-        int64_t page_block, value_offset;
-        int dim, row;                   // floats from one position's values to the next
-        bool copied;                    // the values are in scratch
-        // [dim][page] of page number i
-        BABYGPT_INLINE float* key_page(int i) const { return kv ? kv + pages[i] * page_block : keys + static_cast<int64_t>(i) * page * dim; }
-        BABYGPT_INLINE float* cached_values(int i) const { return kv + pages[i] * page_block + value_offset; }
+        int64_t page_block;    // from page to page
+        int64_t value_offset;  // from keys to values
+        int dim, row;          // row: from one position's values to the next
+        bool copied;           // the values are in scratch
+        BABYGPT_INLINE float* key_page(int i) const {
+            return kv ? kv + pages[i] * page_block : keys + static_cast<int64_t>(i) * page * dim;
+        }
+        BABYGPT_INLINE float* value_page(int i) const { return kv + pages[i] * page_block + value_offset; }
         BABYGPT_INLINE const float* value(int position) const {
-            return copied ? values + static_cast<int64_t>(position) * row : cached_values(position / page) + static_cast<int64_t>(position % page) * dim;
+            return copied ? values + static_cast<int64_t>(position) * row : value_page(position / page) + position % page * dim;
         }
     };
 
-    static BABYGPT_INLINE void attention_forward(float* y, float* softmax, const float* x, const Sequence& s, float* kv, int layer, int layers, int heads,
-                                                 int dim, const Dropout& drop, int head, float* scratch) {
+    static BABYGPT_INLINE void attention_forward(float* y, float* softmax, const float* x, const Sequence& s, float* kv, int layer,
+                                                 int layers, int heads, int dim, const Dropout& drop, int head, float* scratch) {
         const int64_t width = static_cast<int64_t>(heads) * dim, stride = 3 * width, column = static_cast<int64_t>(head) * dim;
         const int before = s.pages ? s.position : 0, keys = before + s.length, padded = round_up(dim, wide);
         const float* q = x + s.row * stride + column;
-        float *queries = scratch, *out = queries + tall * dim, *scores = out + tall * padded;
-        const int scores_row = round_up(keys, page);
+        float *queries = scratch, *out = queries + tall * dim, *scores = out + tall * padded, inverse[tall];
+        const int64_t scores_row = round_up(keys, page);
         Cache cache;
-        cache.keys = scores + static_cast<int64_t>(tall) * scores_row;
-        cache.values = cache.keys + static_cast<int64_t>(scores_row) * dim;
+        cache.keys = scores + tall * scores_row;
+        cache.values = cache.keys + scores_row * dim;
         cache.kv = s.pages ? kv + (static_cast<int64_t>(layer) * 2 * width + column) * page : nullptr;
         cache.pages = s.pages;
         cache.page_block = static_cast<int64_t>(layers) * 2 * width * page;
@@ -8396,12 +8407,14 @@ struct Rows {
             n = least(page - at, s.length - i);
             const float* from = q + i * stride + width;
             transpose(cache.key_page((before + i) / page) + at, page, from, stride, n, dim);
-            if (s.pages) copy_rows(cache.cached_values((before + i) / page) + at * dim, dim, from + width, stride, n, dim, dim);
-            else copy_rows(cache.values + static_cast<int64_t>(i) * padded, padded, from + width, stride, n, dim, padded);
+            if (s.pages) copy_rows(cache.value_page((before + i) / page) + at * dim, dim, from + width, stride, n, dim, dim);
         }
-        if (s.pages && cache.copied)
-            for (int k = 0; k < keys; k += page)
-                copy_rows(cache.values + static_cast<int64_t>(k) * padded, padded, cache.cached_values(k / page), dim, least(page, keys - k), dim, padded);
+        if (!s.pages) copy_rows(cache.values, padded, q + 2 * width, stride, s.length, dim, padded);
+        else if (cache.copied)
+            for (int64_t k = 0; k < keys; k += page) {
+                const int n = static_cast<int>(least(static_cast<int64_t>(page), keys - k));
+                copy_rows(cache.values + k * padded, padded, cache.value_page(static_cast<int>(k) / page), dim, n, dim, padded);
+            }
 
         for (int i = 0, n; i < s.length; i += n) {
             n = least(tall, s.length - i);
@@ -8410,17 +8423,21 @@ struct Rows {
             for (int j = n * dim; j < tall * dim && n > 1; ++j) queries[j] = 0;
             if (n == 1) scores_of<1>(scores, scores_row, queries, cache, before + i + n);
             else scores_of<tall>(scores, scores_row, queries, cache, before + i + n);
-            const int64_t row = s.row + i;
-            for (int r = 0; r < n; ++r) softmax_row(scores + static_cast<int64_t>(r) * scores_row, before + i + r + 1, dim, drop, static_cast<int>(row) + r, head, softmax + ((row + r) * heads + head) * 2);
+            for (int r = 0; r < n; ++r) {
+                float* statistics = softmax + (static_cast<int64_t>(s.row + i + r) * heads + head) * 2;
+                softmax_row(scores + r * scores_row, before + i + r + 1, dim, drop, s.row + i + r, head, statistics);
+                inverse[r] = 1.0f / statistics[1];
+            }
             if (n == 1) mix_values<1>(out, scores, scores_row, cache, before + i + 1, n);
             else mix_values<tall>(out, scores, scores_row, cache, before + i + 1, n);
             for (int r = 0; r < n; ++r) {
-                V v, inverse;
-                I::splat(inverse, 1.0f / softmax[((row + r) * heads + head) * 2 + 1]);
+                float* to = y + (s.row + i + r) * width + column;
+                V v, scale;
+                I::splat(scale, inverse[r]);
                 for (int d = 0; d < dim; d += W) {
                     I::load(v, out + r * padded + d);
-                    v = v * inverse;
-                    put(y + (row + r) * width + column + d, v, dim - d);
+                    v = v * scale;
+                    put(to + d, v, dim - d);
                 }
             }
         }
@@ -8481,46 +8498,34 @@ struct Rows {
     }
 
     // This head's part of dx.
-    static BABYGPT_INLINE void attention_backward(float* dx, const float* dy, const float* y, const float* softmax, const float* x, const Sequence& s, int heads,
-                                                  int dim, const Dropout& drop, bool adds, int head, float* scratch) {
+    static BABYGPT_INLINE void attention_backward(float* dx, const float* dy, const float* y, const float* softmax, const float* x,
+                                                  const Sequence& s, int heads, int dim, const Dropout& drop, bool adds, int head,
+                                                  float* scratch) {
         const int64_t width = static_cast<int64_t>(heads) * dim, stride = 3 * width, column = static_cast<int64_t>(head) * dim;
-        const int n = s.length, rows = round_up(n, block);
-        const int padded = round_up(dim, wide);
-        float *q = scratch, *dout = q + rows * padded, *dq = dout + rows * padded, *D = dq + rows * padded;
-        float *k = D + rows, *dk = k + block * padded, *dv = dk + block * padded, *kt = dv + block * padded, *vt = kt + block * dim;
-        float *p = vt + block * dim, *ds = p + block * block;
+        const int n = s.length, rows = round_up(n, block), padded = round_up(dim, wide);
+        float *q = scratch, *dout = q + rows * padded, *dq = dout + rows * padded, *D = dq + rows * padded;  // of the sequence
+        float *k = D + rows, *kt = k + block * padded, *vt = kt + block * dim, *dk = vt + block * dim,
+              *dv = dk + block * padded;                          // of a block
+        float *p = dv + block * padded, *ds = p + block * block;  // [queries][keys]
         x += s.row * stride + column, dx += s.row * stride + column;
         y += s.row * width + column, dy += s.row * width + column;
         softmax += (static_cast<int64_t>(s.row) * heads + head) * 2;
         copy_rows(q, padded, x, stride, n, dim, padded);
         copy_rows(dout, padded, dy, width, n, dim, padded);
+        memset(q + n * padded, 0, static_cast<size_t>((rows - n) * padded) * sizeof(float));
+        memset(dout + n * padded, 0, static_cast<size_t>((rows - n) * padded) * sizeof(float));
         start_rows(dq, padded, dx, stride, n, dim, adds);
-        for (int i = 0; i < n; ++i) {
-            for (int d = 0; d < dim; d += 16) prefetch(y + (i + ahead) * width + d);
-            Sums sums;
-            V a, b;
-            sums.clear();
-            for (int d = 0; d < dim; d += 16) {
-                BABYGPT_UNROLL
-                for (int j = 0; j < I::parts; ++j) {
-                    const int at = d + j * W, left = dim - at;
-                    if (left > 0) get(a, dout + i * padded + at, left), get(b, y + i * width + at, left), add_product(sums.part[j], a, b, left);
-                }
-            }
-            D[i] = sums.total();
-        }
-        for (int i = n * padded; i < rows * padded; ++i) q[i] = dout[i] = 0;
+        for (int i = 0; i < n; ++i) D[i] = dot(dout + i * padded, y + i * width, dim);
 
-        const float scale = 1.0f / root(static_cast<float>(dim));
         for (int k0 = 0; k0 < n; k0 += block) {
             const int keys = least(block, n - k0);
-            const float* key = x + k0 * stride + width;
-            float* dkey = dx + k0 * stride + width;
+            const float *key = x + k0 * stride + width, *value = key + width;
+            float *dkey = dx + k0 * stride + width, *dvalue = dkey + width;
             copy_rows(k, padded, key, stride, keys, dim, padded);
             transpose(kt, block, k, padded, keys, dim);
-            transpose(vt, block, key + width, stride, keys, dim);
+            transpose(vt, block, value, stride, keys, dim);
             start_rows(dk, padded, dkey, stride, keys, dim, adds);
-            start_rows(dv, padded, dkey + width, stride, keys, dim, adds);
+            start_rows(dv, padded, dvalue, stride, keys, dim, adds);
             for (int q0 = k0; q0 < n; q0 += block) {
                 const int queries = least(block, n - q0);
                 const bool diagonal = q0 == k0;
@@ -8530,52 +8535,74 @@ struct Rows {
                         tile<tall>(p + i * block + j, block, q_block + i * padded, padded, 1, kt + j, block, dim, true);
                         tile<tall>(ds + i * block + j, block, dout_block + i * padded, padded, 1, vt + j, block, dim, true);
                     }
-                for (int i = 0; i < queries; ++i) {
-                    const float* statistics = softmax + static_cast<int64_t>(q0 + i) * heads * 2;
-                    V scales, top, inverse, delta, a, b, f;
-                    I::splat(scales, scale), I::splat(top, statistics[0]), I::splat(inverse, 1.0f / statistics[1]), I::splat(delta, D[q0 + i]);
-                    const uint64_t key = drop.key(s.row + q0 + i);
-                    for (int j = 0; j < (diagonal ? i + 1 : keys); j += W) {
-                        I::load(a, p + i * block + j), I::load(b, ds + i * block + j);
-                        I::mul(a, a, scales);
-                        a = a - top;
-                        I::exp(a, a);
-                        a = a * inverse;
-                        if (drop.active()) {
-                            factors(f, drop, key, head * 65536 + k0 + j);
-                            I::mul(b, b, f);
-                            b = a * (b - delta) * scales, a = a * f;
-                        } else b = a * (b - delta) * scales;
-                        I::store(p + i * block + j, a), I::store(ds + i * block + j, b);
-                    }
-                }
-                const float* last[tall - 1];
-                for (int i = 0; i < queries; i += tall) {
-                    for (int e = 0; e < tall - 1; ++e) last[e] = k + (i + 1 + e) * padded;
-                    for (int c = 0; c < padded; c += wide) {
-                        float* to = dq + (q0 + i) * padded + c;
-                        tile<tall>(to, padded, ds + i * block, block, 1, k + c, padded, diagonal ? i + 1 : keys, false);
-                        if (diagonal) triangle<false>(to, padded, ds + i * block + i + 1, block, 1, last, c, least(tall, queries - i) - 1);
-                    }
-                }
-                weigh_queries(dk, ds, q_block, padded, queries, keys, diagonal);
-                weigh_queries(dv, p, dout_block, padded, queries, keys, diagonal);
+                for (int i = 0; i < queries; ++i)
+                    softmax_row_backward(p + i * block, ds + i * block, D[q0 + i], softmax + static_cast<int64_t>(q0 + i) * heads * 2,
+                                         diagonal ? i + 1 : keys, dim, drop, s.row + q0 + i, head * 65536 + k0);
+                mix_keys(dq + q0 * padded, ds, k, padded, queries, keys, diagonal);
+                mix_queries(dk, ds, q_block, padded, queries, keys, diagonal);
+                mix_queries(dv, p, dout_block, padded, queries, keys, diagonal);
             }
             copy_rows(dkey, stride, dk, padded, keys, dim, dim);
-            copy_rows(dkey + width, stride, dv, padded, keys, dim, dim);
+            copy_rows(dvalue, stride, dv, padded, keys, dim, dim);
         }
         copy_rows(dx, stride, dq, padded, n, dim, dim);
+    }
+    static BABYGPT_INLINE float dot(const float* a, const float* b, int n) {
+        Sums sums;
+        V v, u;
+        sums.clear();
+        for (int i = 0; i < n; i += 16) {
+            BABYGPT_UNROLL
+            for (int j = 0; j < I::parts; ++j) {
+                const int at = i + j * W, left = n - at;
+                if (left > 0) get(v, a + at, left), get(u, b + at, left), add_product(sums.part[j], v, u, left);
+            }
+        }
+        return sums.total();
+    }
+    // p holds scores, ds holds dp. They become p f and ds; `element`: of the first key in the row's random numbers.
+    static BABYGPT_INLINE void softmax_row_backward(float* p, float* ds, float D, const float* statistics, int keys, int dim,
+                                                    const Dropout& drop, int row, int element) {
+        V scale, top, inverse, delta, a, b, f;
+        I::splat(scale, 1.0f / root(static_cast<float>(dim))), I::splat(top, statistics[0]), I::splat(inverse, 1.0f / statistics[1]);
+        I::splat(delta, D);
+        const uint64_t key = drop.key(row);
+        for (int j = 0; j < keys; j += W) {
+            I::load(a, p + j), I::load(b, ds + j);
+            I::mul(a, a, scale);
+            a = a - top;
+            I::exp(a, a);
+            a = a * inverse;
+            if (drop.active()) {
+                factors(f, drop, key, element + j);
+                I::mul(b, b, f);
+                b = a * (b - delta) * scale, a = a * f;
+            } else b = a * (b - delta) * scale;
+            I::store(p + j, a), I::store(ds + j, b);
+        }
     }
     // What chains start from: what is there, or 0.
     static BABYGPT_INLINE void start_rows(float* to, int padded, const float* from, int64_t from_row, int rows, int dim, bool adds) {
         if (adds) copy_rows(to, padded, from, from_row, rows, dim, padded);
         else memset(to, 0, static_cast<size_t>(rows) * static_cast<size_t>(padded) * sizeof(float));
     }
+    // d[query] += sum over the block's keys of a[query][key] * b[key]
+    static BABYGPT_INLINE void mix_keys(float* d, const float* a, const float* b, int padded, int queries, int keys, bool diagonal) {
+        const float* last[tall - 1];
+        for (int i = 0; i < queries; i += tall) {
+            for (int e = 0; e < tall - 1; ++e) last[e] = b + (i + 1 + e) * padded;
+            for (int c = 0; c < padded; c += wide) {
+                float* to = d + i * padded + c;
+                tile<tall>(to, padded, a + i * block, block, 1, b + c, padded, diagonal ? i + 1 : keys, false);
+                if (diagonal) triangle<false>(to, padded, a + i * block + i + 1, block, 1, last, c, least(tall, queries - i) - 1);
+            }
+        }
+    }
     // d[key] += sum over the block's queries of a[query][key] * b[query]
-    static BABYGPT_INLINE void weigh_queries(float* d, const float* a, const float* b, int padded, int queries, int keys, bool diagonal) {
+    static BABYGPT_INLINE void mix_queries(float* d, const float* a, const float* b, int padded, int queries, int keys, bool diagonal) {
         const float* first[tall - 1];
         for (int j = 0; j < keys; j += tall) {
-            const int start = diagonal ? least(j + tall - 1, queries) : 0;
+            const int start = diagonal ? least(j + tall - 1, queries) : 0;  // from here on, every query sees all keys of the tile
             for (int e = 0; e < tall - 1; ++e) first[e] = b + (j + e) * padded;
             for (int c = 0; c < padded; c += wide) {
                 float* to = d + j * padded + c;

@@ -297,7 +297,7 @@ TEST(validation_is_the_last_part, "validation would see training text, or miss s
         CHECK(training.all.size() == corpus.training_bytes && all.all.size() == corpus.bytes);
         const double wanted = config.validation_fraction * static_cast<double>(corpus.bytes);
         // No farther from the split point than a 20th of the text, or half of what was asked for.
-        CHECK(validation.all.size() <= wanted);
+        CHECK(static_cast<double>(validation.all.size()) <= wanted);
         CHECK(static_cast<double>(validation.all.size()) >= std::min(wanted / 2, wanted - static_cast<double>(corpus.bytes) / 20) - 2);
     }
     // Documents stay whole where they are small.
