@@ -126,19 +126,19 @@ struct Span {
 // ---- Status: how everything that can fail answers --------------------------------------------------------------------
 
 // The one list of errors: name, text.
-#define BABYGPT_ERRORS(X)                                                \
-    X(ok, "ok")                                                          \
-    X(invalid_argument, "invalid argument")                              \
-    X(out_of_memory, "out of memory")                                    \
-    X(cannot_open, "cannot open")                                        \
-    X(cannot_read, "cannot read")                                        \
-    X(cannot_write, "cannot write")                                      \
-    X(bad_file, "the file is damaged or not what it should be")          \
-    X(unsupported, "not supported")                                      \
-    X(mismatch, "two things that must agree do not")                     \
-    X(not_finite, "a number is not finite")                              \
-    X(no_room, "the caller's storage is too small")                      \
-    X(cancelled, "cancelled by the caller")                              \
+#define BABYGPT_ERRORS(X)                                       \
+    X(ok, "ok")                                                 \
+    X(invalid_argument, "invalid argument")                     \
+    X(out_of_memory, "out of memory")                           \
+    X(cannot_open, "cannot open")                               \
+    X(cannot_read, "cannot read")                               \
+    X(cannot_write, "cannot write")                             \
+    X(bad_file, "the file is damaged or not what it should be") \
+    X(unsupported, "not supported")                             \
+    X(mismatch, "two things that must agree do not")            \
+    X(not_finite, "a number is not finite")                     \
+    X(no_room, "the caller's storage is too small")             \
+    X(cancelled, "cancelled by the caller")                     \
     X(not_built, "not built into this program")
 
 enum class Error : int32_t {
@@ -159,25 +159,25 @@ struct [[nodiscard]] Status {
 
 // ---- Runtime: what the host lends us ---------------------------------------------------------------------------------
 
-enum class Backend : int32_t { cpu, plain, cuda };           // cpu: the fast one; plain: chapter 5, slow and readable
+enum class Backend : int32_t { cpu, plain, cuda };                           // cpu: the fast one; plain: chapter 5, slow and readable
 enum class Isa : int32_t { automatic, sse2, avx2, avx512, neon, portable };  // which kernels; for tests. bits are the same
 
-enum class FileMode : int32_t { read, write };               // write: create, or empty what is there
+enum class FileMode : int32_t { read, write };  // write: create, or empty what is there
 
 // Files as the host has them. Every hook gets `user`. Paths are UTF-8 and end in a zero. A handle is whatever open returned.
 // Results: 0 or a count on success, negative on failure, unless said otherwise.
 struct FileHooks {
     void* user = nullptr;
-    void* (*open)(void* user, const char* path, FileMode mode) = nullptr;                     // null: failed
-    int64_t (*size)(void* user, void* file) = nullptr;                                        // bytes; -1: not seekable (a pipe)
+    void* (*open)(void* user, const char* path, FileMode mode) = nullptr;                        // null: failed
+    int64_t (*size)(void* user, void* file) = nullptr;                                           // bytes; -1: not seekable (a pipe)
     int64_t (*read)(void* user, void* file, int64_t offset, void* to, int64_t bytes) = nullptr;  // may read less; 0: the end;
-                                                                                              // a pipe ignores the offset
-    int64_t (*write)(void* user, void* file, const void* from, int64_t bytes) = nullptr;      // appends; less than asked: failed
-    int (*sync)(void* user, void* file) = nullptr;                                            // to the disk itself
+                                                                                                 // a pipe ignores the offset
+    int64_t (*write)(void* user, void* file, const void* from, int64_t bytes) = nullptr;         // appends; less than asked: failed
+    int (*sync)(void* user, void* file) = nullptr;                                               // to the disk itself
     int (*close)(void* user, void* file) = nullptr;
-    int (*rename)(void* user, const char* from, const char* to) = nullptr;                    // replaces `to` in one piece
+    int (*rename)(void* user, const char* from, const char* to) = nullptr;  // replaces `to` in one piece
     int (*remove)(void* user, const char* path) = nullptr;
-    int (*sync_folder)(void* user, const char* path_inside) = nullptr;                        // the folder that holds the path
+    int (*sync_folder)(void* user, const char* path_inside) = nullptr;  // the folder that holds the path
 };
 
 // Memory, threads, log, files and backend. Zero and null mean the default (malloc, all cores, silence, the file system).
@@ -186,7 +186,7 @@ struct FileHooks {
 struct Runtime {
     Backend backend = Backend::cpu;
     Isa isa = Isa::automatic;
-    int threads = 0;                                          // 0: as many as there are cores; 1: never starts a thread
+    int threads = 0;  // 0: as many as there are cores; 1: never starts a thread
 
     void* memory_user = nullptr;
     void* (*allocate)(void* user, size_t bytes, size_t alignment) = nullptr;  // null: out of memory
@@ -201,14 +201,14 @@ struct Runtime {
 
     FileHooks files;
 
-    void* pool = nullptr;                                     // ours: the workers, started when first needed
+    void* pool = nullptr;  // ours: the workers, started when first needed
 
     Runtime() = default;
     Runtime(const Runtime&) = delete;
     Runtime& operator=(const Runtime&) = delete;
     ~Runtime();
-    const char* isa_name() const;                             // which kernels this machine gets, e.g. "avx2"
-    int thread_count() const;                                 // `threads`, or what 0 stands for here
+    const char* isa_name() const;  // which kernels this machine gets, e.g. "avx2"
+    int thread_count() const;      // `threads`, or what 0 stands for here
 };
 
 // A growing array of plain values whose memory comes from a Runtime. Used where a result's size is not known before.
@@ -241,11 +241,11 @@ struct Array {
     T& operator[](size_t i) const { return items[i]; }
     T* begin() const { return items; }
     T* end() const { return items + count; }
-    bool reserve(size_t wanted);                              // false: out of memory, nothing changed
-    bool resize(size_t wanted);                               // new elements are zero bytes
+    bool reserve(size_t wanted);  // false: out of memory, nothing changed
+    bool resize(size_t wanted);   // new elements are zero bytes
     bool push(const T& value);
     bool append(const T* values, size_t n);
-    void clear();                                             // gives the memory back
+    void clear();  // gives the memory back
 };
 
 // ---- Tokenizer: text <-> ids ------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ struct Corpus;  // below
 
 struct TokenizerConfig {
     TokenizerKind kind = TokenizerKind::bpe;
-    int vocab = 1024;                                         // bpe: with the 256 bytes and the end-of-text token
+    int vocab = 1024;  // bpe: with the 256 bytes and the end-of-text token
 };
 
 // Reads "byte", "char" or "bpe:N".
@@ -269,9 +269,9 @@ Status parse_tokenizer(Text text, TokenizerConfig& config);
 struct Tokenizer {
     TokenizerKind kind = TokenizerKind::none;
     int vocab = 0;
-    int32_t end_of_text = -1;                                 // between documents; -1: there is none
-    int32_t unknown = -1;                                     // the id for unseen characters; -1: there is none
-    struct Tables* tables = nullptr;                          // ours (chapter 3)
+    int32_t end_of_text = -1;         // between documents; -1: there is none
+    int32_t unknown = -1;             // the id for unseen characters; -1: there is none
+    struct Tables* tables = nullptr;  // ours (chapter 3)
     Runtime* runtime = nullptr;
 
     Tokenizer() = default;
@@ -285,8 +285,8 @@ struct Tokenizer {
     Status train(Runtime& runtime, const TokenizerConfig& config, Text text);
     // A tokenizer.json, a .tiktoken file, vocab.bpe or encoder.json (the other one beside it), a folder of these, or "byte".
     Status load(Runtime& runtime, Text path);
-    Status load_memory(Runtime& runtime, Text json);          // a tokenizer.json
-    Status save(Text path) const;                             // as tokenizer.json
+    Status load_memory(Runtime& runtime, Text json);  // a tokenizer.json
+    Status save(Text path) const;                     // as tokenizer.json
     Status save_memory(Array<char>& json) const;
     Status copy(Runtime& runtime, const Tokenizer& from);
 
@@ -306,19 +306,19 @@ struct Utf8Stream {
     // Takes a piece; writes what is complete to `out`, which needs room for piece.size + 3; returns how many bytes that are.
     // A byte that can be no part of any character is passed on as it is.
     size_t push(Text piece, char* out);
-    size_t finish(char* out);                                 // what is left, at most 3 bytes
+    size_t finish(char* out);  // what is left, at most 3 bytes
 };
 
 // ---- Corpus and Data: from files to batches -----------------------------------------------------------------------------
 
-enum class TextFormat : int32_t { automatic, text, jsonl, csv };   // automatic: by the name's ending
+enum class TextFormat : int32_t { automatic, text, jsonl, csv };  // automatic: by the name's ending
 
 struct CorpusConfig {
     TextFormat format = TextFormat::automatic;
-    Text field;                                               // jsonl: the string to read from each line (default: "text")
-    Text column;                                              // csv: the column to read, by the name in the first line (default: "text")
-    bool split_documents = false;                             // text: empty lines divide documents (dialogues); else a file is one
-    double validation_fraction = 0.1;                         // the last part of the text; 0: none
+    Text field;                        // jsonl: the string to read from each line (default: "text")
+    Text column;                       // csv: the column to read, by the name in the first line (default: "text")
+    bool split_documents = false;      // text: empty lines divide documents (dialogues); else a file is one
+    double validation_fraction = 0.1;  // the last part of the text; 0: none
 };
 
 enum class Part : int32_t { all, training, validation };
@@ -328,9 +328,9 @@ enum class Part : int32_t { all, training, validation };
 struct Corpus {
     CorpusConfig config;
     Runtime* runtime = nullptr;
-    struct CorpusState* state = nullptr;                      // ours
-    uint64_t bytes = 0;                                       // of text, all parts
-    uint64_t training_bytes = 0;                              // where the validation part begins
+    struct CorpusState* state = nullptr;  // ours
+    uint64_t bytes = 0;                   // of text, all parts
+    uint64_t training_bytes = 0;          // where the validation part begins
     uint64_t documents = 0;
 
     Corpus() = default;
@@ -350,11 +350,11 @@ struct Corpus {
 // Data that would need more than `memory_limit` bytes is kept in groups: each is read from the files and tokenized when its turn comes.
 struct Data {
     Runtime* runtime = nullptr;
-    struct DataState* state = nullptr;                        // ours
+    struct DataState* state = nullptr;  // ours
     uint64_t tokens = 0;
-    uint64_t bytes = 0;                                       // of text that these tokens came from; 0 where the ids came from the host
-    uint64_t unknown = 0;                                     // characters that the tokenizer had never seen
-    uint64_t fingerprint = 0;                                 // of the ids: two runs with equal fingerprints had equal data
+    uint64_t bytes = 0;        // of text that these tokens came from; 0 where the ids came from the host
+    uint64_t unknown = 0;      // characters that the tokenizer had never seen
+    uint64_t fingerprint = 0;  // of the ids: two runs with equal fingerprints had equal data
 
     Data() = default;
     Data(Data&& other) noexcept;
@@ -365,7 +365,7 @@ struct Data {
     Status create(Runtime& runtime, Corpus& corpus, Part part, const Tokenizer& tokenizer, Text cache = Text(),
                   uint64_t memory_limit = uint64_t(256) << 20);
     Status create(Runtime& runtime, Span<const int32_t> ids);  // the host's own ids, which must live as long
-    uint64_t windows(int context) const;                      // in one epoch; 0: too little text for one
+    uint64_t windows(int context) const;                       // in one epoch; 0: too little text for one
     // Window number n of training, n counted over all epochs: ids and the ids that follow each of them.
     Status training_window(uint64_t seed, uint64_t n, int context, int32_t* ids, int32_t* targets);
     // Window number n of a fixed division from the first token to the last (n < evaluation_windows): returns its length, the last may be short.
@@ -376,9 +376,9 @@ struct Data {
 // What counting achieves: an interpolated Witten-Bell n-gram model over the same ids, the best order up to max_order, nats per token on
 // `validation`. Training is capped at its first `cap` tokens. (Witten & Bell 1991; Chen & Goodman 1998, section 2.5.)
 struct NgramResult {
-    int order = 0;                                            // the best; 1 is the unigram model
-    double loss = 0;                                          // nats per token of the best order
-    double loss_by_order[9] = {};                             // [1..max_order]
+    int order = 0;                 // the best; 1 is the unigram model
+    double loss = 0;               // nats per token of the best order
+    double loss_by_order[9] = {};  // [1..max_order]
     uint64_t training_tokens = 0;
 };
 Status ngram_baseline(Runtime& runtime, Data& training, Data& validation, int vocab, NgramResult& result, int max_order = 8,
@@ -386,35 +386,37 @@ Status ngram_baseline(Runtime& runtime, Data& training, Data& validation, int vo
 
 // ---- Config and Model -------------------------------------------------------------------------------------------------
 
-enum class Activation : int32_t { none, gelu, gelu_tanh };    // gelu: with erf (Hendrycks & Gimpel 2016)
+enum class Activation : int32_t { none, gelu, gelu_tanh };  // gelu: with erf (Hendrycks & Gimpel 2016)
 
 struct Config {
     int layers = 4;
     int heads = 4;
     int width = 128;
     int context = 128;
-    int vocab = 0;                                            // 0: the tokenizer's
-    bool tied = true;                                         // the output head shares the embedding's matrix
+    int vocab = 0;     // 0: the tokenizer's
+    bool tied = true;  // the output head shares the embedding's matrix
     bool bias = true;
     Activation activation = Activation::gelu_tanh;
 };
 
 // nano, tiny, small, baby, gpt2, gpt2-medium, gpt2-large, gpt2-xl. Leaves vocab alone except for GPT-2's own (50257).
 Status preset(Text name, Config& config);
-Status check(const Config& config);                           // says which field is wrong, and what it may be
+Status check(const Config& config);  // says which field is wrong, and what it may be
 
 // How a conversation is written: the text before the user's turn and before the model's. One line a turn.
 struct Chat {
     Array<char> user_turn;
     Array<char> reply_turn;
+    bool plain_words =
+        false;  // what the user says is written in small letters without punctuation, as it was in the training text: HELLO! is hello
     bool empty() const { return user_turn.count == 0 && reply_turn.count == 0; }
 };
 
-struct Weight {                                               // one named tensor inside Model::weights, row-major
-    char name[56];                                            // Hugging Face's GPT-2 name, e.g. "h.0.attn.c_attn.weight"
-    int64_t offset;                                           // in floats
-    int64_t rows, cols;                                       // a vector has rows 1; Conv1D orientation: (in, out)
-    bool decay;                                               // 2-D: weight decay applies
+struct Weight {          // one named tensor inside Model::weights, row-major
+    char name[56];       // Hugging Face's GPT-2 name, e.g. "h.0.attn.c_attn.weight"
+    int64_t offset;      // in floats
+    int64_t rows, cols;  // a vector has rows 1; Conv1D orientation: (in, out)
+    bool decay;          // 2-D: weight decay applies
     bool is_vector;
 };
 
@@ -424,13 +426,13 @@ struct Model {
     Config config;
     Tokenizer tokenizer;
     Chat chat;
-    float* weights = nullptr;                                 // `parameters` floats, zero-padded to whole cache lines between tensors
-    int64_t parameters = 0;                                   // without the padding
-    int64_t block = 0;                                        // floats in the block
+    float* weights = nullptr;  // `parameters` floats, zero-padded to whole cache lines between tensors
+    int64_t parameters = 0;    // without the padding
+    int64_t block = 0;         // floats in the block
     Span<Weight> names;
-    uint64_t version = 0;                                     // grows with each change of the weights; keys packed copies
+    uint64_t version = 0;  // grows with each change of the weights; keys packed copies
     Runtime* runtime = nullptr;
-    struct ModelState* state = nullptr;                       // ours: packed copies of the weights, shared by the sessions
+    struct ModelState* state = nullptr;  // ours: packed copies of the weights, shared by the sessions
 
     Model() = default;
     Model(Model&& other) noexcept;
@@ -439,26 +441,26 @@ struct Model {
 
     // Fresh weights as GPT-2's (normal 0.02, residual projections divided by sqrt(2*layers)). Takes the tokenizer over.
     Status create(Runtime& runtime, const Config& config, Tokenizer&& tokenizer, uint64_t seed = 1);
-    Status load(Runtime& runtime, Text path);                 // a checkpoint (safetensors)
+    Status load(Runtime& runtime, Text path);  // a checkpoint (safetensors)
     Status load_memory(Runtime& runtime, Text bytes);
-    Status save(Text path) const;                             // temporary file, sync, rename, sync of the folder
+    Status save(Text path) const;  // temporary file, sync, rename, sync of the folder
     Status save_memory(Array<char>& bytes) const;
-    const Weight* find(Text name) const;                      // null: no such tensor
-    Status set_chat(Text user_turn, Text reply_turn);
+    const Weight* find(Text name) const;  // null: no such tensor
+    Status set_chat(Text user_turn, Text reply_turn, bool plain_words = false);
 };
 
 enum class Purpose : int32_t { training, running };
-struct Memory {                                               // exact, in bytes
+struct Memory {  // exact, in bytes
     uint64_t weights = 0, gradients = 0, moments = 0, activations = 0, kv = 0, scratch = 0, records = 0;
     uint64_t total() const { return weights + gradients + moments + activations + kv + scratch + records; }
 };
 // What a Trainer (with its Model) or a Session (with its Model) takes. batch: sequences at once.
 Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, int batch, Memory& memory);
 
-struct SummaryRow {                                           // one row of info's table
+struct SummaryRow {  // one row of info's table
     char layer[48];
-    char shape[32];                                           // of the output, e.g. "[8, 192, 384]"
-    int64_t parameters, multiply_adds, bytes;                 // multiply-adds: of a forward pass over the batch; bytes: of the output
+    char shape[32];                            // of the output, e.g. "[8, 192, 384]"
+    int64_t parameters, multiply_adds, bytes;  // multiply-adds: of a forward pass over the batch; bytes: of the output
 };
 Status summary(Runtime& runtime, const Config& config, int batch, Array<SummaryRow>& rows);
 // Multiply-adds x 2 of one token, averaged over a full context, attention counted causally. Training is three times that.
@@ -470,65 +472,65 @@ enum class Schedule : int32_t { cosine, linear, constant, wsd };  // wsd: warm-u
 
 struct TrainConfig {
     int batch = 16;
-    int accumulate = 1;                                       // micro-batches a step; the same bits as one batch of batch * accumulate
-    int64_t steps = 1000;                                     // the total, and the schedule's horizon
+    int accumulate = 1;    // micro-batches a step; the same bits as one batch of batch * accumulate
+    int64_t steps = 1000;  // the total, and the schedule's horizon
     double lr = 1e-3;
-    double min_lr = -1;                                       // negative: lr / 10
-    int64_t warmup = -1;                                      // steps; negative: the smaller of 100 and steps / 10
+    double min_lr = -1;   // negative: lr / 10
+    int64_t warmup = -1;  // steps; negative: the smaller of 100 and steps / 10
     Schedule schedule = Schedule::cosine;
     double weight_decay = 0.1;
     double beta1 = 0.9;
     double beta2 = 0.99;
     double epsilon = 1e-8;
-    double clip = 1.0;                                        // of the gradient's global norm; 0: none
+    double clip = 1.0;  // of the gradient's global norm; 0: none
     double dropout = 0;
     double label_smoothing = 0;
     uint64_t seed = 1;
-    int64_t evaluate_every = 0;                               // 0: about 20 times in a run
-    int64_t patience = 0;                                     // evaluations without a better validation loss before it stops; 0: never
+    int64_t evaluate_every = 0;  // 0: about 20 times in a run
+    int64_t patience = 0;        // evaluations without a better validation loss before it stops; 0: never
 };
 
 struct StepResult {
-    int64_t step = 0;                                         // steps done so far
-    double loss = 0;                                          // nats per token, the mean over the step's batch
+    int64_t step = 0;  // steps done so far
+    double loss = 0;   // nats per token, the mean over the step's batch
     double lr = 0;
-    double grad_norm = 0;                                     // before clipping
+    double grad_norm = 0;  // before clipping
     double tokens_per_second = 0;
-    bool skipped = false;                                     // not finite: the weights were left as they were
+    bool skipped = false;  // not finite: the weights were left as they were
 };
 
 struct Evaluation {
-    double loss = 0;                                          // nats per token
-    double bits_per_byte = 0;                                 // 0 where the bytes are unknown
+    double loss = 0;           // nats per token
+    double bits_per_byte = 0;  // 0 where the bytes are unknown
     double perplexity = 0;
-    double top1 = 0, top5 = 0;                                // share of tokens whose true successor was among the best 1, 5
+    double top1 = 0, top5 = 0;  // share of tokens whose true successor was among the best 1, 5
     uint64_t tokens = 0;
     uint64_t unknown = 0;
 };
 
-struct Progress {                                             // what a callback sees
+struct Progress {  // what a callback sees
     const StepResult* step = nullptr;
-    const Evaluation* evaluation = nullptr;                   // null unless one was just made
-    bool best = false;                                        // it is the best so far (and was saved)
-    int64_t steps = 0;                                        // the run's total
+    const Evaluation* evaluation = nullptr;  // null unless one was just made
+    bool best = false;                       // it is the best so far (and was saved)
+    int64_t steps = 0;                       // the run's total
     double seconds = 0, seconds_left = 0;
 };
 
 struct RunConfig {
-    Text out;                                                 // the model is written here, what resuming needs beside it; "": nowhere
-    int64_t stop_at = 0;                                      // saves and ends before step `stop_at` + 1, as an interruption would; 0: no
-    int64_t save_every = 0;                                   // steps between two saves of the resume file; 0: at evaluations
+    Text out;                // the model is written here, what resuming needs beside it; "": nowhere
+    int64_t stop_at = 0;     // saves and ends before step `stop_at` + 1, as an interruption would; 0: no
+    int64_t save_every = 0;  // steps between two saves of the resume file; 0: at evaluations
     void* user = nullptr;
     bool (*progress)(void* user, const Progress& progress) = nullptr;  // after each step; false: save and end
 };
 
 struct RunResult {
     int64_t step = 0;
-    double best_validation_loss = 0;                          // 0 where there was no validation
+    double best_validation_loss = 0;  // 0 where there was no validation
     int64_t best_step = 0;
     double seconds = 0;
-    bool stopped_early = false;                               // by patience
-    bool cancelled = false;                                   // by the callback
+    bool stopped_early = false;  // by patience
+    bool cancelled = false;      // by the callback
 };
 
 // Gradients, AdamW's moments, schedule, data position and random state around one Model, which it writes to. One thread at a time; nobody
@@ -537,16 +539,16 @@ struct Trainer {
     TrainConfig config;
     Model* model = nullptr;
     Data* training = nullptr;
-    Data* validation = nullptr;                               // may be null
+    Data* validation = nullptr;  // may be null
     int64_t step_count = 0;
     double best_validation_loss = 0;
-    int64_t best_step = -1;                                   // -1: none yet
-    int64_t bad_evaluations = 0;                              // in a row
-    float* gradients = nullptr;                               // sums over the step's tokens, laid out as Model::weights
+    int64_t best_step = -1;       // -1: none yet
+    int64_t bad_evaluations = 0;  // in a row
+    float* gradients = nullptr;   // sums over the step's tokens, laid out as Model::weights
     float* moment1 = nullptr;
     float* moment2 = nullptr;
     Runtime* runtime = nullptr;
-    struct TrainerState* state = nullptr;                     // ours: the tape and its memory
+    struct TrainerState* state = nullptr;  // ours: the tape and its memory
 
     Trainer() = default;
     Trainer(Trainer&& other) noexcept;
@@ -554,7 +556,7 @@ struct Trainer {
     ~Trainer();
 
     Status create(Runtime& runtime, Model& model, const TrainConfig& config, Data& training, Data* validation = nullptr);
-    Status step(StepResult& result);                          // one update
+    Status step(StepResult& result);  // one update
     // The host's own batch: config.batch * config.accumulate rows of config.context ids and their targets (a target of -1 counts for nothing).
     Status step(Span<const int32_t> ids, Span<const int32_t> targets, StepResult& result);
     Status evaluate(Data& data, Evaluation& result);
@@ -563,7 +565,7 @@ struct Trainer {
     // The state of training, with the weights of the last step. Loading refuses what contradicts, and says what.
     Status save(Text path) const;
     Status load(Text path);
-    double learning_rate(int64_t step) const;                 // of the update that follows `step` done ones
+    double learning_rate(int64_t step) const;  // of the update that follows `step` done ones
 };
 
 // "M.safetensors" -> "M.resume.safetensors". That file is itself a model to load: the weights of the last step.
@@ -575,34 +577,34 @@ Status read_train_config(Runtime& runtime, Text resume_file, TrainConfig& config
 
 struct LogitBias {
     int32_t id;
-    float bias;                                               // added to the logit; -infinity bans the token
+    float bias;  // added to the logit; -infinity bans the token
 };
 
 struct SampleConfig {
-    double temperature = 0.8;                                 // 0: greedy
-    int top_k = 0;                                            // 0: off
-    double top_p = 1.0;                                       // 1: off (Holtzman et al. 2020)
-    double min_p = 0.05;                                      // share of the best token's probability; 0: off
-    double repetition_penalty = 1.0;                          // on every token in the context (Keskar et al. 2019)
+    double temperature = 0.8;         // 0: greedy
+    int top_k = 0;                    // 0: off
+    double top_p = 1.0;               // 1: off (Holtzman et al. 2020)
+    double min_p = 0.05;              // share of the best token's probability; 0: off
+    double repetition_penalty = 1.0;  // on every token in the context (Keskar et al. 2019)
     uint64_t seed = 1;
-    int tokens = 200;                                         // at most so many are generated
+    int tokens = 200;  // at most so many are generated
     Span<const LogitBias> bias;
-    Span<const Text> banned;                                  // never appear in the text, however they would be cut into tokens
-    Span<const Text> stop;                                    // end the text; not part of it
+    Span<const Text> banned;  // never appear in the text, however they would be cut into tokens
+    Span<const Text> stop;    // end the text; not part of it
 };
 
-struct Generation {                                           // caller's storage; either may be null
+struct Generation {  // caller's storage; either may be null
     Array<char>* text = nullptr;
     Array<int32_t>* ids = nullptr;
-    Array<float>* logprobs = nullptr;                         // natural, of each generated token, under the model itself (temperature 1)
+    Array<float>* logprobs = nullptr;  // natural, of each generated token, under the model itself (temperature 1)
     void* user = nullptr;
-    bool (*stream)(void* user, Text piece) = nullptr;         // whole UTF-8 characters as they come; false: stop
+    bool (*stream)(void* user, Text piece) = nullptr;  // whole UTF-8 characters as they come; false: stop
     // Out:
     int generated = 0;
     double seconds = 0;
     bool cancelled = false;
-    bool stopped = false;                                     // by a stop string or the end-of-text token
-    uint64_t unknown = 0;                                     // characters of the prompt that the tokenizer had never seen
+    bool stopped = false;  // by a stop string or the end-of-text token
+    uint64_t unknown = 0;  // characters of the prompt that the tokenizer had never seen
 };
 
 // One conversation: a KV cache and a sampler over a shared, read-only model. One thread at a time; different sessions at the same time.
@@ -611,10 +613,10 @@ struct Generation {                                           // caller's storag
 struct Session {
     const Model* model = nullptr;
     Runtime* runtime = nullptr;
-    struct SessionState* state = nullptr;                     // ours
-    int position = 0;                                         // ids in the context so far
-    uint64_t forgotten = 0;                                   // ids that fell out of the context
-    uint64_t sampled = 0;                                     // tokens drawn so far: the counter of the random numbers
+    struct SessionState* state = nullptr;  // ours
+    int position = 0;                      // ids in the context so far
+    uint64_t forgotten = 0;                // ids that fell out of the context
+    uint64_t sampled = 0;                  // tokens drawn so far: the counter of the random numbers
 
     Session() = default;
     Session(Session&& other) noexcept;
@@ -622,9 +624,9 @@ struct Session {
     ~Session();
 
     Status create(Runtime& runtime, const Model& model);
-    void reset();                                             // forget everything
-    Status feed(Span<const int32_t> ids);                     // reads ids; the logits of the last one are ready then
-    Span<const float> logits() const;                         // of the token that comes next, `vocab` of them; empty before the first feed
+    void reset();                          // forget everything
+    Status feed(Span<const int32_t> ids);  // reads ids; the logits of the last one are ready then
+    Span<const float> logits() const;      // of the token that comes next, `vocab` of them; empty before the first feed
     // Draws one token from the logits and feeds it: a game calls this once a frame.
     Status next(const SampleConfig& config, int32_t& id, float* logprob = nullptr);
     // Continues a prompt. An empty prompt on a fresh session starts a new document.
@@ -639,19 +641,19 @@ struct Session {
 
 // ---- Measuring and checking -------------------------------------------------------------------------------------------
 
-double fma_ceiling(Runtime& runtime, int threads);            // GFLOP/s of a register-only FMA loop with this machine's kernels
+double fma_ceiling(Runtime& runtime, int threads);  // GFLOP/s of a register-only FMA loop with this machine's kernels
 struct CheckResult {
     char what[64];
-    double error, limit;                                      // relative, as max |difference| / max |reference|
+    double error, limit;  // relative, as max |difference| / max |reference|
     bool passed;
 };
 // Gradient checks in double and golden numbers, under the flags that this was compiled with.
 Status selftest(Runtime& runtime, Array<CheckResult>& results);
 
-struct Difference {                                           // what `compare` finds
+struct Difference {  // what `compare` finds
     char name[56];
     double max_difference, max_reference;
-    int64_t index;                                            // of the first element that differs
+    int64_t index;  // of the first element that differs
     bool same_bits, same_shape;
 };
 Status compare(const Model& a, const Model& b, Array<Difference>& rows);
@@ -668,14 +670,14 @@ Status compare(const Model& a, const Model& b, Array<Difference>& rows);
 #ifndef BABYGPT_IMPLEMENTED
 #define BABYGPT_IMPLEMENTED
 
-#include <atomic>
-#include <new>
-
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+
+#include <atomic>
+#include <new>
 
 #if defined(_WIN32)
 #ifndef WIN32_LEAN_AND_MEAN
@@ -733,7 +735,8 @@ namespace babygpt {
 const char* error_text(Error error) {
     switch (error) {
 #define BABYGPT_X(name, text) \
-    case Error::name: return text;
+    case Error::name:         \
+        return text;
         BABYGPT_ERRORS(BABYGPT_X)
 #undef BABYGPT_X
     }
@@ -745,9 +748,13 @@ namespace {
 // ---- messages --------------------------------------------------------------------------------------------------------
 
 template <class T>
-BABYGPT_INLINE T least(T a, T b) { return b < a ? b : a; }
+BABYGPT_INLINE T least(T a, T b) {
+    return b < a ? b : a;
+}
 template <class T>
-BABYGPT_INLINE T most(T a, T b) { return a < b ? b : a; }
+BABYGPT_INLINE T most(T a, T b) {
+    return a < b ? b : a;
+}
 
 // A line of text in somebody's fixed buffer; what does not fit is left out. Numbers never depend on the locale.
 struct Line {
@@ -818,10 +825,10 @@ Status fail(Error error, const Parts&... parts) {
 inline Status out_of_memory(uint64_t bytes) { return fail(Error::out_of_memory, "out of memory: ", bytes, " bytes were asked for"); }
 
 // if (Status s = ...; !s.ok()) return s;
-#define BABYGPT_TRY(expression)                               \
-    do {                                                      \
-        ::babygpt::Status babygpt_status = (expression);      \
-        if (!babygpt_status.ok()) return babygpt_status;      \
+#define BABYGPT_TRY(expression)                          \
+    do {                                                 \
+        ::babygpt::Status babygpt_status = (expression); \
+        if (!babygpt_status.ok()) return babygpt_status; \
     } while (false)
 
 inline bool equal(Text a, Text b) { return a.size == b.size && (a.size == 0 || memcmp(a.data, b.data, a.size) == 0); }
@@ -853,7 +860,9 @@ bool product(A a, B b, size_t& result) {
     return true;
 }
 template <class T>
-BABYGPT_INLINE T round_up(T value, T to) { return (value + to - 1) / to * to; }
+BABYGPT_INLINE T round_up(T value, T to) {
+    return (value + to - 1) / to * to;
+}
 
 // Large blocks ask for huge pages: first touch of 4 KiB pages costs ten times more.
 inline void* default_allocate(void*, size_t bytes, size_t alignment) {
@@ -1095,8 +1104,8 @@ constexpr double spin_seconds = 100e-6;  // a worker that finds nothing for so l
 // Workers that take the numbers 0..count-1 of one job after the other. The caller works too.
 struct Pool {
     Bell bell;
-    std::atomic<bool> taken{false};          // somebody's job runs; a second caller works alone
-    std::atomic<uint32_t> job{0};            // grows with each job, even when it ends
+    std::atomic<bool> taken{false};  // somebody's job runs; a second caller works alone
+    std::atomic<uint32_t> job{0};    // grows with each job, even when it ends
     std::atomic<bool> closing{false};
     std::atomic<int> sleeping{0};
     std::atomic<int> next{0}, inside{0};
@@ -1354,14 +1363,20 @@ struct File {
         if (path.size >= sizeof name) line.put("..."), line.put(Text(path.end() - (sizeof name - 5), sizeof name - 5));
         else line.put(path);
         const Path zero_ended(path);
-        if (!zero_ended.fits || path.size == 0) return fail(Error::cannot_open, "cannot open '", Text(name), "': the path is empty or too long");
+        if (!zero_ended.fits || path.size == 0)
+            return fail(Error::cannot_open, "cannot open '", Text(name), "': the path is empty or too long");
         errno = 0;
         handle = hooks.open(hooks.user, zero_ended.text, mode);
         if (handle) return Status();
         const int why = errno;
-        return fail(mode == FileMode::read ? Error::cannot_open : Error::cannot_write, "cannot ", mode == FileMode::read ? "open" : "write", " '",
-                    Text(name), "'", why == ENOENT ? ": no such file or folder" : why == EACCES ? ": permission denied" : why == EISDIR ? ": it is a folder"
-                    : why == ENOSPC ? ": the disk is full" : why == EROFS ? ": the disk is read-only" : "");
+        return fail(mode == FileMode::read ? Error::cannot_open : Error::cannot_write, "cannot ", mode == FileMode::read ? "open" : "write",
+                    " '", Text(name), "'",
+                    why == ENOENT   ? ": no such file or folder"
+                    : why == EACCES ? ": permission denied"
+                    : why == EISDIR ? ": it is a folder"
+                    : why == ENOSPC ? ": the disk is full"
+                    : why == EROFS  ? ": the disk is read-only"
+                                    : "");
     }
     bool close() {
         if (!handle) return true;
@@ -1418,7 +1433,8 @@ Status write_atomically(Runtime& runtime, Text path, const Write& write) {
     File file(runtime);
     BABYGPT_TRY(file.open(Text(from.text), FileMode::write));
     Status status = write(file);
-    if (status.ok() && file.hooks.sync(file.hooks.user, file.handle) != 0) status = fail(Error::cannot_write, "cannot write '", path, "' to the disk: is it full?");
+    if (status.ok() && file.hooks.sync(file.hooks.user, file.handle) != 0)
+        status = fail(Error::cannot_write, "cannot write '", path, "' to the disk: is it full?");
     if (!file.close() && status.ok()) status = fail(Error::cannot_write, "cannot close '", path, "': is the disk full?");
     if (status.ok() && file.hooks.rename(file.hooks.user, from.text, to.text) != 0)
         status = fail(Error::cannot_write, "cannot rename '", Text(from.text), "' to '", path, "'");
@@ -1426,7 +1442,8 @@ Status write_atomically(Runtime& runtime, Text path, const Write& write) {
         (void)file.hooks.remove(file.hooks.user, from.text);
         return status;
     }
-    if (file.hooks.sync_folder(file.hooks.user, to.text) != 0) return fail(Error::cannot_write, "'", path, "' is written, but its folder cannot be synced");
+    if (file.hooks.sync_folder(file.hooks.user, to.text) != 0)
+        return fail(Error::cannot_write, "'", path, "' is written, but its folder cannot be synced");
     return status;
 }
 
@@ -1440,7 +1457,9 @@ BABYGPT_INLINE uint64_t mix(uint64_t x) {
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
     return x ^ (x >> 31);
 }
-BABYGPT_INLINE uint64_t random_key(uint64_t seed, uint64_t step, uint64_t op, uint64_t row) { return mix(mix(mix(mix(seed) ^ step) ^ op) ^ row); }
+BABYGPT_INLINE uint64_t random_key(uint64_t seed, uint64_t step, uint64_t op, uint64_t row) {
+    return mix(mix(mix(mix(seed) ^ step) ^ op) ^ row);
+}
 // 32 bits for element `i` under a key; 32-bit arithmetic only, so that vectors do the same. (Finalizer: Wellons' "lowbias32".)
 BABYGPT_INLINE uint32_t random_bits(uint64_t key, uint32_t i) {
     uint32_t x = (i + static_cast<uint32_t>(key)) * 0x9e3779b9u ^ static_cast<uint32_t>(key >> 32);
@@ -1508,6 +1527,36 @@ inline size_t encode_utf8(uint32_t code, char* to) {
 inline bool append_utf8(Array<char>& to, uint32_t code) {
     char bytes[4];
     return to.append(bytes, encode_utf8(code, bytes));
+}
+
+// ---- plain words -----------------------------------------------------------------------------------------------------
+
+// The small letter of a Latin, Greek or Cyrillic capital (Unicode's simple mappings, by ranges); all four Turkish i's become one, since a
+// capital I does not say which language it is from.
+inline uint32_t small_letter(uint32_t c) {
+    if (c == 'I' || c == 0x130 || c == 0x131) return 'i';
+    if ((c >= 'A' && c <= 'Z') || (c >= 0xc0 && c <= 0xde && c != 0xd7) || (c >= 0x391 && c <= 0x3a9) || (c >= 0x410 && c <= 0x42f))
+        return c + 32;
+    if (c >= 0x400 && c <= 0x40f) return c + 80;
+    if (c == 0x178) return 0xff;
+    if ((c >= 0x100 && c <= 0x137) || (c >= 0x14a && c <= 0x177)) return c | 1;
+    if ((c >= 0x139 && c <= 0x148) || (c >= 0x179 && c <= 0x17e)) return c + (c & 1);
+    return c;
+}
+// Appends a text as plain words: small letters and digits, one space between words. An apostrophe closes the gap, other punctuation is a space.
+inline bool append_plain_words(Array<char>& to, Text text) {
+    const size_t start = to.count;
+    bool space = false, good = true;
+    for (size_t i = 0, length; i < text.size && good; i += length) {
+        const uint32_t c = small_letter(decode_utf8(text.data + i, text.end(), length));
+        if (c == '\'' || c == 0x2019 || c == 0x307) continue;  // 0x307: the dot that some systems put over a small i
+        const bool word = (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') ||
+                          (c >= 0xc0 && c != not_utf8 && !(c >= 0x2000 && c < 0x2070) && !(c >= 0x3000 && c < 0x3040));
+        if (word && space && to.count > start) good = to.push(' ');
+        if (word) good = good && append_utf8(to, c);
+        space = !word;
+    }
+    return good;
 }
 
 // ---- exact decimal numbers -------------------------------------------------------------------------------------------
@@ -1645,10 +1694,10 @@ enum class JsonType { none, object, array, string, number, boolean, null };
 
 struct Json {
     Text text;
-    size_t at = 0;                    // the byte that is read next
-    const char* problem = nullptr;    // what was wrong at `at`; null: nothing so far
-    Array<char> key;                  // of the object's member whose value is next
-    bool first = true;                // just after '{' or '[': no comma before the next one
+    size_t at = 0;                  // the byte that is read next
+    const char* problem = nullptr;  // what was wrong at `at`; null: nothing so far
+    Array<char> key;                // of the object's member whose value is next
+    bool first = true;              // just after '{' or '[': no comma before the next one
     Json(Runtime& runtime, Text document) : text(document), key(runtime) {}
 
     // For the caller too: json.reject("n_layer must be positive").
@@ -1661,12 +1710,19 @@ struct Json {
         space();
         if (problem || at >= text.size) return JsonType::none;
         switch (text[at]) {
-            case '{': return JsonType::object;
-            case '[': return JsonType::array;
-            case '"': return JsonType::string;
-            case 't': case 'f': return JsonType::boolean;
-            case 'n': return JsonType::null;
-            default: return text[at] == '-' || is_digit() ? JsonType::number : JsonType::none;
+            case '{':
+                return JsonType::object;
+            case '[':
+                return JsonType::array;
+            case '"':
+                return JsonType::string;
+            case 't':
+            case 'f':
+                return JsonType::boolean;
+            case 'n':
+                return JsonType::null;
+            default:
+                return text[at] == '-' || is_digit() ? JsonType::number : JsonType::none;
         }
     }
     bool enter_object() { return first = take('{') || reject("expected '{'"); }
@@ -1739,11 +1795,20 @@ struct Json {
                     objects = objects << 1 | (text[at] == '{');
                     ++at, first = true;
                     break;
-                case JsonType::string: read_string(nullptr); break;
-                case JsonType::number: read_number(negative, whole, digits, power); break;
-                case JsonType::boolean: boolean(yes); break;
-                case JsonType::null: null(); break;
-                case JsonType::none: return reject("expected a value");
+                case JsonType::string:
+                    read_string(nullptr);
+                    break;
+                case JsonType::number:
+                    read_number(negative, whole, digits, power);
+                    break;
+                case JsonType::boolean:
+                    boolean(yes);
+                    break;
+                case JsonType::null:
+                    null();
+                    break;
+                case JsonType::none:
+                    return reject("expected a value");
             }
         } while (!problem && depth > 0);
         raw = Text(text.data + start, at - start);
@@ -1758,7 +1823,7 @@ struct Json {
         return fail(Error::bad_file, "'", name, "', byte ", at, ": ", problem);
     }
 
-private:
+ private:
     static const char* memory_problem() {
         static const char text[] = "out of memory";
         return text;
@@ -2048,7 +2113,7 @@ T heap_pop(Array<T>& heap) {
 
 struct Tables {
     struct Token {
-        size_t start, size;               // its bytes, in `text`; size 0: an id that the file left out
+        size_t start, size;  // its bytes, in `text`; size 0: an id that the file left out
         bool special;
     };
     struct Merge {
@@ -2056,20 +2121,20 @@ struct Tables {
     };
     Runtime& runtime;
     Array<char> text;
-    Array<Token> tokens;                  // by id
-    Array<int32_t> specials;              // ids, in the order of their names' bytes
+    Array<Token> tokens;      // by id
+    Array<int32_t> specials;  // ids, in the order of their names' bytes
 
     // characters
-    Array<uint32_t> codes;                // by id, ascending
+    Array<uint32_t> codes;  // by id, ascending
     // bpe
-    Array<Merge> merges;                  // the first has the highest priority
-    HashIndex pairs;                      // (left, right) -> merge
-    HashIndex words;                      // bytes -> id, for words that are one token
-    size_t longest = 0;                   // of these words
-    bool whole_words_first = false;       // a word that is a token is that token, even where no merges lead to it (.tiktoken)
+    Array<Merge> merges;             // the first has the highest priority
+    HashIndex pairs;                 // (left, right) -> merge
+    HashIndex words;                 // bytes -> id, for words that are one token
+    size_t longest = 0;              // of these words
+    bool whole_words_first = false;  // a word that is a token is that token, even where no merges lead to it (.tiktoken)
     int32_t byte_ids[256] = {};
     Array<unsigned char> classes;
-    unsigned char ascii[256] = {};        // classes again, one a byte
+    unsigned char ascii[256] = {};  // classes again, one a byte
 
     explicit Tables(Runtime& r) : runtime(r), text(r), tokens(r), specials(r), codes(r), merges(r), pairs(r), words(r), classes(r) {}
 
@@ -2081,9 +2146,7 @@ struct Tables {
         return words.find(hash, [&](int32_t id) { return equal(bytes(id), word); });
     }
     int32_t find_word(Text word) const { return find_word(word, hash_word(word)); }
-    bool add(Text token, bool special = false) {
-        return tokens.push(Token{text.count, token.size, special}) && append(text, token);
-    }
+    bool add(Text token, bool special = false) { return tokens.push(Token{text.count, token.size, special}) && append(text, token); }
     bool make_classes() {
         if (!classes.resize(classes_end / 4)) return false;
         mark_ranges(classes.items, letter_ranges, class_letter);
@@ -2141,21 +2204,21 @@ namespace {
 struct Encoder {
     static constexpr size_t short_word = 64;  // up to here the next pair is looked for by looking at all
     static constexpr size_t cache_size = 4096;
-    struct Known {                            // a word seen before in this text
+    struct Known {  // a word seen before in this text
         WordKey key;
         uint16_t size, count;
         int32_t ids[7];
     };
     struct Symbol {
-        int32_t id, before, after;            // neighbours: positions; -1: none. id -1: merged into the one before
-        uint32_t rank;                        // of the merge with the one after
+        int32_t id, before, after;  // neighbours: positions; -1: none. id -1: merged into the one before
+        uint32_t rank;              // of the merge with the one after
     };
     static constexpr uint32_t no_rank = 0xffffffffu;
     const Tables& tables;
     Array<int32_t>& out;
     Array<Known> known;
     Array<Symbol> symbols;
-    Array<uint64_t> queue;                    // rank, then position
+    Array<uint64_t> queue;  // rank, then position
     Encoder(const Tables& t, Array<int32_t>& ids, Runtime& runtime)
         : tables(t), out(ids), known(runtime), symbols(runtime), queue(runtime) {}
 
@@ -2364,9 +2427,9 @@ struct WordCounter {
 // merge that made it, so an outdated one is put back with its present count when it comes up.
 struct MergeLearner {
     struct Spot {
-        int32_t id, before, after;            // neighbours in the word; -1: none. id -1: merged into the one before
-        int32_t pair;                         // that begins here, or -1
-        int32_t previous, next;               // other spots of this pair
+        int32_t id, before, after;  // neighbours in the word; -1: none. id -1: merged into the one before
+        int32_t pair;               // that begins here, or -1
+        int32_t previous, next;     // other spots of this pair
         int32_t word;
     };
     struct Pair {
@@ -2384,7 +2447,7 @@ struct MergeLearner {
     Array<Pair> pairs;
     HashIndex index;
     Array<Candidate> heap;
-    Array<int32_t> places;                    // of the pair that is being merged
+    Array<int32_t> places;  // of the pair that is being merged
     MergeLearner(Runtime& runtime, const WordCounter& c)
         : counter(c), spots(runtime), pairs(runtime), index(runtime), heap(runtime), places(runtime) {}
 
@@ -2512,9 +2575,9 @@ inline bool symbols_to_bytes(Text symbols, Array<char>& bytes, bool& enough_memo
 struct TokenizerReader {
     Runtime& runtime;
     Tables& tables;
-    Text name;                                // of the file, for messages
-    size_t file_size = 0;                     // no file has ids larger than its size
-    HashIndex by_bytes, by_name;              // the ordinary tokens, the special ones
+    Text name;                    // of the file, for messages
+    size_t file_size = 0;         // no file has ids larger than its size
+    HashIndex by_bytes, by_name;  // the ordinary tokens, the special ones
     HashIndex seen_pairs;
     Array<char> scratch, left, right;
     TokenizerReader(Tables& t, Text file)
@@ -2529,9 +2592,13 @@ struct TokenizerReader {
           right(runtime) {}
 
     template <class... Parts>
-    Status bad(const Parts&... parts) { return fail(Error::bad_file, "'", name, "': ", parts...); }
+    Status bad(const Parts&... parts) {
+        return fail(Error::bad_file, "'", name, "': ", parts...);
+    }
     template <class... Parts>
-    Status unsupported(const Parts&... parts) { return fail(Error::unsupported, "'", name, "': ", parts...); }
+    Status unsupported(const Parts&... parts) {
+        return fail(Error::unsupported, "'", name, "': ", parts...);
+    }
     Status no_memory() { return out_of_memory(tables.text.count); }
 
     int32_t find_in(const HashIndex& index, Text bytes) const {
@@ -2679,8 +2746,8 @@ struct TokenizerReader {
                 tables.whole_words_first = true;
                 continue;
             }
-            const bool good = tables.pairs.insert(mix(pair_key(ids[0], ids[1])), tables.merges.count)
-                && tables.merges.push(Tables::Merge{ids[0], ids[1], static_cast<int32_t>(i)});
+            const bool good = tables.pairs.insert(mix(pair_key(ids[0], ids[1])), tables.merges.count) &&
+                              tables.merges.push(Tables::Merge{ids[0], ids[1], static_cast<int32_t>(i)});
             if (!good) return no_memory();
         }
         tables.pairs = HashIndex(runtime);
@@ -2892,8 +2959,8 @@ Status train_tokenizer(Tokenizer& tokenizer, Runtime& runtime, const TokenizerCo
         for (const Tables::Merge& merge : tables.merges) {
             const size_t start = tables.text.count, left = tables.bytes(merge.left).size, right = tables.bytes(merge.right).size;
             if (left + right > INT32_MAX || !tables.text.reserve(start + left + right)) return out_of_memory(start + left + right);
-            const bool good = append(tables.text, tables.bytes(merge.left)) && append(tables.text, tables.bytes(merge.right))
-                && tables.tokens.push(Tables::Token{start, left + right, false});
+            const bool good = append(tables.text, tables.bytes(merge.left)) && append(tables.text, tables.bytes(merge.right)) &&
+                              tables.tokens.push(Tables::Token{start, left + right, false});
             if (!good) return out_of_memory(tables.tokens.count);
         }
         if (!tables.add(end_of_text_name, true)) return out_of_memory(tables.text.count);
@@ -2990,17 +3057,20 @@ inline bool write_bpe_json(const Tables& tables, Array<char>& to) {
     };
     bool good = append(to, "{\"version\":\"1.0\",\"truncation\":null,\"padding\":null,\"added_tokens\":[");
     for (size_t i = 0; i < tables.specials.count && good; ++i) {
-        good = append(to, i ? ",\n{\"id\":" : "\n{\"id\":") && append_json(to, int64_t(tables.specials[i])) && append(to, ",\"content\":")
-            && append_json(to, tables.bytes(tables.specials[i]))
-            && append(to, ",\"single_word\":false,\"lstrip\":false,\"rstrip\":false,\"normalized\":false,\"special\":true}");
+        good = append(to, i ? ",\n{\"id\":" : "\n{\"id\":") && append_json(to, int64_t(tables.specials[i])) &&
+               append(to, ",\"content\":") && append_json(to, tables.bytes(tables.specials[i])) &&
+               append(to, ",\"single_word\":false,\"lstrip\":false,\"rstrip\":false,\"normalized\":false,\"special\":true}");
     }
-    good = good && append(to, "],\n\"normalizer\":null,\n"
-        "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":true},\n"
-        "\"post_processor\":null,\n"
-        "\"decoder\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":true},\n"
-        "\"model\":{\"type\":\"BPE\",\"dropout\":null,\"unk_token\":null,\"continuing_subword_prefix\":null,\"end_of_word_suffix\":null,"
-        "\"fuse_unk\":false,\"byte_fallback\":false,\"ignore_merges\":")
-        && append(to, tables.whole_words_first ? "true" : "false") && append(to, ",\n\"vocab\":{");
+    good = good &&
+           append(to,
+                  "],\n\"normalizer\":null,\n"
+                  "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":true},\n"
+                  "\"post_processor\":null,\n"
+                  "\"decoder\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":true},\n"
+                  "\"model\":{\"type\":\"BPE\",\"dropout\":null,\"unk_token\":null,\"continuing_subword_prefix\":null,\"end_of_word_"
+                  "suffix\":null,"
+                  "\"fuse_unk\":false,\"byte_fallback\":false,\"ignore_merges\":") &&
+           append(to, tables.whole_words_first ? "true" : "false") && append(to, ",\n\"vocab\":{");
     bool first = true;
     for (size_t i = 0; i < tables.tokens.count && good; ++i) {
         if (tables.tokens[i].size == 0) continue;
@@ -3012,8 +3082,8 @@ inline bool write_bpe_json(const Tables& tables, Array<char>& to) {
     for (size_t i = 0; i < tables.merges.count && good; ++i) {
         symbols.count = 0;
         const Tables::Merge& merge = tables.merges[i];
-        good = append(to, i ? ",\n" : "\n") && append_symbols(symbols, tables.bytes(merge.left)) && symbols.push(' ')
-            && append_symbols(symbols, tables.bytes(merge.right)) && append_json(to, view(symbols));
+        good = append(to, i ? ",\n" : "\n") && append_symbols(symbols, tables.bytes(merge.left)) && symbols.push(' ') &&
+               append_symbols(symbols, tables.bytes(merge.right)) && append_json(to, view(symbols));
     }
     return good && append(to, "]}}\n");
 }
@@ -3256,9 +3326,9 @@ inline const char* op_name(OpKind kind) {
 struct Tensor {
     char name[48];
     int cols;
-    int64_t offset;    // in elements
-    int64_t gradient;  // in elements; -1: none
-    int born, dies;    // the planner's times of the values ...
+    int64_t offset;                    // in elements
+    int64_t gradient;                  // in elements; -1: none
+    int born, dies;                    // the planner's times of the values ...
     int gradient_born, gradient_dies;  // ... and of the gradient
 };
 
@@ -3266,15 +3336,15 @@ constexpr int nothing = -1;  // no tensor, no weight
 
 struct Op {
     OpKind kind;
-    int layer;                     // which block of the model; -1 outside
-    int x = nothing, x2 = nothing; // tensors it reads (x2: the other summand)
-    int y = nothing;               // the tensor it writes
-    int aux = nothing;             // what its forward leaves for its backward, see chapter 5
-    int w = nothing, b = nothing;  // weights: indices into Tape::weights
-    int in = 0, out = 0;           // columns of x and of y
-    int heads = 0;                 // attention
+    int layer;                      // which block of the model; -1 outside
+    int x = nothing, x2 = nothing;  // tensors it reads (x2: the other summand)
+    int y = nothing;                // the tensor it writes
+    int aux = nothing;              // what its forward leaves for its backward, see chapter 5
+    int w = nothing, b = nothing;   // weights: indices into Tape::weights
+    int in = 0, out = 0;            // columns of x and of y
+    int heads = 0;                  // attention
     Activation activation = Activation::none;
-    bool adds_to_dx = false;       // some later op has already written a gradient of x (x2): add to it, do not set it
+    bool adds_to_dx = false;  // some later op has already written a gradient of x (x2): add to it, do not set it
     bool adds_to_dx2 = false;
 };
 
@@ -3294,13 +3364,13 @@ struct Sequence {
 struct Run {
     int rows = 0;
     Span<const Sequence> sequences;
-    const int32_t* ids = nullptr;         // [rows]
-    const int32_t* targets = nullptr;     // [rows], -1: counts for nothing; null: no loss is wanted
-    bool training = false;                // dropout is on and gradients follow
+    const int32_t* ids = nullptr;      // [rows]
+    const int32_t* targets = nullptr;  // [rows], -1: counts for nothing; null: no loss is wanted
+    bool training = false;             // dropout is on and gradients follow
     double dropout = 0;
     double label_smoothing = 0;
     uint64_t seed = 0, step = 0;
-    uint64_t first_row = 0;               // of this run in the whole batch of the step, for the random numbers
+    uint64_t first_row = 0;  // of this run in the whole batch of the step, for the random numbers
 };
 
 // KV cache: pages of `kv_page` positions, each for all layers. In a page, layer after layer: the keys as [head][dim][position]
@@ -3311,10 +3381,11 @@ constexpr int kv_page = 32;
 template <class T>
 struct Regions {
     const T* weights = nullptr;
-    T* gradients = nullptr;         // laid out as the weights: sums over tokens, added to
-    T* lookup_gradients = nullptr;  // of a token embedding shared with the head: the embedding's part, apart so that it is one chain of additions
+    T* gradients = nullptr;  // laid out as the weights: sums over tokens, added to
+    T* lookup_gradients =
+        nullptr;  // of a token embedding shared with the head: the embedding's part, apart so that it is one chain of additions
     T* activations = nullptr;
-    T* scratch = nullptr;           // as the backend asked for
+    T* scratch = nullptr;  // as the backend asked for
     T* kv = nullptr;
     double* losses = nullptr;       // [rows], nats; written where there are targets
     int32_t* ranks = nullptr;       // [rows], how many tokens were thought likelier than the target; may be null
@@ -3327,16 +3398,16 @@ struct Tape {
     Array<Tensor> tensors;
     Array<Op> ops;
     Array<WeightPlan> weights;
-    int64_t weight_block = 0;       // elements of the weights region
+    int64_t weight_block = 0;  // elements of the weights region
     int64_t parameters = 0;
     int max_rows = 0;
-    int64_t activation_block = 0;   // elements of the activations region
-    int layer = -1;                 // recording: the block we are in
+    int64_t activation_block = 0;  // elements of the activations region
+    int layer = -1;                // recording: the block we are in
     int layers = 0, heads = 0, width = 0, vocab = 0, context = 0;
     bool tied = false;
-    bool training = false;          // plan gradients, and keep what backward reads
+    bool training = false;  // plan gradients, and keep what backward reads
     double dropout = 0;
-    double epsilon = 1e-5;          // of the norms
+    double epsilon = 1e-5;  // of the norms
     bool no_memory = false;
 
     explicit Tape(Runtime& from) : runtime(&from), tensors(from), ops(from), weights(from) {}
@@ -3444,7 +3515,7 @@ struct Tape {
     // Floats of one KV page.
     int64_t kv_page_block() const { return static_cast<int64_t>(layers) * 2 * width * kv_page; }
 
-   private:
+ private:
     Op start(OpKind kind, int x) {
         Op op{};
         op.kind = kind;
@@ -3507,7 +3578,8 @@ struct Tape {
                 const int64_t other = elements(t);
                 if ((i < index || gradient) && t.born <= dies && born <= t.dies && at < t.offset + other && t.offset < at + size)
                     at = t.offset + other, moved = true;
-                if (i < index && t.gradient >= 0 && t.gradient_born <= dies && born <= t.gradient_dies && at < t.gradient + other && t.gradient < at + size)
+                if (i < index && t.gradient >= 0 && t.gradient_born <= dies && born <= t.gradient_dies && at < t.gradient + other &&
+                    t.gradient < at + size)
                     at = t.gradient + other, moved = true;
             }
         }
@@ -3604,8 +3676,19 @@ inline double cos_pi(double x) {
     for (int k = 2; k <= 26; k += 2) term *= -y * y / (k * (k + 1)), sum += term;
     return sum;
 }
+#if defined(__clang__) && defined(__SSE2__)  // under a host's -ffast-math Clang would estimate the root: its pragmas do not reach calls
+BABYGPT_INLINE float root(float x) {
+    __asm__("sqrtss %0, %0" : "+x"(x));
+    return x;
+}
+BABYGPT_INLINE double root(double x) {
+    __asm__("sqrtsd %0, %0" : "+x"(x));
+    return x;
+}
+#else
 BABYGPT_INLINE float root(float x) { return __builtin_sqrtf(x); }
 BABYGPT_INLINE double root(double x) { return __builtin_sqrt(x); }
+#endif
 
 // Sixteen sums and their tree.
 template <class T>
@@ -3706,7 +3789,7 @@ inline double erf_of(double x) {
 
 // GELU (Hendrycks & Gimpel 2016): x * P(N(0,1) <= x). The tanh form is x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), since
 // (1 + tanh u) / 2 = sigmoid(2u). The erf form is computed in double in every backend.
-constexpr double gelu_a = 1.59576912160573071176;             // 2 sqrt(2/pi)
+constexpr double gelu_a = 1.59576912160573071176;  // 2 sqrt(2/pi)
 constexpr double gelu_b = 1.59576912160573071176 * 0.044715;
 template <class T>
 T activate(T x, Activation activation) {
@@ -3725,7 +3808,8 @@ template <class T>
 T activate_derivative(T x, Activation activation) {
     if (activation == Activation::gelu) {
         const double wide = static_cast<double>(x);
-        return static_cast<T>(0.5 * (1 + erf_of(wide * 0.70710678118654752440)) + wide * 0.39894228040143267794 * exp_of(-0.5 * wide * wide));
+        return static_cast<T>(0.5 * (1 + erf_of(wide * 0.70710678118654752440)) +
+                              wide * 0.39894228040143267794 * exp_of(-0.5 * wide * wide));
     }
     if (activation == Activation::gelu_tanh) {
         const T u = x * madd(static_cast<T>(gelu_b), x * x, static_cast<T>(gelu_a));
@@ -3751,7 +3835,8 @@ void linear_forward(T* y, T* before, const T* x, const T* w, const T* b, int row
 }
 // dy becomes the gradient before the activation, in place; then db = sum over rows of dy, dW = x^T dy, dx = dy W^T.
 template <class T>
-void linear_backward(T* dx, T* dw, T* db, T* dy, const T* before, const T* x, const T* w, int rows, int in, int out, Activation activation, bool adds) {
+void linear_backward(T* dx, T* dw, T* db, T* dy, const T* before, const T* x, const T* w, int rows, int in, int out, Activation activation,
+                     bool adds) {
     if (activation != Activation::none)
         for (int64_t i = 0; i < static_cast<int64_t>(rows) * out; ++i) dy[i] = dy[i] * activate_derivative(before[i], activation);
     for (int64_t row = 0; row < rows; ++row) {
@@ -3775,12 +3860,18 @@ struct Dropout {
     float keep;      // 1 / (1 - p)
     uint64_t seed, step, op, first_row;
     Dropout(const Run& run, int op_number)
-        : below(run.training ? static_cast<uint32_t>(run.dropout * 4294967296.0) : 0), keep(static_cast<float>(1 / (1 - run.dropout))),
-          seed(run.seed), step(run.step), op(static_cast<uint64_t>(op_number)), first_row(run.first_row) {}
+        : below(run.training ? static_cast<uint32_t>(run.dropout * 4294967296.0) : 0),
+          keep(static_cast<float>(1 / (1 - run.dropout))),
+          seed(run.seed),
+          step(run.step),
+          op(static_cast<uint64_t>(op_number)),
+          first_row(run.first_row) {}
     bool active() const { return below != 0; }
     uint64_t key(int row) const { return random_key(seed, step, op, first_row + static_cast<uint64_t>(row)); }
     // What element i of a row with this key is multiplied by.
-    BABYGPT_INLINE float factor(uint64_t row_key, int i) const { return random_bits(row_key, static_cast<uint32_t>(i)) < below ? 0.0f : keep; }
+    BABYGPT_INLINE float factor(uint64_t row_key, int i) const {
+        return random_bits(row_key, static_cast<uint32_t>(i)) < below ? 0.0f : keep;
+    }
 };
 template <class T>
 void dropout_forward(T* y, const T* x, const Dropout& drop, int rows, int n) {
@@ -3807,10 +3898,13 @@ void dropout_backward(T* dx, const T* dy, const Dropout& drop, int rows, int n, 
 // softmax: [rows][heads][2], max(s) and sum of e^(s - max): enough to make p again. With a KV cache (sequence.pages), the new keys and values
 // are first stored in their pages, and the keys before them come from there. scratch: [context] for s.
 template <class T>
-void attention_forward(T* y, T* softmax, const T* x, const Sequence& s, T* kv, int layer, int layers, int heads, int dim, const Dropout& drop, T* scratch) {
+void attention_forward(T* y, T* softmax, const T* x, const Sequence& s, T* kv, int layer, int layers, int heads, int dim,
+                       const Dropout& drop, T* scratch) {
     const int64_t width = static_cast<int64_t>(heads) * dim, stride = 3 * width;
     const T scale = static_cast<T>(1) / root(static_cast<T>(dim));
-    const auto page = [&](int position, int which) { return kv + ((static_cast<int64_t>(s.pages[position / kv_page]) * layers + layer) * 2 + which) * width * kv_page; };
+    const auto page = [&](int position, int which) {
+        return kv + ((static_cast<int64_t>(s.pages[position / kv_page]) * layers + layer) * 2 + which) * width * kv_page;
+    };
     if (s.pages)
         for (int i = 0; i < s.length; ++i)
             for (int64_t c = 0; c < width; ++c) {
@@ -3822,8 +3916,12 @@ void attention_forward(T* y, T* softmax, const T* x, const Sequence& s, T* kv, i
         for (int head = 0; head < heads; ++head) {
             const int64_t row = s.row + i, column = static_cast<int64_t>(head) * dim;
             const int keys = (s.pages ? s.position : 0) + i + 1;
-            const auto key = [&](int k, int d) { return s.pages ? page(k, 0)[(column + d) * kv_page + k % kv_page] : x[(s.row + k) * stride + width + column + d]; };
-            const auto value = [&](int k, int d) { return s.pages ? page(k, 1)[(head * kv_page + k % kv_page) * dim + d] : x[(s.row + k) * stride + 2 * width + column + d]; };
+            const auto key = [&](int k, int d) {
+                return s.pages ? page(k, 0)[(column + d) * kv_page + k % kv_page] : x[(s.row + k) * stride + width + column + d];
+            };
+            const auto value = [&](int k, int d) {
+                return s.pages ? page(k, 1)[(head * kv_page + k % kv_page) * dim + d] : x[(s.row + k) * stride + 2 * width + column + d];
+            };
             T biggest = 0;
             for (int k = 0; k < keys; ++k) {
                 T score = 0;
@@ -3849,7 +3947,8 @@ void attention_forward(T* y, T* softmax, const T* x, const Sequence& s, T* kv, i
 // With p as above, f the dropout's factors and D = dy . y (which is sum over k of p dp):
 //   dv[k] += f p dy,   dp = f (dy . v[k]),   ds = p (dp - D) / sqrt(dim),   dq = sum over k of ds k[k],   dk[k] += ds q
 template <class T>
-void attention_backward(T* dx, const T* dy, const T* y, const T* softmax, const T* x, const Sequence& s, int heads, int dim, const Dropout& drop, bool adds) {
+void attention_backward(T* dx, const T* dy, const T* y, const T* softmax, const T* x, const Sequence& s, int heads, int dim,
+                        const Dropout& drop, bool adds) {
     const int64_t width = static_cast<int64_t>(heads) * dim, stride = 3 * width;
     const T scale = static_cast<T>(1) / root(static_cast<T>(dim));
     for (int64_t i = 0; i < s.length * stride && !adds; ++i) dx[s.row * stride + i] = 0;
@@ -3860,7 +3959,8 @@ void attention_backward(T* dx, const T* dy, const T* y, const T* softmax, const 
             T* dq = dx + row * stride + column;
             const T biggest = softmax[(row * heads + head) * 2], inverse = static_cast<T>(1) / softmax[(row * heads + head) * 2 + 1];
             const uint64_t random = drop.key(static_cast<int>(row));
-            const T D = dot_lanes<T>(dim, [&](int d) { return dout[d]; }, [&](int d) { return out[d]; });
+            const T D = dot_lanes<T>(
+                dim, [&](int d) { return dout[d]; }, [&](int d) { return out[d]; });
             for (int k = 0; k <= i; ++k) {
                 const T *key = x + (s.row + k) * stride + width + column, *value = key + width;
                 T *dkey = dx + (s.row + k) * stride + width + column, *dvalue = dkey + width;
@@ -3905,7 +4005,8 @@ void head_logits(T* logits, const T* x, const T* w, int width, int vocab) {
     }
 }
 template <class T>
-void head_forward(double* losses, int32_t* ranks, T* softmax, const T* x, const T* w, const int32_t* targets, int rows, int width, int vocab, double smoothing, T* logits) {
+void head_forward(double* losses, int32_t* ranks, T* softmax, const T* x, const T* w, const int32_t* targets, int rows, int width,
+                  int vocab, double smoothing, T* logits) {
     for (int row = 0; row < rows; ++row, x += width, softmax += 2) {
         const int target = targets[row];
         losses[row] = 0;
@@ -3916,7 +4017,8 @@ void head_forward(double* losses, int32_t* ranks, T* softmax, const T* x, const 
         for (int v = 1; v < vocab; ++v) biggest = most(biggest, logits[v]);
         const T total = sum<T>(vocab, [&](int v) { return exp_of(logits[v] - biggest); });
         softmax[0] = biggest, softmax[1] = total;
-        losses[row] = log_of(static_cast<double>(total)) + static_cast<double>(biggest) - (1 - smoothing) * static_cast<double>(logits[target]);
+        losses[row] =
+            log_of(static_cast<double>(total)) + static_cast<double>(biggest) - (1 - smoothing) * static_cast<double>(logits[target]);
         if (smoothing > 0) losses[row] -= smoothing * static_cast<double>(sum<T>(vocab, [&](int v) { return logits[v]; })) / vocab;
         if (ranks)
             for (int v = 0; v < vocab; ++v) ranks[row] += logits[v] > logits[target] || (v < target && !(logits[v] < logits[target]));
@@ -3924,7 +4026,8 @@ void head_forward(double* losses, int32_t* ranks, T* softmax, const T* x, const 
 }
 // dl = softmax(l) - (1-e) [v is the target] - e/V;  dx = dl W,  dW += dl^T x.
 template <class T>
-void head_backward(T* dx, T* dw, const T* softmax, const T* x, const T* w, const int32_t* targets, int rows, int width, int vocab, double smoothing, bool adds, T* logits) {
+void head_backward(T* dx, T* dw, const T* softmax, const T* x, const T* w, const int32_t* targets, int rows, int width, int vocab,
+                   double smoothing, bool adds, T* logits) {
     for (int row = 0; row < rows; ++row, x += width, dx += width, softmax += 2) {
         const int target = targets[row];
         for (int c = 0; c < width && !adds; ++c) dx[c] = 0;
@@ -3945,7 +4048,9 @@ void head_backward(T* dx, T* dw, const T* softmax, const T* x, const T* w, const
 // ---- walking the tape --------------------------------------------------------------------------------------------------
 
 // Elements of scratch that the plain backend needs: a row of scores, or of logits.
-inline int64_t plain_scratch(const Tape& tape) { return round_up(static_cast<int64_t>(most(tape.context, tape.vocab)), static_cast<int64_t>(16)); }
+inline int64_t plain_scratch(const Tape& tape) {
+    return round_up(static_cast<int64_t>(most(tape.context, tape.vocab)), static_cast<int64_t>(16));
+}
 
 template <class T>
 T* values(const Tape& tape, const Regions<T>& r, int tensor) {
@@ -3970,20 +4075,27 @@ void plain_op_forward(const Tape& tape, const Regions<T>& r, const Run& run, int
     const T *x = values(tape, r, op.x), *w = weights(tape, r, op.w), *b = weights(tape, r, op.b);
     T *y = values(tape, r, op.y), *aux = values(tape, r, op.aux);
     switch (op.kind) {
-        case OpKind::embedding: return embedding_forward(y, w, b, run.ids, run.sequences, op.out);
-        case OpKind::norm: return norm_forward(y, aux, x, w, b, run.rows, op.in, tape.epsilon);
-        case OpKind::linear: return linear_forward(y, aux, x, w, b, run.rows, op.in, op.out, op.activation);
-        case OpKind::dropout: return dropout_forward(y, x, Dropout(run, number), run.rows, op.in);
-        case OpKind::add: return add_forward(y, x, values(tape, r, op.x2), static_cast<int64_t>(run.rows) * op.in);
+        case OpKind::embedding:
+            return embedding_forward(y, w, b, run.ids, run.sequences, op.out);
+        case OpKind::norm:
+            return norm_forward(y, aux, x, w, b, run.rows, op.in, tape.epsilon);
+        case OpKind::linear:
+            return linear_forward(y, aux, x, w, b, run.rows, op.in, op.out, op.activation);
+        case OpKind::dropout:
+            return dropout_forward(y, x, Dropout(run, number), run.rows, op.in);
+        case OpKind::add:
+            return add_forward(y, x, values(tape, r, op.x2), static_cast<int64_t>(run.rows) * op.in);
         case OpKind::attention:
             for (const Sequence& s : run.sequences)
                 attention_forward(y, aux, x, s, r.kv, op.layer, tape.layers, op.heads, op.out / op.heads, Dropout(run, number), r.scratch);
             return;
         case OpKind::head:
-            if (run.targets) head_forward(r.losses, r.ranks, aux, x, w, run.targets, run.rows, op.in, op.out, run.label_smoothing, r.scratch);
+            if (run.targets)
+                head_forward(r.losses, r.ranks, aux, x, w, run.targets, run.rows, op.in, op.out, run.label_smoothing, r.scratch);
             if (r.logits)
                 for (size_t i = 0; i < run.sequences.size; ++i)
-                    head_logits(r.logits + static_cast<int64_t>(i) * op.out, x + static_cast<int64_t>(run.sequences[i].row + run.sequences[i].length - 1) * op.in, w, op.in, op.out);
+                    head_logits(r.logits + static_cast<int64_t>(i) * op.out,
+                                x + static_cast<int64_t>(run.sequences[i].row + run.sequences[i].length - 1) * op.in, w, op.in, op.out);
             return;
     }
 }
@@ -3991,17 +4103,25 @@ template <class T>
 void plain_op_backward(const Tape& tape, const Regions<T>& r, const Run& run, int number) {
     const Op& op = tape.ops[static_cast<size_t>(number)];
     const T *x = values(tape, r, op.x), *y = values(tape, r, op.y), *aux = values(tape, r, op.aux), *w = weights(tape, r, op.w);
-    T *dx = gradient(tape, r, op.x), *dy = gradient(tape, r, op.y), *dw = weight_gradient(tape, r, op.w), *db = weight_gradient(tape, r, op.b);
+    T *dx = gradient(tape, r, op.x), *dy = gradient(tape, r, op.y), *dw = weight_gradient(tape, r, op.w),
+      *db = weight_gradient(tape, r, op.b);
     switch (op.kind) {
-        case OpKind::embedding: return embedding_backward(tape.tied ? r.lookup_gradients : dw, db, dy, run.ids, run.sequences, op.out);
-        case OpKind::norm: return norm_backward(dx, dw, db, dy, x, aux, w, run.rows, op.in, op.adds_to_dx);
-        case OpKind::linear: return linear_backward(dx, dw, db, dy, aux, x, w, run.rows, op.in, op.out, op.activation, op.adds_to_dx);
-        case OpKind::dropout: return dropout_backward(dx, dy, Dropout(run, number), run.rows, op.in, op.adds_to_dx);
-        case OpKind::add: return add_backward(dx, gradient(tape, r, op.x2), dy, static_cast<int64_t>(run.rows) * op.in, op.adds_to_dx, op.adds_to_dx2);
+        case OpKind::embedding:
+            return embedding_backward(tape.tied ? r.lookup_gradients : dw, db, dy, run.ids, run.sequences, op.out);
+        case OpKind::norm:
+            return norm_backward(dx, dw, db, dy, x, aux, w, run.rows, op.in, op.adds_to_dx);
+        case OpKind::linear:
+            return linear_backward(dx, dw, db, dy, aux, x, w, run.rows, op.in, op.out, op.activation, op.adds_to_dx);
+        case OpKind::dropout:
+            return dropout_backward(dx, dy, Dropout(run, number), run.rows, op.in, op.adds_to_dx);
+        case OpKind::add:
+            return add_backward(dx, gradient(tape, r, op.x2), dy, static_cast<int64_t>(run.rows) * op.in, op.adds_to_dx, op.adds_to_dx2);
         case OpKind::attention:
-            for (const Sequence& s : run.sequences) attention_backward(dx, dy, y, aux, x, s, op.heads, op.out / op.heads, Dropout(run, number), op.adds_to_dx);
+            for (const Sequence& s : run.sequences)
+                attention_backward(dx, dy, y, aux, x, s, op.heads, op.out / op.heads, Dropout(run, number), op.adds_to_dx);
             return;
-        case OpKind::head: return head_backward(dx, dw, aux, x, w, run.targets, run.rows, op.in, op.out, run.label_smoothing, op.adds_to_dx, r.scratch);
+        case OpKind::head:
+            return head_backward(dx, dw, aux, x, w, run.targets, run.rows, op.in, op.out, run.label_smoothing, op.adds_to_dx, r.scratch);
     }
 }
 template <class T>
@@ -4019,10 +4139,10 @@ void plain_backward(const Tape& tape, const Regions<T>& r, const Run& run) {
 struct AdamW {
     float gradient_scale;  // 1 / tokens, times the clipping factor
     float beta1, beta2, one_minus_beta1, one_minus_beta2;
-    float step_size;       // lr / (1 - beta1^t)
-    float root_scale;      // 1 / sqrt(1 - beta2^t)
+    float step_size;   // lr / (1 - beta1^t)
+    float root_scale;  // 1 / sqrt(1 - beta2^t)
     float epsilon;
-    float decay;           // lr * weight_decay, for matrices
+    float decay;  // lr * weight_decay, for matrices
 };
 // g' = g * scale;  m = b1 m + (1-b1) g';  v = b2 v + (1-b2) g'^2;  w = w - decay w - step_size m / (sqrt(v) root_scale + epsilon).
 // Moments so small that they would be subnormal become 0: those of rarely seen tokens would slow a processor down by a factor.
@@ -4058,24 +4178,29 @@ struct BackendFunctions {
     // Adds the lookup gradients to the gradients (and zeroes them), then returns the sum of all squares: block after block, weight after weight.
     double (*square_sum)(Runtime& runtime, const Tape& tape, const Regions<float>& r, double* partial);
     // AdamW on every weight; gradients become zero.
-    void (*update)(Runtime& runtime, const Tape& tape, const Regions<float>& r, float* weights, float* moment1, float* moment2, const AdamW& adam);
+    void (*update)(Runtime& runtime, const Tape& tape, const Regions<float>& r, float* weights, float* moment1, float* moment2,
+                   const AdamW& adam);
 };
 const BackendFunctions* find_backend(const Runtime& runtime);  // null: not built into this program
 
 // How many partial sums square_sum needs.
-inline int64_t square_blocks(const Tape& tape) { return (tape.weight_block + square_block - 1) / square_block + static_cast<int64_t>(tape.weights.count); }
+inline int64_t square_blocks(const Tape& tape) {
+    return (tape.weight_block + square_block - 1) / square_block + static_cast<int64_t>(tape.weights.count);
+}
 
 inline void fold_lookup_gradients(const Tape& tape, const Regions<float>& r) {
     if (!tape.tied) return;
     float* g = r.gradients + tape.weight(tape.shared_embedding()).offset;
-    for (int64_t i = 0; i < static_cast<int64_t>(tape.vocab) * tape.width; ++i) g[i] = g[i] + r.lookup_gradients[i], r.lookup_gradients[i] = 0;
+    for (int64_t i = 0; i < static_cast<int64_t>(tape.vocab) * tape.width; ++i)
+        g[i] = g[i] + r.lookup_gradients[i], r.lookup_gradients[i] = 0;
 }
 inline double plain_square_sum(Runtime&, const Tape& tape, const Regions<float>& r, double*) {
     fold_lookup_gradients(tape, r);
     double total = 0;
     for (const WeightPlan& plan : tape.weights) {
         const int64_t size = plan.weight.rows * plan.weight.cols;
-        for (int64_t i = 0; i < size; i += square_block) total += sum_of_squares(r.gradients + plan.weight.offset + i, static_cast<int>(least(square_block, size - i)));
+        for (int64_t i = 0; i < size; i += square_block)
+            total += sum_of_squares(r.gradients + plan.weight.offset + i, static_cast<int>(least(square_block, size - i)));
     }
     return total;
 }
@@ -4137,7 +4262,8 @@ void record_gpt(Tape& t, const Config& c) {
 
 // The tape of a config, planned for `rows` tokens at once.
 Status record(Tape& tape, const Config& config, int rows, bool training, double dropout) {
-    tape.layers = config.layers, tape.heads = config.heads, tape.width = config.width, tape.vocab = config.vocab, tape.context = config.context;
+    tape.layers = config.layers, tape.heads = config.heads, tape.width = config.width, tape.vocab = config.vocab,
+    tape.context = config.context;
     tape.tied = config.tied, tape.training = training, tape.dropout = dropout;
     record_gpt(tape, config);
     return tape.plan(rows);
@@ -4151,9 +4277,14 @@ Status preset(Text name, Config& config) {
         int layers, heads, width, context, vocab;
     };
     static constexpr Preset presets[] = {
-        {"nano", 2, 2, 32, 32, 0},          {"tiny", 4, 4, 128, 128, 0},           {"small", 6, 6, 192, 192, 0},
-        {"baby", 6, 6, 384, 192, 0},        {"gpt2", 12, 12, 768, 1024, 50257},    {"gpt2-medium", 24, 16, 1024, 1024, 50257},
-        {"gpt2-large", 36, 20, 1280, 1024, 50257}, {"gpt2-xl", 48, 25, 1600, 1024, 50257},
+        {"nano", 2, 2, 32, 32, 0},
+        {"tiny", 4, 4, 128, 128, 0},
+        {"small", 6, 6, 192, 192, 0},
+        {"baby", 6, 6, 384, 192, 0},
+        {"gpt2", 12, 12, 768, 1024, 50257},
+        {"gpt2-medium", 24, 16, 1024, 1024, 50257},
+        {"gpt2-large", 36, 20, 1280, 1024, 50257},
+        {"gpt2-xl", 48, 25, 1600, 1024, 50257},
     };
     for (const Preset& p : presets)
         if (equal(name, Text(p.name))) {
@@ -4161,7 +4292,8 @@ Status preset(Text name, Config& config) {
             if (p.vocab) config.vocab = p.vocab;
             return Status();
         }
-    return fail(Error::invalid_argument, "there is no preset '", name, "'; there are nano, tiny, small, baby, gpt2, gpt2-medium, gpt2-large and gpt2-xl");
+    return fail(Error::invalid_argument, "there is no preset '", name,
+                "'; there are nano, tiny, small, baby, gpt2, gpt2-medium, gpt2-large and gpt2-xl");
 }
 
 Status check(const Config& c) {
@@ -4175,12 +4307,14 @@ Status check(const Config& c) {
     BABYGPT_TRY(within("context", c.context, 1, 65536));
     BABYGPT_TRY(within("vocab", c.vocab, 1, 10000000));
     if (c.width % c.heads != 0) return fail(Error::invalid_argument, "width is ", c.width, ", but must be a multiple of heads, ", c.heads);
-    if (c.activation != Activation::gelu && c.activation != Activation::gelu_tanh) return fail(Error::invalid_argument, "activation must be gelu or gelu_tanh");
+    if (c.activation != Activation::gelu && c.activation != Activation::gelu_tanh)
+        return fail(Error::invalid_argument, "activation must be gelu or gelu_tanh");
     return Status();
 }
 
 double flops_per_token(const Config& c) {
-    const double width = c.width, linear = c.layers * 12.0 * width * width, attention = c.layers * width * (c.context + 1), head = width * c.vocab;
+    const double width = c.width, linear = c.layers * 12.0 * width * width, attention = c.layers * width * (c.context + 1),
+                 head = width * c.vocab;
     return 2 * (linear + attention + head);
 }
 
@@ -4215,7 +4349,8 @@ Status allocate_weights(Runtime& runtime, Model& model, const Config& config) {
         if (!state->names.push(plan.weight)) return out_of_memory(sizeof(Weight));
     state->plans = static_cast<Array<WeightPlan>&&>(tape.weights);
     size_t bytes;
-    if (!product(tape.weight_block, sizeof(float), bytes) || !state->weights.take(runtime, bytes, true)) return out_of_memory(static_cast<uint64_t>(tape.weight_block) * sizeof(float));
+    if (!product(tape.weight_block, sizeof(float), bytes) || !state->weights.take(runtime, bytes, true))
+        return out_of_memory(static_cast<uint64_t>(tape.weight_block) * sizeof(float));
     model.weights = reinterpret_cast<float*>(state->weights.memory);
     model.block = tape.weight_block;
     model.parameters = tape.parameters;
@@ -4248,6 +4383,7 @@ Model& Model::operator=(Model&& other) noexcept {
     tokenizer = static_cast<Tokenizer&&>(other.tokenizer);
     chat.user_turn = static_cast<Array<char>&&>(other.chat.user_turn);
     chat.reply_turn = static_cast<Array<char>&&>(other.chat.reply_turn);
+    chat.plain_words = other.chat.plain_words;
     weights = other.weights, parameters = other.parameters, block = other.block, names = other.names;
     version = other.version, runtime = other.runtime, state = other.state;
     other.weights = nullptr, other.state = nullptr, other.names = Span<Weight>();
@@ -4289,7 +4425,8 @@ const Weight* Model::find(Text name) const {
     return nullptr;
 }
 
-Status Model::set_chat(Text user_turn, Text reply_turn) {
+Status Model::set_chat(Text user_turn, Text reply_turn, bool plain_words) {
+    chat.plain_words = plain_words;
     if (!is_utf8(user_turn) || !is_utf8(reply_turn)) return fail(Error::invalid_argument, "a chat's turns must be UTF-8");
     chat.user_turn = Array<char>(*runtime);
     chat.reply_turn = Array<char>(*runtime);
@@ -4320,8 +4457,8 @@ struct Source {
     Array<char> kept;
     Text memory;
     bool in_memory = false;
-    uint64_t size = 0;         // in bytes, as it was when the corpus was opened
-    uint64_t first = 0;        // where the text or the first record begins: after the byte order mark and the header line
+    uint64_t size = 0;   // in bytes, as it was when the corpus was opened
+    uint64_t first = 0;  // where the text or the first record begins: after the byte order mark and the header line
     uint64_t first_line = 1;
     size_t column = 0, columns = 0;  // csv: the one to read, and how many there are
     explicit Source(Runtime& runtime) : name(runtime), kept(runtime) {}
@@ -4344,7 +4481,7 @@ struct CorpusState {
     Array<char> field, column;
     bool split_documents = false;
     uint64_t bytes = 0, training_bytes = 0;
-    Array<Place> marks;            // places at about equal distances, so that reading can begin anywhere without a long search
+    Array<Place> marks;             // places at about equal distances, so that reading can begin anywhere without a long search
     uint64_t stride = piece_bytes;  // between two marks
     explicit CorpusState(Runtime& from) : runtime(from), sources(from), field(from), column(from), marks(from) {}
     ~CorpusState() {
@@ -4385,8 +4522,8 @@ inline bool may_cut(Text text, size_t at) {
 
 // One row of a CSV file (RFC 4180) at the start of `rest`.
 struct Row {
-    size_t size = 0;      // bytes, with the line end
-    uint64_t lines = 0;   // line ends, with those inside of quotes
+    size_t size = 0;     // bytes, with the line end
+    uint64_t lines = 0;  // line ends, with those inside of quotes
     size_t fields = 0;
     const char* problem = nullptr;
 };
@@ -4454,10 +4591,10 @@ inline bool find_block_end(Text rest, bool is_all, size_t& end) {
 // piece or record needs.
 struct Reader {
     const CorpusState& corpus;
-    Place place;          // of the next piece
-    Place from;           // of the piece that was read last,
-    Text piece;           // the piece,
-    bool ends = false;    // and whether its document ends with it
+    Place place;        // of the next piece
+    Place from;         // of the piece that was read last,
+    Text piece;         // the piece,
+    bool ends = false;  // and whether its document ends with it
 
     explicit Reader(const CorpusState& of) : corpus(of), file(of.runtime), buffer(of.runtime), record(of.runtime) {}
 
@@ -4551,22 +4688,22 @@ struct Reader {
         }));
         if (!good) return out_of_memory(row.size);
         if (!there)
-            return fail(Error::bad_file, "'", view(of.name), "', line 1: no column '", corpus.column_name(), "'; there are: ",
-                        Text(names, list.count));
+            return fail(Error::bad_file, "'", view(of.name), "', line 1: no column '", corpus.column_name(),
+                        "'; there are: ", Text(names, list.count));
         of.columns = row.fields;
         of.first += row.size;
         of.first_line += row.lines;
         return Status();
     }
 
-private:
+ private:
     File file;
-    size_t opened = SIZE_MAX;          // the source that `file` is
-    size_t seen = SIZE_MAX;            // the source that the window is over
+    size_t opened = SIZE_MAX;  // the source that `file` is
+    size_t seen = SIZE_MAX;    // the source that the window is over
     Array<char> buffer;
     Text window;
     uint64_t window_at = 0;
-    Array<char> record;                // jsonl, csv: the text of the record at `place`
+    Array<char> record;  // jsonl, csv: the text of the record at `place`
     bool has_record = false;
     uint64_t record_end = 0, record_lines = 0;
 
@@ -4949,18 +5086,20 @@ struct IdStore {
     // Both work in place, too: narrow to the beginning of `ids`, widen from the last bytes of `to`.
     static void narrow(const int32_t* ids, size_t n, size_t width, char* to) {
         if (width == 4) memmove(to, ids, n * 4);
-        else for (size_t i = 0; i < n; ++i) {
-            const uint16_t id = static_cast<uint16_t>(ids[i]);
-            memcpy(to + 2 * i, &id, 2);
-        }
+        else
+            for (size_t i = 0; i < n; ++i) {
+                const uint16_t id = static_cast<uint16_t>(ids[i]);
+                memcpy(to + 2 * i, &id, 2);
+            }
     }
     static void widen(const char* from, size_t n, size_t width, int32_t* to) {
         if (width == 4) memmove(to, from, n * 4);
-        else for (size_t i = 0; i < n; ++i) {
-            uint16_t id;
-            memcpy(&id, from + 2 * i, 2);
-            to[i] = id;
-        }
+        else
+            for (size_t i = 0; i < n; ++i) {
+                uint16_t id;
+                memcpy(&id, from + 2 * i, 2);
+                to[i] = id;
+            }
     }
 };
 
@@ -4968,9 +5107,9 @@ struct IdStore {
 struct IdStream {
     Reader reader;
     const Tokenizer* tokenizer;
-    uint64_t end;               // of the part
+    uint64_t end;  // of the part
     Array<int32_t> separator, ids;
-    uint64_t unknown = 0;       // characters of the last piece
+    uint64_t unknown = 0;  // characters of the last piece
     IdStream(const CorpusState& corpus, const Tokenizer& with, Part part)
         : reader(corpus), tokenizer(&with), end(part_end(corpus, part)), separator(corpus.runtime), ids(corpus.runtime) {}
     Status start(uint64_t begin) {
@@ -5005,13 +5144,13 @@ enum class IdPlace { memory, groups, file, host };
 struct DataState {
     IdPlace where = IdPlace::memory;
     Span<const int32_t> host;
-    IdStore store;                      // memory: all ids; groups: those of one
+    IdStore store;  // memory: all ids; groups: those of one
     uint64_t tokens = 0;
     uint64_t group_ids = largest_group;  // the last group may have fewer
     Array<Group> groups;
-    uint64_t loaded = UINT64_MAX;       // groups: the one in `store`
-    IdStream* stream = nullptr;         // groups: reads them again,
-    Tokenizer tokenizer;                // with a copy, since the host may have handed its own to a model
+    uint64_t loaded = UINT64_MAX;  // groups: the one in `store`
+    IdStream* stream = nullptr;    // groups: reads them again,
+    Tokenizer tokenizer;           // with a copy, since the host may have handed its own to a model
     File cache;
     explicit DataState(Runtime& runtime) : store(runtime), groups(runtime), cache(runtime) {}
     ~DataState() { destroy(store.runtime, stream); }
@@ -5127,8 +5266,12 @@ inline Status load_group(DataState& state, uint64_t index) {
 // Ids at, at + 1, ..., at + n - 1, wherever they lie.
 inline Status fetch_ids(DataState& state, uint64_t at, size_t n, int32_t* to) {
     switch (state.where) {
-        case IdPlace::host: memcpy(to, state.host.data + at, n * sizeof(int32_t)); break;
-        case IdPlace::memory: state.store.read(at, n, to); break;
+        case IdPlace::host:
+            memcpy(to, state.host.data + at, n * sizeof(int32_t));
+            break;
+        case IdPlace::memory:
+            state.store.read(at, n, to);
+            break;
         case IdPlace::file: {
             const size_t width = state.store.width;
             char* bytes = reinterpret_cast<char*>(to) + n * (4 - width);
@@ -5282,9 +5425,9 @@ namespace {
 constexpr size_t ngram_slots = size_t(1) << 18;
 
 struct NgramSlot {
-    uint64_t key;     // the hash of h, or of h and w; 0: empty
-    uint32_t count;   // c(h), c(h, w)
-    uint32_t kinds;   // T(h)
+    uint64_t key;    // the hash of h, or of h and w; 0: empty
+    uint32_t count;  // c(h), c(h, w)
+    uint32_t kinds;  // T(h)
 };
 struct NgramTable {
     NgramSlot* slots;
@@ -5439,10 +5582,13 @@ double Trainer::learning_rate(int64_t step) const {
     const double done = config.steps > start ? static_cast<double>(step - start) / static_cast<double>(config.steps - start) : 1;
     const double left = 1 - least(most(done, 0.0), 1.0);
     switch (config.schedule) {
-        case Schedule::constant: return config.lr;
-        case Schedule::cosine: return low + (config.lr - low) * 0.5 * (1 + cos_pi(1 - left));
+        case Schedule::constant:
+            return config.lr;
+        case Schedule::cosine:
+            return low + (config.lr - low) * 0.5 * (1 + cos_pi(1 - left));
         case Schedule::linear:
-        case Schedule::wsd: return low + (config.lr - low) * left;
+        case Schedule::wsd:
+            return low + (config.lr - low) * left;
     }
     return low;
 }
@@ -5504,7 +5650,8 @@ constexpr int64_t max_batch_rows = int64_t(1) << 24;
 Status backend_for(const Runtime& runtime, const BackendFunctions*& backend) {
     backend = find_backend(runtime);
     if (backend) return Status();
-    return fail(Error::not_built, "this program was built without CUDA: add babygpt_cuda.cu to its compile line, or choose the backend cpu");
+    return fail(Error::not_built,
+                "this program was built without CUDA: add babygpt_cuda.cu to its compile line, or choose the backend cpu");
 }
 
 Status check(const TrainConfig& c, int context) {
@@ -5593,14 +5740,17 @@ inline Run make_run(const Trainer& t, int sequences, bool training) {
     run.ids = t.state->ids;
     run.targets = t.state->targets;
     run.training = training;
-    if (training) run.dropout = t.config.dropout, run.label_smoothing = t.config.label_smoothing, run.seed = t.config.seed, run.step = static_cast<uint64_t>(t.step_count);
+    if (training)
+        run.dropout = t.config.dropout, run.label_smoothing = t.config.label_smoothing, run.seed = t.config.seed,
+        run.step = static_cast<uint64_t>(t.step_count);
     return run;
 }
 
 Status check_ids(const int32_t* ids, const int32_t* targets, int rows, int vocab) {
     for (int i = 0; i < rows; ++i) {
         if (ids[i] < 0 || ids[i] >= vocab) return fail(Error::invalid_argument, "the id ", ids[i], " is none of the model's ", vocab);
-        if (targets[i] < -1 || targets[i] >= vocab) return fail(Error::invalid_argument, "the target ", targets[i], " is none of the model's ", vocab);
+        if (targets[i] < -1 || targets[i] >= vocab)
+            return fail(Error::invalid_argument, "the target ", targets[i], " is none of the model's ", vocab);
     }
     return Status();
 }
@@ -5669,7 +5819,8 @@ Status Trainer::step(StepResult& result) {
     const uint64_t per_step = static_cast<uint64_t>(config.batch) * static_cast<uint64_t>(config.accumulate);
     const auto fill = [&](int micro) {
         for (int i = 0; i < config.batch; ++i) {
-            const uint64_t window = static_cast<uint64_t>(step_count) * per_step + static_cast<uint64_t>(micro) * static_cast<uint64_t>(config.batch) + static_cast<uint64_t>(i);
+            const uint64_t window = static_cast<uint64_t>(step_count) * per_step +
+                                    static_cast<uint64_t>(micro) * static_cast<uint64_t>(config.batch) + static_cast<uint64_t>(i);
             BABYGPT_TRY(training->training_window(config.seed, window, context, state->ids + i * context, state->targets + i * context));
         }
         return Status();
@@ -5678,10 +5829,12 @@ Status Trainer::step(StepResult& result) {
 }
 
 Status Trainer::step(Span<const int32_t> ids, Span<const int32_t> targets, StepResult& result) {
-    const size_t rows = static_cast<size_t>(config.batch) * static_cast<size_t>(model->config.context), wanted = rows * static_cast<size_t>(config.accumulate);
+    const size_t rows = static_cast<size_t>(config.batch) * static_cast<size_t>(model->config.context),
+                 wanted = rows * static_cast<size_t>(config.accumulate);
     if (ids.size != wanted || targets.size != wanted)
-        return fail(Error::invalid_argument, "a step needs ", static_cast<uint64_t>(wanted), " ids and targets (batch * accumulate * context), not ", static_cast<uint64_t>(ids.size),
-                    " and ", static_cast<uint64_t>(targets.size));
+        return fail(Error::invalid_argument, "a step needs ", static_cast<uint64_t>(wanted),
+                    " ids and targets (batch * accumulate * context), not ", static_cast<uint64_t>(ids.size), " and ",
+                    static_cast<uint64_t>(targets.size));
     const auto fill = [&](int micro) {
         memcpy(state->ids, ids.data + static_cast<size_t>(micro) * rows, rows * sizeof(int32_t));
         memcpy(state->targets, targets.data + static_cast<size_t>(micro) * rows, rows * sizeof(int32_t));
@@ -5793,20 +5946,20 @@ struct SessionState {
     Block memory;
     const BackendFunctions* backend = nullptr;
     Regions<float> regions;
-    int32_t* pages = nullptr;    // [context / kv_page]
-    int32_t* history = nullptr;  // [context] ids read
-    int32_t* targets = nullptr;  // [chunk]
-    float* logits = nullptr;     // [vocab]
-    float* adjusted = nullptr;   // [vocab] after bias and penalty, then the candidates' weights
+    int32_t* pages = nullptr;       // [context / kv_page]
+    int32_t* history = nullptr;     // [context] ids read
+    int32_t* targets = nullptr;     // [chunk]
+    float* logits = nullptr;        // [vocab]
+    float* adjusted = nullptr;      // [vocab] after bias and penalty, then the candidates' weights
     int32_t* candidates = nullptr;  // [vocab]
     unsigned char* seen = nullptr;  // [vocab] for the repetition penalty
-    char* held = nullptr;        // text that may yet turn out to be a stop string, and the tail of what was said, for banned strings
+    char* held = nullptr;           // text that may yet turn out to be a stop string, and the tail of what was said, for banned strings
     char* tail = nullptr;
     size_t held_room = 0, tail_count = 0;
-    int chunk = 0;               // rows read at once
-    int turn = 0;                // where the newest turn of a chat begins
-    bool ready = false;          // logits are there
-    bool line_open = false;      // what was read last does not end a line
+    int chunk = 0;           // rows read at once
+    int turn = 0;            // where the newest turn of a chat begins
+    bool ready = false;      // logits are there
+    bool line_open = false;  // what was read last does not end a line
     explicit SessionState(Runtime& runtime) : tape(runtime) {}
 };
 
@@ -5858,7 +6011,8 @@ Session::Session(Session&& other) noexcept { *this = static_cast<Session&&>(othe
 Session& Session::operator=(Session&& other) noexcept {
     if (this == &other) return *this;
     if (state) destroy(*runtime, state);
-    model = other.model, runtime = other.runtime, state = other.state, position = other.position, forgotten = other.forgotten, sampled = other.sampled;
+    model = other.model, runtime = other.runtime, state = other.state, position = other.position, forgotten = other.forgotten,
+    sampled = other.sampled;
     other.state = nullptr;
     return *this;
 }
@@ -5947,7 +6101,8 @@ void make_room(Session& session, int count) {
 Status check_session(const Session& session, Span<const int32_t> ids) {
     if (!session.state) return fail(Error::invalid_argument, "the session is empty: create it first");
     for (const int32_t id : ids)
-        if (id < 0 || id >= session.model->config.vocab) return fail(Error::invalid_argument, "the id ", id, " is none of the model's ", session.model->config.vocab);
+        if (id < 0 || id >= session.model->config.vocab)
+            return fail(Error::invalid_argument, "the id ", id, " is none of the model's ", session.model->config.vocab);
     return Status();
 }
 
@@ -6028,7 +6183,8 @@ int32_t draw(SessionState& s, const SampleConfig& c, int vocab, uint64_t key) {
     const float biggest = l[best];
     double lowest = -40;
     if (c.min_p > 0) lowest = most(lowest, log_of(c.min_p));
-    const float cut = static_cast<float>(static_cast<double>(biggest) + lowest * c.temperature), inverse = static_cast<float>(1 / c.temperature);
+    const float cut = static_cast<float>(static_cast<double>(biggest) + lowest * c.temperature),
+                inverse = static_cast<float>(1 / c.temperature);
     int count = 0;
     double total = 0;
     for (int32_t i = 0; i < vocab; ++i)
@@ -6110,7 +6266,9 @@ void adjust(Session& session, const SampleConfig& c, Text start) {
     }
     const int known = tokenizer.kind == TokenizerKind::none ? vocab : tokenizer.vocab;  // a padded vocabulary's other ids say nothing
     for (int32_t i = 0; i < vocab; ++i)
-        if (i >= known || i == tokenizer.unknown || (s.seen[i] & seen_banned) || (start.size > 0 && !starts_with(tokenizer.bytes(i), start))) s.adjusted[i] = never;
+        if (i >= known || i == tokenizer.unknown || (s.seen[i] & seen_banned) ||
+            (start.size > 0 && !starts_with(tokenizer.bytes(i), start)))
+            s.adjusted[i] = never;
 }
 
 // Next, where the token's text must begin with `start` (empty: anything goes).
@@ -6121,12 +6279,16 @@ Status next_token(Session& session, const SampleConfig& c, Text start, int32_t& 
     const int vocab = model.config.vocab;
     if (!s.ready) return fail(Error::invalid_argument, "nothing has been read yet: feed the session at least one id");
     for (const Text& banned : c.banned)
-        if (banned.size > longest_stop) return fail(Error::invalid_argument, "a banned string has ", static_cast<uint64_t>(banned.size), " bytes, at most 256 are possible");
+        if (banned.size > longest_stop)
+            return fail(Error::invalid_argument, "a banned string has ", static_cast<uint64_t>(banned.size),
+                        " bytes, at most 256 are possible");
     for (const LogitBias& bias : c.bias)
-        if (bias.id < 0 || bias.id >= vocab) return fail(Error::invalid_argument, "a bias names the id ", bias.id, ", which is none of the model's ", vocab);
+        if (bias.id < 0 || bias.id >= vocab)
+            return fail(Error::invalid_argument, "a bias names the id ", bias.id, ", which is none of the model's ", vocab);
     const uint64_t key = random_key(c.seed, session.sampled, random_sample, 0);
     bool found = false;
-    for (int attempt = 0; !found && attempt <= vocab; ++attempt) {  // a token that would complete a banned string is drawn again, without it
+    for (int attempt = 0; !found && attempt <= vocab;
+         ++attempt) {  // a token that would complete a banned string is drawn again, without it
         adjust(session, c, start);
         id = draw(s, c, vocab, mix(key + static_cast<uint64_t>(attempt)));
         found = !is_banned(s, c, model.tokenizer.bytes(id));
@@ -6190,7 +6352,9 @@ Status continue_text(Session& session, const SampleConfig& c, Text start, Genera
     SessionState& s = *session.state;
     const Tokenizer& tokenizer = session.model->tokenizer;
     for (const Text& stop : c.stop)
-        if (stop.size > longest_stop) return fail(Error::invalid_argument, "a stop string has ", static_cast<uint64_t>(stop.size), " bytes, at most 256 are possible");
+        if (stop.size > longest_stop)
+            return fail(Error::invalid_argument, "a stop string has ", static_cast<uint64_t>(stop.size),
+                        " bytes, at most 256 are possible");
     const double begin = seconds_now();
     Output output(result);
     size_t held = 0;
@@ -6255,7 +6419,8 @@ Status feed_text(Session& session, Text text, bool new_document, Generation& res
 // A prompt that ends in a space would be cut where the training text never is (the space belongs to the next word's token): the
 // space is taken off, and the first token must begin with it.
 inline Text take_last_space(const Tokenizer& tokenizer, Text& prompt) {
-    if (tokenizer.kind != TokenizerKind::bpe || prompt.size < 2 || prompt[prompt.size - 1] != ' ' || prompt[prompt.size - 2] == ' ') return Text();
+    if (tokenizer.kind != TokenizerKind::bpe || prompt.size < 2 || prompt[prompt.size - 1] != ' ' || prompt[prompt.size - 2] == ' ')
+        return Text();
     prompt = Text(prompt.data, prompt.size - 1);
     return Text(" ");
 }
@@ -6288,7 +6453,9 @@ Status Session::reply(Text user, const SampleConfig& config, Generation& result,
     Array<char> prompt(*runtime);
     const bool fresh = position == 0;
     bool good = (fresh || !state->line_open || append(prompt, "\n")) && append(prompt, view(model->chat.user_turn));
-    for (const char c : user) good = good && prompt.push(c == '\n' ? ' ' : c);  // a turn is a line
+    if (model->chat.plain_words) good = good && append_plain_words(prompt, user);
+    else
+        for (const char c : user) good = good && prompt.push(c == '\n' ? ' ' : c);  // a turn is a line
     good = good && append(prompt, "\n") && append(prompt, reply_turn);
     if (!good) return out_of_memory(prompt.count + user.size);
     Text text = view(prompt);
@@ -6314,15 +6481,18 @@ Status Session::score(Text text, Array<int32_t>& ids, Array<float>& logprobs, do
     logprobs = Array<float>(*runtime);
     BABYGPT_TRY(model->tokenizer.encode(text, ids));
     Array<double> losses(*runtime);
-    if (!logprobs.resize(ids.count) || !losses.resize(static_cast<size_t>(piece_rows(*this)))) return out_of_memory(ids.count * sizeof(float));
+    if (!logprobs.resize(ids.count) || !losses.resize(static_cast<size_t>(piece_rows(*this))))
+        return out_of_memory(ids.count * sizeof(float));
     sum_of_logprobs = 0;
     for (size_t i = 0; i < ids.count;) {
-        if (i == 0 && state->ready) logprobs[0] = static_cast<float>(static_cast<double>(state->logits[ids[0]]) - log_sum_exp(state->logits, model->config.vocab));
+        if (i == 0 && state->ready)
+            logprobs[0] = static_cast<float>(static_cast<double>(state->logits[ids[0]]) - log_sum_exp(state->logits, model->config.vocab));
         const int count = static_cast<int>(least(static_cast<size_t>(piece_rows(*this)), ids.count - i));
         make_room(*this, count);
         const bool more = i + static_cast<size_t>(count) < ids.count;
         read_ids(*this, ids.items + i, count, losses.items, more ? ids[i + static_cast<size_t>(count)] : -1);
-        for (size_t j = 0; j < static_cast<size_t>(count) && i + j + 1 < ids.count; ++j) logprobs[i + j + 1] = static_cast<float>(-losses[j]);
+        for (size_t j = 0; j < static_cast<size_t>(count) && i + j + 1 < ids.count; ++j)
+            logprobs[i + j + 1] = static_cast<float>(-losses[j]);
         i += static_cast<size_t>(count);
     }
     for (const float logprob : logprobs) sum_of_logprobs += static_cast<double>(logprob);
@@ -6334,7 +6504,8 @@ Status Session::score(Text text, Array<int32_t>& ids, Array<float>& logprobs, do
 Status Session::attention(int layer, Array<float>& probabilities) {
     BABYGPT_TRY(check_session(*this, Span<const int32_t>()));
     const FloatMode mode;
-    if (layer < 0 || layer >= model->config.layers) return fail(Error::invalid_argument, "layer is ", layer, ", but the model has ", model->config.layers);
+    if (layer < 0 || layer >= model->config.layers)
+        return fail(Error::invalid_argument, "layer is ", layer, ", but the model has ", model->config.layers);
     if (position == 0) return fail(Error::invalid_argument, "nothing has been read yet");
     // A tape planned as for training keeps queries, keys and softmax sums.
     Tape tape(*runtime);
@@ -6362,12 +6533,14 @@ Status Session::attention(int layer, Array<float>& probabilities) {
         const float scale = 1 / root(static_cast<float>(dim));
         probabilities = Array<float>(*runtime);
         size_t count;
-        if (!product(op.heads * n, n, count) || !probabilities.resize(count)) return out_of_memory(static_cast<uint64_t>(op.heads * n * n) * sizeof(float));
+        if (!product(op.heads * n, n, count) || !probabilities.resize(count))
+            return out_of_memory(static_cast<uint64_t>(op.heads * n * n) * sizeof(float));
         for (int64_t head = 0; head < op.heads; ++head)
             for (int64_t i = 0; i < n; ++i)
                 for (int64_t k = 0; k <= i; ++k) {
                     float score = 0;
-                    for (int64_t d = 0; d < dim; ++d) score = madd(x[i * 3 * width + head * dim + d], x[k * 3 * width + width + head * dim + d], score);
+                    for (int64_t d = 0; d < dim; ++d)
+                        score = madd(x[i * 3 * width + head * dim + d], x[k * 3 * width + width + head * dim + d], score);
                     const float* m = softmax + (i * op.heads + head) * 2;
                     probabilities[static_cast<size_t>((head * n + i) * n + k)] = exp_of(score * scale - m[0]) / m[1];
                 }
@@ -6397,15 +6570,20 @@ Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, in
         memory.records = sizeof(ModelState) + tape.weights.capacity * sizeof(WeightPlan) + names.capacity * sizeof(Weight);
     }
     Layout layout;
-    const auto activations = [&](const Tape& tape) { return round_up(static_cast<uint64_t>(tape.activation_block) * sizeof(float), uint64_t(cache_line)); };
-    const auto scratch = [&](const Tape& tape) { return round_up(static_cast<uint64_t>(backend->scratch(tape, runtime.thread_count())) * sizeof(float), uint64_t(cache_line)); };
+    const auto activations = [&](const Tape& tape) {
+        return round_up(static_cast<uint64_t>(tape.activation_block) * sizeof(float), uint64_t(cache_line));
+    };
+    const auto scratch = [&](const Tape& tape) {
+        return round_up(static_cast<uint64_t>(backend->scratch(tape, runtime.thread_count())) * sizeof(float), uint64_t(cache_line));
+    };
     if (training) {
         TrainerState state(runtime);
         Trainer trainer;
         state.backend = backend;
         BABYGPT_TRY(record(state.tape, config, batch * config.context, true, 0));
         lay_out(layout, state, trainer, batch, runtime.thread_count());
-        memory.gradients = memory.weights + round_up(static_cast<uint64_t>(state.tape.lookup_block()) * sizeof(float), uint64_t(cache_line));
+        memory.gradients =
+            memory.weights + round_up(static_cast<uint64_t>(state.tape.lookup_block()) * sizeof(float), uint64_t(cache_line));
         memory.moments = 2 * memory.weights;
         memory.activations = activations(state.tape);
         memory.scratch = scratch(state.tape);
@@ -6421,7 +6599,8 @@ Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, in
         memory.kv = static_cast<uint64_t>(state.tape.kv_page_block() * ((config.context + kv_page - 1) / kv_page)) * sizeof(float);
         memory.records += sizeof(SessionState) + record_bytes(state.tape);
         layout.bytes *= static_cast<size_t>(batch);  // `batch` sessions of one model
-        memory.activations *= static_cast<uint64_t>(batch), memory.scratch *= static_cast<uint64_t>(batch), memory.kv *= static_cast<uint64_t>(batch);
+        memory.activations *= static_cast<uint64_t>(batch), memory.scratch *= static_cast<uint64_t>(batch),
+            memory.kv *= static_cast<uint64_t>(batch);
     }
     // The small arrays of the block: ids, losses, pages.
     memory.records += layout.bytes - (memory.gradients + memory.moments + memory.activations + memory.scratch + memory.kv);
@@ -6469,7 +6648,7 @@ Status summary(Runtime& runtime, const Config& config, int batch, Array<SummaryR
 //     babygpt.format_version   1
 //     babygpt.config           what the model is, with the keys of Hugging Face's GPT-2 (and "bias")
 //     babygpt.tokenizer        a tokenizer.json; absent where there is none
-//     babygpt.chat             {"user_turn": ..., "reply_turn": ...}; absent where there is none
+//     babygpt.chat             {"user_turn": ..., "reply_turn": ..., "plain_words": false}; absent where there is none
 //     babygpt.training         {"config": TrainConfig, "state": ...}: only in a resume file, beside the tensors moment1.* and moment2.*
 //
 // In this order: values as JSON, reading a header, checking it against its config, writing, then Model's and Trainer's calls.
@@ -6706,7 +6885,9 @@ Status all_seen(const Record& record, uint64_t seen, Text where) {
     return missing ? fail(Error::bad_file, "'", where, "' lacks '", missing, "'") : Status();
 }
 template <class T>
-bool append_shown(Array<char>& to, T value) { return append_value(to, value); }
+bool append_shown(Array<char>& to, T value) {
+    return append_value(to, value);
+}
 inline bool append_shown(Array<char>& to, double value) { return append_number(to, value); }
 
 // "'M.resume.safetensors' was made with lr 0.001, but lr is 0.002"
@@ -6783,7 +6964,7 @@ inline uint64_t stored_size(Stored type) { return type == Stored::f32 ? 4 : 2; }
 
 struct StoredTensor {
     Text name;
-    Text shown;           // the shape as the header writes it
+    Text shown;  // the shape as the header writes it
     Stored type;
     int dimensions;
     bool wanted;          // by the config
@@ -6801,7 +6982,7 @@ struct Checkpoint {
     Array<char> header, names;
     Array<StoredValue> metadata;  // both sorted by name
     Array<StoredTensor> tensors;
-    uint64_t data = 0;            // where the tensors' bytes begin
+    uint64_t data = 0;  // where the tensors' bytes begin
     Config config;
     template <class... Parts>
     Status bad(const Parts&... parts) const {
@@ -6934,7 +7115,7 @@ Status read_header(Runtime& runtime, Checkpoint& c) {
         size_t wanted;
         if (tensor.end < tensor.begin || !product(elements, stored_size(tensor.type), wanted) || tensor.end - tensor.begin != wanted)
             return c.bad(": the tensor '", Shown(tensor.name), "' has the shape ", Shown(tensor.shown), ", but lies from byte ",
-                        tensor.begin, " to ", tensor.end);
+                         tensor.begin, " to ", tensor.end);
         memory = memory && c.tensors.push(tensor);
     }
     if (!memory) return out_of_memory(length);
@@ -7080,6 +7261,7 @@ Status read_chat(Runtime& runtime, const Checkpoint& c, Chat& chat) {
     for (json.enter_object(); json.next_key();) {
         if (json.key_is("user_turn")) json.string(chat.user_turn);
         else if (json.key_is("reply_turn")) json.string(chat.reply_turn);
+        else if (json.key_is("plain_words")) json.boolean(chat.plain_words);
         else json.skip();
     }
     return json.finish(Words("babygpt.chat of ", c.source.name));
@@ -7123,7 +7305,8 @@ Status build_header(const Model& model, Span<const Section> sections, Text train
     if (model.tokenizer.kind != TokenizerKind::none) BABYGPT_TRY(model.tokenizer.save_memory(tokenizer));
     if (!model.chat.empty()) {
         good = good && chat.push('{') && append_member(chat, "user_turn", view(model.chat.user_turn));
-        good = good && append_member(chat, "reply_turn", view(model.chat.reply_turn)) && chat.push('}');
+        good = good && append_member(chat, "reply_turn", view(model.chat.reply_turn));
+        good = good && append_member(chat, "plain_words", model.chat.plain_words) && chat.push('}');
     }
     good = good && to.resize(8) && append(to, "{\"__metadata__\":{\"format\":\"pt\"");
     good = good && append_member(to, "babygpt.format_version", Text(Words(BABYGPT_FORMAT_VERSION)));
@@ -7146,7 +7329,6 @@ Status build_header(const Model& model, Span<const Section> sections, Text train
     for (size_t i = 0; i < 8; ++i) to[i] = static_cast<char>((to.count - 8) >> (8 * i) & 0xff);
     return Status();
 }
-
 
 Status save_checkpoint(const Model& model, Span<const Section> sections, Text training, Text path) {
     if (!model.weights) return fail(Error::invalid_argument, "an empty model cannot be saved to '", path, "'");
@@ -7180,8 +7362,10 @@ Status parse_training(Runtime& runtime, const Checkpoint& c, TrainConfig& config
     uint64_t in_config = 0, in_state = 0;
     Json json(runtime, view(text));
     for (json.enter_object(); json.next_key();) {
-        if (json.key_is("config")) for (json.enter_object(); json.next_key();) read_field(json, config, in_config) || json.skip();
-        else if (json.key_is("state")) for (json.enter_object(); json.next_key();) read_field(json, state, in_state) || json.skip();
+        if (json.key_is("config"))
+            for (json.enter_object(); json.next_key();) read_field(json, config, in_config) || json.skip();
+        else if (json.key_is("state"))
+            for (json.enter_object(); json.next_key();) read_field(json, state, in_state) || json.skip();
         else json.skip();
     }
     BABYGPT_TRY(json.finish(where));
@@ -7214,6 +7398,8 @@ Status check_resume(const Trainer& t, const Checkpoint& c, const TrainConfig& co
     };
     BABYGPT_TRY(same_turn("user_turn", chat.user_turn, t.model->chat.user_turn));
     BABYGPT_TRY(same_turn("reply_turn", chat.reply_turn, t.model->chat.reply_turn));
+    if (chat.plain_words != t.model->chat.plain_words)
+        return fail(Error::mismatch, "the checkpoint was made ", chat.plain_words ? "with" : "without", " plain_words");
     const auto same_data = [&](const char* what, uint64_t tokens, uint64_t fingerprint, uint64_t our_tokens, uint64_t our_fingerprint) {
         if (tokens == our_tokens && fingerprint == our_fingerprint) return Status();
         return fail(Error::mismatch, "'", name, "' was made with other ", what, " data: ", tokens, " tokens (fingerprint ", fingerprint,
@@ -7368,6 +7554,14 @@ namespace {
 #define BABYGPT_VECTORS 0
 #define BABYGPT_UNROLL
 #endif
+#if BABYGPT_VECTORS && defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define BABYGPT_SHUFFLES 1
+#endif
+#endif
+#ifndef BABYGPT_SHUFFLES
+#define BABYGPT_SHUFFLES 0
+#endif
 // 256 bits and more on x86; GCC for Windows does not align such vectors on the stack (GCC bug 54412).
 #if BABYGPT_X86 && BABYGPT_VECTORS && (defined(__clang__) || !defined(_WIN32))
 #define BABYGPT_WIDE 1
@@ -7434,7 +7628,7 @@ struct Simd : VectorTypes<width_> {
     }
     // s in every element. Not V{s, s, ...} or v = v * s: before inlining, GCC takes a vector that its basic set does not have apart, element by element.
     static BABYGPT_INLINE void splat(V& v, float s) {
-#if BABYGPT_X86 && defined(__GNUC__) && !defined(__clang__)
+#if BABYGPT_X86 && BABYGPT_VECTORS && !defined(__clang__)
         if constexpr (fused == 8 && width == 16) {
             typename VectorTypes<8>::V half[2];
             Simd<8, 8>::splat(half[0], s);
@@ -7486,6 +7680,10 @@ struct Simd : VectorTypes<width_> {
     // would fuse the two, whatever our pragmas say.)
     static BABYGPT_INLINE void mul(V& d, const V& a, const V& b) {
 #if defined(__clang__) && (BABYGPT_X86 || defined(__aarch64__))
+        if constexpr (fused == 0) {
+            d = a * b;
+            return;
+        }
         float minus_zero = -0.0f;
 #if BABYGPT_X86
         __asm__("" : "+x"(minus_zero));  // what it cannot see through it cannot simplify
@@ -7501,13 +7699,13 @@ struct Simd : VectorTypes<width_> {
     }
 
     // a < b ? b : a
-    static BABYGPT_INLINE void max(V& d, const V& a, const V& b) { d = a < b ? b : a; }
+    static BABYGPT_INLINE void larger(V& d, const V& a, const V& b) { d = a < b ? b : a; }
     static BABYGPT_INLINE void sqrt(V& d, const V& a) {
-#if BABYGPT_X86 && defined(__GNUC__) && !defined(__clang__)
+#if BABYGPT_X86 && BABYGPT_VECTORS && !defined(__clang__)
         if constexpr (width == 8) d = __builtin_ia32_sqrtps256(a);
         else if constexpr (width == 16 && fused == 16) d = __builtin_ia32_sqrtps512_mask(a, a, short(-1), 4);
         else
-#elif BABYGPT_X86 && BABYGPT_VECTORS  // Clang would estimate it under -ffast-math
+#elif defined(__SSE2__) && BABYGPT_VECTORS  // Clang would estimate it under -ffast-math
         if constexpr (width > 1) {
             typedef typename VectorTypes<4>::V Quarter;
             Quarter part[width / 4];
@@ -7595,7 +7793,7 @@ struct Simd : VectorTypes<width_> {
         return best;
     }
 
-   private:
+ private:
 #if BABYGPT_VECTORS
     // madd, chapter 5: the double sum is rounded to odd, then to float. Not inlined: it is slow as it is, and long.
     static __attribute__((noinline)) void fma_in_double(V& d, const V& a, const V& b, const V& c) {
@@ -7657,6 +7855,25 @@ using Avx512 = Simd<16, 16>;
 using Avx2Wide = Simd<16, 8>;  // the text of AVX-512 on a machine that lacks it, for tests
 #endif
 
+// Four by four floats, rows to columns.
+BABYGPT_INLINE void transpose(float* to, int64_t to_row, const float* from, int64_t from_row) {
+#if BABYGPT_SHUFFLES
+    typedef float Four __attribute__((vector_size(16)));
+    Four a, b, c, d;
+    memcpy(&a, from, sizeof a), memcpy(&b, from + from_row, sizeof b), memcpy(&c, from + 2 * from_row, sizeof c),
+        memcpy(&d, from + 3 * from_row, sizeof d);
+    const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+    const Four ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    a = __builtin_shufflevector(ab, cd, 0, 1, 4, 5), b = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    c = __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5), d = __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7);
+    memcpy(to, &a, sizeof a), memcpy(to + to_row, &b, sizeof b), memcpy(to + 2 * to_row, &c, sizeof c),
+        memcpy(to + 3 * to_row, &d, sizeof d);
+#else
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 4; ++j) to[j * to_row + i] = from[i * from_row + j];
+#endif
+}
+
 BABYGPT_INLINE void prefetch(const void* p) {
 #if BABYGPT_VECTORS
     __builtin_prefetch(p);
@@ -7705,15 +7922,24 @@ struct Products {
     // Copies elements (k, j), k < depth, j < count, into a panel [k][size]; what is missing up to `size` becomes 0.
     template <int size>
     static BABYGPT_INLINE void pack(float* to, const float* from, int64_t stride, bool across, int depth, int count) {
-        if (count < size) {
+        if (count < size || size < 4) {
             for (int k = 0; k < depth; ++k)
                 for (int j = 0; j < size; ++j) to[k * size + j] = j < count ? from[across ? j * stride + k : k * stride + j] : 0.0f;
         } else if (across) {
-            for (int j = 0; j < size; ++j)
-                for (int k = 0; k < depth; ++k) to[k * size + j] = from[j * stride + k];
+            for (int j = 0; j < size; j += 4) {
+                const int first = least(j, size - 4);  // the last four may overlap those before
+                int k = 0;
+                for (; k + 4 <= depth; k += 4) transpose(to + k * size + first, size, from + first * stride + k, stride);
+                for (; k < depth; ++k)
+                    for (int i = first; i < first + 4; ++i) to[k * size + i] = from[i * stride + k];
+            }
+        } else if (size % I::width == 0) {
+            V v;
+            for (int k = 0; k < depth; ++k, to += size, from += stride)
+                for (int j = 0; j < size; j += I::width) I::load(v, from + j), I::store(to + j, v);
         } else {
-            for (int k = 0; k < depth; ++k)
-                for (int j = 0; j < size; ++j) to[k * size + j] = from[k * stride + j];
+            for (int k = 0; k < depth; ++k, to += size, from += stride)
+                for (int j = 0; j < size; j += 4) memcpy(to + least(j, size - 4), from + least(j, size - 4), 4 * sizeof(float));
         }
     }
     static BABYGPT_INLINE void pack_b(float* to, const Factor& b, int column, int depth, int columns) {
@@ -7721,11 +7947,13 @@ struct Products {
     }
 
     // One tile of C: a is a panel [depth][tile_rows], b a panel [depth][tile_columns].
-    static BABYGPT_INLINE void tile(float* c, int64_t c_stride, const float* start, int64_t start_stride, const float* a, const float* b, int depth) {
+    static BABYGPT_INLINE void tile(float* c, int64_t c_stride, const float* start, int64_t start_stride, const float* a, const float* b,
+                                    int depth) {
         V sum[static_cast<size_t>(tile_rows)][2], x, left, right;
         if (start) {
             BABYGPT_UNROLL
-            for (int r = 0; r < tile_rows; ++r) I::load(sum[r][0], start + r * start_stride), I::load(sum[r][1], start + r * start_stride + I::width);
+            for (int r = 0; r < tile_rows; ++r)
+                I::load(sum[r][0], start + r * start_stride), I::load(sum[r][1], start + r * start_stride + I::width);
         } else {
             BABYGPT_UNROLL
             for (int r = 0; r < tile_rows; ++r) I::splat(sum[r][0], 0), I::splat(sum[r][1], 0);
@@ -7743,8 +7971,8 @@ struct Products {
         for (int r = 0; r < tile_rows; ++r) I::store(c + r * c_stride, sum[r][0]), I::store(c + r * c_stride + I::width, sum[r][1]);
     }
     // A tile at the edge of C: rows x columns of it exist.
-    static BABYGPT_INLINE void part_of_tile(float* c, int64_t c_stride, const float* start, int64_t start_stride, const float* a, const float* b, int depth, int rows,
-                                            int columns) {
+    static BABYGPT_INLINE void part_of_tile(float* c, int64_t c_stride, const float* start, int64_t start_stride, const float* a,
+                                            const float* b, int depth, int rows, int columns) {
         float whole[static_cast<size_t>(tile_rows * tile_columns)] = {};
         for (int r = 0; r < rows && start; ++r)
             for (int j = 0; j < columns; ++j) whole[r * tile_columns + j] = start[r * start_stride + j];
@@ -7760,15 +7988,19 @@ struct Products {
         const int blocks = (p.depth + depth_block - 1) / depth_block, step = blocks == 0 ? 1 : (p.depth + blocks - 1) / blocks;
         for (int k0 = 0; k0 < p.depth || k0 == 0; k0 += step) {
             const int depth = least(step, p.depth - k0);
-            for (int r = 0; r < rows; r += tile_rows) pack<tile_rows>(space + r * depth, p.a.element(k0, row + r), p.a.stride, p.a.across, depth, least(tile_rows, rows - r));
+            for (int r = 0; r < rows; r += tile_rows)
+                pack<tile_rows>(space + r * depth, p.a.element(k0, row + r), p.a.stride, p.a.across, depth, least(tile_rows, rows - r));
             for (int j = column; j < end; j += tile_columns)
                 for (int r = 0; r < rows; r += tile_rows) {
                     float* c = p.c + (row + r) * p.c_stride + j;
                     const float* start = k0 ? c : p.start ? p.start + (row + r) * p.start_stride + j : nullptr;
                     const int64_t start_stride = k0 ? p.c_stride : p.start_stride;
                     const float *panel_a = space + r * depth, *panel_b = b + static_cast<int64_t>(j) * p.depth + k0 * tile_columns;
-                    if (rows - r >= tile_rows && p.columns - j >= tile_columns) tile(c, p.c_stride, start, start_stride, panel_a, panel_b, depth);
-                    else part_of_tile(c, p.c_stride, start, start_stride, panel_a, panel_b, depth, least(tile_rows, rows - r), least(tile_columns, p.columns - j));
+                    if (rows - r >= tile_rows && p.columns - j >= tile_columns)
+                        tile(c, p.c_stride, start, start_stride, panel_a, panel_b, depth);
+                    else
+                        part_of_tile(c, p.c_stride, start, start_stride, panel_a, panel_b, depth, least(tile_rows, rows - r),
+                                     least(tile_columns, p.columns - j));
                 }
         }
     }
@@ -7846,8 +8078,12 @@ struct Products {
 namespace babygpt {
 namespace {
 
-// In double, and not inlined into other instruction sets. `sum` of all logits is read only where there is smoothing.
-inline double cross_entropy(float total, float biggest, float target, double smoothing, float sum, int vocab) {
+// In double, so not inlined into an instruction set that might fuse what is written here. `sum` of all logits matters only with smoothing.
+#if BABYGPT_VECTORS
+__attribute__((noinline))
+#endif
+inline double
+cross_entropy(float total, float biggest, float target, double smoothing, float sum, int vocab) {
     double loss = log_of(static_cast<double>(total)) + static_cast<double>(biggest) - (1 - smoothing) * static_cast<double>(target);
     if (smoothing > 0) loss -= smoothing * static_cast<double>(sum) / vocab;
     return loss;
@@ -7890,6 +8126,18 @@ struct Rows {
         V sum;
         I::fma(sum, a, b, part);
         take_first(part, sum, left);
+    }
+    // 1 / sqrt(x) in every element. (Of a scalar, Clang under -ffast-math would only make an estimate.)
+    static BABYGPT_INLINE void inverse_root(V& v, float x) {
+        V one;
+        I::splat(one, 1.0f), I::splat(v, x);
+        I::sqrt(v, v);
+        v = one / v;
+    }
+    static BABYGPT_INLINE float first(const V& v) {
+        typename I::Lanes lane;
+        I::store(lane, v);
+        return lane[0];
     }
     static BABYGPT_INLINE void copy(float* to, const float* from, int n) {
         V v;
@@ -7944,8 +8192,7 @@ struct Rows {
                 }
             }
             const float variance = sums.total() / static_cast<float>(n);
-            const float scale = 1.0f / root(variance + static_cast<float>(epsilon));
-            I::splat(scales, scale);
+            inverse_root(scales, variance + static_cast<float>(epsilon));
             for (int i = 0; i < n; i += W) {
                 get(a, x + i, n - i), get(c, w + i, n - i);
                 a = (a - means) * scales;
@@ -7956,7 +8203,7 @@ struct Rows {
                 } else a = a * c;
                 put(y + i, a, n - i);
             }
-            statistics[0] = mean, statistics[1] = scale;
+            statistics[0] = mean, statistics[1] = first(scales);
         }
     }
     static BABYGPT_INLINE void norm_backward_rows(float* dx, const float* dy, const float* x, const float* statistics, const float* w,
@@ -8185,9 +8432,9 @@ struct Rows {
             for (int j = 0; j < 4; ++j) I::load(top[j], x + j * W);
             for (i = 4 * W; i + 4 * W <= n; i += 4 * W) {
                 BABYGPT_UNROLL
-                for (int j = 0; j < 4; ++j) I::load(a, x + i + j * W), I::max(top[j], top[j], a);
+                for (int j = 0; j < 4; ++j) I::load(a, x + i + j * W), I::larger(top[j], top[j], a);
             }
-            I::max(top[0], top[0], top[1]), I::max(top[2], top[2], top[3]), I::max(top[0], top[0], top[2]);
+            I::larger(top[0], top[0], top[1]), I::larger(top[2], top[2], top[3]), I::larger(top[0], top[0], top[2]);
             best = I::biggest(top[0]);
         }
         for (; i < n; ++i) best = most(best, x[i]);
@@ -8278,28 +8525,38 @@ struct Rows {
     // and not used.
 
     static constexpr int tall = 6, wide = 2 * W, block = tall * W;  // block: a multiple of both
+    static constexpr int wide_single = W == 16 ? wide : 2 * wide;   // where a tile is one row: more columns, a divisor of a page
     static constexpr int page = kv_page;
 
-    // c[r][0..wide) += sum over k < n of a[r * a_row + k * a_step] * b[k * b_row + 0..wide), a chain; fresh: c was 0.
-    template <int rows>
+    // c[r][0..columns) += sum over k < n of a[r * a_row + k * a_step] * b[k * b_row + 0..columns), a chain; fresh: c was 0.
+    template <int rows, int columns = wide>
     static BABYGPT_INLINE void tile(float* c, int64_t c_row, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row,
                                     int n, bool fresh) {
-        V sum[static_cast<size_t>(rows)][2], b0, b1, s;
+        constexpr int vectors = columns / W;
+        V sum[static_cast<size_t>(rows)][static_cast<size_t>(vectors)], right[static_cast<size_t>(vectors)], left;
         BABYGPT_UNROLL
         for (int r = 0; r < rows; ++r) {
-            if (fresh) I::splat(sum[r][0], 0), I::splat(sum[r][1], 0);
-            else I::load(sum[r][0], c + r * c_row), I::load(sum[r][1], c + r * c_row + W);
+            BABYGPT_UNROLL
+            for (int j = 0; j < vectors; ++j) {
+                if (fresh) I::splat(sum[r][j], 0);
+                else I::load(sum[r][j], c + r * c_row + j * W);
+            }
         }
         for (int k = 0; k < n; ++k, a += a_step, b += b_row) {
-            I::load(b0, b), I::load(b1, b + W);
+            BABYGPT_UNROLL
+            for (int j = 0; j < vectors; ++j) I::load(right[j], b + j * W);
             BABYGPT_UNROLL
             for (int r = 0; r < rows; ++r) {
-                I::splat(s, a[r * a_row]);
-                I::fma(sum[r][0], s, b0), I::fma(sum[r][1], s, b1);
+                I::splat(left, a[r * a_row]);
+                BABYGPT_UNROLL
+                for (int j = 0; j < vectors; ++j) I::fma(sum[r][j], left, right[j]);
             }
         }
         BABYGPT_UNROLL
-        for (int r = 0; r < rows; ++r) I::store(c + r * c_row, sum[r][0]), I::store(c + r * c_row + W, sum[r][1]);
+        for (int r = 0; r < rows; ++r) {
+            BABYGPT_UNROLL
+            for (int j = 0; j < vectors; ++j) I::store(c + r * c_row + j * W, sum[r][j]);
+        }
     }
     // The triangle of a tile: step e = 0..count-1 adds a[r * a_row + e * a_step] * b[e][0..wide) to the rows r > e (lower: r <= e).
     template <bool lower>
@@ -8444,20 +8701,21 @@ struct Rows {
     }
     template <int rows>
     static BABYGPT_INLINE void scores_of(float* scores, int64_t scores_row, const float* queries, const Cache& cache, int keys) {
-        for (int k = 0; k < keys; k += wide)
-            tile<rows>(scores + k, scores_row, queries, cache.dim, 1, cache.key_page(k / page) + k % page, page, cache.dim, true);
+        constexpr int columns = rows == 1 ? wide_single : wide;
+        for (int k = 0; k < keys; k += columns)
+            tile<rows, columns>(scores + k, scores_row, queries, cache.dim, 1, cache.key_page(k / page) + k % page, page, cache.dim, true);
     }
     // Scores become e^(score / sqrt(dim) - max), dropped or not; the maximum and the sum before dropout go to `statistics`.
     static BABYGPT_INLINE void softmax_row(float* scores, int keys, int dim, const Dropout& drop, int row, int head, float* statistics) {
         V scale, top, v;
-        I::splat(scale, 1.0f / root(static_cast<float>(dim)));
+        inverse_root(scale, static_cast<float>(dim));
         I::splat(top, scores[0]);
         top = top * scale;
         for (int k = 0; k < keys; k += W) {
             I::load(v, scores + k);
             I::mul(v, v, scale);
             I::store(scores + k, v);
-            if (k + W <= keys) I::max(top, top, v);
+            if (k + W <= keys) I::larger(top, top, v);
         }
         float biggest = I::biggest(top);
         for (int k = keys / W * W; k < keys; ++k) biggest = most(biggest, scores[k]);
@@ -8487,14 +8745,22 @@ struct Rows {
     // out = p V. The first query sees `keys` keys, each of the others one more than the one before.
     template <int rows>
     static BABYGPT_INLINE void mix_values(float* out, const float* p, int64_t p_row, const Cache& cache, int keys, int queries) {
-        const int padded = cache.row, run = cache.copied ? keys : page;
+        const int padded = cache.row;
         const float* last[tall - 1];
         for (int e = 0; e < queries - 1; ++e) last[e] = cache.value(keys + e);
-        for (int c = 0; c < padded; c += wide) {
-            for (int k = 0; k < keys; k += run)
-                tile<rows>(out + c, padded, p + k, p_row, 1, cache.value(k) + c, cache.row, least(run, keys - k), k == 0);
+        int c = 0;
+        if (rows == 1)
+            for (; c + wide_single <= padded; c += wide_single) mix_columns<1, wide_single>(out, p, p_row, cache, keys, c);
+        for (; c < padded; c += wide) {
+            mix_columns<rows, wide>(out, p, p_row, cache, keys, c);
             if (rows > 1) triangle<false>(out + c, padded, p + keys, p_row, 1, last, c, queries - 1);
         }
+    }
+    template <int rows, int columns>
+    static BABYGPT_INLINE void mix_columns(float* out, const float* p, int64_t p_row, const Cache& cache, int keys, int c) {
+        const int run = cache.copied ? keys : page;  // so many follow each other in memory
+        for (int k = 0; k < keys; k += run)
+            tile<rows, columns>(out + c, cache.row, p + k, p_row, 1, cache.value(k) + c, cache.row, least(run, keys - k), k == 0);
     }
 
     // This head's part of dx.
@@ -8564,7 +8830,7 @@ struct Rows {
     static BABYGPT_INLINE void softmax_row_backward(float* p, float* ds, float D, const float* statistics, int keys, int dim,
                                                     const Dropout& drop, int row, int element) {
         V scale, top, inverse, delta, a, b, f;
-        I::splat(scale, 1.0f / root(static_cast<float>(dim))), I::splat(top, statistics[0]), I::splat(inverse, 1.0f / statistics[1]);
+        inverse_root(scale, static_cast<float>(dim)), I::splat(top, statistics[0]), I::splat(inverse, 1.0f / statistics[1]);
         I::splat(delta, D);
         const uint64_t key = drop.key(row);
         for (int j = 0; j < keys; j += W) {
@@ -8615,6 +8881,555 @@ struct Rows {
 
 }  // namespace
 }  // namespace babygpt
+// =====================================================================================================================
+// [CHAPTER 11] The fast backend
+// =====================================================================================================================
+// Which processor is this, how is the work divided, and in which order does the tape run? The kernels are compiled once for every
+// instruction set, by wrappers of one line, and chosen at run time. Threads divide the outputs of an op, never the terms of a sum.
+
+namespace babygpt {
+namespace {
+
+// ---- what a thread does at a time ----------------------------------------------------------------------------------------
+
+// Some of an op's units: rows, heads of sequences (attention), or groups of 16 columns (gradients of vectors, and of embeddings).
+constexpr int column_group = 16;
+struct Work {
+    const Tape& tape;
+    const Regions<float>& r;
+    const Run& run;
+    int number;               // of the op
+    bool by_columns = false;  // backward: the part whose sums run along all rows
+    float* logits = nullptr;  // head: a chunk of rows, from first_row on
+    int64_t logits_stride = 0;
+    int first_row = 0;
+    bool logits_gradient = false;
+};
+
+template <class I>
+BABYGPT_INLINE void forward_part(const Work& work, int from, int to, float* space) {
+    using R = Rows<I>;
+    const Op& op = work.tape.ops[static_cast<size_t>(work.number)];
+    const Run& run = work.run;
+    const float *x = values(work.tape, work.r, op.x), *w = weights(work.tape, work.r, op.w), *b = weights(work.tape, work.r, op.b);
+    float *y = values(work.tape, work.r, op.y), *aux = values(work.tape, work.r, op.aux);
+    const int64_t first = static_cast<int64_t>(from) * op.out, count = static_cast<int64_t>(to - from) * op.out;
+    switch (op.kind) {
+        case OpKind::embedding:
+            return R::embedding_forward(y, w, b, run.ids, run.sequences, op.out, from, to);
+        case OpKind::norm:
+            return R::norm_forward(y, aux, x, w, b, op.in, work.tape.epsilon, from, to);
+        case OpKind::linear:
+            return R::activation_forward(y + first, (aux ? aux : y) + first, count, op.activation);
+        case OpKind::dropout:
+            return R::dropout_forward(y, x, Dropout(run, work.number), op.in, from, to);
+        case OpKind::add:
+            return R::add_forward(y + first, x + first, values(work.tape, work.r, op.x2) + first, count);
+        case OpKind::attention:
+            for (int i = from; i < to; ++i)
+                R::attention_forward(y, aux, x, run.sequences[static_cast<size_t>(i / op.heads)], work.r.kv, op.layer, work.tape.layers,
+                                     op.heads, op.out / op.heads, Dropout(run, work.number), i % op.heads, space);
+            return;
+        case OpKind::head: {
+            const int row = work.first_row + from;
+            return R::head_rows(work.r.losses + row, work.r.ranks ? work.r.ranks + row : nullptr, aux + 2 * static_cast<int64_t>(row),
+                                work.logits + from * work.logits_stride, work.logits_stride, run.targets + row, op.out, run.label_smoothing,
+                                work.logits_gradient, to - from);
+        }
+    }
+}
+
+template <class I>
+BABYGPT_INLINE void backward_part(const Work& work, int from, int to, float* space) {
+    using R = Rows<I>;
+    const Tape& tape = work.tape;
+    const Op& op = tape.ops[static_cast<size_t>(work.number)];
+    const Run& run = work.run;
+    const float *x = values(tape, work.r, op.x), *y = values(tape, work.r, op.y), *aux = values(tape, work.r, op.aux),
+                *w = weights(tape, work.r, op.w);
+    float *dx = gradient(tape, work.r, op.x), *dx2 = gradient(tape, work.r, op.x2), *dy = gradient(tape, work.r, op.y);
+    float *dw = weight_gradient(tape, work.r, op.w), *db = weight_gradient(tape, work.r, op.b);
+    const int64_t first = static_cast<int64_t>(from) * op.out, count = static_cast<int64_t>(to - from) * op.out;
+    const int column = from * column_group, end = least(to * column_group, op.out);
+    switch (op.kind) {
+        case OpKind::embedding:
+            return R::embedding_backward(tape.tied ? work.r.lookup_gradients : dw, db, dy, run.ids, run.sequences, op.out, column, end);
+        case OpKind::norm:
+            if (work.by_columns) return R::norm_backward_columns(dw, db, dy, x, aux, run.rows, op.in, column, end);
+            return R::norm_backward_rows(dx, dy, x, aux, w, op.in, op.adds_to_dx, from, to);
+        case OpKind::linear:
+            if (work.by_columns) return R::bias_backward(db, dy, run.rows, op.out, column, end);
+            return R::activation_backward(dy + first, aux + first, count, op.activation);
+        case OpKind::dropout:
+            return R::dropout_backward(dx, dy, Dropout(run, work.number), op.in, op.adds_to_dx, from, to);
+        case OpKind::add:
+            R::add_backward(dx + first, dy + first, count, op.adds_to_dx);
+            return R::add_backward(dx2 + first, dy + first, count, op.adds_to_dx2);
+        case OpKind::attention:
+            for (int i = from; i < to; ++i)
+                R::attention_backward(dx, dy, y, aux, x, run.sequences[static_cast<size_t>(i / op.heads)], op.heads, op.out / op.heads,
+                                      Dropout(run, work.number), op.adds_to_dx, i % op.heads, space);
+            return;
+        case OpKind::head:
+            return;
+    }
+}
+
+// What happens to a weight after the backward pass, in blocks of square_block elements.
+struct Update {
+    enum What { folding, squaring, stepping } what;
+    int64_t size;
+    float *g, *lookup = nullptr;
+    double* partial = nullptr;
+    float *w = nullptr, *m = nullptr, *v = nullptr;
+    const AdamW* adam = nullptr;
+    bool decays = false;
+};
+template <class I>
+BABYGPT_INLINE void update_part(const Update& u, int from, int to) {
+    using R = Rows<I>;
+    const int64_t at = from * square_block, n = least(to * square_block, u.size) - at;
+    if (u.what == Update::folding) R::fold(u.g + at, u.lookup + at, n);
+    else if (u.what == Update::stepping) R::adamw(u.w + at, u.m + at, u.v + at, u.g + at, n, *u.adam, u.decays);
+    else
+        for (int i = from; i < to; ++i)
+            u.partial[i] = R::square_sum(u.g + i * square_block, static_cast<int>(least(square_block, u.size - i * square_block)));
+}
+
+// ---- one table of kernels for each instruction set -----------------------------------------------------------------------
+
+struct Kernels {
+    const char* name;
+    int tile_columns;
+    int64_t (*attention_scratch)(int keys, int dim, bool training);
+    void (*pack)(float* to, const Factor& b, int column, int depth, int columns);
+    void (*block)(const Product& p, const float* b, int row, int column, int end, float* space);
+    void (*single_row)(const Product& p, const float* b, int column, int end);
+    void (*forward)(const Work& work, int from, int to, float* space);
+    void (*backward)(const Work& work, int from, int to, float* space);
+    void (*update)(const Update& u, int from, int to);
+    double (*ceiling)(int64_t rounds, float* result);
+};
+
+#define BABYGPT_KERNELS(set, I, name, target)                                                                                          \
+    struct set {                                                                                                                       \
+        target static void pack(float* to, const Factor& b, int column, int depth, int columns) {                                      \
+            Products<I>::pack_b(to, b, column, depth, columns);                                                                        \
+        }                                                                                                                              \
+        target static void block(const Product& p, const float* b, int row, int column, int end, float* space) {                       \
+            Products<I>::block(p, b, row, column, end, space);                                                                         \
+        }                                                                                                                              \
+        target static void single_row(const Product& p, const float* b, int column, int end) {                                         \
+            Products<I>::single_row(p, b, column, end);                                                                                \
+        }                                                                                                                              \
+        target static void forward(const Work& work, int from, int to, float* space) { forward_part<I>(work, from, to, space); }       \
+        target static void backward(const Work& work, int from, int to, float* space) { backward_part<I>(work, from, to, space); }     \
+        target static void update(const Update& u, int from, int to) { update_part<I>(u, from, to); }                                  \
+        target static double ceiling(int64_t rounds, float* result) { return Products<I>::ceiling(rounds, result); }                   \
+        static constexpr Kernels table = {                                                                                             \
+            name,    Products<I>::tile_columns, &Rows<I>::attention_scratch, &pack, &block, &single_row, &forward, &backward, &update, \
+            &ceiling};                                                                                                                 \
+    };
+
+#if defined(__ARM_NEON) && BABYGPT_VECTORS
+BABYGPT_KERNELS(KernelsPortable, Portable, "neon", )
+#elif BABYGPT_X86 && BABYGPT_VECTORS
+BABYGPT_KERNELS(KernelsPortable, Portable, "sse2", )
+#else
+BABYGPT_KERNELS(KernelsPortable, Portable, "portable", )
+#endif
+#if BABYGPT_WIDE
+BABYGPT_KERNELS(KernelsAvx2, Avx2, "avx2", __attribute__((target("avx2,fma"))))
+#if defined(__clang__)
+BABYGPT_KERNELS(KernelsAvx512, Avx512, "avx512", __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"), min_vector_width(512))))
+#else
+BABYGPT_KERNELS(KernelsAvx512, Avx512, "avx512", __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))))
+#endif
+#ifdef BABYGPT_TEST_WIDE
+BABYGPT_KERNELS(KernelsAvx2Wide, Avx2Wide, "avx2, wide", __attribute__((target("avx2,fma"))))
+#endif
+#endif
+
+// ---- walking the tape ----------------------------------------------------------------------------------------------------
+
+// How the scratch of a tape is divided.
+struct Scratch {
+    int64_t panels;  // packed factors of a product, for all threads
+    int64_t logits;  // a chunk of rows of them
+    int64_t slot;    // each thread's own
+    int chunk;       // rows of the chunk
+    Scratch(const Kernels& kernels, const Tape& tape) {
+        // Logits at a time: in training, W and its gradient are read once a chunk, so that many rows are better than few.
+        const int64_t wide = round_up(tape.vocab, column_group), some = int64_t(1) << 18, many = int64_t(1) << 23;
+        const int64_t most_rows = tape.training ? most(some / wide, least(many / wide, int64_t(192))) : some / wide;
+        const int64_t chunks = (tape.max_rows + most(most_rows, int64_t(1)) - 1) / most(most_rows, int64_t(1));
+        chunk = static_cast<int>(least(round_up((tape.max_rows + chunks - 1) / chunks, int64_t(12)), static_cast<int64_t>(tape.max_rows)));
+        logits = round_up(chunk * wide, int64_t(16));
+        panels =
+            tape.training ? panel_limit(tape.width) : 2 * depth_block * kernels.tile_columns;  // running, the weights are packed before
+        slot = static_cast<int64_t>(row_block) * depth_block;
+        for (const Op& op : tape.ops)
+            if (op.kind == OpKind::attention) slot = most(slot, kernels.attention_scratch(tape.context, op.out / op.heads, tape.training));
+    }
+    // Floats of packed panels at a time: enough for a thousand columns or more of the deepest product, little enough for a shared cache.
+    static int64_t panel_limit(int width) { return most(int64_t(1) << 20, int64_t(4) * width * 128); }
+};
+
+template <const Kernels& kernels>
+struct Fast {
+    Runtime& runtime;
+    const Tape& tape;
+    const Regions<float>& r;
+    const Run& run;
+    const Scratch scratch;
+    const int threads;
+    float *panels, *logits, *slots;
+
+    Fast(Runtime& runtime_, const Tape& tape_, const Regions<float>& r_, const Run& run_)
+        : runtime(runtime_),
+          tape(tape_),
+          r(r_),
+          run(run_),
+          scratch(kernels, tape_),
+          threads(runtime_.thread_count()),
+          panels(r_.scratch),
+          logits(panels + scratch.panels),
+          slots(logits + scratch.logits) {}
+
+    // f(item, space) for each item, on the threads; space is the thread's own.
+    template <class F>
+    void divide(int items, const F& f) const {
+        const int workers = least(threads, items);
+        if (workers <= 1) {
+            for (int i = 0; i < items; ++i) f(i, slots);
+            return;
+        }
+        std::atomic<int> next{0};
+        parallel(runtime, workers, [&](int worker) {
+            for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) f(i, slots + worker * scratch.slot);
+        });
+    }
+    // f(from, to, space) for ranges of `units` that cost about `cost` multiply-adds each.
+    template <class F>
+    void share(int units, int64_t cost, const F& f) const {
+        constexpr int64_t least_cost = 1 << 14;  // what is smaller is done before another thread has noticed
+        const int items = static_cast<int>(
+            least(least(static_cast<int64_t>(units), static_cast<int64_t>(threads) * 8), most(units * cost / least_cost, int64_t(1))));
+        divide(items, [&](int i, float* space) {
+            f(static_cast<int>(static_cast<int64_t>(i) * units / items), static_cast<int>((static_cast<int64_t>(i) + 1) * units / items),
+              space);
+        });
+    }
+    void share_forward(const Work& work, int units, int64_t cost) const {
+        share(units, cost, [&](int from, int to, float* space) { kernels.forward(work, from, to, space); });
+    }
+    void share_backward(const Work& work, int units, int64_t cost) const {
+        share(units, cost, [&](int from, int to, float* space) { kernels.backward(work, from, to, space); });
+    }
+
+    // ---- products ----
+
+    // With B in panels.
+    void multiply(const Product& p, const float* b) const {
+        constexpr int columns = kernels.tile_columns;
+        const int all_panels = (p.columns + columns - 1) / columns;
+        if (p.rows == 1) {
+            const int units = (all_panels + 3) / 4;
+            return share(units, static_cast<int64_t>(p.depth) * columns * 4, [&](int from, int to, float*) {
+                kernels.single_row(p, b, from * 4 * columns, least(to * 4 * columns, p.columns));
+            });
+        }
+        const int row_blocks = (p.rows + row_block - 1) / row_block;
+        const bool small = static_cast<int64_t>(p.rows) * p.columns * p.depth < 1 << 17;
+        const int groups = small || threads == 1 ? 1 : least((8 * threads + row_blocks - 1) / row_blocks, (all_panels + 3) / 4);
+        divide(row_blocks * groups, [&](int i, float* space) {
+            const int64_t group = i % groups;
+            const int from = static_cast<int>(group * all_panels / groups), to = static_cast<int>((group + 1) * all_panels / groups);
+            kernels.block(p, b, i / groups * row_block, from * columns, least(to * columns, p.columns), space);
+        });
+    }
+    // B is packed here, in pieces that fit in `panels`: all columns at a time where they are not too many, else some; then as deep as there is room.
+    void product(Product p) const {
+        constexpr int columns = kernels.tile_columns;
+        const Product all = p;
+        const int deep = least(all.depth, 2 * depth_block);
+        const int wide =
+            static_cast<int>(least(static_cast<int64_t>(round_up(all.columns, columns)), scratch.panels / deep / columns * columns));
+        const int pieces = static_cast<int>((static_cast<int64_t>(all.depth) * wide + scratch.panels - 1) / scratch.panels),
+                  depth = (all.depth + pieces - 1) / pieces;
+        for (int column = 0; column < all.columns; column += wide)
+            for (int k = 0; k < all.depth; k += depth) {
+                p.columns = least(wide, all.columns - column), p.depth = least(depth, all.depth - k);
+                p.c = all.c + column;
+                p.start = k ? p.c : all.start ? all.start + column : nullptr;
+                p.start_stride = k ? all.c_stride : all.start_stride;
+                p.a.at = all.a.element(k, 0);
+                p.b.at = all.b.element(k, column);
+                share((p.columns + columns - 1) / columns, static_cast<int64_t>(p.depth) * columns, [&](int from, int to, float*) {
+                    for (int i = from * columns; i < least(to * columns, p.columns); i += columns)
+                        kernels.pack(panels + static_cast<int64_t>(i) * p.depth, p.b, i, p.depth, p.columns);
+                });
+                multiply(p, panels);
+            }
+    }
+
+    // ---- ops ----
+
+    // Where an op's packed weights begin; null: there are none.
+    const float* packed(int number) const {
+        if (!r.packed) return nullptr;
+        const float* at = r.packed;
+        for (int i = 0; i < number; ++i) at += packed_size(tape.ops[static_cast<size_t>(i)]);
+        return at;
+    }
+    static int64_t packed_size(const Op& op) {
+        if (op.kind != OpKind::linear && op.kind != OpKind::head) return 0;
+        return static_cast<int64_t>(op.in) * round_up(op.out, kernels.tile_columns);
+    }
+
+    void forward(int number) const {
+        const Op& op = tape.ops[static_cast<size_t>(number)];
+        const Work work{tape, r, run, number};
+        const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w), *b = weights(tape, r, op.b);
+        switch (op.kind) {
+            case OpKind::attention: {
+                int64_t cost = 0;
+                for (const Sequence& s : run.sequences)
+                    cost += static_cast<int64_t>(s.length) * (s.length / 2 + 1 + (s.pages ? s.position : 0)) * 2 * (op.out / op.heads);
+                const int units = static_cast<int>(run.sequences.size) * op.heads;
+                return share_forward(work, units, cost / most(static_cast<int>(run.sequences.size), 1));
+            }
+            case OpKind::linear: {
+                float* before = values(tape, r, op.aux != nothing ? op.aux : op.y);
+                const Product p{before, op.out, b, 0, Factor{x, op.in, true}, Factor{w, op.out, false}, run.rows, op.out, op.in};
+                const float* ready = packed(number);
+                if (ready) multiply(p, ready);
+                else product(p);
+                if (op.activation != Activation::none) share_forward(work, run.rows, static_cast<int64_t>(op.out) * 8);
+                return;
+            }
+            case OpKind::head:
+                return head(number);
+            case OpKind::embedding:
+            case OpKind::norm:
+            case OpKind::add:
+            case OpKind::dropout:
+                return share_forward(work, run.rows, static_cast<int64_t>(op.out) * 2);
+        }
+    }
+
+    // Chunk of rows after chunk of rows; in training the logits turn into their gradients, and those of x and W follow at once.
+    void head(int number) const {
+        const Op& op = tape.ops[static_cast<size_t>(number)];
+        const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w), *ready = packed(number);
+        float *dx = gradient(tape, r, op.x), *dw = weight_gradient(tape, r, op.w);
+        const int64_t wide = round_up(op.out, column_group);
+        Work work{tape, r, run, number};
+        work.logits = logits, work.logits_stride = wide, work.logits_gradient = run.training;
+        for (int row = 0; row < run.rows && run.targets; row += scratch.chunk) {
+            const int rows = least(scratch.chunk, run.rows - row);
+            const int64_t at = static_cast<int64_t>(row) * op.in;
+            const Product forward{logits, wide, nullptr, 0, Factor{x + at, op.in, true}, Factor{w, op.in, true}, rows, op.out, op.in};
+            if (ready) multiply(forward, ready);
+            else product(forward);
+            work.first_row = row;
+            share_forward(work, rows, wide * 8);
+            if (!run.training) continue;
+            product(Product{dx + at, op.in, op.adds_to_dx ? dx + at : nullptr, op.in, Factor{logits, wide, true}, Factor{w, op.in, false},
+                            rows, op.in, op.out});
+            product(Product{dw, op.in, dw, op.in, Factor{logits, wide, false}, Factor{x + at, op.in, false}, op.out, op.in, rows});
+        }
+        if (!r.logits) return;
+        for (size_t i = 0; i < run.sequences.size; ++i) {
+            const int64_t last = run.sequences[i].row + run.sequences[i].length - 1;
+            const Product p{r.logits + static_cast<int64_t>(i) * op.out,
+                            op.out,
+                            nullptr,
+                            0,
+                            Factor{x + last * op.in, op.in, true},
+                            Factor{w, op.in, true},
+                            1,
+                            op.out,
+                            op.in};
+            if (ready) multiply(p, ready);
+            else product(p);
+        }
+    }
+
+    void backward(int number) const {
+        const Op& op = tape.ops[static_cast<size_t>(number)];
+        Work work{tape, r, run, number};
+        Work columns = work;
+        columns.by_columns = true;
+        const int groups = (op.out + column_group - 1) / column_group, rows = run.rows;
+        switch (op.kind) {
+            case OpKind::attention: {
+                int64_t cost = 0;
+                for (const Sequence& s : run.sequences)
+                    cost += static_cast<int64_t>(s.length) * (s.length + 1) / 2 * 5 * (op.out / op.heads);
+                return share_backward(work, static_cast<int>(run.sequences.size) * op.heads,
+                                      cost / most(static_cast<int>(run.sequences.size), 1));
+            }
+            case OpKind::linear: {
+                const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w);
+                float *dx = gradient(tape, r, op.x), *dy = gradient(tape, r, op.y), *dw = weight_gradient(tape, r, op.w);
+                if (op.activation != Activation::none) share_backward(work, rows, static_cast<int64_t>(op.out) * 8);
+                if (op.b != nothing) share_backward(columns, groups, static_cast<int64_t>(rows) * column_group);
+                product(Product{dw, op.out, dw, op.out, Factor{x, op.in, false}, Factor{dy, op.out, false}, op.in, op.out, rows});
+                product(Product{dx, op.in, op.adds_to_dx ? dx : nullptr, op.in, Factor{dy, op.out, true}, Factor{w, op.out, true}, rows,
+                                op.in, op.out});
+                return;
+            }
+            case OpKind::norm:
+                share_backward(columns, groups, static_cast<int64_t>(rows) * column_group * 2);
+                return share_backward(work, rows, static_cast<int64_t>(op.out) * 4);
+            case OpKind::embedding:
+                return share_backward(columns, groups, static_cast<int64_t>(rows) * column_group * 2);
+            case OpKind::add:
+            case OpKind::dropout:
+                return share_backward(work, rows, static_cast<int64_t>(op.out) * 2);
+            case OpKind::head:
+                return;  // done in the forward pass
+        }
+    }
+
+    void update(const Update& u) const {
+        share(static_cast<int>((u.size + square_block - 1) / square_block), square_block,
+              [&](int from, int to, float*) { kernels.update(u, from, to); });
+    }
+
+    // ---- what the backend offers ----
+
+    static int64_t scratch_of(const Tape& tape, int threads) {
+        const Scratch s(kernels, tape);
+        return s.panels + s.logits + threads * s.slot;
+    }
+    static int64_t packed_of(const Tape& tape) {
+        int64_t total = 0;
+        for (const Op& op : tape.ops) total += packed_size(op);
+        return total;
+    }
+    static void pack_all(Runtime& runtime, const Tape& tape, const float* weights, float* to) {
+        constexpr int columns = kernels.tile_columns;
+        for (const Op& op : tape.ops) {
+            if (packed_size(op) == 0) continue;
+            const float* w = weights + tape.weight(op.w).offset;
+            const Factor factor{w, op.kind == OpKind::head ? op.in : op.out, op.kind == OpKind::head};
+            parallel(runtime, (op.out + columns - 1) / columns,
+                     [&](int i) { kernels.pack(to + static_cast<int64_t>(i) * columns * op.in, factor, i * columns, op.in, op.out); });
+            to += packed_size(op);
+        }
+    }
+    static void forward_all(Runtime& runtime, const Tape& tape, const Regions<float>& r, const Run& run) {
+        const Fast fast(runtime, tape, r, run);
+        for (int i = 0; i < static_cast<int>(tape.ops.count); ++i) fast.forward(i);
+    }
+    static void backward_all(Runtime& runtime, const Tape& tape, const Regions<float>& r, const Run& run) {
+        const Fast fast(runtime, tape, r, run);
+        for (int i = static_cast<int>(tape.ops.count); i-- > 0;) fast.backward(i);
+    }
+    static double square_sum(Runtime& runtime, const Tape& tape, const Regions<float>& r, double* partial) {
+        const Run run;
+        const Fast fast(runtime, tape, r, run);
+        double total = 0;
+        for (const WeightPlan& plan : tape.weights) {
+            Update u{};
+            u.g = r.gradients + plan.weight.offset, u.size = plan.weight.rows * plan.weight.cols;
+            if (tape.tied && &plan == &tape.weights[static_cast<size_t>(tape.shared_embedding())]) {
+                u.what = Update::folding, u.lookup = r.lookup_gradients;
+                fast.update(u);
+            }
+            u.what = Update::squaring, u.partial = partial;
+            fast.update(u);
+            for (int64_t i = 0; i < u.size; i += square_block) total += *partial++;
+        }
+        return total;
+    }
+    static void update_all(Runtime& runtime, const Tape& tape, const Regions<float>& r, float* w, float* m, float* v, const AdamW& adam) {
+        const Run run;
+        const Fast fast(runtime, tape, r, run);
+        for (const WeightPlan& plan : tape.weights) {
+            const int64_t at = plan.weight.offset;
+            Update u{};
+            u.what = Update::stepping, u.size = plan.weight.rows * plan.weight.cols;
+            u.g = r.gradients + at, u.w = w + at, u.m = m + at, u.v = v + at;
+            u.adam = &adam, u.decays = plan.weight.decay;
+            fast.update(u);
+        }
+    }
+    static constexpr BackendFunctions functions = {&scratch_of,   &packed_of,  &pack_all,  &forward_all,
+                                                   &backward_all, &square_sum, &update_all};
+};
+
+// ---- which kernels does this machine get? --------------------------------------------------------------------------------
+
+// What was asked for, or the best that this machine has.
+inline Isa choose(Isa wanted) {
+#if BABYGPT_WIDE
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && (wanted == Isa::automatic || wanted == Isa::avx512)) return Isa::avx512;
+    if (avx2 && wanted != Isa::sse2 && wanted != Isa::portable) return Isa::avx2;
+#endif
+    (void)wanted;
+    return Isa::portable;
+}
+
+const BackendFunctions* find_backend(const Runtime& runtime) {
+    if (runtime.backend == Backend::cuda) return nullptr;
+    if (runtime.backend == Backend::plain) return plain_backend();
+#if BABYGPT_WIDE
+    const Isa isa = choose(runtime.isa);
+    if (isa == Isa::avx512) return &Fast<KernelsAvx512::table>::functions;
+    if (isa == Isa::avx2) return &Fast<KernelsAvx2::table>::functions;
+#endif
+    return &Fast<KernelsPortable::table>::functions;
+}
+
+const Kernels& find_kernels(Isa wanted) {
+#if BABYGPT_WIDE
+    const Isa isa = choose(wanted);
+    if (isa == Isa::avx512) return KernelsAvx512::table;
+    if (isa == Isa::avx2) return KernelsAvx2::table;
+#endif
+    (void)wanted;
+    return KernelsPortable::table;
+}
+
+}  // namespace
+
+const char* Runtime::isa_name() const { return backend == Backend::plain ? "plain" : find_kernels(isa).name; }
+
+double fma_ceiling(Runtime& runtime, int threads) {
+    const Kernels& kernels = find_kernels(runtime.isa);
+    start_pool(runtime);
+    const int tasks = least(most(threads, 1), max_threads);
+    constexpr int64_t rounds = 1 << 20;
+    double best = 0;
+    for (int attempt = 0; attempt < 8; ++attempt) {
+        std::atomic<int64_t> done{0};
+        const double start = seconds_now();
+        parallel(runtime, tasks, [&](int) {
+            float result;
+            done.fetch_add(static_cast<int64_t>(kernels.ceiling(rounds, &result)) + (result > 1e30f));
+        });
+        best = most(best, 2e-9 * static_cast<double>(done.load()) / (seconds_now() - start));
+    }
+    return best;
+}
+
+}  // namespace babygpt
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+#undef BABYGPT_KERNELS
+#undef BABYGPT_SHUFFLES
+#undef BABYGPT_UNROLL
+#undef BABYGPT_VECTORS
+#undef BABYGPT_WIDE
 
 // ---- selftest ------------------------------------------------------------------------------------------------------------
 // Does this program, as it was compiled, on this machine, compute what it should? In this order: elementary functions against known
@@ -8811,499 +9626,6 @@ Status selftest(Runtime& runtime, Array<CheckResult>& results) {
 }
 
 }  // namespace babygpt
-// =====================================================================================================================
-// [CHAPTER 11] The fast backend
-// =====================================================================================================================
-// Which processor is this, how is the work divided, and in which order does the tape run? The kernels are compiled once for every
-// instruction set, by wrappers of one line, and chosen at run time. Threads divide the outputs of an op, never the terms of a sum.
-
-namespace babygpt {
-namespace {
-
-// ---- what a thread does at a time ----------------------------------------------------------------------------------------
-
-// Some of an op's units: rows, heads of sequences (attention), or groups of 16 columns (gradients of vectors, and of embeddings).
-constexpr int column_group = 16;
-struct Work {
-    const Tape& tape;
-    const Regions<float>& r;
-    const Run& run;
-    int number;                      // of the op
-    bool by_columns = false;         // backward: the part whose sums run along all rows
-    float* logits = nullptr;         // head: a chunk of rows, from first_row on
-    int64_t logits_stride = 0;
-    int first_row = 0;
-    bool logits_gradient = false;
-};
-
-template <class I>
-BABYGPT_INLINE void forward_part(const Work& work, int from, int to, float* space) {
-    using R = Rows<I>;
-    const Op& op = work.tape.ops[static_cast<size_t>(work.number)];
-    const Run& run = work.run;
-    const float *x = values(work.tape, work.r, op.x), *w = weights(work.tape, work.r, op.w), *b = weights(work.tape, work.r, op.b);
-    float *y = values(work.tape, work.r, op.y), *aux = values(work.tape, work.r, op.aux);
-    const int64_t first = static_cast<int64_t>(from) * op.out, count = static_cast<int64_t>(to - from) * op.out;
-    switch (op.kind) {
-        case OpKind::embedding: return R::embedding_forward(y, w, b, run.ids, run.sequences, op.out, from, to);
-        case OpKind::norm: return R::norm_forward(y, aux, x, w, b, op.in, work.tape.epsilon, from, to);
-        case OpKind::linear: return R::activation_forward(y + first, (aux ? aux : y) + first, count, op.activation);
-        case OpKind::dropout: return R::dropout_forward(y, x, Dropout(run, work.number), op.in, from, to);
-        case OpKind::add: return R::add_forward(y + first, x + first, values(work.tape, work.r, op.x2) + first, count);
-        case OpKind::attention:
-            for (int i = from; i < to; ++i)
-                R::attention_forward(y, aux, x, run.sequences[static_cast<size_t>(i / op.heads)], work.r.kv, op.layer, work.tape.layers, op.heads, op.out / op.heads,
-                                     Dropout(run, work.number), i % op.heads, space);
-            return;
-        case OpKind::head: {
-            const int row = work.first_row + from;
-            return R::head_rows(work.r.losses + row, work.r.ranks ? work.r.ranks + row : nullptr, aux + 2 * static_cast<int64_t>(row), work.logits + from * work.logits_stride,
-                                work.logits_stride, run.targets + row, op.out, run.label_smoothing, work.logits_gradient, to - from);
-        }
-    }
-}
-
-template <class I>
-BABYGPT_INLINE void backward_part(const Work& work, int from, int to, float* space) {
-    using R = Rows<I>;
-    const Tape& tape = work.tape;
-    const Op& op = tape.ops[static_cast<size_t>(work.number)];
-    const Run& run = work.run;
-    const float *x = values(tape, work.r, op.x), *y = values(tape, work.r, op.y), *aux = values(tape, work.r, op.aux), *w = weights(tape, work.r, op.w);
-    float *dx = gradient(tape, work.r, op.x), *dx2 = gradient(tape, work.r, op.x2), *dy = gradient(tape, work.r, op.y);
-    float *dw = weight_gradient(tape, work.r, op.w), *db = weight_gradient(tape, work.r, op.b);
-    const int64_t first = static_cast<int64_t>(from) * op.out, count = static_cast<int64_t>(to - from) * op.out;
-    const int column = from * column_group, end = least(to * column_group, op.out);
-    switch (op.kind) {
-        case OpKind::embedding: return R::embedding_backward(tape.tied ? work.r.lookup_gradients : dw, db, dy, run.ids, run.sequences, op.out, column, end);
-        case OpKind::norm:
-            if (work.by_columns) return R::norm_backward_columns(dw, db, dy, x, aux, run.rows, op.in, column, end);
-            return R::norm_backward_rows(dx, dy, x, aux, w, op.in, op.adds_to_dx, from, to);
-        case OpKind::linear:
-            if (work.by_columns) return R::bias_backward(db, dy, run.rows, op.out, column, end);
-            return R::activation_backward(dy + first, aux + first, count, op.activation);
-        case OpKind::dropout: return R::dropout_backward(dx, dy, Dropout(run, work.number), op.in, op.adds_to_dx, from, to);
-        case OpKind::add:
-            R::add_backward(dx + first, dy + first, count, op.adds_to_dx);
-            return R::add_backward(dx2 + first, dy + first, count, op.adds_to_dx2);
-        case OpKind::attention:
-            for (int i = from; i < to; ++i)
-                R::attention_backward(dx, dy, y, aux, x, run.sequences[static_cast<size_t>(i / op.heads)], op.heads, op.out / op.heads, Dropout(run, work.number), op.adds_to_dx, i % op.heads, space);
-            return;
-        case OpKind::head: return;
-    }
-}
-
-// What happens to a weight after the backward pass, in blocks of square_block elements.
-struct Update {
-    enum What { folding, squaring, stepping } what;
-    int64_t size;
-    float *g, *lookup = nullptr;
-    double* partial = nullptr;
-    float *w = nullptr, *m = nullptr, *v = nullptr;
-    const AdamW* adam = nullptr;
-    bool decays = false;
-};
-template <class I>
-BABYGPT_INLINE void update_part(const Update& u, int from, int to) {
-    using R = Rows<I>;
-    const int64_t at = from * square_block, n = least(to * square_block, u.size) - at;
-    if (u.what == Update::folding) R::fold(u.g + at, u.lookup + at, n);
-    else if (u.what == Update::stepping) R::adamw(u.w + at, u.m + at, u.v + at, u.g + at, n, *u.adam, u.decays);
-    else
-        for (int i = from; i < to; ++i) u.partial[i] = R::square_sum(u.g + i * square_block, static_cast<int>(least(square_block, u.size - i * square_block)));
-}
-
-// ---- one table of kernels for each instruction set -----------------------------------------------------------------------
-
-struct Kernels {
-    const char* name;
-    int tile_columns;
-    int64_t (*attention_scratch)(int keys, int dim, bool training);
-    void (*pack)(float* to, const Factor& b, int column, int depth, int columns);
-    void (*block)(const Product& p, const float* b, int row, int column, int end, float* space);
-    void (*single_row)(const Product& p, const float* b, int column, int end);
-    void (*forward)(const Work& work, int from, int to, float* space);
-    void (*backward)(const Work& work, int from, int to, float* space);
-    void (*update)(const Update& u, int from, int to);
-    double (*ceiling)(int64_t rounds, float* result);
-};
-
-#define BABYGPT_KERNELS(set, I, name, target)                                                                                                      \
-    struct set {                                                                                                                                   \
-        target static void pack(float* to, const Factor& b, int column, int depth, int columns) { Products<I>::pack_b(to, b, column, depth, columns); } \
-        target static void block(const Product& p, const float* b, int row, int column, int end, float* space) {                                   \
-            Products<I>::block(p, b, row, column, end, space);                                                                                     \
-        }                                                                                                                                          \
-        target static void single_row(const Product& p, const float* b, int column, int end) { Products<I>::single_row(p, b, column, end); }       \
-        target static void forward(const Work& work, int from, int to, float* space) { forward_part<I>(work, from, to, space); }                   \
-        target static void backward(const Work& work, int from, int to, float* space) { backward_part<I>(work, from, to, space); }                 \
-        target static void update(const Update& u, int from, int to) { update_part<I>(u, from, to); }                                              \
-        target static double ceiling(int64_t rounds, float* result) { return Products<I>::ceiling(rounds, result); }                               \
-        static constexpr Kernels table = {name, Products<I>::tile_columns, &Rows<I>::attention_scratch, &pack, &block, &single_row, &forward, &backward, &update, &ceiling}; \
-    };
-
-#if defined(__ARM_NEON) && BABYGPT_VECTORS
-BABYGPT_KERNELS(KernelsPortable, Portable, "neon", )
-#elif BABYGPT_X86 && BABYGPT_VECTORS
-BABYGPT_KERNELS(KernelsPortable, Portable, "sse2", )
-#else
-BABYGPT_KERNELS(KernelsPortable, Portable, "portable", )
-#endif
-#if BABYGPT_WIDE
-BABYGPT_KERNELS(KernelsAvx2, Avx2, "avx2", __attribute__((target("avx2,fma"))))
-#if defined(__clang__)
-BABYGPT_KERNELS(KernelsAvx512, Avx512, "avx512", __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"), min_vector_width(512))))
-#else
-BABYGPT_KERNELS(KernelsAvx512, Avx512, "avx512", __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))))
-#endif
-#ifdef BABYGPT_TEST_WIDE
-BABYGPT_KERNELS(KernelsAvx2Wide, Avx2Wide, "avx2, wide", __attribute__((target("avx2,fma"))))
-#endif
-#endif
-
-// ---- walking the tape ----------------------------------------------------------------------------------------------------
-
-// How the scratch of a tape is divided.
-struct Scratch {
-    int64_t panels;        // packed factors of a product, for all threads
-    int64_t logits;        // a chunk of rows of them
-    int64_t slot;          // each thread's own
-    int chunk;             // rows of the chunk
-    Scratch(const Kernels& kernels, const Tape& tape) {
-        const int64_t wide = round_up(tape.vocab, column_group);
-        const int64_t wanted = tape.training ? int64_t(1) << 21 : int64_t(1) << 18;  // logits at a time
-        chunk = static_cast<int>(least(most(wanted / wide, int64_t(1)), static_cast<int64_t>(tape.max_rows)));
-        logits = round_up(chunk * wide, int64_t(16));
-        panels = tape.training ? panel_limit(tape.width) : 0;
-        slot = static_cast<int64_t>(row_block) * depth_block;
-        for (const Op& op : tape.ops)
-            if (op.kind == OpKind::attention) slot = most(slot, kernels.attention_scratch(tape.context, op.out / op.heads, tape.training));
-    }
-    // Floats of packed panels at a time: enough for a thousand columns or more of the deepest product, little enough for a shared cache.
-    static int64_t panel_limit(int width) { return most(int64_t(1) << 20, int64_t(4) * width * 128); }
-};
-
-template <const Kernels& kernels>
-struct Fast {
-    Runtime& runtime;
-    const Tape& tape;
-    const Regions<float>& r;
-    const Run& run;
-    const Scratch scratch;
-    const int threads;
-    float *panels, *logits, *slots;
-
-    Fast(Runtime& runtime_, const Tape& tape_, const Regions<float>& r_, const Run& run_)
-        : runtime(runtime_), tape(tape_), r(r_), run(run_), scratch(kernels, tape_), threads(runtime_.thread_count()), panels(r_.scratch),
-          logits(panels + scratch.panels), slots(logits + scratch.logits) {}
-
-    // f(item, space) for each item, on the threads; space is the thread's own.
-    template <class F>
-    void divide(int items, const F& f) const {
-        const int workers = least(threads, items);
-        if (workers <= 1) {
-            for (int i = 0; i < items; ++i) f(i, slots);
-            return;
-        }
-        std::atomic<int> next{0};
-        parallel(runtime, workers, [&](int worker) {
-            for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) f(i, slots + worker * scratch.slot);
-        });
-    }
-    // f(from, to, space) for ranges of `units` that cost about `cost` multiply-adds each.
-    template <class F>
-    void share(int units, int64_t cost, const F& f) const {
-        constexpr int64_t least_cost = 1 << 14;  // what is smaller is done before another thread has noticed
-        const int items = static_cast<int>(least(least(static_cast<int64_t>(units), static_cast<int64_t>(threads) * 8), most(units * cost / least_cost, int64_t(1))));
-        divide(items, [&](int i, float* space) {
-            f(static_cast<int>(static_cast<int64_t>(i) * units / items), static_cast<int>((static_cast<int64_t>(i) + 1) * units / items), space);
-        });
-    }
-    void share_forward(const Work& work, int units, int64_t cost) const {
-        share(units, cost, [&](int from, int to, float* space) { kernels.forward(work, from, to, space); });
-    }
-    void share_backward(const Work& work, int units, int64_t cost) const {
-        share(units, cost, [&](int from, int to, float* space) { kernels.backward(work, from, to, space); });
-    }
-
-    // ---- products ----
-
-    // With B in panels.
-    void multiply(const Product& p, const float* b) const {
-        constexpr int columns = kernels.tile_columns;
-        const int all_panels = (p.columns + columns - 1) / columns;
-        if (p.rows == 1) {
-            const int units = (all_panels + 3) / 4;
-            return share(units, static_cast<int64_t>(p.depth) * columns * 4,
-                         [&](int from, int to, float*) { kernels.single_row(p, b, from * 4 * columns, least(to * 4 * columns, p.columns)); });
-        }
-        const int row_blocks = (p.rows + row_block - 1) / row_block;
-        const bool small = static_cast<int64_t>(p.rows) * p.columns * p.depth < 1 << 17;
-        const int groups = small || threads == 1 ? 1 : least((8 * threads + row_blocks - 1) / row_blocks, (all_panels + 3) / 4);
-        divide(row_blocks * groups, [&](int i, float* space) {
-            const int64_t group = i % groups;
-            const int from = static_cast<int>(group * all_panels / groups), to = static_cast<int>((group + 1) * all_panels / groups);
-            kernels.block(p, b, i / groups * row_block, from * columns, least(to * columns, p.columns), space);
-        });
-    }
-    // B is packed here, in pieces that fit in `panels`: all columns at a time where they are not too many, else some; then as deep as there is room.
-    void product(Product p) const {
-        constexpr int columns = kernels.tile_columns;
-        const Product all = p;
-        const int deep = least(all.depth, 2 * depth_block);
-        const int wide = static_cast<int>(least(static_cast<int64_t>(round_up(all.columns, columns)), scratch.panels / deep / columns * columns));
-        const int pieces = static_cast<int>((static_cast<int64_t>(all.depth) * wide + scratch.panels - 1) / scratch.panels), depth = (all.depth + pieces - 1) / pieces;
-        for (int column = 0; column < all.columns; column += wide)
-            for (int k = 0; k < all.depth; k += depth) {
-                p.columns = least(wide, all.columns - column), p.depth = least(depth, all.depth - k);
-                p.c = all.c + column;
-                p.start = k ? p.c : all.start ? all.start + column : nullptr;
-                p.start_stride = k ? all.c_stride : all.start_stride;
-                p.a.at = all.a.element(k, 0);
-                p.b.at = all.b.element(k, column);
-                share((p.columns + columns - 1) / columns, static_cast<int64_t>(p.depth) * columns, [&](int from, int to, float*) {
-                    for (int i = from * columns; i < least(to * columns, p.columns); i += columns)
-                        kernels.pack(panels + static_cast<int64_t>(i) * p.depth, p.b, i, p.depth, p.columns);
-                });
-                multiply(p, panels);
-            }
-    }
-
-    // ---- ops ----
-
-    // Where an op's packed weights begin; null: there are none.
-    const float* packed(int number) const {
-        if (!r.packed) return nullptr;
-        const float* at = r.packed;
-        for (int i = 0; i < number; ++i) at += packed_size(tape.ops[static_cast<size_t>(i)]);
-        return at;
-    }
-    static int64_t packed_size(const Op& op) {
-        if (op.kind != OpKind::linear && op.kind != OpKind::head) return 0;
-        return static_cast<int64_t>(op.in) * round_up(op.out, kernels.tile_columns);
-    }
-
-    void forward(int number) const {
-        const Op& op = tape.ops[static_cast<size_t>(number)];
-        const Work work{tape, r, run, number};
-        const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w), *b = weights(tape, r, op.b);
-        switch (op.kind) {
-            case OpKind::attention: {
-                int64_t cost = 0;
-                for (const Sequence& s : run.sequences) cost += static_cast<int64_t>(s.length) * (s.length / 2 + 1 + (s.pages ? s.position : 0)) * 2 * (op.out / op.heads);
-                const int units = static_cast<int>(run.sequences.size) * op.heads;
-                return share_forward(work, units, cost / most(static_cast<int>(run.sequences.size), 1));
-            }
-            case OpKind::linear: {
-                float* before = values(tape, r, op.aux != nothing ? op.aux : op.y);
-                const Product p{before, op.out, b, 0, Factor{x, op.in, true}, Factor{w, op.out, false}, run.rows, op.out, op.in};
-                const float* ready = packed(number);
-                if (ready) multiply(p, ready);
-                else product(p);
-                if (op.activation != Activation::none) share_forward(work, run.rows, static_cast<int64_t>(op.out) * 8);
-                return;
-            }
-            case OpKind::head: return head(number);
-            case OpKind::embedding:
-            case OpKind::norm:
-            case OpKind::add:
-            case OpKind::dropout: return share_forward(work, run.rows, static_cast<int64_t>(op.out) * 2);
-        }
-    }
-
-    // Chunk of rows after chunk of rows; in training the logits turn into their gradients, and those of x and W follow at once.
-    void head(int number) const {
-        const Op& op = tape.ops[static_cast<size_t>(number)];
-        const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w), *ready = packed(number);
-        float *dx = gradient(tape, r, op.x), *dw = weight_gradient(tape, r, op.w);
-        const int64_t wide = round_up(op.out, column_group);
-        Work work{tape, r, run, number};
-        work.logits = logits, work.logits_stride = wide, work.logits_gradient = run.training;
-        for (int row = 0; row < run.rows && run.targets; row += scratch.chunk) {
-            const int rows = least(scratch.chunk, run.rows - row);
-            const int64_t at = static_cast<int64_t>(row) * op.in;
-            const Product forward{logits, wide, nullptr, 0, Factor{x + at, op.in, true}, Factor{w, op.in, true}, rows, op.out, op.in};
-            if (ready) multiply(forward, ready);
-            else product(forward);
-            work.first_row = row;
-            share_forward(work, rows, wide * 8);
-            if (!run.training) continue;
-            product(Product{dx + at, op.in, op.adds_to_dx ? dx + at : nullptr, op.in, Factor{logits, wide, true}, Factor{w, op.in, false}, rows, op.in, op.out});
-            product(Product{dw, op.in, dw, op.in, Factor{logits, wide, false}, Factor{x + at, op.in, false}, op.out, op.in, rows});
-        }
-        if (!r.logits) return;
-        for (size_t i = 0; i < run.sequences.size; ++i) {
-            const int64_t last = run.sequences[i].row + run.sequences[i].length - 1;
-            const Product p{r.logits + static_cast<int64_t>(i) * op.out, op.out, nullptr, 0, Factor{x + last * op.in, op.in, true}, Factor{w, op.in, true}, 1, op.out, op.in};
-            if (ready) multiply(p, ready);
-            else product(p);
-        }
-    }
-
-    void backward(int number) const {
-        const Op& op = tape.ops[static_cast<size_t>(number)];
-        Work work{tape, r, run, number};
-        Work columns = work;
-        columns.by_columns = true;
-        const int groups = (op.out + column_group - 1) / column_group, rows = run.rows;
-        switch (op.kind) {
-            case OpKind::attention: {
-                int64_t cost = 0;
-                for (const Sequence& s : run.sequences) cost += static_cast<int64_t>(s.length) * (s.length + 1) / 2 * 5 * (op.out / op.heads);
-                return share_backward(work, static_cast<int>(run.sequences.size) * op.heads, cost / most(static_cast<int>(run.sequences.size), 1));
-            }
-            case OpKind::linear: {
-                const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w);
-                float *dx = gradient(tape, r, op.x), *dy = gradient(tape, r, op.y), *dw = weight_gradient(tape, r, op.w);
-                if (op.activation != Activation::none) share_backward(work, rows, static_cast<int64_t>(op.out) * 8);
-                if (op.b != nothing) share_backward(columns, groups, static_cast<int64_t>(rows) * column_group);
-                product(Product{dw, op.out, dw, op.out, Factor{x, op.in, false}, Factor{dy, op.out, false}, op.in, op.out, rows});
-                product(Product{dx, op.in, op.adds_to_dx ? dx : nullptr, op.in, Factor{dy, op.out, true}, Factor{w, op.out, true}, rows, op.in, op.out});
-                return;
-            }
-            case OpKind::norm:
-                share_backward(columns, groups, static_cast<int64_t>(rows) * column_group * 2);
-                return share_backward(work, rows, static_cast<int64_t>(op.out) * 4);
-            case OpKind::embedding: return share_backward(columns, groups, static_cast<int64_t>(rows) * column_group * 2);
-            case OpKind::add:
-            case OpKind::dropout: return share_backward(work, rows, static_cast<int64_t>(op.out) * 2);
-            case OpKind::head: return;  // done in the forward pass
-        }
-    }
-
-    void update(const Update& u) const {
-        share(static_cast<int>((u.size + square_block - 1) / square_block), square_block, [&](int from, int to, float*) { kernels.update(u, from, to); });
-    }
-
-    // ---- what the backend offers ----
-
-    static int64_t scratch_of(const Tape& tape, int threads) {
-        const Scratch s(kernels, tape);
-        return s.panels + s.logits + threads * s.slot;
-    }
-    static int64_t packed_of(const Tape& tape) {
-        int64_t total = 0;
-        for (const Op& op : tape.ops) total += packed_size(op);
-        return total;
-    }
-    static void pack_all(Runtime& runtime, const Tape& tape, const float* weights, float* to) {
-        constexpr int columns = kernels.tile_columns;
-        for (const Op& op : tape.ops) {
-            if (packed_size(op) == 0) continue;
-            const float* w = weights + tape.weight(op.w).offset;
-            const Factor factor{w, op.kind == OpKind::head ? op.in : op.out, op.kind == OpKind::head};
-            parallel(runtime, (op.out + columns - 1) / columns, [&](int i) { kernels.pack(to + static_cast<int64_t>(i) * columns * op.in, factor, i * columns, op.in, op.out); });
-            to += packed_size(op);
-        }
-    }
-    static void forward_all(Runtime& runtime, const Tape& tape, const Regions<float>& r, const Run& run) {
-        const Fast fast(runtime, tape, r, run);
-        for (int i = 0; i < static_cast<int>(tape.ops.count); ++i) fast.forward(i);
-    }
-    static void backward_all(Runtime& runtime, const Tape& tape, const Regions<float>& r, const Run& run) {
-        const Fast fast(runtime, tape, r, run);
-        for (int i = static_cast<int>(tape.ops.count); i-- > 0;) fast.backward(i);
-    }
-    static double square_sum(Runtime& runtime, const Tape& tape, const Regions<float>& r, double* partial) {
-        const Run run;
-        const Fast fast(runtime, tape, r, run);
-        double total = 0;
-        for (const WeightPlan& plan : tape.weights) {
-            Update u{};
-            u.g = r.gradients + plan.weight.offset, u.size = plan.weight.rows * plan.weight.cols;
-            if (tape.tied && &plan == &tape.weights[static_cast<size_t>(tape.shared_embedding())]) {
-                u.what = Update::folding, u.lookup = r.lookup_gradients;
-                fast.update(u);
-            }
-            u.what = Update::squaring, u.partial = partial;
-            fast.update(u);
-            for (int64_t i = 0; i < u.size; i += square_block) total += *partial++;
-        }
-        return total;
-    }
-    static void update_all(Runtime& runtime, const Tape& tape, const Regions<float>& r, float* w, float* m, float* v, const AdamW& adam) {
-        const Run run;
-        const Fast fast(runtime, tape, r, run);
-        for (const WeightPlan& plan : tape.weights) {
-            const int64_t at = plan.weight.offset;
-            Update u{};
-            u.what = Update::stepping, u.size = plan.weight.rows * plan.weight.cols;
-            u.g = r.gradients + at, u.w = w + at, u.m = m + at, u.v = v + at;
-            u.adam = &adam, u.decays = plan.weight.decay;
-            fast.update(u);
-        }
-    }
-    static constexpr BackendFunctions functions = {&scratch_of, &packed_of, &pack_all, &forward_all, &backward_all, &square_sum, &update_all};
-};
-
-// ---- which kernels does this machine get? --------------------------------------------------------------------------------
-
-// What was asked for, or the best that this machine has.
-inline Isa choose(Isa wanted) {
-#if BABYGPT_WIDE
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && (wanted == Isa::automatic || wanted == Isa::avx512)) return Isa::avx512;
-    if (avx2 && wanted != Isa::sse2 && wanted != Isa::portable) return Isa::avx2;
-#endif
-    (void)wanted;
-    return Isa::portable;
-}
-
-const BackendFunctions* find_backend(const Runtime& runtime) {
-    if (runtime.backend == Backend::cuda) return nullptr;
-    if (runtime.backend == Backend::plain) return plain_backend();
-#if BABYGPT_WIDE
-    const Isa isa = choose(runtime.isa);
-    if (isa == Isa::avx512) return &Fast<KernelsAvx512::table>::functions;
-    if (isa == Isa::avx2) return &Fast<KernelsAvx2::table>::functions;
-#endif
-    return &Fast<KernelsPortable::table>::functions;
-}
-
-const Kernels& find_kernels(Isa wanted) {
-#if BABYGPT_WIDE
-    const Isa isa = choose(wanted);
-    if (isa == Isa::avx512) return KernelsAvx512::table;
-    if (isa == Isa::avx2) return KernelsAvx2::table;
-#endif
-    (void)wanted;
-    return KernelsPortable::table;
-}
-
-}  // namespace
-
-const char* Runtime::isa_name() const { return backend == Backend::plain ? "plain" : find_kernels(isa).name; }
-
-double fma_ceiling(Runtime& runtime, int threads) {
-    const Kernels& kernels = find_kernels(runtime.isa);
-    start_pool(runtime);
-    const int tasks = least(most(threads, 1), max_threads);
-    constexpr int64_t rounds = 1 << 20;
-    double best = 0;
-    for (int attempt = 0; attempt < 8; ++attempt) {
-        std::atomic<int64_t> done{0};
-        const double start = seconds_now();
-        parallel(runtime, tasks, [&](int) {
-            float result;
-            done.fetch_add(static_cast<int64_t>(kernels.ceiling(rounds, &result)) + (result > 1e30f));
-        });
-        best = most(best, 2e-9 * static_cast<double>(done.load()) / (seconds_now() - start));
-    }
-    return best;
-}
-
-}  // namespace babygpt
-
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
-#undef BABYGPT_KERNELS
-#undef BABYGPT_UNROLL
-#undef BABYGPT_VECTORS
-#undef BABYGPT_WIDE
 
 // ---- the end of the implementation -----------------------------------------------------------------------------------
 

@@ -86,7 +86,8 @@ void take_weights(const Tape& tape, const Golden& golden, std::vector<float>& we
         const bool transposed = starts_with(Text(w.name), "h.") && !w.is_vector;
         float* ours = weights.data() + w.offset;
         for (int64_t r = 0; r < w.rows; ++r)
-            for (int64_t c = 0; c < w.cols; ++c) ours[r * w.cols + c] = theirs[static_cast<size_t>(transposed ? c * w.rows + r : r * w.cols + c)];
+            for (int64_t c = 0; c < w.cols; ++c)
+                ours[r * w.cols + c] = theirs[static_cast<size_t>(transposed ? c * w.rows + r : r * w.cols + c)];
     }
 }
 
@@ -143,7 +144,7 @@ void check_backend(const Golden& golden, Runtime& runtime) {
     for (int v = 0; v < vocab; ++v) {
         for (int32_t& target : targets) target = v;
         backend->forward(runtime, tape, r, run);
-        for (int row = 0; row < rows; ++row) probabilities[static_cast<size_t>(row * vocab + v)] = exp_of(-losses[static_cast<size_t>(row)]);
+        for (size_t row = 0; row < rows; ++row) probabilities[row * vocab + static_cast<size_t>(v)] = exp_of(-losses[row]);
     }
 
     const auto ours = [&](const char* name) {

@@ -1123,7 +1123,7 @@ struct Lock {
 struct TrainOptions {
     string out, tokenizer, preset_name = "tiny", schedule = "cosine", validation, user_turn, reply_turn, log, plot, cache,
                            activation = "gelu_tanh";
-    bool resume = false, overwrite = false, untie = false, no_bias = false, no_counting = false, json = false;
+    bool resume = false, overwrite = false, untie = false, no_bias = false, no_counting = false, json = false, plain_words = false;
     double epochs = 0, time = 0, validation_fraction = 0.1;
     int64_t stop_at = 0, save_every = 0;
     Config shape;
@@ -1143,6 +1143,7 @@ struct TrainOptions {
                    {"--tokenizer", "byte|char|bpe:N|FILE", "(bpe:1024, and char below 100 kB of text)", &tokenizer},
                    {"--user-turn", "TEXT", "a chat: what stands before the user's line, e.g. '#Person1#: '", &user_turn},
                    {"--reply-turn", "TEXT", "a chat: what stands before the model's line, e.g. '#Person2#: '", &reply_turn},
+                   {"--plain-words", nullptr, "a chat: the text has the user's lines in small letters without punctuation; so will the chat", &plain_words},
                    {"--validation", "FILE", "validate on this file instead of the text's last part", &validation},
                    {"--validation-fraction", "X", "share of the text that is held out, its last part (0.1)", &validation_fraction, 0, 0.9},
                    {"--token-cache", "FILE", "keep the training tokens in this file instead of in memory", &cache}} +
@@ -1302,7 +1303,7 @@ void open_data(Training& t, const vector<string>& files) {
                                   : t.validation.create(runtime, t.validation_corpus, Part::all, t.tokenizer));
         t.has_validation = t.validation.tokens >= 2;
         if (!t.has_validation) note("the validation text is too short: the last model will be kept instead of the best");
-        else if (t.validation.unknown > 0)
+        else if (t.validation.unknown * 1000 > t.validation.tokens)  // a few are nothing to speak of
             note(grouped(int64_t(t.validation.unknown)) + " characters of the validation text do not occur in the training text");
     }
 }
@@ -1332,7 +1333,7 @@ void create_model(Training& t, const Config& shape, Model& model) {
     Tokenizer copy;
     must(copy.copy(t.common.runtime, t.tokenizer));
     must(model.create(t.common.runtime, shape, std::move(copy), t.config.seed));
-    must(model.set_chat(t.options.user_turn, t.options.reply_turn));
+    must(model.set_chat(t.options.user_turn, t.options.reply_turn, t.options.plain_words));
 }
 
 // The middle time of a step, by training a throw-away model for a moment.

@@ -1,0 +1,332 @@
+// Talking: the KV cache, the sampler, stop and banned strings, streaming, the end of the context, chat turns, scores, sessions side by side.
+#include "../babygpt.h"
+#include "check.h"
+
+#include <math.h>
+#include <string>
+#include <thread>
+
+using namespace babygpt;
+
+static const char* text() {
+    static std::string lines;
+    if (lines.empty())
+        for (int i = 0; i < 60; ++i)
+            lines += i % 3 == 0   ? "You: how are you\nMira: I am well, thank you.\n\n"
+                     : i % 3 == 1 ? "You: what is this\nMira: This is the inn.\nYou: bye\nMira: Goodbye.\n\n"
+                                  : "You: bir oda var mi\nMira: Elbette, g\xc3\xbczel bir oda.\n\n";
+    return lines.c_str();
+}
+
+// A small model that knows the text above by heart; made once.
+static const Model& model() {
+    static Runtime runtime;
+    static Model trained;
+    static bool done = false;
+    if (done) return trained;
+    done = true;
+    Corpus corpus;
+    Tokenizer tokenizer;
+    Data data;
+    Trainer trainer;
+    CorpusConfig dialogues;
+    dialogues.split_documents = true;
+    Config config;
+    config.layers = 2, config.heads = 2, config.width = 32, config.context = 64;
+    TrainConfig how;
+    how.batch = 8, how.steps = 220, how.lr = 5e-3, how.warmup = 10;
+    RunResult result;
+    CHECK_OK(corpus.open_memory(runtime, text(), dialogues));
+    CHECK_OK(tokenizer.train(runtime, {TokenizerKind::bpe, 300}, corpus));
+    CHECK_OK(trained.create(runtime, config, static_cast<Tokenizer&&>(tokenizer)));
+    CHECK_OK(trained.set_chat("You: ", "Mira: "));
+    CHECK_OK(data.create(runtime, corpus, Part::all, trained.tokenizer));
+    CHECK_OK(trainer.create(runtime, trained, how, data));
+    CHECK_OK(trainer.run(RunConfig(), result));
+    return trained;
+}
+
+static SampleConfig greedy() {
+    SampleConfig config;
+    config.temperature = 0;
+    return config;
+}
+
+static std::string say(Session& session, const char* prompt, const SampleConfig& config, bool reply = false, Generation* out = nullptr) {
+    Array<char> said(*session.runtime);
+    Generation own, &result = out ? *out : own;
+    result.text = &said;
+    CHECK_OK(reply ? session.reply(prompt, config, result) : session.generate(prompt, config, result));
+    result.text = nullptr;
+    return std::string(said.data() ? said.data() : "", said.size());
+}
+
+TEST(cache_is_the_full_pass, "a token read alone would give other bits than a token read with its text") {
+    const Model& m = model();
+    int32_t ids[60];
+    for (int i = 0; i < 60; ++i) ids[i] = (i * 37 + i * i) % m.config.vocab;
+    for (const Backend backend : {Backend::cpu, Backend::plain})
+        for (const int threads : {1, 3}) {
+            Runtime runtime;
+            runtime.backend = backend, runtime.threads = threads;
+            Session whole, single, mixed;
+            CHECK_OK(whole.create(runtime, m));
+            CHECK_OK(single.create(runtime, m));
+            CHECK_OK(mixed.create(runtime, m));
+            CHECK_OK(whole.feed(Span<const int32_t>(ids, 60)));
+            for (int i = 0; i < 60; ++i) CHECK_OK(single.feed(Span<const int32_t>(ids + i, 1)));
+            CHECK_OK(mixed.feed(Span<const int32_t>(ids, 33)));
+            CHECK_OK(mixed.feed(Span<const int32_t>(ids + 33, 27)));
+            const size_t bytes = whole.logits().size * sizeof(float);
+            CHECK(bytes > 0 && memcmp(whole.logits().data, single.logits().data, bytes) == 0);
+            CHECK(memcmp(whole.logits().data, mixed.logits().data, bytes) == 0);
+        }
+}
+
+TEST(chat, "a model that knows its dialogues by heart would not answer") {
+    Runtime runtime;
+    Session session;
+    CHECK_OK(session.create(runtime, model()));
+    CHECK(say(session, "how are you", greedy(), true) == "I am well, thank you.");
+    session.reset();
+    CHECK(say(session, "what is this", greedy(), true) == "This is the inn.");
+    CHECK(say(session, "bye", greedy(), true) == "Goodbye.");
+}
+
+TEST(greedy_is_top_1, "top_k = 1, or a very small top_p or temperature, would not be the best token") {
+    Runtime runtime;
+    Session session;
+    CHECK_OK(session.create(runtime, model()));
+    SampleConfig one = SampleConfig(), narrow = SampleConfig(), cold = SampleConfig();
+    one.top_k = 1, narrow.top_p = 1e-9, narrow.min_p = 0, cold.temperature = 1e-6;
+    const std::string expected = say(session, "You: bye", greedy());
+    for (const SampleConfig& config : {one, narrow, cold}) {
+        session.reset();
+        CHECK(say(session, "You: bye", config) == expected);
+    }
+}
+
+TEST(sampling_follows_the_probabilities, "sampled tokens would not be as frequent as the model says") {
+    Runtime runtime;
+    Session session;
+    const Model& m = model();
+    CHECK_OK(session.create(runtime, m));
+    SampleConfig config;
+    config.temperature = 3, config.min_p = 0;  // flat enough that many tokens occur
+    const int32_t start[] = {m.tokenizer.end_of_text};
+    CHECK_OK(session.feed(start));
+    const Span<const float> logits = session.logits();
+    double total = 0, chance[3000] = {};
+    for (size_t i = 0; i < logits.size; ++i) total += chance[i] = exp(static_cast<double>(logits[i]) / 3);
+    int seen[3000] = {};
+    constexpr int draws = 20000;
+    for (int i = 0; i < draws; ++i) {
+        session.reset();
+        CHECK_OK(session.feed(start));
+        config.seed = static_cast<uint64_t>(i);
+        int32_t id = 0;
+        CHECK_OK(session.next(config, id));
+        ++seen[id];
+    }
+    double chi = 0, kinds = 0;
+    for (size_t i = 0; i < logits.size; ++i) {
+        const double expected = chance[i] / total * draws;
+        if (expected > 5) chi += (seen[i] - expected) * (seen[i] - expected) / expected, ++kinds;
+    }
+    CHECK(kinds > 20 && chi < kinds + 5 * sqrt(2 * kinds));
+}
+
+TEST(seeds, "the same seed would give another text, or every seed the same") {
+    Runtime runtime;
+    Session session;
+    CHECK_OK(session.create(runtime, model()));
+    SampleConfig config;
+    config.temperature = 2;
+    const std::string first = say(session, "", config);
+    session.reset();
+    CHECK(say(session, "", config) == first);
+    session.reset();
+    config.seed = 2;
+    CHECK(say(session, "", config) != first);
+}
+
+TEST(stop_strings, "a stop string would stand in the text, or not end it") {
+    Runtime runtime;
+    Session session;
+    CHECK_OK(session.create(runtime, model()));
+    SampleConfig config = greedy();
+    const Text stops[] = {"nowhere", "thank"};
+    config.stop = stops;
+    Generation result;
+    std::string streamed;
+    result.user = &streamed;
+    result.stream = [](void* user, Text piece) {
+        static_cast<std::string*>(user)->append(piece.data, piece.size);
+        return true;
+    };
+    CHECK(say(session, "You: how are you\nMira: ", config, false, &result) == "I am well, ");
+    CHECK(result.stopped && streamed == "I am well, ");
+}
+
+TEST(banned_strings, "a banned word would be said, though cut into other tokens") {
+    Runtime runtime;
+    Session session;
+    CHECK_OK(session.create(runtime, model()));
+    SampleConfig config = greedy();
+    const Text banned[] = {"well", "e"};
+    config.banned = banned, config.tokens = 60;
+    CHECK(say(session, "You: how are you\nMira: ", config).find('e') == std::string::npos);
+    const LogitBias bias[] = {{model().tokenizer.end_of_text, 1e9f}};
+    config = greedy();
+    config.bias = bias;
+    Generation result;
+    CHECK(say(session, "x", config, false, &result).empty() && result.stopped && result.generated == 1);
+}
+
+TEST(streaming, "a stream would cut a character in two, or not stop when told") {
+    Runtime runtime;
+    Session session;
+    CHECK_OK(session.create(runtime, model()));
+    SampleConfig config;
+    config.temperature = 4, config.min_p = 0, config.tokens = 300;
+    Generation result;
+    std::string pieces;
+    result.user = &pieces;
+    result.stream = [](void* user, Text piece) {
+        std::string& all = *static_cast<std::string*>(user);
+        all.append(piece.data, piece.size);
+        return all.size() < 40;
+    };
+    const std::string exact = say(session, "", config, false, &result);
+    CHECK(result.cancelled && exact.compare(0, pieces.size(), pieces) == 0);
+    Utf8Stream utf8;
+    char out[16];
+    CHECK(utf8.push(Text("\xc3", 1), out) == 0 && utf8.push(Text("\xbcx", 2), out) == 3 && memcmp(out, "\xc3\xbcx", 3) == 0);
+}
+
+TEST(end_of_context, "a talk longer than the context would end, or what is remembered would not be what was read last") {
+    Runtime runtime;
+    const Model& m = model();
+    Session session, fresh;
+    int32_t ids[150];
+    for (int i = 0; i < 150; ++i) ids[i] = (i * 31 + i * i) % m.config.vocab;
+    CHECK_OK(session.create(runtime, m));
+    CHECK_OK(fresh.create(runtime, m));
+    for (const int piece : {1, 7, 30, 150}) {
+        session.reset();
+        for (int i = 0; i < 150; i += piece) {
+            CHECK_OK(session.feed(Span<const int32_t>(ids + i, static_cast<size_t>(i + piece < 150 ? piece : 150 - i))));
+            CHECK(session.position <= m.config.context);
+        }
+        CHECK(session.forgotten > 0 && session.forgotten + static_cast<uint64_t>(session.position) == 150 && session.position >= m.config.context / 2);
+        fresh.reset();
+        CHECK_OK(fresh.feed(Span<const int32_t>(ids + session.forgotten, static_cast<size_t>(session.position))));
+        CHECK(memcmp(session.logits().data, fresh.logits().data, session.logits().size * sizeof(float)) == 0);
+    }
+    Generation result;
+    SampleConfig config = greedy();
+    const LogitBias never[] = {{m.tokenizer.end_of_text, -1e9f}};
+    config.tokens = 200, config.bias = never;
+    session.reset();
+    say(session, "You: ", config, false, &result);
+    CHECK(result.generated == 200 && session.position <= m.config.context);
+}
+
+TEST(scores, "a score would not be the sum of the model's log-probabilities") {
+    Runtime runtime;
+    Session session, other;
+    const Model& m = model();
+    CHECK_OK(session.create(runtime, m));
+    CHECK_OK(other.create(runtime, m));
+    Array<int32_t> ids;
+    Array<float> logprobs;
+    double known = 0, strange = 0;
+    CHECK_OK(session.score("You: how are you\nMira: I am well, thank you.\n", ids, logprobs, known));
+    CHECK(ids.size() == logprobs.size() && logprobs[0] == 0.0f);
+    double total = 0;
+    for (size_t i = 1; i < ids.size(); ++i) {  // one id at a time, from the logits
+        CHECK_OK(other.feed(Span<const int32_t>(&ids[i - 1], 1)));
+        double sum = 0, biggest = -1e30;
+        for (const float l : other.logits()) biggest = static_cast<double>(l) > biggest ? static_cast<double>(l) : biggest;
+        for (const float l : other.logits()) sum += exp(static_cast<double>(l) - biggest);
+        const double logprob = static_cast<double>(other.logits()[static_cast<size_t>(ids[i])]) - biggest - log(sum);
+        CHECK(fabs(logprob - static_cast<double>(logprobs[i])) < 1e-4);
+        total += logprob;
+    }
+    CHECK(fabs(total - known) < 1e-3);
+    session.reset();
+    CHECK_OK(session.score("uoY :woh era uoy\narMi: I ma llew, knaht uoy.\n", ids, logprobs, strange));
+    CHECK(strange < known - 20);
+}
+
+TEST(attention_rows, "attention would not be a probability over what came before") {
+    Runtime runtime;
+    Session session;
+    CHECK_OK(session.create(runtime, model()));
+    const int32_t ids[] = {5, 9, 12, 7, 9};
+    CHECK_OK(session.feed(ids));
+    Array<float> p;
+    CHECK_OK(session.attention(1, p));
+    for (size_t head = 0; head < 2; ++head)
+        for (size_t i = 0; i < 5; ++i) {
+            double sum = 0;
+            for (size_t k = 0; k < 5; ++k) {
+                const double one = static_cast<double>(p[(head * 5 + i) * 5 + k]);
+                CHECK(k <= i ? one >= 0 : !(one > 0));
+                sum += one;
+            }
+            CHECK(fabs(sum - 1) < 1e-5);
+        }
+    CHECK(session.attention(2, p).error == Error::invalid_argument);
+}
+
+TEST(side_by_side, "sessions of one model on several threads would disturb each other") {
+    const Model& m = model();
+    static std::string said[4];
+    std::thread threads[4];
+    Runtime shared;  // one pool for all
+    for (int i = 0; i < 4; ++i)
+        threads[i] = std::thread([&m, &shared, i] {
+            Session session;
+            CHECK_OK(session.create(shared, m));
+            for (int round = 0; round < 5; ++round) {
+                session.reset();
+                said[i] = say(session, i % 2 ? "how are you" : "what is this", greedy(), true);
+            }
+        });
+    for (std::thread& thread : threads) thread.join();
+    for (int i = 0; i < 4; ++i) CHECK(said[i] == (i % 2 ? "I am well, thank you." : "This is the inn."));
+}
+
+TEST(plain_words, "HELLO! and hello would be two questions to a model that was trained on plain words") {
+    Runtime runtime;
+    Model& m = const_cast<Model&>(model());
+    CHECK_OK(m.set_chat("You: ", "Mira: ", true));
+    Session session;
+    CHECK_OK(session.create(runtime, m));
+    CHECK(say(session, "HOW, are   YOU?!", greedy(), true) == "I am well, thank you.");
+    session.reset();
+    CHECK(say(session, "B\xc4\xb0R ODA VAR MI?", greedy(), true).find("Elbette") == 0);
+    CHECK_OK(m.set_chat("You: ", "Mira: ", false));
+}
+
+TEST(wrong_calls, "a wrong call would crash") {
+    Runtime runtime;
+    Session session;
+    int32_t id = 0;
+    CHECK(session.next(SampleConfig(), id).error == Error::invalid_argument);
+    CHECK_OK(session.create(runtime, model()));
+    CHECK(session.next(SampleConfig(), id).error == Error::invalid_argument);  // nothing read yet
+    const int32_t bad[] = {1, 100000};
+    CHECK(session.feed(bad).error == Error::invalid_argument && session.position == 0);
+    SampleConfig config;
+    const LogitBias bias[] = {{-1, 0.0f}};
+    const int32_t good[] = {1};
+    CHECK_OK(session.feed(good));
+    config.bias = bias;
+    CHECK(session.next(config, id).error == Error::invalid_argument);
+    Model none;
+    CHECK(session.create(runtime, none).error == Error::invalid_argument);
+}
+
+int main(int count, char** arguments) { return run_tests(count > 1 ? arguments[1] : nullptr); }

@@ -1,0 +1,359 @@
+// Training: the same bits whatever the threads, kernels and the host's floating-point mode; accumulation; resuming; memory; what must not reach
+// the weights; schedules, best model and early stopping.
+#include "../babygpt.h"
+#include "check.h"
+
+#include <fenv.h>
+#include <initializer_list>
+#include <math.h>
+#include <stdlib.h>
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
+using namespace babygpt;
+
+static Config tiny_config() {
+    Config config;
+    config.layers = 2, config.heads = 2, config.width = 24, config.context = 16, config.vocab = 29;
+    return config;
+}
+
+static TrainConfig tiny_run(int64_t steps) {
+    TrainConfig how;
+    how.batch = 4, how.steps = steps, how.lr = 3e-3, how.warmup = 5, how.evaluate_every = 1000;
+    return how;
+}
+
+// A text that is neither constant nor random: each id follows from the one before it, but for a jump now and then.
+static const int32_t* some_ids(size_t count) {
+    static int32_t ids[6000];
+    for (size_t i = 0; i < count; ++i) ids[i] = static_cast<int32_t>(i % 37 == 0 ? i / 37 % 29 : static_cast<size_t>(ids[i - 1] * 3 + 1) % 29);
+    return ids;
+}
+
+static uint64_t hash(const float* values, int64_t count) {
+    uint64_t h = 14695981039346656037u;
+    const unsigned char* bytes = reinterpret_cast<const unsigned char*>(values);
+    for (int64_t i = 0; i < count * 4; ++i) h = (h ^ bytes[i]) * 1099511628211u;
+    return h;
+}
+
+// The hash of all weights and moments after so many steps.
+static uint64_t train(Runtime& runtime, const Config& config, const TrainConfig& how, int64_t steps) {
+    Model model;
+    Data data;
+    Trainer trainer;
+    CHECK_OK(model.create(runtime, config, Tokenizer()));
+    CHECK_OK(data.create(runtime, Span<const int32_t>(some_ids(6000), 6000)));
+    CHECK_OK(trainer.create(runtime, model, how, data));
+    StepResult result;
+    while (trainer.step_count < steps && check_status(trainer.step(result), "step", __FILE__, __LINE__)) {}
+    return hash(model.weights, model.block) ^ hash(trainer.moment1, model.block) * 3 ^ hash(trainer.moment2, model.block) * 7;
+}
+
+TEST(threads_and_kernels, "weights would depend on the number of threads or on the processor") {
+    TrainConfig how = tiny_run(50);
+    how.dropout = 0.1, how.label_smoothing = 0.05;
+    Config config = tiny_config();
+    config.activation = Activation::gelu;
+    for (const bool tied : {true, false}) {
+        config.tied = tied;
+        Runtime reference;
+        reference.threads = 1;
+        reference.backend = Backend::plain;
+        const uint64_t expected = train(reference, config, how, 50);
+        for (const int threads : {1, 2, 3, 7}) {
+            Runtime runtime;
+            runtime.threads = threads;
+            CHECK(train(runtime, config, how, 50) == expected);
+        }
+        for (const Isa isa : {Isa::portable, Isa::sse2, Isa::avx2, Isa::avx512}) {  // one that the machine lacks stands for the best it has
+            Runtime runtime;
+            runtime.isa = isa;
+            CHECK(train(runtime, config, how, 50) == expected);
+        }
+    }
+}
+
+static void serial_jobs(void*, int count, void (*task)(void*, int), void* context) {
+    for (int i = count; i-- > 0;) task(context, i);  // in an order of its own
+}
+
+TEST(host_jobs, "a host's own job system would change the result") {
+    Runtime own, host;
+    host.parallel = serial_jobs;
+    CHECK(train(own, tiny_config(), tiny_run(10), 10) == train(host, tiny_config(), tiny_run(10), 10));
+}
+
+TEST(host_float_mode, "a host that flushes subnormals or rounds another way would get other weights, or lose its mode") {
+    Runtime runtime;
+    const uint64_t expected = train(runtime, tiny_config(), tiny_run(20), 20);
+    CHECK(fesetround(FE_UPWARD) == 0);
+#if defined(__SSE2__)
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040u);  // flush to zero, denormals are zero
+#endif
+    const uint64_t found = train(runtime, tiny_config(), tiny_run(20), 20);
+    CHECK(fegetround() == FE_UPWARD);
+    fesetround(FE_TONEAREST);
+#if defined(__SSE2__)
+    CHECK((_mm_getcsr() & 0x8040u) == 0x8040u);
+    _mm_setcsr(before & ~0x6000u);
+#endif
+    CHECK(found == expected);
+}
+
+TEST(accumulation, "four micro-batches would not be one large batch") {
+    Runtime runtime;
+    TrainConfig whole = tiny_run(8), parts = tiny_run(8);
+    whole.batch = 8, whole.dropout = parts.dropout = 0.2;
+    parts.batch = 2, parts.accumulate = 4;
+    CHECK(train(runtime, tiny_config(), whole, 8) == train(runtime, tiny_config(), parts, 8));
+}
+
+TEST(learns, "nothing would be learnt") {
+    Runtime runtime;
+    Model model;
+    Data data;
+    Trainer trainer;
+    Evaluation before, after;
+    CHECK_OK(model.create(runtime, tiny_config(), Tokenizer()));
+    CHECK_OK(data.create(runtime, Span<const int32_t>(some_ids(1000), 1000)));
+    TrainConfig how = tiny_run(300);
+    how.lr = 1e-2;
+    CHECK_OK(trainer.create(runtime, model, how, data));
+    CHECK_OK(trainer.evaluate(data, before));
+    RunResult result;
+    CHECK_OK(trainer.run(RunConfig(), result));
+    CHECK_OK(trainer.evaluate(data, after));
+    CHECK(fabs(before.loss - log(29)) < 0.1 && after.loss < 0.5 * before.loss);
+    CHECK(after.top5 >= after.top1 && after.top1 > 0.5 && before.top1 < 0.2);
+    CHECK(fabs(after.perplexity - exp(after.loss)) < 1e-9 * after.perplexity && result.step == 300);
+}
+
+TEST(resume, "an interrupted run would end with other weights than one that was not") {
+    const char* path = "build/test_resume.safetensors";
+    for (const int at : {1, 13, 24}) {
+        Runtime before, after;
+        before.threads = 2, after.threads = 3;
+        Model model, whole, again;
+        Data data;
+        Trainer first, straight, second;
+        TrainConfig how = tiny_run(25);
+        how.dropout = 0.1;
+        StepResult result;
+        CHECK_OK(data.create(before, Span<const int32_t>(some_ids(2000), 2000)));
+        CHECK_OK(model.create(before, tiny_config(), Tokenizer()));
+        CHECK_OK(first.create(before, model, how, data));
+        for (int i = 0; i < at; ++i) CHECK_OK(first.step(result));
+        CHECK_OK(first.save(path));
+        CHECK_OK(again.load(after, path));
+        TrainConfig stored;
+        CHECK_OK(read_train_config(after, path, stored));
+        CHECK_OK(second.create(after, again, stored, data));
+        CHECK_OK(second.load(path));
+        while (second.step_count < 25) CHECK_OK(second.step(result));
+        CHECK_OK(whole.create(before, tiny_config(), Tokenizer()));
+        CHECK_OK(straight.create(before, whole, how, data));
+        while (straight.step_count < 25) CHECK_OK(straight.step(result));
+        CHECK(memcmp(whole.weights, again.weights, static_cast<size_t>(whole.block) * 4) == 0);
+        CHECK(memcmp(straight.moment1, second.moment1, static_cast<size_t>(whole.block) * 4) == 0);
+        CHECK(memcmp(straight.moment2, second.moment2, static_cast<size_t>(whole.block) * 4) == 0);
+    }
+    remove(path);
+}
+
+// Memory that is counted, and refused from the n-th allocation on.
+struct Counter {
+    size_t in_use = 0, peak = 0, calls = 0, refuse_from = SIZE_MAX;
+    void attach(Runtime& runtime) {
+        runtime.memory_user = this;
+        runtime.allocate = [](void* user, size_t bytes, size_t alignment) -> void* {
+            Counter& c = *static_cast<Counter*>(user);
+            if (++c.calls > c.refuse_from) return nullptr;
+            void* memory = aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+            memset(memory, 0xa5, bytes);  // nobody may count on zeros
+            c.in_use += bytes;
+            c.peak = c.in_use > c.peak ? c.in_use : c.peak;
+            return memory;
+        };
+        runtime.release = [](void* user, void* memory, size_t bytes) {
+            static_cast<Counter*>(user)->in_use -= bytes;
+            free(memory);
+        };
+    }
+};
+
+TEST(memory, "memory_needed would be a guess, or a step or a token would allocate") {
+    Counter counter;
+    Runtime runtime;
+    runtime.threads = 1;
+    counter.attach(runtime);
+    {
+        Memory training, running;
+        CHECK_OK(memory_needed(runtime, tiny_config(), Purpose::training, 4, training));
+        CHECK_OK(memory_needed(runtime, tiny_config(), Purpose::running, 1, running));
+        Data data;
+        CHECK_OK(data.create(runtime, Span<const int32_t>(some_ids(500), 500)));
+        const size_t others = counter.in_use;
+        Model model;
+        CHECK_OK(model.create(runtime, tiny_config(), Tokenizer()));
+        {
+            Trainer trainer;
+            CHECK_OK(trainer.create(runtime, model, tiny_run(10), data));
+            CHECK(counter.in_use - others == training.total());
+            const size_t calls = counter.calls;
+            StepResult result;
+            for (int i = 0; i < 3; ++i) CHECK_OK(trainer.step(result));
+            CHECK(counter.calls == calls);
+        }
+        Session session;
+        CHECK_OK(session.create(runtime, model));
+        const int32_t ids[] = {1, 2, 3};
+        CHECK_OK(session.feed(ids));
+        const size_t calls = counter.calls;
+        SampleConfig sampling;
+        const Text banned[] = {"xx"};
+        sampling.banned = banned, sampling.repetition_penalty = 1.1, sampling.top_p = 0.9, sampling.top_k = 10;
+        int32_t id;
+        for (int i = 0; i < 40; ++i) CHECK_OK(session.next(sampling, id));  // beyond the end of the context, too
+        CHECK(counter.calls == calls);
+        CHECK(counter.in_use - others <= running.total() && counter.in_use - others + 4096 > running.total());
+    }
+    CHECK(counter.in_use == 0);
+}
+
+TEST(out_of_memory, "an allocation that fails would crash or leak") {
+    for (size_t n = 0; n < 200; ++n) {
+        Counter counter;
+        Runtime runtime;
+        runtime.threads = 1;
+        counter.refuse_from = n;
+        counter.attach(runtime);
+        bool done = false;
+        {
+            Model model;
+            Data data;
+            Trainer trainer;
+            Session session;
+            StepResult result;
+            Status s = data.create(runtime, Span<const int32_t>(some_ids(500), 500));
+            if (s.ok()) s = model.create(runtime, tiny_config(), Tokenizer());
+            if (s.ok()) s = trainer.create(runtime, model, tiny_run(10), data);
+            if (s.ok()) s = trainer.step(result);
+            if (s.ok()) s = session.create(runtime, model);
+            CHECK(s.ok() || s.error == Error::out_of_memory);
+            done = s.ok();
+        }
+        CHECK(counter.in_use == 0);
+        if (done) return;
+    }
+    CHECK(!"it never went through");
+}
+
+TEST(baby_fits, "the ten-million-parameter baby would need more than 600 MB to train") {
+    Runtime runtime;
+    Config config;
+    Memory memory;
+    CHECK_OK(preset("baby", config));
+    config.vocab = 96;
+    CHECK_OK(memory_needed(runtime, config, Purpose::training, 8, memory));
+    CHECK(memory.total() < 600000000);
+    CHECK(fabs(flops_per_token(config) / 1e6 - 22.20) < 0.01);
+}
+
+TEST(not_finite, "a loss that is not a number would reach the weights") {
+    Runtime runtime;
+    Model model;
+    Data data;
+    Trainer trainer;
+    StepResult result;
+    CHECK_OK(model.create(runtime, tiny_config(), Tokenizer()));
+    CHECK_OK(data.create(runtime, Span<const int32_t>(some_ids(500), 500)));
+    CHECK_OK(trainer.create(runtime, model, tiny_run(10), data));
+    CHECK_OK(trainer.step(result));
+    const int64_t gain = model.find("ln_f.weight")->offset;
+    const float kept = model.weights[gain];
+    model.weights[gain] = NAN;
+    const uint64_t before = hash(model.weights, model.block);
+    CHECK_OK(trainer.step(result));
+    CHECK(result.skipped && result.step == 2 && hash(model.weights, model.block) == before);
+    model.weights[gain] = kept;
+    CHECK_OK(trainer.step(result));
+    CHECK(!result.skipped && isfinite(result.loss) && hash(model.weights, model.block) != before);
+}
+
+TEST(wrong_calls, "wrong numbers would be taken, or crash") {
+    Runtime runtime;
+    Model model;
+    Data data;
+    Trainer trainer;
+    Config config = tiny_config();
+    config.heads = 5;
+    CHECK(model.create(runtime, config, Tokenizer()).error == Error::invalid_argument);
+    CHECK_OK(model.create(runtime, tiny_config(), Tokenizer()));
+    CHECK_OK(data.create(runtime, Span<const int32_t>(some_ids(500), 500)));
+    TrainConfig how = tiny_run(10);
+    how.lr = -1;
+    CHECK(trainer.create(runtime, model, how, data).error == Error::invalid_argument);
+    how = tiny_run(10);
+    how.batch = 1 << 30;
+    CHECK(trainer.create(runtime, model, how, data).error == Error::invalid_argument);
+    CHECK_OK(trainer.create(runtime, model, tiny_run(10), data));
+    StepResult result;
+    int32_t ids[64] = {}, targets[64] = {};
+    ids[63] = 29;
+    CHECK(trainer.step(Span<const int32_t>(ids), Span<const int32_t>(targets), result).error == Error::invalid_argument);
+    CHECK(trainer.step(Span<const int32_t>(ids, 63), Span<const int32_t>(targets, 63), result).error == Error::invalid_argument);
+    runtime.backend = Backend::cuda;
+    CHECK(trainer.create(runtime, model, tiny_run(10), data).error == Error::not_built);
+}
+
+TEST(schedules, "the learning rate would not follow its schedule") {
+    Trainer t;
+    t.config.steps = 100, t.config.warmup = 10, t.config.lr = 1, t.config.min_lr = 0.1;
+    const auto near = [](double a, double b) { return fabs(a - b) < 1e-12; };
+    t.config.schedule = Schedule::cosine;
+    CHECK(near(t.learning_rate(0), 0.1) && near(t.learning_rate(9), 1) && near(t.learning_rate(10), 1) && near(t.learning_rate(55), 0.55));
+    CHECK(near(t.learning_rate(40), 0.1 + 0.9 * 0.5 * (1 + cos(3.14159265358979323846 / 3))) && near(t.learning_rate(100), 0.1));
+    t.config.schedule = Schedule::linear;
+    CHECK(near(t.learning_rate(55), 0.55) && near(t.learning_rate(100), 0.1));
+    t.config.schedule = Schedule::constant;
+    CHECK(near(t.learning_rate(4), 0.5) && near(t.learning_rate(99), 1));
+    t.config.schedule = Schedule::wsd;
+    CHECK(near(t.learning_rate(80), 1) && near(t.learning_rate(90), 0.55) && near(t.learning_rate(100), 0.1));
+}
+
+TEST(best_and_patience, "the file would not be the best model, or training would not stop when it gets worse") {
+    const char* path = "build/test_best.safetensors";
+    Runtime runtime;
+    Model model, best;
+    Data data, validation;
+    Trainer trainer;
+    static int32_t other[400];  // a text that follows another rule: the better the training text is known, the worse this one
+    for (int i = 0; i < 400; ++i) other[i] = (i * i * 7 + i / 3) % 29;
+    CHECK_OK(model.create(runtime, tiny_config(), Tokenizer()));
+    CHECK_OK(data.create(runtime, Span<const int32_t>(some_ids(500), 500)));
+    CHECK_OK(validation.create(runtime, Span<const int32_t>(other, 400)));
+    TrainConfig how = tiny_run(400);
+    how.evaluate_every = 5, how.patience = 4, how.lr = 1e-2;
+    CHECK_OK(trainer.create(runtime, model, how, data, &validation));
+    RunConfig run;
+    run.out = path;
+    RunResult result;
+    CHECK_OK(trainer.run(run, result));
+    CHECK(result.stopped_early && result.step == result.best_step + 20 && result.step < 400);
+    CHECK_OK(best.load(runtime, path));
+    Trainer judge;
+    Evaluation evaluation;
+    CHECK_OK(judge.create(runtime, best, how, data));
+    CHECK_OK(judge.evaluate(validation, evaluation));
+    CHECK(evaluation.loss == result.best_validation_loss);
+    remove(path);
+    Array<char> resume(runtime);
+    CHECK_OK(resume_path(path, resume));
+    CHECK(resume.push('\0') && remove(resume.data()) == 0);
+}
+
+int main(int count, char** arguments) { return run_tests(count > 1 ? arguments[1] : nullptr); }
