@@ -7536,8 +7536,8 @@ Status compare(const Model& a, const Model& b, Array<Difference>& rows) {
 // =====================================================================================================================
 // [CHAPTER 10] The same ops, fast
 // =====================================================================================================================
-// One text for all instruction sets: every kernel is a template over `I`, a set of vectors of I::width floats, and is compiled once for
-// each set by the thin wrappers of chapter 11. On GCC and Clang I::V is a vector of the compiler's own (a + b works on all its elements);
+// One text for all instruction sets: every kernel is a template over `Set`, a set of vectors of Set::width floats, and is compiled once for
+// each set by the thin wrappers of chapter 11. On GCC and Clang Set::V is a vector of the compiler's own (a + b works on all its elements);
 // elsewhere it is a float, and the same text becomes scalar loops. First the vectors, then products of matrices, then what works along rows.
 //
 // Rules: everything here is always_inline, since a compiler silently refuses to inline a function across instruction sets; vectors pass by
@@ -7913,11 +7913,11 @@ struct Product {
 constexpr int depth_block = 256;  // a panel of B of this depth stays in the first cache ...
 constexpr int row_block = 96;     // ... and so many rows of A in the second; a multiple of every tile's rows
 
-template <class I>
+template <class Set>
 struct Products {
-    using V = typename I::V;
-    static constexpr int tile_rows = I::registers == 32 ? 12 : 6;
-    static constexpr int tile_columns = 2 * I::width;
+    using V = typename Set::V;
+    static constexpr int tile_rows = Set::registers == 32 ? 12 : 6;
+    static constexpr int tile_columns = 2 * Set::width;
 
     // Copies elements (k, j), k < depth, j < count, into a panel [k][size]; what is missing up to `size` becomes 0.
     template <int size>
@@ -7933,10 +7933,10 @@ struct Products {
                 for (; k < depth; ++k)
                     for (int i = first; i < first + 4; ++i) to[k * size + i] = from[i * stride + k];
             }
-        } else if (size % I::width == 0) {
+        } else if (size % Set::width == 0) {
             V v;
             for (int k = 0; k < depth; ++k, to += size, from += stride)
-                for (int j = 0; j < size; j += I::width) I::load(v, from + j), I::store(to + j, v);
+                for (int j = 0; j < size; j += Set::width) Set::load(v, from + j), Set::store(to + j, v);
         } else {
             for (int k = 0; k < depth; ++k, to += size, from += stride)
                 for (int j = 0; j < size; j += 4) memcpy(to + least(j, size - 4), from + least(j, size - 4), 4 * sizeof(float));
@@ -7953,22 +7953,22 @@ struct Products {
         if (start) {
             BABYGPT_UNROLL
             for (int r = 0; r < tile_rows; ++r)
-                I::load(sum[r][0], start + r * start_stride), I::load(sum[r][1], start + r * start_stride + I::width);
+                Set::load(sum[r][0], start + r * start_stride), Set::load(sum[r][1], start + r * start_stride + Set::width);
         } else {
             BABYGPT_UNROLL
-            for (int r = 0; r < tile_rows; ++r) I::splat(sum[r][0], 0), I::splat(sum[r][1], 0);
+            for (int r = 0; r < tile_rows; ++r) Set::splat(sum[r][0], 0), Set::splat(sum[r][1], 0);
         }
         for (int k = 0; k < depth; ++k, a += tile_rows, b += tile_columns) {
-            I::load(left, b), I::load(right, b + I::width);
+            Set::load(left, b), Set::load(right, b + Set::width);
             BABYGPT_UNROLL
             for (int r = 0; r < tile_rows; ++r) {
-                I::splat(x, a[r]);
-                I::fma(sum[r][0], x, left);
-                I::fma(sum[r][1], x, right);
+                Set::splat(x, a[r]);
+                Set::fma(sum[r][0], x, left);
+                Set::fma(sum[r][1], x, right);
             }
         }
         BABYGPT_UNROLL
-        for (int r = 0; r < tile_rows; ++r) I::store(c + r * c_stride, sum[r][0]), I::store(c + r * c_stride + I::width, sum[r][1]);
+        for (int r = 0; r < tile_rows; ++r) Set::store(c + r * c_stride, sum[r][0]), Set::store(c + r * c_stride + Set::width, sum[r][1]);
     }
     // A tile at the edge of C: rows x columns of it exist.
     static BABYGPT_INLINE void part_of_tile(float* c, int64_t c_stride, const float* start, int64_t start_stride, const float* a,
@@ -8022,42 +8022,42 @@ struct Products {
         const int whole = least(count * tile_columns, p.columns - column);  // columns that exist
         BABYGPT_UNROLL
         for (int i = 0; i < 2 * count; ++i) {
-            const int from = i * I::width;
-            if (!p.start || from >= whole) I::splat(sum[i], 0);
-            else if (whole - from >= I::width) I::load(sum[i], p.start + column + from);
-            else I::load_part(sum[i], p.start + column + from, whole - from);
+            const int from = i * Set::width;
+            if (!p.start || from >= whole) Set::splat(sum[i], 0);
+            else if (whole - from >= Set::width) Set::load(sum[i], p.start + column + from);
+            else Set::load_part(sum[i], p.start + column + from, whole - from);
         }
         for (int k = 0; k < p.depth; ++k, panel += tile_columns) {
-            I::splat(x, *p.a.element(k, 0));
+            Set::splat(x, *p.a.element(k, 0));
             BABYGPT_UNROLL
             for (int i = 0; i < 2 * count; ++i) {
-                I::load(y, panel + i / 2 * apart + i % 2 * I::width);
-                I::fma(sum[i], x, y);
+                Set::load(y, panel + i / 2 * apart + i % 2 * Set::width);
+                Set::fma(sum[i], x, y);
             }
         }
         BABYGPT_UNROLL
         for (int i = 0; i < 2 * count; ++i) {
-            const int from = i * I::width;
-            if (whole - from >= I::width) I::store(p.c + column + from, sum[i]);
-            else if (whole > from) I::store_part(p.c + column + from, sum[i], whole - from);
+            const int from = i * Set::width;
+            if (whole - from >= Set::width) Set::store(p.c + column + from, sum[i]);
+            else if (whole > from) Set::store_part(p.c + column + from, sum[i], whole - from);
         }
     }
 
     // A loop in registers: how fast multiply-adds can be. Returns their number.
     static BABYGPT_INLINE double ceiling(int64_t rounds, float* result) {
-        constexpr int chains = I::registers == 32 ? 24 : 12;
+        constexpr int chains = Set::registers == 32 ? 24 : 12;
         V sum[static_cast<size_t>(chains)], x, y;
-        I::splat(x, 0.999f), I::splat(y, 1e-3f);
+        Set::splat(x, 0.999f), Set::splat(y, 1e-3f);
         BABYGPT_UNROLL
-        for (int i = 0; i < chains; ++i) I::splat(sum[i], static_cast<float>(i));
+        for (int i = 0; i < chains; ++i) Set::splat(sum[i], static_cast<float>(i));
         for (int64_t n = 0; n < rounds; ++n) {
             BABYGPT_UNROLL
-            for (int i = 0; i < chains; ++i) I::fma(sum[i], sum[i], x, y);
+            for (int i = 0; i < chains; ++i) Set::fma(sum[i], sum[i], x, y);
         }
         BABYGPT_UNROLL
         for (int i = 1; i < chains; ++i) sum[0] = sum[0] + sum[i];
-        *result = I::biggest(sum[0]);
-        return static_cast<double>(rounds) * chains * I::width;
+        *result = Set::biggest(sum[0]);
+        return static_cast<double>(rounds) * chains * Set::width;
     }
 };
 
@@ -8066,7 +8066,7 @@ struct Products {
 
 // ---- what works along rows ---------------------------------------------------------------------------------------------
 //
-// Everything that is not a product of matrices with weights, for a set of vectors I. Each function does a part of an op of chapter 5, so
+// Everything that is not a product of matrices with weights, for a set of vectors. Each function does a part of an op of chapter 5, so
 // that threads can share it, and takes what that op takes:
 //   rows [r0, r1):       embedding_forward, norm_forward, norm_backward_rows, dropout_forward, dropout_backward, head_rows
 //   columns [c0, c1), all rows in order (threads best take multiples of 16 columns):
@@ -8089,23 +8089,23 @@ cross_entropy(float total, float biggest, float target, double smoothing, float 
     return loss;
 }
 
-template <class I>
+template <class Set>
 struct Rows {
-    using V = typename I::V;
-    using U = typename I::U;
-    using Sums = typename I::Sums;
-    static constexpr int W = I::width;
+    using V = typename Set::V;
+    using U = typename Set::U;
+    using Sums = typename Set::Sums;
+    static constexpr int W = Set::width;
 
     // ---- parts of a vector ----
 
     // The vector at p, of which `left` elements exist; the others are 0.
     static BABYGPT_INLINE void get(V& v, const float* p, int left) {
-        if (left >= W) I::load(v, p);
-        else I::load_part(v, p, left);
+        if (left >= W) Set::load(v, p);
+        else Set::load_part(v, p, left);
     }
     static BABYGPT_INLINE void put(float* p, const V& v, int left) {
-        if (left >= W) I::store(p, v);
-        else I::store_part(p, v, left);
+        if (left >= W) Set::store(p, v);
+        else Set::store_part(p, v, left);
     }
     // The first n elements of `from` come to `to`.
     static BABYGPT_INLINE void take_first(V& to, const V& from, int n) {
@@ -8114,7 +8114,7 @@ struct Rows {
             return;
         }
         U index, end;
-        I::count_up(index), I::splat(end, static_cast<uint32_t>(most(n, 0)));
+        Set::count_up(index), Set::splat(end, static_cast<uint32_t>(most(n, 0)));
         to = index < end ? from : to;
     }
     // One part of sixteen sums: part += v, and part += a * b; `left` elements exist.
@@ -8124,19 +8124,19 @@ struct Rows {
     }
     static BABYGPT_INLINE void add_product(V& part, const V& a, const V& b, int left) {
         V sum;
-        I::fma(sum, a, b, part);
+        Set::fma(sum, a, b, part);
         take_first(part, sum, left);
     }
     // 1 / sqrt(x) in every element. (Of a scalar, Clang under -ffast-math would only make an estimate.)
     static BABYGPT_INLINE void inverse_root(V& v, float x) {
         V one;
-        I::splat(one, 1.0f), I::splat(v, x);
-        I::sqrt(v, v);
+        Set::splat(one, 1.0f), Set::splat(v, x);
+        Set::sqrt(v, v);
         v = one / v;
     }
     static BABYGPT_INLINE float first(const V& v) {
-        typename I::Lanes lane;
-        I::store(lane, v);
+        typename Set::Lanes lane;
+        Set::store(lane, v);
         return lane[0];
     }
     static BABYGPT_INLINE void copy(float* to, const float* from, int n) {
@@ -8176,17 +8176,17 @@ struct Rows {
             sums.clear();
             for (int i = 0; i < n; i += 16) {
                 BABYGPT_UNROLL
-                for (int j = 0; j < I::parts; ++j) {
+                for (int j = 0; j < Set::parts; ++j) {
                     const int at = i + j * W, left = n - at;
                     if (left > 0) get(a, x + at, left), add(sums.part[j], a, left);
                 }
             }
             const float mean = sums.total() / static_cast<float>(n);
-            I::splat(means, mean);
+            Set::splat(means, mean);
             sums.clear();
             for (int i = 0; i < n; i += 16) {
                 BABYGPT_UNROLL
-                for (int j = 0; j < I::parts; ++j) {
+                for (int j = 0; j < Set::parts; ++j) {
                     const int at = i + j * W, left = n - at;
                     if (left > 0) get(a, x + at, left), a = a - means, add_product(sums.part[j], a, a, left);
                 }
@@ -8199,7 +8199,7 @@ struct Rows {
                 if (b) {
                     V bias;
                     get(bias, b + i, n - i);
-                    I::fma(a, a, c, bias);
+                    Set::fma(a, a, c, bias);
                 } else a = a * c;
                 put(y + i, a, n - i);
             }
@@ -8212,25 +8212,25 @@ struct Rows {
         x += start, dy += start, dx += start, statistics += static_cast<int64_t>(r0) * 2;
         for (int row = r0; row < r1; ++row, x += n, dy += n, dx += n, statistics += 2) {
             V mean, scale, g, h, a, mean_g, mean_gh;
-            I::splat(mean, statistics[0]), I::splat(scale, statistics[1]);
+            Set::splat(mean, statistics[0]), Set::splat(scale, statistics[1]);
             Sums sums, products;
             sums.clear(), products.clear();
             for (int i = 0; i < n; i += 16) {
                 BABYGPT_UNROLL
-                for (int j = 0; j < I::parts; ++j) {
+                for (int j = 0; j < Set::parts; ++j) {
                     const int at = i + j * W, left = n - at;
                     if (left <= 0) break;
                     get(g, dy + at, left), get(a, w + at, left), get(h, x + at, left);
-                    I::mul(g, g, a), h = (h - mean) * scale;
+                    Set::mul(g, g, a), h = (h - mean) * scale;
                     add(sums.part[j], g, left), add_product(products.part[j], g, h, left);
                 }
             }
-            I::splat(mean_g, sums.total() / static_cast<float>(n)), I::splat(mean_gh, products.total() / static_cast<float>(n));
+            Set::splat(mean_g, sums.total() / static_cast<float>(n)), Set::splat(mean_gh, products.total() / static_cast<float>(n));
             for (int i = 0; i < n; i += W) {
                 get(g, dy + i, n - i), get(a, w + i, n - i), get(h, x + i, n - i);
-                I::mul(g, g, a), h = (h - mean) * scale, h = -h;
-                I::fma(h, h, mean_gh, g - mean_g);
-                I::mul(h, scale, h);
+                Set::mul(g, g, a), h = (h - mean) * scale, h = -h;
+                Set::fma(h, h, mean_gh, g - mean_g);
+                Set::mul(h, scale, h);
                 if (adds) get(a, dx + i, n - i), h = a + h;
                 put(dx + i, h, n - i);
             }
@@ -8249,9 +8249,9 @@ struct Rows {
                 if (db) get(sum_b, db + i, left);
                 for (int r = 0; r < count; ++r) {
                     get(d, dy + start + static_cast<int64_t>(r) * n + i, left), get(h, x + start + static_cast<int64_t>(r) * n + i, left);
-                    I::splat(mean, statistics[(row + r) * 2]), I::splat(scale, statistics[(row + r) * 2 + 1]);
+                    Set::splat(mean, statistics[(row + r) * 2]), Set::splat(scale, statistics[(row + r) * 2 + 1]);
                     h = (h - mean) * scale;
-                    I::fma(sum_w, d, h);
+                    Set::fma(sum_w, d, h);
                     sum_b = sum_b + d;
                 }
                 put(dw + i, sum_w, left);
@@ -8278,12 +8278,12 @@ struct Rows {
     // 1 + e^-u, u = x (b x^2 + a): the sigmoid's denominator
     static BABYGPT_INLINE void gelu_tanh_part(V& d, V& square, const V& x) {
         V a, b;
-        I::splat(a, static_cast<float>(gelu_a)), I::splat(b, static_cast<float>(gelu_b));
+        Set::splat(a, static_cast<float>(gelu_a)), Set::splat(b, static_cast<float>(gelu_b));
         square = x * x;
-        I::fma(d, b, square, a);
+        Set::fma(d, b, square, a);
         d = -(x * d);
-        I::exp(d, d);
-        I::splat(a, 1.0f);
+        Set::exp(d, d);
+        Set::splat(a, 1.0f);
         d = a + d;
     }
     static BABYGPT_INLINE void gelu_tanh(V& y, const V& x) {
@@ -8294,12 +8294,12 @@ struct Rows {
     static BABYGPT_INLINE void gelu_tanh_derivative(V& y, const V& x) {
         V s, square, slope, one;
         gelu_tanh_part(s, square, x);
-        I::splat(one, 1.0f);
+        Set::splat(one, 1.0f);
         s = one / s;
         V a, b;
-        I::splat(a, static_cast<float>(gelu_a)), I::splat(b, static_cast<float>(3 * gelu_b));
-        I::fma(slope, b, square, a);
-        I::fma(y, x * s * (one - s), slope, s);
+        Set::splat(a, static_cast<float>(gelu_a)), Set::splat(b, static_cast<float>(3 * gelu_b));
+        Set::fma(slope, b, square, a);
+        Set::fma(y, x * s * (one - s), slope, s);
     }
     // y may be `before`.
     static BABYGPT_INLINE void activation_forward(float* y, const float* before, int64_t n, Activation activation) {
@@ -8332,9 +8332,9 @@ struct Rows {
     // What the elements i, i + 1, ... of the row with this key are multiplied by.
     static BABYGPT_INLINE void factors(V& f, const Dropout& drop, uint64_t key, int i) {
         U random, below;
-        I::random(random, key, static_cast<uint32_t>(i)), I::splat(below, drop.below);
+        Set::random(random, key, static_cast<uint32_t>(i)), Set::splat(below, drop.below);
         V keep, none;
-        I::splat(keep, drop.keep), I::splat(none, 0);
+        Set::splat(keep, drop.keep), Set::splat(none, 0);
         f = random < below ? none : keep;
     }
     static BABYGPT_INLINE void dropout_forward(float* y, const float* x, const Dropout& drop, int n, int r0, int r1) {
@@ -8346,7 +8346,7 @@ struct Rows {
             for (int i = 0; i < n; i += W) {
                 V d, f, before;
                 get(d, dy + row * n + i, n - i);
-                if (drop.active()) factors(f, drop, key, i), I::mul(d, d, f);
+                if (drop.active()) factors(f, drop, key, i), Set::mul(d, d, f);
                 if (adds) get(before, dx + row * n + i, n - i), d = before + d;
                 put(dx + row * n + i, d, n - i);
             }
@@ -8391,19 +8391,19 @@ struct Rows {
             float all = 0;
             if (smoothing > 0) {
                 sums.clear();
-                for (int i = 0; i < vocab; i += W) get(a, logits + i, vocab - i), add(sums.part[i / W % I::parts], a, vocab - i);
+                for (int i = 0; i < vocab; i += W) get(a, logits + i, vocab - i), add(sums.part[i / W % Set::parts], a, vocab - i);
                 all = sums.total();
             }
-            I::splat(top, biggest);
+            Set::splat(top, biggest);
             sums.clear();
             for (int i = 0; i < vocab; i += 16) {
                 BABYGPT_UNROLL
-                for (int j = 0; j < I::parts; ++j) {
+                for (int j = 0; j < Set::parts; ++j) {
                     const int at = i + j * W, left = vocab - at;
                     if (left <= 0) break;
                     get(a, logits + at, left);
                     a = a - top;
-                    I::exp(a, a);
+                    Set::exp(a, a);
                     add(sums.part[j], a, left);
                     if (gradient) put(logits + at, a, left);
                 }
@@ -8413,10 +8413,10 @@ struct Rows {
             losses[row] = cross_entropy(total, biggest, wanted, smoothing, all, vocab);
             if (!gradient) continue;
             V inverse, share;
-            I::splat(inverse, 1.0f / total), I::splat(share, static_cast<float>(smoothing / vocab));
+            Set::splat(inverse, 1.0f / total), Set::splat(share, static_cast<float>(smoothing / vocab));
             for (int i = 0; i < vocab; i += W) {
                 get(a, logits + i, vocab - i);
-                I::mul(a, a, inverse);
+                Set::mul(a, a, inverse);
                 a = a - share;
                 put(logits + i, a, vocab - i);
             }
@@ -8429,13 +8429,13 @@ struct Rows {
         if (n >= 4 * W) {
             V top[4], a;
             BABYGPT_UNROLL
-            for (int j = 0; j < 4; ++j) I::load(top[j], x + j * W);
+            for (int j = 0; j < 4; ++j) Set::load(top[j], x + j * W);
             for (i = 4 * W; i + 4 * W <= n; i += 4 * W) {
                 BABYGPT_UNROLL
-                for (int j = 0; j < 4; ++j) I::load(a, x + i + j * W), I::larger(top[j], top[j], a);
+                for (int j = 0; j < 4; ++j) Set::load(a, x + i + j * W), Set::larger(top[j], top[j], a);
             }
-            I::larger(top[0], top[0], top[1]), I::larger(top[2], top[2], top[3]), I::larger(top[0], top[0], top[2]);
-            best = I::biggest(top[0]);
+            Set::larger(top[0], top[0], top[1]), Set::larger(top[2], top[2], top[3]), Set::larger(top[0], top[0], top[2]);
+            best = Set::biggest(top[0]);
         }
         for (; i < n; ++i) best = most(best, x[i]);
         return best;
@@ -8447,10 +8447,10 @@ struct Rows {
         int i = 0;
         V w, a;
         U counts = {}, zero = {}, one;
-        I::splat(w, wanted), I::splat(one, 1u);
-        for (; i + W <= target; i += W) I::load(a, logits + i), counts = counts + (a < w ? zero : one);
+        Set::splat(w, wanted), Set::splat(one, 1u);
+        for (; i + W <= target; i += W) Set::load(a, logits + i), counts = counts + (a < w ? zero : one);
         for (; i < target || (i < vocab && i % W != 0); ++i) count += logits[i] > wanted || (i < target && !(logits[i] < wanted));
-        for (; i + W <= vocab; i += W) I::load(a, logits + i), counts = counts + (a > w ? one : zero);
+        for (; i + W <= vocab; i += W) Set::load(a, logits + i), counts = counts + (a > w ? one : zero);
         for (; i < vocab; ++i) count += logits[i] > wanted;
         uint32_t lane[static_cast<size_t>(W)];
         memcpy(lane, &counts, sizeof lane);
@@ -8463,26 +8463,26 @@ struct Rows {
     // Also zeroes the gradients.
     static BABYGPT_INLINE void adamw(float* w, float* m, float* v, float* g, int64_t n, const AdamW& a, bool decays) {
         V scale, beta1, beta2, rest1, rest2, step, root_scale, epsilon, decay, tiny, none;
-        I::splat(scale, a.gradient_scale), I::splat(beta1, a.beta1), I::splat(beta2, a.beta2), I::splat(rest1, a.one_minus_beta1),
-            I::splat(rest2, a.one_minus_beta2);
-        I::splat(step, -a.step_size), I::splat(root_scale, a.root_scale), I::splat(epsilon, a.epsilon),
-            I::splat(decay, decays ? -a.decay : -0.0f);
-        I::splat(tiny, 1e-30f), I::splat(none, 0);
+        Set::splat(scale, a.gradient_scale), Set::splat(beta1, a.beta1), Set::splat(beta2, a.beta2), Set::splat(rest1, a.one_minus_beta1),
+            Set::splat(rest2, a.one_minus_beta2);
+        Set::splat(step, -a.step_size), Set::splat(root_scale, a.root_scale), Set::splat(epsilon, a.epsilon),
+            Set::splat(decay, decays ? -a.decay : -0.0f);
+        Set::splat(tiny, 1e-30f), Set::splat(none, 0);
         for (int64_t i = 0; i < n; i += W) {
             const int left = static_cast<int>(least(n - i, static_cast<int64_t>(W)));
             V weight, first, second, gradient, size;
             get(weight, w + i, left), get(first, m + i, left), get(second, v + i, left), get(gradient, g + i, left);
             gradient = gradient * scale;
-            I::fma(first, beta1, first, rest1 * gradient);
-            I::fma(second, beta2, second, rest2 * (gradient * gradient));
+            Set::fma(first, beta1, first, rest1 * gradient);
+            Set::fma(second, beta2, second, rest2 * (gradient * gradient));
             first = first < tiny ? (first > -tiny ? none : first) : first;
             second = second < tiny ? none : second;
             put(m + i, first, left), put(v + i, second, left), put(g + i, none, left);
-            I::sqrt(size, second);
-            I::fma(size, size, root_scale, epsilon);
+            Set::sqrt(size, second);
+            Set::fma(size, size, root_scale, epsilon);
             first = first / size;
-            I::fma(weight, decay, weight, weight);
-            I::fma(weight, step, first, weight);
+            Set::fma(weight, decay, weight, weight);
+            Set::fma(weight, step, first, weight);
             put(w + i, weight, left);
         }
     }
@@ -8538,24 +8538,24 @@ struct Rows {
         for (int r = 0; r < rows; ++r) {
             BABYGPT_UNROLL
             for (int j = 0; j < vectors; ++j) {
-                if (fresh) I::splat(sum[r][j], 0);
-                else I::load(sum[r][j], c + r * c_row + j * W);
+                if (fresh) Set::splat(sum[r][j], 0);
+                else Set::load(sum[r][j], c + r * c_row + j * W);
             }
         }
         for (int k = 0; k < n; ++k, a += a_step, b += b_row) {
             BABYGPT_UNROLL
-            for (int j = 0; j < vectors; ++j) I::load(right[j], b + j * W);
+            for (int j = 0; j < vectors; ++j) Set::load(right[j], b + j * W);
             BABYGPT_UNROLL
             for (int r = 0; r < rows; ++r) {
-                I::splat(left, a[r * a_row]);
+                Set::splat(left, a[r * a_row]);
                 BABYGPT_UNROLL
-                for (int j = 0; j < vectors; ++j) I::fma(sum[r][j], left, right[j]);
+                for (int j = 0; j < vectors; ++j) Set::fma(sum[r][j], left, right[j]);
             }
         }
         BABYGPT_UNROLL
         for (int r = 0; r < rows; ++r) {
             BABYGPT_UNROLL
-            for (int j = 0; j < vectors; ++j) I::store(c + r * c_row + j * W, sum[r][j]);
+            for (int j = 0; j < vectors; ++j) Set::store(c + r * c_row + j * W, sum[r][j]);
         }
     }
     // The triangle of a tile: step e = 0..count-1 adds a[r * a_row + e * a_step] * b[e][0..wide) to the rows r > e (lower: r <= e).
@@ -8564,20 +8564,20 @@ struct Rows {
                                         int64_t b_column, int count) {
         V sum[static_cast<size_t>(tall)][2], b0, b1, s;
         BABYGPT_UNROLL
-        for (int r = 0; r < tall; ++r) I::load(sum[r][0], c + r * c_row), I::load(sum[r][1], c + r * c_row + W);
+        for (int r = 0; r < tall; ++r) Set::load(sum[r][0], c + r * c_row), Set::load(sum[r][1], c + r * c_row + W);
         BABYGPT_UNROLL
         for (int e = 0; e < tall - 1; ++e) {
             if (e >= count) break;
-            I::load(b0, b[e] + b_column), I::load(b1, b[e] + b_column + W);
+            Set::load(b0, b[e] + b_column), Set::load(b1, b[e] + b_column + W);
             BABYGPT_UNROLL
             for (int r = 0; r < tall; ++r) {
                 if (lower ? r > e : r <= e) continue;
-                I::splat(s, a[r * a_row + e * a_step]);
-                I::fma(sum[r][0], s, b0), I::fma(sum[r][1], s, b1);
+                Set::splat(s, a[r * a_row + e * a_step]);
+                Set::fma(sum[r][0], s, b0), Set::fma(sum[r][1], s, b1);
             }
         }
         BABYGPT_UNROLL
-        for (int r = 0; r < tall; ++r) I::store(c + r * c_row, sum[r][0]), I::store(c + r * c_row + W, sum[r][1]);
+        for (int r = 0; r < tall; ++r) Set::store(c + r * c_row, sum[r][0]), Set::store(c + r * c_row + W, sum[r][1]);
     }
 
     static constexpr int ahead = 8;  // rows that lie apart are prefetched so many before
@@ -8690,9 +8690,9 @@ struct Rows {
             for (int r = 0; r < n; ++r) {
                 float* to = y + (s.row + i + r) * width + column;
                 V v, scale;
-                I::splat(scale, inverse[r]);
+                Set::splat(scale, inverse[r]);
                 for (int d = 0; d < dim; d += W) {
-                    I::load(v, out + r * padded + d);
+                    Set::load(v, out + r * padded + d);
                     v = v * scale;
                     put(to + d, v, dim - d);
                 }
@@ -8709,37 +8709,37 @@ struct Rows {
     static BABYGPT_INLINE void softmax_row(float* scores, int keys, int dim, const Dropout& drop, int row, int head, float* statistics) {
         V scale, top, v;
         inverse_root(scale, static_cast<float>(dim));
-        I::splat(top, scores[0]);
+        Set::splat(top, scores[0]);
         top = top * scale;
         for (int k = 0; k < keys; k += W) {
-            I::load(v, scores + k);
-            I::mul(v, v, scale);
-            I::store(scores + k, v);
-            if (k + W <= keys) I::larger(top, top, v);
+            Set::load(v, scores + k);
+            Set::mul(v, v, scale);
+            Set::store(scores + k, v);
+            if (k + W <= keys) Set::larger(top, top, v);
         }
-        float biggest = I::biggest(top);
+        float biggest = Set::biggest(top);
         for (int k = keys / W * W; k < keys; ++k) biggest = most(biggest, scores[k]);
-        I::splat(top, biggest);
+        Set::splat(top, biggest);
         Sums sums;
         sums.clear();
         for (int k = 0; k < keys; k += 16) {  // scores has room for whole vectors
             BABYGPT_UNROLL
-            for (int j = 0; j < I::parts; ++j) {
+            for (int j = 0; j < Set::parts; ++j) {
                 const int at = k + j * W;
-                I::load(v, scores + at);
+                Set::load(v, scores + at);
                 v = v - top;
-                I::exp(v, v);
+                Set::exp(v, v);
                 if (at < keys) add(sums.part[j], v, keys - at);
-                I::store(scores + at, v);
+                Set::store(scores + at, v);
             }
         }
         statistics[0] = biggest, statistics[1] = sums.total();
         if (!drop.active()) return;
         const uint64_t key = drop.key(row);
         for (int k = 0; k < keys; k += W) {
-            I::load(v, scores + k), factors(scale, drop, key, head * 65536 + k);
+            Set::load(v, scores + k), factors(scale, drop, key, head * 65536 + k);
             v = v * scale;
-            I::store(scores + k, v);
+            Set::store(scores + k, v);
         }
     }
     // out = p V. The first query sees `keys` keys, each of the others one more than the one before.
@@ -8819,7 +8819,7 @@ struct Rows {
         sums.clear();
         for (int i = 0; i < n; i += 16) {
             BABYGPT_UNROLL
-            for (int j = 0; j < I::parts; ++j) {
+            for (int j = 0; j < Set::parts; ++j) {
                 const int at = i + j * W, left = n - at;
                 if (left > 0) get(v, a + at, left), get(u, b + at, left), add_product(sums.part[j], v, u, left);
             }
@@ -8830,21 +8830,21 @@ struct Rows {
     static BABYGPT_INLINE void softmax_row_backward(float* p, float* ds, float D, const float* statistics, int keys, int dim,
                                                     const Dropout& drop, int row, int element) {
         V scale, top, inverse, delta, a, b, f;
-        inverse_root(scale, static_cast<float>(dim)), I::splat(top, statistics[0]), I::splat(inverse, 1.0f / statistics[1]);
-        I::splat(delta, D);
+        inverse_root(scale, static_cast<float>(dim)), Set::splat(top, statistics[0]), Set::splat(inverse, 1.0f / statistics[1]);
+        Set::splat(delta, D);
         const uint64_t key = drop.key(row);
         for (int j = 0; j < keys; j += W) {
-            I::load(a, p + j), I::load(b, ds + j);
-            I::mul(a, a, scale);
+            Set::load(a, p + j), Set::load(b, ds + j);
+            Set::mul(a, a, scale);
             a = a - top;
-            I::exp(a, a);
+            Set::exp(a, a);
             a = a * inverse;
             if (drop.active()) {
                 factors(f, drop, key, element + j);
-                I::mul(b, b, f);
+                Set::mul(b, b, f);
                 b = a * (b - delta) * scale, a = a * f;
             } else b = a * (b - delta) * scale;
-            I::store(p + j, a), I::store(ds + j, b);
+            Set::store(p + j, a), Set::store(ds + j, b);
         }
     }
     // What chains start from: what is there, or 0.
@@ -8906,9 +8906,9 @@ struct Work {
     bool logits_gradient = false;
 };
 
-template <class I>
+template <class Set>
 BABYGPT_INLINE void forward_part(const Work& work, int from, int to, float* space) {
-    using R = Rows<I>;
+    using R = Rows<Set>;
     const Op& op = work.tape.ops[static_cast<size_t>(work.number)];
     const Run& run = work.run;
     const float *x = values(work.tape, work.r, op.x), *w = weights(work.tape, work.r, op.w), *b = weights(work.tape, work.r, op.b);
@@ -8939,9 +8939,9 @@ BABYGPT_INLINE void forward_part(const Work& work, int from, int to, float* spac
     }
 }
 
-template <class I>
+template <class Set>
 BABYGPT_INLINE void backward_part(const Work& work, int from, int to, float* space) {
-    using R = Rows<I>;
+    using R = Rows<Set>;
     const Tape& tape = work.tape;
     const Op& op = tape.ops[static_cast<size_t>(work.number)];
     const Run& run = work.run;
@@ -8985,9 +8985,9 @@ struct Update {
     const AdamW* adam = nullptr;
     bool decays = false;
 };
-template <class I>
+template <class Set>
 BABYGPT_INLINE void update_part(const Update& u, int from, int to) {
-    using R = Rows<I>;
+    using R = Rows<Set>;
     const int64_t at = from * square_block, n = least(to * square_block, u.size) - at;
     if (u.what == Update::folding) R::fold(u.g + at, u.lookup + at, n);
     else if (u.what == Update::stepping) R::adamw(u.w + at, u.m + at, u.v + at, u.g + at, n, *u.adam, u.decays);
@@ -9011,24 +9011,24 @@ struct Kernels {
     double (*ceiling)(int64_t rounds, float* result);
 };
 
-#define BABYGPT_KERNELS(set, I, name, target)                                                                                          \
-    struct set {                                                                                                                       \
-        target static void pack(float* to, const Factor& b, int column, int depth, int columns) {                                      \
-            Products<I>::pack_b(to, b, column, depth, columns);                                                                        \
-        }                                                                                                                              \
-        target static void block(const Product& p, const float* b, int row, int column, int end, float* space) {                       \
-            Products<I>::block(p, b, row, column, end, space);                                                                         \
-        }                                                                                                                              \
-        target static void single_row(const Product& p, const float* b, int column, int end) {                                         \
-            Products<I>::single_row(p, b, column, end);                                                                                \
-        }                                                                                                                              \
-        target static void forward(const Work& work, int from, int to, float* space) { forward_part<I>(work, from, to, space); }       \
-        target static void backward(const Work& work, int from, int to, float* space) { backward_part<I>(work, from, to, space); }     \
-        target static void update(const Update& u, int from, int to) { update_part<I>(u, from, to); }                                  \
-        target static double ceiling(int64_t rounds, float* result) { return Products<I>::ceiling(rounds, result); }                   \
-        static constexpr Kernels table = {                                                                                             \
-            name,    Products<I>::tile_columns, &Rows<I>::attention_scratch, &pack, &block, &single_row, &forward, &backward, &update, \
-            &ceiling};                                                                                                                 \
+#define BABYGPT_KERNELS(set, Set, name, target)                                                                                            \
+    struct set {                                                                                                                           \
+        target static void pack(float* to, const Factor& b, int column, int depth, int columns) {                                          \
+            Products<Set>::pack_b(to, b, column, depth, columns);                                                                          \
+        }                                                                                                                                  \
+        target static void block(const Product& p, const float* b, int row, int column, int end, float* space) {                           \
+            Products<Set>::block(p, b, row, column, end, space);                                                                           \
+        }                                                                                                                                  \
+        target static void single_row(const Product& p, const float* b, int column, int end) {                                             \
+            Products<Set>::single_row(p, b, column, end);                                                                                  \
+        }                                                                                                                                  \
+        target static void forward(const Work& work, int from, int to, float* space) { forward_part<Set>(work, from, to, space); }         \
+        target static void backward(const Work& work, int from, int to, float* space) { backward_part<Set>(work, from, to, space); }       \
+        target static void update(const Update& u, int from, int to) { update_part<Set>(u, from, to); }                                    \
+        target static double ceiling(int64_t rounds, float* result) { return Products<Set>::ceiling(rounds, result); }                     \
+        static constexpr Kernels table = {                                                                                                 \
+            name,    Products<Set>::tile_columns, &Rows<Set>::attention_scratch, &pack, &block, &single_row, &forward, &backward, &update, \
+            &ceiling};                                                                                                                     \
     };
 
 #if defined(__ARM_NEON) && BABYGPT_VECTORS
@@ -9109,10 +9109,10 @@ struct Fast {
             for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) f(i, slots + worker * scratch.slot);
         });
     }
+    static constexpr int64_t least_cost = 1 << 14;  // what takes fewer multiply-adds is done before another thread has noticed
     // f(from, to, space) for ranges of `units` that cost about `cost` multiply-adds each.
     template <class F>
     void share(int units, int64_t cost, const F& f) const {
-        constexpr int64_t least_cost = 1 << 14;  // what is smaller is done before another thread has noticed
         const int items = static_cast<int>(
             least(least(static_cast<int64_t>(units), static_cast<int64_t>(threads) * 8), most(units * cost / least_cost, int64_t(1))));
         divide(items, [&](int i, float* space) {
@@ -9133,15 +9133,17 @@ struct Fast {
     void multiply(const Product& p, const float* b) const {
         constexpr int columns = kernels.tile_columns;
         const int all_panels = (p.columns + columns - 1) / columns;
-        if (p.rows == 1) {
+        if (p.rows == 1) {  // bound by memory: each thread best reads the same weights, token after token, which may then be in its cache
             const int units = (all_panels + 3) / 4;
-            return share(units, static_cast<int64_t>(p.depth) * columns * 4, [&](int from, int to, float*) {
-                kernels.single_row(p, b, from * 4 * columns, least(to * 4 * columns, p.columns));
+            const int workers = static_cast<int>(least(least(static_cast<int64_t>(threads), static_cast<int64_t>(units)),
+                                                       most(static_cast<int64_t>(p.depth) * p.columns / least_cost, int64_t(1))));
+            return parallel(runtime, workers, [&](int i) {
+                kernels.single_row(p, b, i * units / workers * 4 * columns, least((i + 1) * units / workers * 4 * columns, p.columns));
             });
         }
         const int row_blocks = (p.rows + row_block - 1) / row_block;
-        const bool small = static_cast<int64_t>(p.rows) * p.columns * p.depth < 1 << 17;
-        const int groups = small || threads == 1 ? 1 : least((8 * threads + row_blocks - 1) / row_blocks, (all_panels + 3) / 4);
+        const bool is_small = static_cast<int64_t>(p.rows) * p.columns * p.depth < 1 << 17;
+        const int groups = is_small || threads == 1 ? 1 : least((8 * threads + row_blocks - 1) / row_blocks, (all_panels + 3) / 4);
         divide(row_blocks * groups, [&](int i, float* space) {
             const int64_t group = i % groups;
             const int from = static_cast<int>(group * all_panels / groups), to = static_cast<int>((group + 1) * all_panels / groups);

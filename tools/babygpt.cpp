@@ -1303,8 +1303,6 @@ void open_data(Training& t, const vector<string>& files) {
                                   : t.validation.create(runtime, t.validation_corpus, Part::all, t.tokenizer));
         t.has_validation = t.validation.tokens >= 2;
         if (!t.has_validation) note("the validation text is too short: the last model will be kept instead of the best");
-        else if (t.validation.unknown * 1000 > t.validation.tokens)  // a few are nothing to speak of
-            note(grouped(int64_t(t.validation.unknown)) + " characters of the validation text do not occur in the training text");
     }
 }
 
