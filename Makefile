@@ -54,8 +54,8 @@ $(examples): $(build)/examples/%: examples/%.cpp babygpt.h
 
 village := $(build)/village.safetensors
 run: $(build)/babygpt
-	$< train examples/village.txt --out $(village) --overwrite --time 105 --tokenizer bpe:768 --layers 3 --heads 4 --width 96 \
-	    --context 64 --batch 8 --lr 5e-3 --user-turn "You: " --reply-turn "Mira: " --plain-words \
+	$< train examples/village.txt --out $(village) --overwrite --time 110 --tokenizer bpe:1536 --layers 3 --heads 4 --width 96 --context 48 \
+	    --batch 10 --lr 5e-3 --min-lr 1e-4 --validation-fraction 0 --user-turn "You: " --reply-turn "Mira: " --plain-words \
 	    --log $(village:.safetensors=.csv) --plot $(village:.safetensors=.svg)
 	@if [ -t 0 ]; then $< chat $(village); else $< chat $(village) < examples/village_talk.txt; fi
 

@@ -18,11 +18,12 @@ int instruction_sets(Set (&sets)[4]) {
     int count = 0;
     sets[count++] = {&KernelsPortable::table, &Fast<KernelsPortable::table>::functions};
 #if defined(__x86_64__) || defined(__i386__)
-    if (choose(Isa::avx2) == Isa::avx2) {
+    if (choose(Isa::avx2).kernels == &KernelsAvx2::table) {
         sets[count++] = {&KernelsAvx2::table, &Fast<KernelsAvx2::table>::functions};
         sets[count++] = {&KernelsAvx2Wide::table, &Fast<KernelsAvx2Wide::table>::functions};
     }
-    if (choose(Isa::avx512) == Isa::avx512) sets[count++] = {&KernelsAvx512::table, &Fast<KernelsAvx512::table>::functions};
+    if (choose(Isa::avx512).kernels == &KernelsAvx512::table)
+        sets[count++] = {&KernelsAvx512::table, &Fast<KernelsAvx512::table>::functions};
 #endif
     return count;
 }
@@ -44,7 +45,8 @@ struct Bench {
     Run run;
     double squares = 0;
 
-    Bench(const Config& config, int batch, int length, bool training, int threads, double dropout, double smoothing, const BackendFunctions* backend) {
+    Bench(const Config& config, int batch, int length, bool training, int threads, double dropout, double smoothing,
+          const BackendFunctions* backend) {
         runtime.threads = threads;
         start_pool(runtime);
         const int rows = batch * length;
@@ -56,18 +58,24 @@ struct Bench {
         fill(weights, tape.weight_block, 1), fill(gradients, tape.weight_block, 2), fill(lookup, tape.lookup_block(), 3);
         for (const WeightPlan& plan : tape.weights) {  // what is between the tensors is 0
             const int64_t size = plan.weight.rows * plan.weight.cols;
-            for (int64_t i = size; i < round_up(size, int64_t(16)); ++i) weights[static_cast<size_t>(plan.weight.offset + i)] = gradients[static_cast<size_t>(plan.weight.offset + i)] = 0;
+            for (int64_t i = size; i < round_up(size, int64_t(16)); ++i)
+                weights[static_cast<size_t>(plan.weight.offset + i)] = gradients[static_cast<size_t>(plan.weight.offset + i)] = 0;
         }
-        CHECK(activations.resize(static_cast<size_t>(tape.activation_block)) && losses.resize(static_cast<size_t>(rows)) && ranks.resize(static_cast<size_t>(rows)) &&
-              ids.resize(static_cast<size_t>(rows)) && targets.resize(static_cast<size_t>(rows)) && sequences.resize(static_cast<size_t>(batch)) &&
+        CHECK(activations.resize(static_cast<size_t>(tape.activation_block)) && losses.resize(static_cast<size_t>(rows)) &&
+              ranks.resize(static_cast<size_t>(rows)) && ids.resize(static_cast<size_t>(rows)) &&
+              targets.resize(static_cast<size_t>(rows)) && sequences.resize(static_cast<size_t>(batch)) &&
               partial.resize(static_cast<size_t>(square_blocks(tape))));
-        CHECK(scratch.take(runtime, static_cast<size_t>(backend ? backend->scratch(tape, runtime.thread_count()) : plain_scratch(tape)) * sizeof(T), true));
-        for (int i = 0; i < rows; ++i) ids[static_cast<size_t>(i)] = i * 7 % config.vocab, targets[static_cast<size_t>(i)] = i % 5 == 3 ? -1 : i * 3 % config.vocab;
+        CHECK(scratch.take(runtime,
+                           static_cast<size_t>(backend ? backend->scratch(tape, runtime.thread_count()) : plain_scratch(tape)) * sizeof(T),
+                           true));
+        for (int i = 0; i < rows; ++i)
+            ids[static_cast<size_t>(i)] = i * 7 % config.vocab, targets[static_cast<size_t>(i)] = i % 5 == 3 ? -1 : i * 3 % config.vocab;
         for (int i = 0; i < batch; ++i) sequences[static_cast<size_t>(i)] = Sequence{i * length, length, 0, nullptr};
         r.weights = weights.items, r.gradients = gradients.items, r.lookup_gradients = lookup.items, r.activations = activations.items;
         r.scratch = reinterpret_cast<T*>(scratch.memory);
         r.losses = losses.items, r.ranks = ranks.items;
-        run.rows = rows, run.sequences = Span<const Sequence>(sequences.items, sequences.count), run.ids = ids.items, run.targets = targets.items;
+        run.rows = rows, run.sequences = Span<const Sequence>(sequences.items, sequences.count), run.ids = ids.items,
+        run.targets = targets.items;
         run.training = training, run.dropout = dropout, run.label_smoothing = smoothing, run.seed = 3, run.step = 5, run.first_row = 2;
     }
 };
@@ -98,25 +106,29 @@ bool same(const char* what, const void* a, const void* b, size_t bytes) {
         (void)either;
     }
     if (different == 0) return true;
-    printf("  %s: %zu of %zu differ, the first is %zu: %a %a\n", what, different, bytes / 4, first, static_cast<double>(x[first]), static_cast<double>(y[first]));
+    printf("  %s: %zu of %zu differ, the first is %zu: %a %a\n", what, different, bytes / 4, first, static_cast<double>(x[first]),
+           static_cast<double>(y[first]));
     return false;
 }
 template <class T>
-bool same(const char* what, const Array<T>& a, const Array<T>& b) { return a.count == b.count && (a.count == 0 || same(what, a.items, b.items, a.count * sizeof(T))); }
+bool same(const char* what, const Array<T>& a, const Array<T>& b) {
+    return a.count == b.count && (a.count == 0 || same(what, a.items, b.items, a.count * sizeof(T)));
+}
 
-bool same_step(const Config& config, int batch, int length, double dropout, double smoothing, const Set& set, int threads, Bench<float>& plain) {
+bool same_step(const Config& config, int batch, int length, double dropout, double smoothing, const Set& set, int threads,
+               Bench<float>& plain) {
     Bench<float> fast(config, batch, length, true, threads, dropout, smoothing, set.backend);
     step(fast, *set.backend);
-    bool good = same("losses", plain.losses, fast.losses) && same("ranks", plain.ranks, fast.ranks) && same("gradients", plain.gradients, fast.gradients) &&
-                same("lookup gradients", plain.lookup, fast.lookup);
+    bool good = same("losses", plain.losses, fast.losses) && same("ranks", plain.ranks, fast.ranks) &&
+                same("gradients", plain.gradients, fast.gradients) && same("lookup gradients", plain.lookup, fast.lookup);
     for (const Tensor& t : plain.tape.tensors) {  // what is still there at the end
         const size_t n = static_cast<size_t>(plain.run.rows * t.cols) * sizeof(float);
         if (good && t.gradient >= 0 && t.gradient_dies == 2 * static_cast<int>(plain.tape.ops.count) - 1)
             good = same(t.name, plain.activations.items + t.gradient, fast.activations.items + t.gradient, n);
     }
     if (!good)
-        printf("  %s, threads %d, batch %d x %d, width %d, heads %d, vocab %d, tied %d\n", set.kernels->name, threads, batch, length, config.width, config.heads, config.vocab,
-               config.tied);
+        printf("  %s, threads %d, batch %d x %d, width %d, heads %d, vocab %d, tied %d\n", set.kernels->name, threads, batch, length,
+               config.width, config.heads, config.vocab, config.tied);
     return good;
 }
 
@@ -128,32 +140,32 @@ struct Shape {
 };
 constexpr int thread_counts[] = {1, 2, 3, 7};
 constexpr Shape shapes[] = {
-    {1, 1, 1, 1, 1, 1, true, true, Activation::gelu_tanh, 0, 0},
-    {1, 1, 3, 7, 1, 2, true, true, Activation::gelu, 0, 0},
-    {2, 1, 17, 96, 1, 5, false, true, Activation::gelu_tanh, 0, 0.1},
-    {2, 3, 48, 257, 3, 11, true, false, Activation::gelu_tanh, 0.2, 0.1},
-    {1, 2, 96, 96, 2, 96, true, true, Activation::gelu_tanh, 0, 0},
-    {1, 6, 384, 97, 1, 33, false, true, Activation::gelu, 0.1, 0},
+    {1, 1, 1, 1, 1, 1, true, true, Activation::gelu_tanh, 0, 0},      {1, 1, 3, 7, 1, 2, true, true, Activation::gelu, 0, 0},
+    {2, 1, 17, 96, 1, 5, false, true, Activation::gelu_tanh, 0, 0.1}, {2, 3, 48, 257, 3, 11, true, false, Activation::gelu_tanh, 0.2, 0.1},
+    {1, 2, 96, 96, 2, 96, true, true, Activation::gelu_tanh, 0, 0},   {1, 6, 384, 97, 1, 33, false, true, Activation::gelu, 0.1, 0},
     {2, 4, 20, 31, 6, 17, true, true, Activation::gelu_tanh, 0, 0},
 };
 Config config_of(const Shape& s) {
     Config c;
-    c.layers = s.layers, c.heads = s.heads, c.width = s.width, c.vocab = s.vocab, c.context = s.length + 3, c.tied = s.tied, c.bias = s.bias, c.activation = s.activation;
+    c.layers = s.layers, c.heads = s.heads, c.width = s.width, c.vocab = s.vocab, c.context = s.length + 3, c.tied = s.tied,
+    c.bias = s.bias, c.activation = s.activation;
     return c;
 }
 
 }  // namespace
 
 TEST(products, "a product of matrices is wrong, or adds in another order") {
-    constexpr int sizes[][3] = {{1, 1, 1}, {1, 7, 3}, {2, 17, 5}, {5, 96, 257}, {33, 48, 300}, {192, 65, 600}, {7, 1000, 4}, {97, 33, 3}, {1, 300, 64}, {13, 64, 513}};
+    constexpr int sizes[][3] = {{1, 1, 1},      {1, 7, 3},    {2, 17, 5},  {5, 96, 257}, {33, 48, 300},
+                                {192, 65, 600}, {7, 1000, 4}, {97, 33, 3}, {1, 300, 64}, {13, 64, 513}};
     Set sets[4];
     const int count = instruction_sets(sets);
     Runtime runtime;
     for (const auto& size : sizes) {
         const int rows = size[0], columns = size[1], depth = size[2];
         Array<float> a(runtime), b(runtime), bias(runtime), want(runtime), have(runtime), panels(runtime), space(runtime);
-        CHECK(a.resize(static_cast<size_t>(rows * depth)) && b.resize(static_cast<size_t>(depth * columns)) && bias.resize(static_cast<size_t>(columns)) &&
-              want.resize(static_cast<size_t>(rows * columns)) && have.resize(static_cast<size_t>(rows * columns)) &&
+        CHECK(a.resize(static_cast<size_t>(rows * depth)) && b.resize(static_cast<size_t>(depth * columns)) &&
+              bias.resize(static_cast<size_t>(columns)) && want.resize(static_cast<size_t>(rows * columns)) &&
+              have.resize(static_cast<size_t>(rows * columns)) &&
               panels.resize(static_cast<size_t>(depth) * static_cast<size_t>(columns + 64)) && space.resize(row_block * depth_block));
         for (size_t i = 0; i < a.count; ++i) a[i] = small_number(1, static_cast<int64_t>(i));
         for (size_t i = 0; i < b.count; ++i) b[i] = small_number(2, static_cast<int64_t>(i));
@@ -161,7 +173,8 @@ TEST(products, "a product of matrices is wrong, or adds in another order") {
         for (int form = 0; form < 12; ++form) {
             const bool a_across = form & 1, b_across = form & 2;
             const int starts = form / 4;  // 0: nothing, 1: a bias, 2: what is there
-            const Factor fa{a.items, a_across ? depth : rows, a_across}, fb{b.items, b_across ? depth : columns, b_across};
+            const Factor fa{a.items, a_across ? depth : rows, a_across ? along : down},
+                fb{b.items, b_across ? depth : columns, b_across ? along : down};
             for (int i = 0; i < rows; ++i)
                 for (int j = 0; j < columns; ++j) {
                     float s = starts == 0 ? 0.0f : bias[static_cast<size_t>(j)];
@@ -170,13 +183,23 @@ TEST(products, "a product of matrices is wrong, or adds in another order") {
                 }
             for (int set = 0; set < count; ++set) {
                 const Kernels& kernels = *sets[set].kernels;
-                for (int i = 0; i < rows * columns; ++i) have[static_cast<size_t>(i)] = starts == 2 ? bias[static_cast<size_t>(i % columns)] : 99.0f;
-                const Product p{have.items, columns, starts == 0 ? nullptr : starts == 1 ? bias.items : have.items, starts == 2 ? columns : 0, fa, fb, rows, columns, depth};
+                for (int i = 0; i < rows * columns; ++i)
+                    have[static_cast<size_t>(i)] = starts == 2 ? bias[static_cast<size_t>(i % columns)] : 99.0f;
+                const Product p{have.items,
+                                columns,
+                                starts == 0 ? nullptr : starts == 1 ? bias.items : have.items,
+                                starts == 2 ? columns : 0,
+                                fa,
+                                fb,
+                                rows,
+                                columns,
+                                depth};
                 for (int j = 0; j < columns; j += kernels.tile_columns) kernels.pack(panels.items + j * depth, fb, j, depth, columns);
                 if (rows == 1 && a_across) kernels.single_row(p, panels.items, 0, columns);
                 else
                     for (int row = 0; row < rows; row += row_block) kernels.block(p, panels.items, row, 0, columns, space.items);
-                if (!CHECK(same("product", want, have))) printf("  %s: %d x %d, depth %d, form %d\n", kernels.name, rows, columns, depth, form);
+                if (!CHECK(same("product", want, have)))
+                    printf("  %s: %d x %d, depth %d, form %d\n", kernels.name, rows, columns, depth, form);
             }
         }
     }
@@ -191,7 +214,8 @@ TEST(whole_steps, "training gives other bits on another processor, with another 
         step(plain, *plain_backend());
         for (int set = 0; set < count; ++set)
             for (const int threads : thread_counts)
-                if (set == 1 || threads == 1 || threads == 3) CHECK(same_step(config, s.batch, s.length, s.dropout, s.smoothing, sets[set], threads, plain));
+                if (set == 1 || threads == 1 || threads == 3)
+                    CHECK(same_step(config, s.batch, s.length, s.dropout, s.smoothing, sets[set], threads, plain));
     }
 }
 
@@ -209,7 +233,8 @@ TEST(close_to_double, "the fast backend computes something else than the mathema
         double difference = 0, biggest = 0;
         for (size_t i = 0; i < exact.gradients.count; ++i) {
             const double d = exact.gradients[i] - static_cast<double>(fast.gradients[i]);
-            difference = most(difference, d < 0 ? -d : d), biggest = most(biggest, exact.gradients[i] < 0 ? -exact.gradients[i] : exact.gradients[i]);
+            difference = most(difference, d < 0 ? -d : d),
+            biggest = most(biggest, exact.gradients[i] < 0 ? -exact.gradients[i] : exact.gradients[i]);
         }
         if (!CHECK(difference <= 1e-5 * biggest)) printf("  %s: relative error %g\n", sets[set].kernels->name, difference / biggest);
     }
@@ -230,7 +255,8 @@ TEST(update, "the optimizer's step differs between the backends") {
         }
         for (const WeightPlan& plan : plain.tape.weights) {
             const int64_t size = plan.weight.rows * plan.weight.cols;
-            for (int64_t i = size; i < round_up(size, int64_t(16)); ++i) first[static_cast<size_t>(plan.weight.offset + i)] = second[static_cast<size_t>(plan.weight.offset + i)] = 0;
+            for (int64_t i = size; i < round_up(size, int64_t(16)); ++i)
+                first[static_cast<size_t>(plan.weight.offset + i)] = second[static_cast<size_t>(plan.weight.offset + i)] = 0;
         }
     };
     moments(m, v);
@@ -256,8 +282,8 @@ TEST(update, "the optimizer's step differs between the backends") {
 // Reads `length` ids in one run or one by one, with a KV cache; returns the logits of the last.
 static void talk(Bench<float>& b, const BackendFunctions& backend, const Config& config, int length, bool one_by_one) {
     const int pages = (config.context + kv_page - 1) / kv_page;
-    CHECK(b.kv.resize(static_cast<size_t>(b.tape.kv_page_block() * pages)) && b.pages.resize(static_cast<size_t>(pages)) && b.logits.resize(static_cast<size_t>(config.vocab)) &&
-          b.packed.resize(static_cast<size_t>(backend.packed(b.tape))));
+    CHECK(b.kv.resize(static_cast<size_t>(b.tape.kv_page_block() * pages)) && b.pages.resize(static_cast<size_t>(pages)) &&
+          b.logits.resize(static_cast<size_t>(config.vocab)) && b.packed.resize(static_cast<size_t>(backend.packed(b.tape))));
     for (int i = 0; i < pages; ++i) b.pages[static_cast<size_t>(i)] = pages - 1 - i;
     backend.pack(b.runtime, b.tape, b.r.weights, b.packed.items);
     b.r.packed = b.packed.count ? b.packed.items : nullptr;
@@ -282,7 +308,8 @@ TEST(talking, "a token read with the KV cache gives other logits than the whole 
             for (int way = 0; way < 4; ++way) {
                 Bench<float> fast(config, 1, s.length, false, way < 2 ? 1 : 3, 0, 0, sets[set].backend);
                 talk(fast, *sets[set].backend, config, s.length, way % 2 != 0);
-                CHECK(same("logits", plain.logits, fast.logits) && same("losses", plain.losses, fast.losses) && same("ranks", plain.ranks, fast.ranks));
+                CHECK(same("logits", plain.logits, fast.logits) && same("losses", plain.losses, fast.losses) &&
+                      same("ranks", plain.ranks, fast.ranks));
             }
     }
 }
@@ -292,10 +319,11 @@ TEST(speed, "a compiler no longer makes vectors of the kernels") {
     runtime.threads = 1;
     constexpr int rows = 192, size = 384;
     Array<float> a(runtime), b(runtime), c(runtime), panels(runtime), space(runtime);
-    CHECK(a.resize(rows * size) && b.resize(size * size) && c.resize(rows * size) && panels.resize(size * size) && space.resize(row_block * depth_block));
-    const Kernels& kernels = find_kernels(Isa::automatic);
+    CHECK(a.resize(rows * size) && b.resize(size * size) && c.resize(rows * size) && panels.resize(size * size) &&
+          space.resize(row_block * depth_block));
+    const Kernels& kernels = *choose(Isa::automatic).kernels;
     if (&kernels == &KernelsPortable::table) SKIP("this machine has only the portable kernels");
-    const Product p{c.items, size, nullptr, 0, Factor{a.items, size, true}, Factor{b.items, size, false}, rows, size, size};
+    const Product p{c.items, size, nullptr, 0, Factor{a.items, size, along}, Factor{b.items, size, down}, rows, size, size};
     for (int j = 0; j < size; j += kernels.tile_columns) kernels.pack(panels.items + j * size, p.b, j, size, size);
     double best = 0;
     for (int i = 0; i < 20; ++i) {
