@@ -7537,8 +7537,9 @@ Status compare(const Model& a, const Model& b, Array<Difference>& rows) {
 // [CHAPTER 10] The same ops, fast
 // =====================================================================================================================
 // One text for all instruction sets: every kernel is a template over `Set`, a set of vectors of Set::width floats, and is compiled once for
-// each set by the thin wrappers of chapter 11. On GCC and Clang Set::V is a vector of the compiler's own (a + b works on all its elements);
-// elsewhere it is a float, and the same text becomes scalar loops. First the vectors, then products of matrices, then what works along rows.
+// each set by the thin wrappers of chapter 11. On GCC and Clang Set::V is a vector of the compiler's own (a + b works on all elements);
+// elsewhere it is a float, and the same text becomes scalar loops. First the vectors, then products of matrices, then what works along
+// rows.
 //
 // Rules: everything here is always_inline, since a compiler silently refuses to inline a function across instruction sets; vectors pass by
 // reference, since by value their calling convention would depend on the set; no lambda, which would not inherit the wrapper's set.
@@ -7569,7 +7570,7 @@ namespace {
 #define BABYGPT_WIDE 0
 #endif
 
-// V: floats; U: as many unsigned integers; M: what comparing them gives, for `m ? a : b`; D: as many doubles; L: how long unsigned integers.
+// V: floats; U: as many unsigned integers; M: what comparing them gives, for `m ? a : b`; D: as many doubles; L: as many 64-bit integers;
 // Loose: V at any address.
 template <int W>
 struct VectorTypes {
@@ -7626,7 +7627,7 @@ struct Simd : VectorTypes<width_> {
         store(part, v);
         for (int i = 0; i < n; ++i) p[i] = part[i];
     }
-    // s in every element. Not V{s, s, ...} or v = v * s: before inlining, GCC takes a vector that its basic set does not have apart, element by element.
+    // s in every element. Not by V{s, s, ...} or v * s: a vector that GCC's basic set lacks would be filled element by element.
     static BABYGPT_INLINE void splat(V& v, float s) {
 #if BABYGPT_X86 && BABYGPT_VECTORS && !defined(__clang__)
         if constexpr (fused == 8 && width == 16) {
@@ -7760,7 +7761,7 @@ struct Simd : VectorTypes<width_> {
         x = x ^ (x >> 16);
     }
 
-    // The sixteen sums of chapter 5: part[j] holds those from j * width on. The vector at element i of a row belongs to part[i / width % parts].
+    // The sixteen sums of chapter 5: part[j] holds those from j * width on. Element i of a row goes to part[i / width % parts].
     static constexpr int parts = 16 / width;
     typedef V Parts[static_cast<size_t>(parts)];
     struct Sums {
@@ -7885,22 +7886,26 @@ BABYGPT_INLINE void prefetch(const void* p) {
 }  // namespace
 }  // namespace babygpt
 // ---- products of matrices -------------------------------------------------------------------------------------------------
-// C = start + A B, each element of C one chain along the depth. The scheme is the one of Goto & van de Geijn ("Anatomy of high-performance matrix
-// multiplication", 2008): both factors are copied into panels in the order in which they are read, and a tile of C stays in registers while a
-// panel of A and one of B stream by. The depth is cut in blocks small enough for the caches; a tile goes on from where the last block left it in C.
+// C = start + A B, each element of C one chain along the depth. The scheme is that of Goto & van de Geijn ("Anatomy of high-performance
+// matrix multiplication", 2008): both factors are copied into panels in the order in which they are read, and a tile of C stays in
+// registers while a panel of A and one of B stream by. The depth is cut in blocks small enough for the caches; a tile goes on from where
+// the last block left it in C.
 
 namespace babygpt {
 namespace {
 
-// A matrix that is a factor: element (k, j) at [k * stride + j], or, where it stands `across`, at [j * stride + k]. k runs along the depth.
+// A matrix as a factor of a product, whose depth runs down its columns, so that element (k, j) is at [k * stride + j], or along its rows,
+// so that it is at [j * stride + k].
+enum Depth { down, along };
 struct Factor {
     const float* at;
     int64_t stride;
-    bool across;
-    BABYGPT_INLINE const float* element(int64_t k, int64_t j) const { return at + (across ? j * stride + k : k * stride + j); }
+    Depth runs;
+    BABYGPT_INLINE const float* element(int64_t k, int64_t j) const { return at + (runs == along ? j * stride + k : k * stride + j); }
 };
 
-// rows x columns of C, from A (depth x rows) and B (depth x columns). start: what the chains start from: C itself, a bias (stride 0), or null for 0.
+// rows x columns of C, from A (depth x rows) and B (depth x columns). The chains start from what is at `start`: C itself, or a bias
+// (stride 0); null: from 0.
 struct Product {
     float* c;
     int64_t c_stride;
@@ -7921,11 +7926,11 @@ struct Products {
 
     // Copies elements (k, j), k < depth, j < count, into a panel [k][size]; what is missing up to `size` becomes 0.
     template <int size>
-    static BABYGPT_INLINE void pack(float* to, const float* from, int64_t stride, bool across, int depth, int count) {
+    static BABYGPT_INLINE void pack(float* to, const float* from, int64_t stride, Depth runs, int depth, int count) {
         if (count < size || size < 4) {
             for (int k = 0; k < depth; ++k)
-                for (int j = 0; j < size; ++j) to[k * size + j] = j < count ? from[across ? j * stride + k : k * stride + j] : 0.0f;
-        } else if (across) {
+                for (int j = 0; j < size; ++j) to[k * size + j] = j < count ? from[runs == along ? j * stride + k : k * stride + j] : 0.0f;
+        } else if (runs == along) {
             for (int j = 0; j < size; j += 4) {
                 const int first = least(j, size - 4);  // the last four may overlap those before
                 int k = 0;
@@ -7943,7 +7948,7 @@ struct Products {
         }
     }
     static BABYGPT_INLINE void pack_b(float* to, const Factor& b, int column, int depth, int columns) {
-        pack<tile_columns>(to, b.element(0, column), b.stride, b.across, depth, least(tile_columns, columns - column));
+        pack<tile_columns>(to, b.element(0, column), b.stride, b.runs, depth, least(tile_columns, columns - column));
     }
 
     // One tile of C: a is a panel [depth][tile_rows], b a panel [depth][tile_columns].
@@ -7952,8 +7957,8 @@ struct Products {
         V sum[static_cast<size_t>(tile_rows)][2], x, left, right;
         if (start) {
             BABYGPT_UNROLL
-            for (int r = 0; r < tile_rows; ++r)
-                Set::load(sum[r][0], start + r * start_stride), Set::load(sum[r][1], start + r * start_stride + Set::width);
+            for (int r = 0; r < tile_rows; ++r, start += start_stride)
+                Set::load(sum[r][0], start), Set::load(sum[r][1], start + Set::width);
         } else {
             BABYGPT_UNROLL
             for (int r = 0; r < tile_rows; ++r) Set::splat(sum[r][0], 0), Set::splat(sum[r][1], 0);
@@ -7968,11 +7973,12 @@ struct Products {
             }
         }
         BABYGPT_UNROLL
-        for (int r = 0; r < tile_rows; ++r) Set::store(c + r * c_stride, sum[r][0]), Set::store(c + r * c_stride + Set::width, sum[r][1]);
+        for (int r = 0; r < tile_rows; ++r, c += c_stride) Set::store(c, sum[r][0]), Set::store(c + Set::width, sum[r][1]);
     }
-    // A tile at the edge of C: rows x columns of it exist.
+    // A tile at the edge of C, which has so many more rows and columns.
     static BABYGPT_INLINE void part_of_tile(float* c, int64_t c_stride, const float* start, int64_t start_stride, const float* a,
-                                            const float* b, int depth, int rows, int columns) {
+                                            const float* b, int depth, int rows_left, int columns_left) {
+        const int rows = least(tile_rows, rows_left), columns = least(tile_columns, columns_left);
         float whole[static_cast<size_t>(tile_rows * tile_columns)] = {};
         for (int r = 0; r < rows && start; ++r)
             for (int j = 0; j < columns; ++j) whole[r * tile_columns + j] = start[r * start_stride + j];
@@ -7985,23 +7991,26 @@ struct Products {
     // b: panels, each [p.depth][tile_columns], of all columns. space: [depth_block][row_block].
     static BABYGPT_INLINE void block(const Product& p, const float* b, int row, int column, int end, float* space) {
         const int rows = least(row_block, p.rows - row);
-        const int blocks = (p.depth + depth_block - 1) / depth_block, step = blocks == 0 ? 1 : (p.depth + blocks - 1) / blocks;
-        for (int k0 = 0; k0 < p.depth || k0 == 0; k0 += step) {
+        const int blocks = (p.depth + depth_block - 1) / depth_block, step = (p.depth + blocks - 1) / blocks;
+        for (int k0 = 0; k0 < p.depth; k0 += step) {
             const int depth = least(step, p.depth - k0);
             for (int r = 0; r < rows; r += tile_rows)
-                pack<tile_rows>(space + r * depth, p.a.element(k0, row + r), p.a.stride, p.a.across, depth, least(tile_rows, rows - r));
-            for (int j = column; j < end; j += tile_columns)
+                pack<tile_rows>(space + r * depth, p.a.element(k0, row + r), p.a.stride, p.a.runs, depth, least(tile_rows, rows - r));
+            const int64_t start_stride = k0 ? p.c_stride : p.start_stride;
+            for (int j = column; j < end; j += tile_columns) {
+                const float* panel_b = b + static_cast<int64_t>(j) * p.depth + static_cast<int64_t>(k0) * tile_columns;
+                const int columns_left = p.columns - j;
                 for (int r = 0; r < rows; r += tile_rows) {
                     float* c = p.c + (row + r) * p.c_stride + j;
-                    const float* start = k0 ? c : p.start ? p.start + (row + r) * p.start_stride + j : nullptr;
-                    const int64_t start_stride = k0 ? p.c_stride : p.start_stride;
-                    const float *panel_a = space + r * depth, *panel_b = b + static_cast<int64_t>(j) * p.depth + k0 * tile_columns;
-                    if (rows - r >= tile_rows && p.columns - j >= tile_columns)
+                    const float *start = k0        ? c
+                                         : p.start ? p.start + (row + r) * p.start_stride + j
+                                                   : nullptr,
+                                *panel_a = space + r * depth;
+                    if (rows - r >= tile_rows && columns_left >= tile_columns)
                         tile(c, p.c_stride, start, start_stride, panel_a, panel_b, depth);
-                    else
-                        part_of_tile(c, p.c_stride, start, start_stride, panel_a, panel_b, depth, least(tile_rows, rows - r),
-                                     least(tile_columns, p.columns - j));
+                    else part_of_tile(c, p.c_stride, start, start_stride, panel_a, panel_b, depth, rows - r, columns_left);
                 }
+            }
         }
     }
 
@@ -8926,15 +8935,17 @@ BABYGPT_INLINE void forward_part(const Work& work, int from, int to, float* spac
         case OpKind::add:
             return R::add_forward(y + first, x + first, values(work.tape, work.r, op.x2) + first, count);
         case OpKind::attention:
-            for (int i = from; i < to; ++i)
-                R::attention_forward(y, aux, x, run.sequences[static_cast<size_t>(i / op.heads)], work.r.kv, op.layer, work.tape.layers,
-                                     op.heads, op.out / op.heads, Dropout(run, work.number), i % op.heads, space);
+            for (int i = from; i < to; ++i) {
+                const Sequence& s = run.sequences[static_cast<size_t>(i / op.heads)];
+                R::attention_forward(y, aux, x, s, work.r.kv, op.layer, work.tape.layers, op.heads, op.out / op.heads,
+                                     Dropout(run, work.number), i % op.heads, space);
+            }
             return;
         case OpKind::head: {
             const int row = work.first_row + from;
-            return R::head_rows(work.r.losses + row, work.r.ranks ? work.r.ranks + row : nullptr, aux + 2 * static_cast<int64_t>(row),
-                                work.logits + from * work.logits_stride, work.logits_stride, run.targets + row, op.out, run.label_smoothing,
-                                work.logits_gradient, to - from);
+            int32_t* ranks = work.r.ranks ? work.r.ranks + row : nullptr;
+            return R::head_rows(work.r.losses + row, ranks, aux + 2 * static_cast<int64_t>(row), work.logits + from * work.logits_stride,
+                                work.logits_stride, run.targets + row, op.out, run.label_smoothing, work.logits_gradient, to - from);
         }
     }
 }
@@ -8966,9 +8977,11 @@ BABYGPT_INLINE void backward_part(const Work& work, int from, int to, float* spa
             R::add_backward(dx + first, dy + first, count, op.adds_to_dx);
             return R::add_backward(dx2 + first, dy + first, count, op.adds_to_dx2);
         case OpKind::attention:
-            for (int i = from; i < to; ++i)
-                R::attention_backward(dx, dy, y, aux, x, run.sequences[static_cast<size_t>(i / op.heads)], op.heads, op.out / op.heads,
-                                      Dropout(run, work.number), op.adds_to_dx, i % op.heads, space);
+            for (int i = from; i < to; ++i) {
+                const Sequence& s = run.sequences[static_cast<size_t>(i / op.heads)];
+                R::attention_backward(dx, dy, y, aux, x, s, op.heads, op.out / op.heads, Dropout(run, work.number), op.adds_to_dx,
+                                      i % op.heads, space);
+            }
             return;
         case OpKind::head:
             return;
@@ -9061,18 +9074,16 @@ struct Scratch {
     Scratch(const Kernels& kernels, const Tape& tape) {
         // Logits at a time: in training, W and its gradient are read once a chunk, so that many rows are better than few.
         const int64_t wide = round_up(tape.vocab, column_group), some = int64_t(1) << 18, many = int64_t(1) << 23;
-        const int64_t most_rows = tape.training ? most(some / wide, least(many / wide, int64_t(192))) : some / wide;
-        const int64_t chunks = (tape.max_rows + most(most_rows, int64_t(1)) - 1) / most(most_rows, int64_t(1));
-        chunk = static_cast<int>(least(round_up((tape.max_rows + chunks - 1) / chunks, int64_t(12)), static_cast<int64_t>(tape.max_rows)));
-        logits = round_up(chunk * wide, int64_t(16));
-        panels =
-            tape.training ? panel_limit(tape.width) : 2 * depth_block * kernels.tile_columns;  // running, the weights are packed before
+        const int64_t rows = most<int64_t>(1, tape.training ? most(some / wide, least<int64_t>(many / wide, 192)) : some / wide);
+        const int64_t chunks = (tape.max_rows + rows - 1) / rows, even = (tape.max_rows + chunks - 1) / chunks;
+        chunk = static_cast<int>(least<int64_t>(round_up<int64_t>(even, 12), tape.max_rows));
+        logits = round_up<int64_t>(chunk * wide, 16);
+        // In training little enough for a shared cache; running, the weights are packed before.
+        panels = tape.training ? most(1 << 20, 512 * tape.width) : 2 * depth_block * kernels.tile_columns;
         slot = static_cast<int64_t>(row_block) * depth_block;
         for (const Op& op : tape.ops)
             if (op.kind == OpKind::attention) slot = most(slot, kernels.attention_scratch(tape.context, op.out / op.heads, tape.training));
     }
-    // Floats of packed panels at a time: enough for a thousand columns or more of the deepest product, little enough for a shared cache.
-    static int64_t panel_limit(int width) { return most(int64_t(1) << 20, int64_t(4) * width * 128); }
 };
 
 template <const Kernels& kernels>
@@ -9113,12 +9124,10 @@ struct Fast {
     // f(from, to, space) for ranges of `units` that cost about `cost` multiply-adds each.
     template <class F>
     void share(int units, int64_t cost, const F& f) const {
-        const int items = static_cast<int>(
-            least(least(static_cast<int64_t>(units), static_cast<int64_t>(threads) * 8), most(units * cost / least_cost, int64_t(1))));
-        divide(items, [&](int i, float* space) {
-            f(static_cast<int>(static_cast<int64_t>(i) * units / items), static_cast<int>((static_cast<int64_t>(i) + 1) * units / items),
-              space);
-        });
+        const int64_t worth = most(units * cost / least_cost, int64_t(1));
+        const int64_t items = least(worth, static_cast<int64_t>(least(units, 8 * threads)));
+        divide(static_cast<int>(items),
+               [&](int i, float* space) { f(static_cast<int>(i * units / items), static_cast<int>((i + 1) * units / items), space); });
     }
     void share_forward(const Work& work, int units, int64_t cost) const {
         share(units, cost, [&](int from, int to, float* space) { kernels.forward(work, from, to, space); });
@@ -9133,12 +9142,12 @@ struct Fast {
     void multiply(const Product& p, const float* b) const {
         constexpr int columns = kernels.tile_columns;
         const int all_panels = (p.columns + columns - 1) / columns;
-        if (p.rows == 1) {  // bound by memory: each thread best reads the same weights, token after token, which may then be in its cache
-            const int units = (all_panels + 3) / 4;
-            const int workers = static_cast<int>(least(least(static_cast<int64_t>(threads), static_cast<int64_t>(units)),
-                                                       most(static_cast<int64_t>(p.depth) * p.columns / least_cost, int64_t(1))));
+        if (p.rows == 1) {  // memory sets the speed: it is best if each thread reads the same weights for every token
+            const int units = (all_panels + 3) / 4, unit = 4 * columns;
+            const int64_t worth = most(static_cast<int64_t>(p.depth) * p.columns / least_cost, int64_t(1));
+            const int workers = static_cast<int>(least(worth, static_cast<int64_t>(least(threads, units))));
             return parallel(runtime, workers, [&](int i) {
-                kernels.single_row(p, b, i * units / workers * 4 * columns, least((i + 1) * units / workers * 4 * columns, p.columns));
+                kernels.single_row(p, b, i * units / workers * unit, least((i + 1) * units / workers * unit, p.columns));
             });
         }
         const int row_blocks = (p.rows + row_block - 1) / row_block;
@@ -9150,15 +9159,14 @@ struct Fast {
             kernels.block(p, b, i / groups * row_block, from * columns, least(to * columns, p.columns), space);
         });
     }
-    // B is packed here, in pieces that fit in `panels`: all columns at a time where they are not too many, else some; then as deep as there is room.
-    void product(Product p) const {
+    // B is packed here, in pieces that fit in `panels`: all columns at a time where they are not too many, then as deep as there is room.
+    void product(const Product& all) const {
         constexpr int columns = kernels.tile_columns;
-        const Product all = p;
-        const int deep = least(all.depth, 2 * depth_block);
-        const int wide =
-            static_cast<int>(least(static_cast<int64_t>(round_up(all.columns, columns)), scratch.panels / deep / columns * columns));
-        const int pieces = static_cast<int>((static_cast<int64_t>(all.depth) * wide + scratch.panels - 1) / scratch.panels),
-                  depth = (all.depth + pieces - 1) / pieces;
+        Product p = all;
+        const int64_t deep = least(all.depth, 2 * depth_block);
+        const int wide = static_cast<int>(least<int64_t>(round_up(all.columns, columns), scratch.panels / deep / columns * columns));
+        const int pieces = static_cast<int>((static_cast<int64_t>(all.depth) * wide + scratch.panels - 1) / scratch.panels);
+        const int depth = (all.depth + pieces - 1) / pieces;
         for (int column = 0; column < all.columns; column += wide)
             for (int k = 0; k < all.depth; k += depth) {
                 p.columns = least(wide, all.columns - column), p.depth = least(depth, all.depth - k);
@@ -9189,24 +9197,31 @@ struct Fast {
         return static_cast<int64_t>(op.in) * round_up(op.out, kernels.tile_columns);
     }
 
+    // Heads of sequences, and the multiply-adds of one of the products that each takes.
+    int attention_units(const Op& op) const { return static_cast<int>(run.sequences.size) * op.heads; }
+    int64_t attention_cost(const Op& op) const {
+        int64_t pairs = 0;
+        for (const Sequence& s : run.sequences) pairs += static_cast<int64_t>(s.length) * ((s.length + 1) / 2 + (s.pages ? s.position : 0));
+        return pairs / static_cast<int64_t>(most(run.sequences.size, size_t(1))) * (op.out / op.heads);
+    }
+    // With the weights packed before, or here.
+    void multiply_weights(int number, const Product& p) const {
+        const float* ready = packed(number);
+        if (ready) multiply(p, ready);
+        else product(p);
+    }
+
     void forward(int number) const {
         const Op& op = tape.ops[static_cast<size_t>(number)];
         const Work work{tape, r, run, number};
         const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w), *b = weights(tape, r, op.b);
         switch (op.kind) {
-            case OpKind::attention: {
-                int64_t cost = 0;
-                for (const Sequence& s : run.sequences)
-                    cost += static_cast<int64_t>(s.length) * (s.length / 2 + 1 + (s.pages ? s.position : 0)) * 2 * (op.out / op.heads);
-                const int units = static_cast<int>(run.sequences.size) * op.heads;
-                return share_forward(work, units, cost / most(static_cast<int>(run.sequences.size), 1));
-            }
+            case OpKind::attention:
+                return share_forward(work, attention_units(op), attention_cost(op) * 2);
             case OpKind::linear: {
                 float* before = values(tape, r, op.aux != nothing ? op.aux : op.y);
-                const Product p{before, op.out, b, 0, Factor{x, op.in, true}, Factor{w, op.out, false}, run.rows, op.out, op.in};
-                const float* ready = packed(number);
-                if (ready) multiply(p, ready);
-                else product(p);
+                const Product p{before, op.out, b, 0, Factor{x, op.in, along}, Factor{w, op.out, down}, run.rows, op.out, op.in};
+                multiply_weights(number, p);
                 if (op.activation != Activation::none) share_forward(work, run.rows, static_cast<int64_t>(op.out) * 8);
                 return;
             }
@@ -9223,38 +9238,27 @@ struct Fast {
     // Chunk of rows after chunk of rows; in training the logits turn into their gradients, and those of x and W follow at once.
     void head(int number) const {
         const Op& op = tape.ops[static_cast<size_t>(number)];
-        const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w), *ready = packed(number);
+        const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w);
         float *dx = gradient(tape, r, op.x), *dw = weight_gradient(tape, r, op.w);
-        const int64_t wide = round_up(op.out, column_group);
+        const int in = op.in, out = op.out;
+        const int64_t wide = round_up(out, column_group);
         Work work{tape, r, run, number};
         work.logits = logits, work.logits_stride = wide, work.logits_gradient = run.training;
         for (int row = 0; row < run.rows && run.targets; row += scratch.chunk) {
             const int rows = least(scratch.chunk, run.rows - row);
-            const int64_t at = static_cast<int64_t>(row) * op.in;
-            const Product forward{logits, wide, nullptr, 0, Factor{x + at, op.in, true}, Factor{w, op.in, true}, rows, op.out, op.in};
-            if (ready) multiply(forward, ready);
-            else product(forward);
+            const int64_t at = static_cast<int64_t>(row) * in;
             work.first_row = row;
+            multiply_weights(number, Product{logits, wide, nullptr, 0, Factor{x + at, in, along}, Factor{w, in, along}, rows, out, in});
             share_forward(work, rows, wide * 8);
             if (!run.training) continue;
-            product(Product{dx + at, op.in, op.adds_to_dx ? dx + at : nullptr, op.in, Factor{logits, wide, true}, Factor{w, op.in, false},
-                            rows, op.in, op.out});
-            product(Product{dw, op.in, dw, op.in, Factor{logits, wide, false}, Factor{x + at, op.in, false}, op.out, op.in, rows});
+            const float* there = op.adds_to_dx ? dx + at : nullptr;
+            product(Product{dx + at, in, there, in, Factor{logits, wide, along}, Factor{w, in, down}, rows, in, out});
+            product(Product{dw, in, dw, in, Factor{logits, wide, down}, Factor{x + at, in, down}, out, in, rows});
         }
-        if (!r.logits) return;
-        for (size_t i = 0; i < run.sequences.size; ++i) {
-            const int64_t last = run.sequences[i].row + run.sequences[i].length - 1;
-            const Product p{r.logits + static_cast<int64_t>(i) * op.out,
-                            op.out,
-                            nullptr,
-                            0,
-                            Factor{x + last * op.in, op.in, true},
-                            Factor{w, op.in, true},
-                            1,
-                            op.out,
-                            op.in};
-            if (ready) multiply(p, ready);
-            else product(p);
+        for (size_t i = 0; i < run.sequences.size && r.logits; ++i) {
+            const float* last = x + static_cast<int64_t>(run.sequences[i].row + run.sequences[i].length - 1) * in;
+            float* to = r.logits + static_cast<int64_t>(i) * out;
+            multiply_weights(number, Product{to, out, nullptr, 0, Factor{last, in, along}, Factor{w, in, along}, 1, out, in});
         }
     }
 
@@ -9265,20 +9269,15 @@ struct Fast {
         columns.by_columns = true;
         const int groups = (op.out + column_group - 1) / column_group, rows = run.rows;
         switch (op.kind) {
-            case OpKind::attention: {
-                int64_t cost = 0;
-                for (const Sequence& s : run.sequences)
-                    cost += static_cast<int64_t>(s.length) * (s.length + 1) / 2 * 5 * (op.out / op.heads);
-                return share_backward(work, static_cast<int>(run.sequences.size) * op.heads,
-                                      cost / most(static_cast<int>(run.sequences.size), 1));
-            }
+            case OpKind::attention:
+                return share_backward(work, attention_units(op), attention_cost(op) * 5);
             case OpKind::linear: {
                 const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w);
                 float *dx = gradient(tape, r, op.x), *dy = gradient(tape, r, op.y), *dw = weight_gradient(tape, r, op.w);
                 if (op.activation != Activation::none) share_backward(work, rows, static_cast<int64_t>(op.out) * 8);
                 if (op.b != nothing) share_backward(columns, groups, static_cast<int64_t>(rows) * column_group);
-                product(Product{dw, op.out, dw, op.out, Factor{x, op.in, false}, Factor{dy, op.out, false}, op.in, op.out, rows});
-                product(Product{dx, op.in, op.adds_to_dx ? dx : nullptr, op.in, Factor{dy, op.out, true}, Factor{w, op.out, true}, rows,
+                product(Product{dw, op.out, dw, op.out, Factor{x, op.in, down}, Factor{dy, op.out, down}, op.in, op.out, rows});
+                product(Product{dx, op.in, op.adds_to_dx ? dx : nullptr, op.in, Factor{dy, op.out, along}, Factor{w, op.out, along}, rows,
                                 op.in, op.out});
                 return;
             }
@@ -9296,8 +9295,8 @@ struct Fast {
     }
 
     void update(const Update& u) const {
-        share(static_cast<int>((u.size + square_block - 1) / square_block), square_block,
-              [&](int from, int to, float*) { kernels.update(u, from, to); });
+        const int blocks = static_cast<int>((u.size + square_block - 1) / square_block);
+        share(blocks, square_block, [&](int from, int to, float*) { kernels.update(u, from, to); });
     }
 
     // ---- what the backend offers ----
@@ -9316,7 +9315,7 @@ struct Fast {
         for (const Op& op : tape.ops) {
             if (packed_size(op) == 0) continue;
             const float* w = weights + tape.weight(op.w).offset;
-            const Factor factor{w, op.kind == OpKind::head ? op.in : op.out, op.kind == OpKind::head};
+            const Factor factor = op.kind == OpKind::head ? Factor{w, op.in, along} : Factor{w, op.out, down};
             parallel(runtime, (op.out + columns - 1) / columns,
                      [&](int i) { kernels.pack(to + static_cast<int64_t>(i) * columns * op.in, factor, i * columns, op.in, op.out); });
             to += packed_size(op);
@@ -9365,47 +9364,36 @@ struct Fast {
 
 // ---- which kernels does this machine get? --------------------------------------------------------------------------------
 
-// What was asked for, or the best that this machine has.
-inline Isa choose(Isa wanted) {
+struct Choice {
+    const Kernels* kernels;
+    const BackendFunctions* functions;
+};
+// What was asked for, or else the best that this machine has.
+inline Choice choose(Isa wanted) {
 #if BABYGPT_WIDE
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && (wanted == Isa::automatic || wanted == Isa::avx512)) return Isa::avx512;
-    if (avx2 && wanted != Isa::sse2 && wanted != Isa::portable) return Isa::avx2;
+    if (avx512 && (wanted == Isa::automatic || wanted == Isa::avx512))
+        return {&KernelsAvx512::table, &Fast<KernelsAvx512::table>::functions};
+    if (avx2 && wanted != Isa::sse2 && wanted != Isa::portable) return {&KernelsAvx2::table, &Fast<KernelsAvx2::table>::functions};
 #endif
     (void)wanted;
-    return Isa::portable;
+    return {&KernelsPortable::table, &Fast<KernelsPortable::table>::functions};
 }
 
 const BackendFunctions* find_backend(const Runtime& runtime) {
     if (runtime.backend == Backend::cuda) return nullptr;
-    if (runtime.backend == Backend::plain) return plain_backend();
-#if BABYGPT_WIDE
-    const Isa isa = choose(runtime.isa);
-    if (isa == Isa::avx512) return &Fast<KernelsAvx512::table>::functions;
-    if (isa == Isa::avx2) return &Fast<KernelsAvx2::table>::functions;
-#endif
-    return &Fast<KernelsPortable::table>::functions;
-}
-
-const Kernels& find_kernels(Isa wanted) {
-#if BABYGPT_WIDE
-    const Isa isa = choose(wanted);
-    if (isa == Isa::avx512) return KernelsAvx512::table;
-    if (isa == Isa::avx2) return KernelsAvx2::table;
-#endif
-    (void)wanted;
-    return KernelsPortable::table;
+    return runtime.backend == Backend::plain ? plain_backend() : choose(runtime.isa).functions;
 }
 
 }  // namespace
 
-const char* Runtime::isa_name() const { return backend == Backend::plain ? "plain" : find_kernels(isa).name; }
+const char* Runtime::isa_name() const { return backend == Backend::plain ? "plain" : choose(isa).kernels->name; }
 
 double fma_ceiling(Runtime& runtime, int threads) {
-    const Kernels& kernels = find_kernels(runtime.isa);
+    const Kernels& kernels = *choose(runtime.isa).kernels;
     start_pool(runtime);
     const int tasks = least(most(threads, 1), max_threads);
     constexpr int64_t rounds = 1 << 20;
