@@ -263,7 +263,7 @@ struct TokenizerConfig {
 Status parse_tokenizer(Text text, TokenizerConfig& config);
 
 // bytes:      id = byte value, vocab 256.
-// characters: ids in the order of code points; the last id stands for any character not seen in training.
+// characters: ids in the order of code points, "\n" always among them; the last id stands for any character not seen in training.
 // bpe:        byte-level BPE with GPT-2's pre-tokenization.
 // Bytes and bpe: decode(encode(x)) == x for any bytes whatever. Read-only once filled: any number of threads may use it.
 struct Tokenizer {
@@ -407,8 +407,7 @@ Status check(const Config& config);  // says which field is wrong, and what it m
 struct Chat {
     Array<char> user_turn;
     Array<char> reply_turn;
-    bool plain_words =
-        false;  // what the user says is written in small letters without punctuation, as it was in the training text: HELLO! is hello
+    bool plain_words = false;  // the text had the user's lines in small letters without punctuation; a session writes them so: HELLO! is hello
     bool empty() const { return user_turn.count == 0 && reply_turn.count == 0; }
 };
 
@@ -455,7 +454,7 @@ struct Memory {  // exact, in bytes
     uint64_t total() const { return weights + gradients + moments + activations + kv + scratch + records; }
 };
 // What a Trainer (with its Model) or a Session (with its Model) takes. batch: sequences at once.
-Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, int batch, Memory& memory);
+Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, int batch, Memory& memory, double dropout = 0);
 
 struct SummaryRow {  // one row of info's table
     char layer[48];
@@ -530,11 +529,11 @@ struct RunResult {
     int64_t best_step = 0;
     double seconds = 0;
     bool stopped_early = false;  // by patience
-    bool cancelled = false;      // by the callback
+    bool cancelled = false;      // by the callback or stop_at
 };
 
 // Gradients, AdamW's moments, schedule, data position and random state around one Model, which it writes to. One thread at a time; nobody
-// may use the model while a call runs. After create, no call allocates, except those that write files.
+// may use the model while a call runs. After create, a step allocates nothing (unless its data is kept in groups).
 struct Trainer {
     TrainConfig config;
     Model* model = nullptr;
@@ -567,6 +566,11 @@ struct Trainer {
     Status load(Text path);
     double learning_rate(int64_t step) const;  // of the update that follows `step` done ones
 };
+
+// How well a model predicts a text, with memory for reading only (`batch` windows at a time). progress, where given, is called between two
+// batches with the share that is done, and ends it by returning false: then the result is of what was read.
+Status evaluate(Runtime& runtime, const Model& model, Data& data, Evaluation& result, int batch = 8,
+                bool (*progress)(void* user, double done) = nullptr, void* user = nullptr);
 
 // "M.safetensors" -> "M.resume.safetensors". That file is itself a model to load: the weights of the last step.
 Status resume_path(Text model_path, Array<char>& path);
@@ -642,6 +646,19 @@ struct Session {
 // ---- Measuring and checking -------------------------------------------------------------------------------------------
 
 double fma_ceiling(Runtime& runtime, int threads);  // GFLOP/s of a register-only FMA loop with this machine's kernels
+
+struct ProfileRow {  // one op in a training step, forward or backward
+    char op[48];
+    char kind[16];   // embedding, norm, linear, attention, add, dropout, head, update
+    bool backward;   // head: both in its forward row
+    double seconds;  // the mean of several steps
+    double flops;    // useful ones: 2 for a multiply-add; attention causal, nothing computed anew
+    double bytes;    // that it must read and write: tensors, gradients and weights, each once
+};
+// Trains a fresh model (config.vocab > 0) on random ids for about so many seconds. The last row is the update: the gradients' norm, AdamW,
+// zeroing.
+Status profile(Runtime& runtime, const Config& config, int batch, double seconds, Array<ProfileRow>& rows);
+
 struct CheckResult {
     char what[64];
     double error, limit;  // relative, as max |difference| / max |reference|
@@ -966,6 +983,7 @@ template struct Array<float>;
 template struct Array<SummaryRow>;
 template struct Array<CheckResult>;
 template struct Array<Difference>;
+template struct Array<ProfileRow>;
 
 namespace {
 
@@ -981,8 +999,10 @@ struct Block {
     Block(const Block&) = delete;
     Block& operator=(const Block&) = delete;
     ~Block() { clear(); }
-    bool take(Runtime& from, size_t size, bool zero) {
+    bool take(Runtime& from, uint64_t wanted, bool zero) {
         clear();
+        const size_t size = static_cast<size_t>(wanted);
+        if (wanted > static_cast<uint64_t>(PTRDIFF_MAX)) return false;
         memory = static_cast<char*>(babygpt::allocate(from, size));
         if (!memory) return false;
         runtime = &from;
@@ -1200,13 +1220,27 @@ struct Pool {
     }
 };
 
+inline Pool* pool_of(Runtime& runtime) {
+#if defined(_MSC_VER)
+    return static_cast<Pool*>(InterlockedCompareExchangePointer(&runtime.pool, nullptr, nullptr));
+#else
+    return static_cast<Pool*>(__atomic_load_n(&runtime.pool, __ATOMIC_ACQUIRE));
+#endif
+}
+
 // The pool is made by the first create() of an object that computes, so that a step or a token never allocates.
 inline void start_pool(Runtime& runtime) {
-    if (runtime.pool || runtime.parallel || runtime.thread_count() == 1) return;
+    if (pool_of(runtime) || runtime.parallel || runtime.thread_count() == 1) return;
     Pool* pool = create<Pool>(runtime);
     if (!pool) return;  // alone, then
     pool->start(runtime.thread_count() - 1);
-    runtime.pool = pool;
+#if defined(_MSC_VER)
+    const bool first = !InterlockedCompareExchangePointer(&runtime.pool, pool, nullptr);
+#else
+    void* none = nullptr;
+    const bool first = __atomic_compare_exchange_n(&runtime.pool, &none, static_cast<void*>(pool), false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+#endif
+    if (!first) destroy(runtime, pool);  // another thread was as quick
 }
 
 // f(i) for each i in [0, count), on the runtime's threads, under our floating-point mode. Who does which i must not matter to the result.
@@ -1220,7 +1254,7 @@ void parallel(Runtime& runtime, int count, const F& f) {
             (*static_cast<Call*>(self)->f)(i);
         }
     } call{&f};
-    Pool* pool = static_cast<Pool*>(runtime.pool);
+    Pool* pool = pool_of(runtime);
     if (count > 1 && runtime.parallel) return runtime.parallel(runtime.parallel_user, count, &Call::run_guarded, &call);
     if (count > 1 && pool && pool->workers > 0 && !pool->taken.exchange(true, std::memory_order_acquire)) {
         pool->run(count, &Call::run, &call);
@@ -1324,10 +1358,10 @@ inline int default_sync_folder(void*, const char* path) {
     memcpy(folder, n ? path : ".", n ? n : 1);
     folder[n ? n : 1] = '\0';
     const int handle = open(folder, O_RDONLY);
-    if (handle < 0) return -1;
-    const int result = fsync(handle);
+    if (handle < 0) return errno == EACCES || errno == EPERM ? 0 : -1;  // one may write in it without being allowed to look
+    const int result = fsync(handle), why = errno;
     close(handle);
-    return result;
+    return result != 0 && (why == EINVAL || why == ENOTSUP || why == ENOSYS || why == EBADF) ? 0 : result;  // some file systems cannot
 #endif
 }
 
@@ -2752,7 +2786,12 @@ struct TokenizerReader {
         }
         tables.pairs = HashIndex(runtime);
         file_size += 1;
-        BABYGPT_TRY(add(static_cast<int64_t>(tables.tokens.count), end_of_text_name, true));
+        // The file does not say how a text is cut into words: these two are known to differ from GPT-2.
+        if (tables.tokens.count == 100256 || tables.tokens.count == 199998)
+            return fail(Error::unsupported, "'", name, "' is the vocabulary of cl100k or o200k, which cut words in other ways than GPT-2");
+        int32_t free_id = 0;  // r50k's is after the last token, p50k's is a hole
+        while (free_id < static_cast<int32_t>(tables.tokens.count) && tables.bytes(free_id).size > 0) ++free_id;
+        BABYGPT_TRY(add(free_id, end_of_text_name, true));
         return finish();
     }
 
@@ -2934,6 +2973,7 @@ Status train_tokenizer(Tokenizer& tokenizer, Runtime& runtime, const TokenizerCo
         return make_tokenizer(tokenizer, runtime, config.kind, [&](Tables& tables) {
             CharacterSet set(runtime);
             if (!set.begin()) return out_of_memory(0x110000 / 8);
+            set.add("\n");  // stands between documents, whether or not it stands in one
             BABYGPT_TRY(read(&set, &CharacterSet::add_piece));
             for (uint32_t code = 0; code < 0x110000; ++code)
                 if (set.bits[code / 8] >> code % 8 & 1 && !add_character(tables, code)) return out_of_memory(tables.text.count);
@@ -3371,6 +3411,13 @@ struct Run {
     double label_smoothing = 0;
     uint64_t seed = 0, step = 0;
     uint64_t first_row = 0;  // of this run in the whole batch of the step, for the random numbers
+    double* seconds = nullptr;  // [2 * ops], grows by what each op takes forward, then by what each takes backward; null: nobody asks
+    template <class Work>
+    void time(int slot, const Work& work) const {
+        const double start = seconds ? seconds_now() : 0;
+        work();
+        if (seconds) seconds[slot] += seconds_now() - start;
+    }
 };
 
 // KV cache: pages of `kv_page` positions, each for all layers. In a page, layer after layer: the keys as [head][dim][position]
@@ -3382,11 +3429,11 @@ template <class T>
 struct Regions {
     const T* weights = nullptr;
     T* gradients = nullptr;  // laid out as the weights: sums over tokens, added to
-    T* lookup_gradients =
-        nullptr;  // of a token embedding shared with the head: the embedding's part, apart so that it is one chain of additions
+    T* lookup_gradients = nullptr;  // of a token embedding shared with the head: the embedding's part, apart, so that it is one chain
     T* activations = nullptr;
     T* scratch = nullptr;  // as the backend asked for
     T* kv = nullptr;
+    int threads = 0;                // that `scratch` has room for; 0: as many as the runtime has
     double* losses = nullptr;       // [rows], nats; written where there are targets
     int32_t* ranks = nullptr;       // [rows], how many tokens were thought likelier than the target; may be null
     T* logits = nullptr;            // [sequences][vocab], of each sequence's last row; null: not wanted
@@ -4126,11 +4173,12 @@ void plain_op_backward(const Tape& tape, const Regions<T>& r, const Run& run, in
 }
 template <class T>
 void plain_forward(const Tape& tape, const Regions<T>& r, const Run& run) {
-    for (int i = 0; i < static_cast<int>(tape.ops.count); ++i) plain_op_forward(tape, r, run, i);
+    for (int i = 0; i < static_cast<int>(tape.ops.count); ++i) run.time(i, [&] { plain_op_forward(tape, r, run, i); });
 }
 template <class T>
 void plain_backward(const Tape& tape, const Regions<T>& r, const Run& run) {
-    for (int i = static_cast<int>(tape.ops.count); i-- > 0;) plain_op_backward(tape, r, run, i);
+    const int ops = static_cast<int>(tape.ops.count);
+    for (int i = ops; i-- > 0;) run.time(ops + i, [&] { plain_op_backward(tape, r, run, i); });
 }
 
 // ---- AdamW (Loshchilov & Hutter 2019) ------------------------------------------------------------------------------------
@@ -4326,11 +4374,12 @@ struct ModelState {
     Array<Weight> names;
     Block weights;
     Bell lock;
-    Array<float> packed;
-    uint64_t packed_version = 0;
-    Isa packed_isa = Isa::automatic;
-    int sessions = 0;
-    explicit ModelState(Runtime& runtime) : plans(runtime), names(runtime), packed(runtime) {}
+    struct Packed {
+        const void* by = nullptr;  // the backend, since each has its own layout
+        Array<float> floats;
+        uint64_t version = 0;
+    } packed[4];
+    explicit ModelState(Runtime& runtime) : plans(runtime), names(runtime) {}
 };
 
 namespace {
@@ -4399,9 +4448,10 @@ Status Model::create(Runtime& from, const Config& wanted, Tokenizer&& taken, uin
     Config full = wanted;
     if (full.vocab == 0) full.vocab = taken.vocab;
     if (full.vocab < taken.vocab) return fail(Error::mismatch, "vocab is ", full.vocab, ", but the tokenizer has ", taken.vocab, " ids");
+    Tokenizer kept = static_cast<Tokenizer&&>(taken);  // it may be this model's own
     *this = Model();
     BABYGPT_TRY(allocate_weights(from, *this, full));
-    tokenizer = static_cast<Tokenizer&&>(taken);
+    tokenizer = static_cast<Tokenizer&&>(kept);
     for (size_t t = 0; t < state->plans.count; ++t) {
         const WeightPlan& plan = state->plans[t];
         const uint64_t key = random_key(seed, 0, random_weights, t);
@@ -4426,6 +4476,7 @@ const Weight* Model::find(Text name) const {
 }
 
 Status Model::set_chat(Text user_turn, Text reply_turn, bool plain_words) {
+    if (!runtime) return fail(Error::invalid_argument, "the model is empty: create or load it first");
     chat.plain_words = plain_words;
     if (!is_utf8(user_turn) || !is_utf8(reply_turn)) return fail(Error::invalid_argument, "a chat's turns must be UTF-8");
     chat.user_turn = Array<char>(*runtime);
@@ -5595,7 +5646,7 @@ double Trainer::learning_rate(int64_t step) const {
 
 // ---- the trainer's memory ------------------------------------------------------------------------------------------------
 
-// Everything a step needs, in one block.
+// Everything that a step needs, or (without gradients and moments) an evaluation alone, in one block.
 struct TrainerState {
     Tape tape;
     Block memory;
@@ -5604,6 +5655,7 @@ struct TrainerState {
     int32_t *ids = nullptr, *targets = nullptr;  // [batch * context] of one micro-batch
     Sequence* sequences = nullptr;               // [batch]
     double* partial = nullptr;
+    double* op_seconds = nullptr;  // see Run::seconds
     explicit TrainerState(Runtime& runtime) : tape(runtime) {}
 };
 
@@ -5612,32 +5664,35 @@ namespace {
 // Hands out places in a block that is not there yet. `memory` null: only counts.
 struct Layout {
     char* memory = nullptr;
-    size_t bytes = 0;
+    uint64_t bytes = 0;
     template <class T>
     T* take(int64_t count) {
-        T* place = memory ? reinterpret_cast<T*>(memory + bytes) : nullptr;
-        bytes += round_up(static_cast<size_t>(count) * sizeof(T), cache_line);
+        T* place = memory ? reinterpret_cast<T*>(memory + static_cast<size_t>(bytes)) : nullptr;
+        bytes += round_up(static_cast<uint64_t>(count) * sizeof(T), uint64_t(cache_line));
         return place;
     }
 };
 
-// The order of a trainer's block. The first three are the trainer's open fields.
-inline void lay_out(Layout& layout, TrainerState& s, Trainer& trainer, int batch, int threads) {
+// The order of the block. The first three are a trainer's open fields; an evaluation alone has none.
+inline void lay_out(Layout& layout, TrainerState& s, Trainer* trainer, int batch, int threads) {
     const Tape& tape = s.tape;
     const int64_t rows = tape.max_rows;
-    trainer.gradients = layout.take<float>(tape.weight_block);
-    trainer.moment1 = layout.take<float>(tape.weight_block);
-    trainer.moment2 = layout.take<float>(tape.weight_block);
-    s.regions.gradients = trainer.gradients;
-    s.regions.lookup_gradients = layout.take<float>(tape.lookup_block());
+    if (trainer) {
+        trainer->gradients = layout.take<float>(tape.weight_block);
+        trainer->moment1 = layout.take<float>(tape.weight_block);
+        trainer->moment2 = layout.take<float>(tape.weight_block);
+        s.regions.gradients = trainer->gradients;
+        s.regions.lookup_gradients = layout.take<float>(tape.lookup_block());
+    }
     s.regions.activations = layout.take<float>(tape.activation_block);
     s.regions.scratch = layout.take<float>(s.backend->scratch(tape, threads));
+    s.regions.threads = threads;
     s.regions.losses = layout.take<double>(rows);
     s.regions.ranks = layout.take<int32_t>(rows);
     s.ids = layout.take<int32_t>(rows);
     s.targets = layout.take<int32_t>(rows);
     s.sequences = layout.take<Sequence>(batch);
-    s.partial = layout.take<double>(square_blocks(tape));
+    if (trainer) s.partial = layout.take<double>(square_blocks(tape));
 }
 
 // Bytes that a tape's own records take.
@@ -5667,7 +5722,7 @@ Status check(const TrainConfig& c, int context) {
         return fail(Error::invalid_argument, "batch is ", c.batch, ", but batch * context must not be above ", max_batch_rows);
     BABYGPT_TRY(positive("steps", static_cast<double>(c.steps)));
     BABYGPT_TRY(positive("lr", c.lr));
-    BABYGPT_TRY(positive("epsilon", c.epsilon));
+    BABYGPT_TRY(positive("epsilon", static_cast<double>(static_cast<float>(c.epsilon))));
     BABYGPT_TRY(share("beta1", c.beta1));
     BABYGPT_TRY(share("beta2", c.beta2));
     BABYGPT_TRY(share("dropout", c.dropout));
@@ -5683,6 +5738,30 @@ inline double power(double base, int64_t exponent) {
     for (; exponent > 0; exponent >>= 1, base *= base)
         if (exponent & 1) result *= base;
     return result;
+}
+
+Status no_trainer() { return fail(Error::invalid_argument, "the trainer is empty: create it first"); }
+
+Status fill(Trainer& trainer, Runtime& from, const Model& of, const TrainConfig& wanted) {
+    BABYGPT_TRY(check(wanted, of.config.context));
+    TrainConfig& config = trainer.config;
+    config = wanted;
+    if (config.min_lr < 0) config.min_lr = config.lr / 10;
+    if (config.warmup < 0) config.warmup = least<int64_t>(100, config.steps / 10);
+    if (config.evaluate_every <= 0) config.evaluate_every = most<int64_t>(1, config.steps / 20);
+    const BackendFunctions* backend;
+    BABYGPT_TRY(backend_for(from, backend));
+    trainer.runtime = &from;
+    TrainerState* const state = trainer.state = create<TrainerState>(from, from);
+    if (!state) return out_of_memory(sizeof(TrainerState));
+    state->backend = backend;
+    BABYGPT_TRY(record(state->tape, of.config, config.batch * of.config.context, true, config.dropout));
+    Layout layout;
+    lay_out(layout, *state, &trainer, config.batch, from.thread_count());
+    if (!state->memory.take(from, layout.bytes, true)) return out_of_memory(layout.bytes);
+    layout = Layout{state->memory.memory, 0};
+    lay_out(layout, *state, &trainer, config.batch, from.thread_count());
+    return Status();
 }
 
 }  // namespace
@@ -5704,26 +5783,18 @@ Trainer::~Trainer() {
 
 Status Trainer::create(Runtime& from, Model& of, const TrainConfig& wanted, Data& data, Data* held_out) {
     *this = Trainer();
-    BABYGPT_TRY(check(wanted, of.config.context));
-    config = wanted;
-    if (config.min_lr < 0) config.min_lr = config.lr / 10;
-    if (config.warmup < 0) config.warmup = least<int64_t>(100, config.steps / 10);
-    if (config.evaluate_every <= 0) config.evaluate_every = most<int64_t>(1, config.steps / 20);
-    const BackendFunctions* backend;
-    BABYGPT_TRY(backend_for(from, backend));
-    runtime = &from;
-    state = babygpt::create<TrainerState>(from, from);
-    if (!state) return out_of_memory(sizeof(TrainerState));
-    state->backend = backend;
-    BABYGPT_TRY(record(state->tape, of.config, config.batch * of.config.context, true, config.dropout));
-    Layout layout;
-    lay_out(layout, *state, *this, config.batch, from.thread_count());
-    if (!state->memory.take(from, layout.bytes, true)) return out_of_memory(layout.bytes);
-    layout = Layout{state->memory.memory, 0};
-    lay_out(layout, *state, *this, config.batch, from.thread_count());
+    const Status status = fill(*this, from, of, wanted);
+    if (!status.ok()) {
+        *this = Trainer();
+        return status;
+    }
     model = &of;
     training = &data;
     validation = held_out;
+    if (held_out && held_out->evaluation_windows(of.config.context) == 0) {
+        *this = Trainer();
+        return fail(Error::invalid_argument, "the validation data has fewer than two tokens: leave it out or give more text");
+    }
     start_pool(from);
     return Status();
 }
@@ -5732,17 +5803,13 @@ Status Trainer::create(Runtime& from, Model& of, const TrainConfig& wanted, Data
 
 namespace {
 
-// What a micro-batch is: `batch` sequences of `context` rows each, or fewer and shorter ones in an evaluation.
-inline Run make_run(const Trainer& t, int sequences, bool training) {
+// The micro-batch that lies in the state: `batch` sequences of `context` rows each, or fewer and shorter ones in an evaluation.
+inline Run make_run(const TrainerState& state, int sequences) {
     Run run;
-    run.sequences = Span<const Sequence>(t.state->sequences, static_cast<size_t>(sequences));
+    run.sequences = Span<const Sequence>(state.sequences, static_cast<size_t>(sequences));
     for (const Sequence& s : run.sequences) run.rows += s.length;
-    run.ids = t.state->ids;
-    run.targets = t.state->targets;
-    run.training = training;
-    if (training)
-        run.dropout = t.config.dropout, run.label_smoothing = t.config.label_smoothing, run.seed = t.config.seed,
-        run.step = static_cast<uint64_t>(t.step_count);
+    run.ids = state.ids;
+    run.targets = state.targets;
     return run;
 }
 
@@ -5775,8 +5842,12 @@ Status update(Trainer& t, const Fill& fill, StepResult& result) {
             memset(s.regions.lookup_gradients, 0, static_cast<size_t>(s.tape.lookup_block()) * sizeof(float));
             return status;
         }
-        Run run = make_run(t, t.config.batch, true);
+        Run run = make_run(s, t.config.batch);
+        run.training = true;
+        run.dropout = t.config.dropout, run.label_smoothing = t.config.label_smoothing;
+        run.seed = t.config.seed, run.step = static_cast<uint64_t>(t.step_count);
         run.first_row = static_cast<uint64_t>(micro) * static_cast<uint64_t>(rows);
+        run.seconds = s.op_seconds;
         int32_t* ranks = s.regions.ranks;
         s.regions.ranks = nullptr;
         s.backend->forward(*t.runtime, s.tape, s.regions, run);
@@ -5815,6 +5886,7 @@ Status update(Trainer& t, const Fill& fill, StepResult& result) {
 }  // namespace
 
 Status Trainer::step(StepResult& result) {
+    if (!state) return no_trainer();
     const int context = model->config.context;
     const uint64_t per_step = static_cast<uint64_t>(config.batch) * static_cast<uint64_t>(config.accumulate);
     const auto fill = [&](int micro) {
@@ -5829,6 +5901,7 @@ Status Trainer::step(StepResult& result) {
 }
 
 Status Trainer::step(Span<const int32_t> ids, Span<const int32_t> targets, StepResult& result) {
+    if (!state) return no_trainer();
     const size_t rows = static_cast<size_t>(config.batch) * static_cast<size_t>(model->config.context),
                  wanted = rows * static_cast<size_t>(config.accumulate);
     if (ids.size != wanted || targets.size != wanted)
@@ -5843,25 +5916,27 @@ Status Trainer::step(Span<const int32_t> ids, Span<const int32_t> targets, StepR
     return update(*this, fill, result);
 }
 
-Status Trainer::evaluate(Data& data, Evaluation& result) {
+namespace {
+
+template <class GoOn>
+Status evaluate_windows(Runtime& runtime, TrainerState& s, const Model& model, int batch, Data& data, Evaluation& result, const GoOn& go_on) {
     const FloatMode mode;
-    TrainerState& s = *state;
-    const int context = model->config.context;
+    const int context = model.config.context;
     const uint64_t windows = data.evaluation_windows(context);
-    s.regions.weights = model->weights;
+    s.regions.weights = model.weights;
     result = Evaluation();
     double loss = 0;
     uint64_t best1 = 0, best5 = 0;
-    for (uint64_t window = 0; window < windows;) {
+    for (uint64_t window = 0; window < windows && (window == 0 || go_on(static_cast<double>(window) / static_cast<double>(windows)));) {
         int count = 0, rows = 0;
-        for (; count < config.batch && window < windows; ++count, ++window) {
+        for (; count < batch && window < windows; ++count, ++window) {
             int length = 0;
             BABYGPT_TRY(data.evaluation_window(window, context, s.ids + rows, s.targets + rows, length));
             s.sequences[count] = Sequence{rows, length, 0, nullptr};
             rows += length;
         }
-        BABYGPT_TRY(check_ids(s.ids, s.targets, rows, model->config.vocab));
-        s.backend->forward(*runtime, s.tape, s.regions, make_run(*this, count, false));
+        BABYGPT_TRY(check_ids(s.ids, s.targets, rows, model.config.vocab));
+        s.backend->forward(runtime, s.tape, s.regions, make_run(s, count));
         for (int i = 0; i < rows; ++i) {
             if (s.targets[i] < 0) continue;
             loss += s.regions.losses[i];
@@ -5871,18 +5946,46 @@ Status Trainer::evaluate(Data& data, Evaluation& result) {
     }
     if (result.tokens == 0) return fail(Error::invalid_argument, "there is nothing to evaluate on: the text has fewer than two tokens");
     const double count = static_cast<double>(result.tokens);
+    const double bytes = static_cast<double>(data.bytes) * (count / static_cast<double>(data.tokens - 1));
     result.loss = loss / count;
     result.perplexity = exp_of(result.loss);
-    result.bits_per_byte = data.bytes ? loss * log2_e / static_cast<double>(data.bytes) : 0;
+    result.bits_per_byte = bytes > 0 ? loss * log2_e / bytes : 0;
     result.top1 = static_cast<double>(best1) / count;
     result.top5 = static_cast<double>(best5) / count;
     result.unknown = data.unknown;
     return Status();
 }
 
+}  // namespace
+
+Status Trainer::evaluate(Data& data, Evaluation& result) {
+    if (!state) return no_trainer();
+    return evaluate_windows(*runtime, *state, *model, config.batch, data, result, [](double) { return true; });
+}
+
+Status evaluate(Runtime& runtime, const Model& model, Data& data, Evaluation& result, int batch,
+                bool (*progress)(void* user, double done), void* user) {
+    const BackendFunctions* backend;
+    BABYGPT_TRY(backend_for(runtime, backend));
+    TrainConfig config;
+    config.batch = batch;
+    BABYGPT_TRY(check(config, model.config.context));
+    TrainerState state(runtime);
+    state.backend = backend;
+    BABYGPT_TRY(record(state.tape, model.config, batch * model.config.context, false, 0));
+    Layout layout;
+    lay_out(layout, state, nullptr, batch, runtime.thread_count());
+    if (!state.memory.take(runtime, layout.bytes, true)) return out_of_memory(layout.bytes);
+    layout = Layout{state.memory.memory, 0};
+    lay_out(layout, state, nullptr, batch, runtime.thread_count());
+    start_pool(runtime);
+    return evaluate_windows(runtime, state, model, batch, data, result, [=](double done) { return !progress || progress(user, done); });
+}
+
 // ---- a whole run ---------------------------------------------------------------------------------------------------------
 
 Status Trainer::run(const RunConfig& how, RunResult& result) {
+    if (!state) return no_trainer();
     const double start = seconds_now();
     const int64_t first = step_count;
     const bool saves = how.out.size > 0;
@@ -5895,7 +5998,16 @@ Status Trainer::run(const RunConfig& how, RunResult& result) {
         return save(view(resume));
     };
     result = RunResult();
+    if (saves && best_step >= 0) {  // a resumed run writes its best model only when it gets better
+        File best(*runtime);
+        if (!best.open(how.out, FileMode::read).ok())
+            return fail(Error::cannot_open, "'", how.out, "', the best model of the run so far, is missing: put it back beside the resume file");
+    }
     while (step_count < config.steps) {
+        if (config.patience > 0 && bad_evaluations >= config.patience) {
+            result.stopped_early = true;
+            break;
+        }
         if (how.stop_at > 0 && step_count >= how.stop_at) {
             result.cancelled = true;
             break;
@@ -5959,6 +6071,7 @@ struct SessionState {
     int chunk = 0;           // rows read at once
     int turn = 0;            // where the newest turn of a chat begins
     bool ready = false;      // logits are there
+    bool holes = false;      // the tokenizer has ids without a text
     bool line_open = false;  // what was read last does not end a line
     explicit SessionState(Runtime& runtime) : tape(runtime) {}
 };
@@ -5971,6 +6084,7 @@ inline void lay_out(Layout& layout, SessionState& s, int threads, size_t longest
     const Tape& tape = s.tape;
     s.regions.activations = layout.take<float>(tape.activation_block);
     s.regions.scratch = layout.take<float>(s.backend->scratch(tape, threads));
+    s.regions.threads = threads;
     s.regions.kv = layout.take<float>(tape.kv_page_block() * ((tape.context + kv_page - 1) / kv_page));
     s.regions.losses = layout.take<double>(tape.max_rows);
     s.pages = layout.take<int32_t>((tape.context + kv_page - 1) / kv_page);
@@ -5993,16 +6107,45 @@ Status pack_weights(Runtime& runtime, const Model& model, const Tape& tape, cons
     m.lock.enter();
     Status status;
     const size_t wanted = static_cast<size_t>(backend.packed(tape));
-    if (wanted > 0 && (m.packed_version != model.version || m.packed.count != wanted)) {
-        if (m.packed.count != wanted) m.packed = Array<float>(*model.runtime);
-        if (m.packed.count == wanted || m.packed.resize(wanted)) {
-            backend.pack(runtime, tape, model.weights, m.packed.items);
-            m.packed_version = model.version;
+    ModelState::Packed* mine = m.packed;
+    while (mine->by && mine->by != &backend) ++mine;  // there are no more backends than places
+    if (wanted > 0 && mine->version != model.version) {
+        if (!mine->floats.runtime) mine->floats = Array<float>(*model.runtime);
+        if (mine->floats.count == wanted || mine->floats.resize(wanted)) {
+            backend.pack(runtime, tape, model.weights, mine->floats.items);
+            mine->by = &backend, mine->version = model.version;
         } else status = out_of_memory(wanted * sizeof(float));
     }
-    packed = wanted > 0 && status.ok() ? m.packed.items : nullptr;
+    packed = wanted > 0 && status.ok() ? mine->floats.items : nullptr;
     m.lock.leave();
     return status;
+}
+
+Status fill(Session& session, Runtime& from, const Model& of) {
+    if (!of.weights) return fail(Error::invalid_argument, "the model is empty: create or load it first");
+    const BackendFunctions* backend;
+    BABYGPT_TRY(backend_for(from, backend));
+    session.runtime = &from;
+    SessionState* const state = session.state = create<SessionState>(from, from);
+    if (!state) return out_of_memory(sizeof(SessionState));
+    state->backend = backend;
+    state->chunk = chunk_rows(of.config);
+    BABYGPT_TRY(record(state->tape, of.config, state->chunk, false, 0));
+    size_t longest_token = 4;
+    for (int32_t id = 0; id < of.tokenizer.vocab; ++id) {
+        const size_t size = of.tokenizer.bytes(id).size;
+        longest_token = most(longest_token, size);
+        state->holes |= size == 0;
+    }
+    Layout layout;
+    lay_out(layout, *state, from.thread_count(), longest_token);
+    if (!state->memory.take(from, layout.bytes, true)) return out_of_memory(layout.bytes);
+    layout = Layout{state->memory.memory, 0};
+    lay_out(layout, *state, from.thread_count(), longest_token);
+    for (int i = 0; i < (of.config.context + kv_page - 1) / kv_page; ++i) state->pages[i] = i;
+    session.model = &of;
+    start_pool(from);
+    return pack_weights(from, of, state->tape, *backend, state->regions.packed);
 }
 
 }  // namespace
@@ -6023,26 +6166,9 @@ Session::~Session() {
 Status Session::create(Runtime& from, const Model& of) {
     const FloatMode mode;
     *this = Session();
-    if (!of.weights) return fail(Error::invalid_argument, "the model is empty: create or load it first");
-    const BackendFunctions* backend;
-    BABYGPT_TRY(backend_for(from, backend));
-    runtime = &from;
-    state = babygpt::create<SessionState>(from, from);
-    if (!state) return out_of_memory(sizeof(SessionState));
-    state->backend = backend;
-    state->chunk = chunk_rows(of.config);
-    BABYGPT_TRY(record(state->tape, of.config, state->chunk, false, 0));
-    size_t longest_token = 4;
-    for (int32_t id = 0; id < of.tokenizer.vocab; ++id) longest_token = most(longest_token, of.tokenizer.bytes(id).size);
-    Layout layout;
-    lay_out(layout, *state, from.thread_count(), longest_token);
-    if (!state->memory.take(from, layout.bytes, true)) return out_of_memory(layout.bytes);
-    layout = Layout{state->memory.memory, 0};
-    lay_out(layout, *state, from.thread_count(), longest_token);
-    for (int i = 0; i < (of.config.context + kv_page - 1) / kv_page; ++i) state->pages[i] = i;
-    model = &of;
-    start_pool(from);
-    return pack_weights(from, of, state->tape, *backend, state->regions.packed);
+    const Status status = fill(*this, from, of);
+    if (!status.ok()) *this = Session();
+    return status;
 }
 
 void Session::reset() {
@@ -6082,6 +6208,10 @@ void read_ids(Session& session, const int32_t* ids, int count, double* losses, i
         done += rows;
     }
     s.ready = count > 0 || s.ready;
+    if (count == 0) return;
+    const Tokenizer& tokenizer = session.model->tokenizer;
+    const Text last = tokenizer.bytes(ids[count - 1]);
+    s.line_open = ids[count - 1] != tokenizer.end_of_text && !(last.size > 0 && last[last.size - 1] == '\n');
 }
 
 // Makes room for `count` more ids (at most half a context): forgets the older half, in a chat up to the beginning of a turn, and reads the rest again.
@@ -6172,17 +6302,18 @@ struct Heap {
     }
 };
 
-// Draws from adjusted logits. Temperature first, then top_k, top_p, min_p. Candidates are selected, never all sorted: what is e^-40 below the best
-// is left out at once, and only as many are taken from a heap as top_k and top_p need.
+// Draws from adjusted logits; -1: no token is possible. Temperature first, then top_k, top_p, min_p. Candidates are selected, never all
+// sorted: what is e^-40 below the best is left out at once, and only as many are taken from a heap as top_k and top_p need.
 int32_t draw(SessionState& s, const SampleConfig& c, int vocab, uint64_t key) {
     float* l = s.adjusted;
     int32_t best = 0;
     for (int32_t i = 1; i < vocab; ++i)
         if (l[i] > l[best]) best = i;
+    if (!(l[best] >= -bits_as<float>(0x7f7fffffu))) return -1;
     if (c.temperature <= 0 || !is_finite(l[best])) return best;
     const float biggest = l[best];
     double lowest = -40;
-    if (c.min_p > 0) lowest = most(lowest, log_of(c.min_p));
+    if (c.min_p > 0 && c.top_p >= 1) lowest = most(lowest, log_of(c.min_p));  // else what it cuts off counts for top_p
     const float cut = static_cast<float>(static_cast<double>(biggest) + lowest * c.temperature),
                 inverse = static_cast<float>(1 / c.temperature);
     int count = 0;
@@ -6212,6 +6343,8 @@ int32_t draw(SessionState& s, const SampleConfig& c, int vocab, uint64_t key) {
         chosen = s.candidates + (count - taken);
         count = taken;
         total = mass;
+        for (; c.min_p > 0 && count > 1 && static_cast<double>(l[chosen[0]]) < c.min_p; ++chosen, --count)  // the lightest stand first
+            total -= static_cast<double>(l[chosen[0]]);
     }
     double left = random_uniform(key, 0) * total;
     for (int i = count; i-- > 0;) {
@@ -6245,6 +6378,9 @@ void remember(SessionState& s, Text token) {
     }
 }
 
+// What a token adds to the text: the end-of-text token's name is no part of it.
+Text said_by(const Tokenizer& tokenizer, int32_t id) { return id == tokenizer.end_of_text ? Text() : tokenizer.bytes(id); }
+
 constexpr unsigned char seen_before = 1, seen_banned = 2;  // SessionState::seen
 
 // The logits as the sampler wants them: bias, repetition penalty, and -infinity for what may not come.
@@ -6267,8 +6403,16 @@ void adjust(Session& session, const SampleConfig& c, Text start) {
     const int known = tokenizer.kind == TokenizerKind::none ? vocab : tokenizer.vocab;  // a padded vocabulary's other ids say nothing
     for (int32_t i = 0; i < vocab; ++i)
         if (i >= known || i == tokenizer.unknown || (s.seen[i] & seen_banned) ||
-            (start.size > 0 && !starts_with(tokenizer.bytes(i), start)))
+            (start.size > 0 && !starts_with(tokenizer.bytes(i), start)) || (s.holes && tokenizer.bytes(i).size == 0))
             s.adjusted[i] = never;
+}
+
+Status check(const SampleConfig& c) {
+    if (!(c.temperature >= 0 && c.temperature <= 1e6)) return fail(Error::invalid_argument, "temperature is ", c.temperature, " (0 to 1e6)");
+    if (!(c.top_p > 0 && c.top_p <= 1)) return fail(Error::invalid_argument, "top_p is ", c.top_p, ", but must be above 0 and at most 1");
+    if (!(c.min_p >= 0 && c.min_p <= 1)) return fail(Error::invalid_argument, "min_p is ", c.min_p, ", but must be from 0 to 1");
+    if (!(c.repetition_penalty > 0)) return fail(Error::invalid_argument, "repetition_penalty is ", c.repetition_penalty, ", must be above 0");
+    return Status();
 }
 
 // Next, where the token's text must begin with `start` (empty: anything goes).
@@ -6277,6 +6421,8 @@ Status next_token(Session& session, const SampleConfig& c, Text start, int32_t& 
     SessionState& s = *session.state;
     const Model& model = *session.model;
     const int vocab = model.config.vocab;
+    BABYGPT_TRY(check(c));
+    BABYGPT_TRY(pack_weights(*session.runtime, model, s.tape, *s.backend, s.regions.packed));
     if (!s.ready) return fail(Error::invalid_argument, "nothing has been read yet: feed the session at least one id");
     for (const Text& banned : c.banned)
         if (banned.size > longest_stop)
@@ -6291,14 +6437,15 @@ Status next_token(Session& session, const SampleConfig& c, Text start, int32_t& 
          ++attempt) {  // a token that would complete a banned string is drawn again, without it
         adjust(session, c, start);
         id = draw(s, c, vocab, mix(key + static_cast<uint64_t>(attempt)));
-        found = !is_banned(s, c, model.tokenizer.bytes(id));
+        if (id < 0) break;
+        found = !is_banned(s, c, said_by(model.tokenizer, id));
         if (!found) s.seen[id] |= seen_banned;
     }
     for (int32_t i = 0; c.banned.size > 0 && i < vocab; ++i) s.seen[i] = 0;
-    if (!found) return fail(Error::invalid_argument, "every possible next token would complete a banned string");
+    if (!found) return fail(Error::invalid_argument, "no next token is possible: all are banned, by a bias or as the end of a banned string");
     if (logprob) *logprob = static_cast<float>(static_cast<double>(s.logits[id]) - log_sum_exp(s.logits, vocab));
     ++session.sampled;
-    remember(s, model.tokenizer.bytes(id));
+    remember(s, said_by(model.tokenizer, id));
     make_room(session, 1);
     read_ids(session, &id, 1, nullptr, -1);
     return Status();
@@ -6515,7 +6662,8 @@ Status Session::attention(int layer, Array<float>& probabilities) {
     Block memory;
     for (int pass = 0; pass < 2; ++pass) {
         r.activations = layout.take<float>(tape.activation_block);
-        r.scratch = layout.take<float>(state->backend->scratch(tape, runtime->thread_count()));
+        r.threads = runtime->thread_count();
+        r.scratch = layout.take<float>(state->backend->scratch(tape, r.threads));
         if (pass == 0 && !memory.take(*runtime, layout.bytes, true)) return out_of_memory(layout.bytes);
         layout = Layout{memory.memory, 0};
     }
@@ -6551,10 +6699,11 @@ Status Session::attention(int layer, Array<float>& probabilities) {
 
 // ---- what things take ----------------------------------------------------------------------------------------------------
 
-Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, int batch, Memory& memory) {
+Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, int batch, Memory& memory, double dropout) {
     memory = Memory();
     BABYGPT_TRY(check(config));
-    if (batch < 1) return fail(Error::invalid_argument, "batch is ", batch, ", but must be at least 1");
+    if (batch < 1 || batch > max_batch_rows / config.context)
+        return fail(Error::invalid_argument, "batch is ", batch, ", but batch * context must be from 1 to ", max_batch_rows);
     const BackendFunctions* backend;
     BABYGPT_TRY(backend_for(runtime, backend));
     const bool training = purpose == Purpose::training;
@@ -6580,8 +6729,8 @@ Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, in
         TrainerState state(runtime);
         Trainer trainer;
         state.backend = backend;
-        BABYGPT_TRY(record(state.tape, config, batch * config.context, true, 0));
-        lay_out(layout, state, trainer, batch, runtime.thread_count());
+        BABYGPT_TRY(record(state.tape, config, batch * config.context, true, dropout));
+        lay_out(layout, state, &trainer, batch, runtime.thread_count());
         memory.gradients =
             memory.weights + round_up(static_cast<uint64_t>(state.tape.lookup_block()) * sizeof(float), uint64_t(cache_line));
         memory.moments = 2 * memory.weights;
@@ -6612,6 +6761,8 @@ Status summary(Runtime& runtime, const Config& config, int batch, Array<SummaryR
     Tape tape(runtime);
     BABYGPT_TRY(record(tape, config, 1, false, 0));
     rows = Array<SummaryRow>(runtime);
+    if (batch < 1 || batch > max_batch_rows / config.context)
+        return fail(Error::invalid_argument, "batch is ", batch, ", but batch * context must be from 1 to ", max_batch_rows);
     const int64_t tokens = static_cast<int64_t>(batch) * config.context;
     for (const Op& op : tape.ops) {
         SummaryRow row{};
@@ -7070,16 +7221,17 @@ bool read_tensor_entry(Json& json, StoredTensor& tensor, uint64_t& elements) {
     return seen == 7 || json.reject("expected dtype, shape and data_offsets");
 }
 
+constexpr uint64_t longest_header = 100000000;  // bytes, as the reference implementation has it
+
 // Reads and checks the header by itself: afterwards every tensor has as many bytes as its shape says, and they lie inside the file.
 Status read_header(Runtime& runtime, Checkpoint& c) {
     ByteSource& source = c.source;
-    constexpr uint64_t longest = 100000000;  // as the reference implementation has it
     unsigned char bytes[8];
     if (source.size < 8) return c.bad(" is no checkpoint: it has only ", source.size, " bytes");
     BABYGPT_TRY(source.read(0, bytes, 8));
     uint64_t length = 0;
     for (int i = 7; i >= 0; --i) length = length << 8 | bytes[i];
-    if (length > source.size - 8 || length > longest)
+    if (length > source.size - 8 || length > longest_header)
         return c.bad(" is no safetensors file, or was cut short: the header would have ", length, " bytes, the file has ", source.size);
     c.data = 8 + length;
     // Strings never grow when their escapes are resolved: `names` has room for all of them, and stays where it is.
@@ -7326,6 +7478,7 @@ Status build_header(const Model& model, Span<const Section> sections, Text train
     good = good && to.push('}');
     while (good && to.count % 8 != 0) good = to.push(' ');
     if (!good) return out_of_memory(to.count);
+    if (to.count - 8 > longest_header) return fail(Error::unsupported, "the tokenizer is too large for a checkpoint: ", to.count, " bytes");
     for (size_t i = 0; i < 8; ++i) to[i] = static_cast<char>((to.count - 8) >> (8 * i) & 0xff);
     return Status();
 }
@@ -9086,8 +9239,9 @@ struct Scratch {
     }
 };
 
-template <const Kernels& kernels>
-struct Fast {
+// One walk along a tape with one set of kernels.
+struct Walk {
+    const Kernels& kernels;
     Runtime& runtime;
     const Tape& tape;
     const Regions<float>& r;
@@ -9096,13 +9250,14 @@ struct Fast {
     const int threads;
     float *panels, *logits, *slots;
 
-    Fast(Runtime& runtime_, const Tape& tape_, const Regions<float>& r_, const Run& run_)
-        : runtime(runtime_),
+    Walk(const Kernels& kernels_, Runtime& runtime_, const Tape& tape_, const Regions<float>& r_, const Run& run_)
+        : kernels(kernels_),
+          runtime(runtime_),
           tape(tape_),
           r(r_),
           run(run_),
-          scratch(kernels, tape_),
-          threads(runtime_.thread_count()),
+          scratch(kernels_, tape_),
+          threads(r_.threads > 0 ? r_.threads : runtime_.thread_count()),
           panels(r_.scratch),
           logits(panels + scratch.panels),
           slots(logits + scratch.logits) {}
@@ -9140,7 +9295,7 @@ struct Fast {
 
     // With B in panels.
     void multiply(const Product& p, const float* b) const {
-        constexpr int columns = kernels.tile_columns;
+        const int columns = kernels.tile_columns;
         const int all_panels = (p.columns + columns - 1) / columns;
         if (p.rows == 1) {  // memory sets the speed: it is best if each thread reads the same weights for every token
             const int units = (all_panels + 3) / 4, unit = 4 * columns;
@@ -9161,7 +9316,7 @@ struct Fast {
     }
     // B is packed here, in pieces that fit in `panels`: all columns at a time where they are not too many, then as deep as there is room.
     void product(const Product& all) const {
-        constexpr int columns = kernels.tile_columns;
+        const int columns = kernels.tile_columns;
         Product p = all;
         const int64_t deep = least(all.depth, 2 * depth_block);
         const int wide = static_cast<int>(least<int64_t>(round_up(all.columns, columns), scratch.panels / deep / columns * columns));
@@ -9192,7 +9347,8 @@ struct Fast {
         for (int i = 0; i < number; ++i) at += packed_size(tape.ops[static_cast<size_t>(i)]);
         return at;
     }
-    static int64_t packed_size(const Op& op) {
+    int64_t packed_size(const Op& op) const { return packed_size(kernels, op); }
+    static int64_t packed_size(const Kernels& kernels, const Op& op) {
         if (op.kind != OpKind::linear && op.kind != OpKind::head) return 0;
         return static_cast<int64_t>(op.in) * round_up(op.out, kernels.tile_columns);
     }
@@ -9301,65 +9457,81 @@ struct Fast {
 
     // ---- what the backend offers ----
 
-    static int64_t scratch_of(const Tape& tape, int threads) {
+    static int64_t scratch_size(const Kernels& kernels, const Tape& tape, int threads) {
         const Scratch s(kernels, tape);
         return s.panels + s.logits + threads * s.slot;
     }
-    static int64_t packed_of(const Tape& tape) {
+    static int64_t packed_size(const Kernels& kernels, const Tape& tape) {
         int64_t total = 0;
-        for (const Op& op : tape.ops) total += packed_size(op);
+        for (const Op& op : tape.ops) total += packed_size(kernels, op);
         return total;
     }
-    static void pack_all(Runtime& runtime, const Tape& tape, const float* weights, float* to) {
-        constexpr int columns = kernels.tile_columns;
+    static void pack(const Kernels& kernels, Runtime& runtime, const Tape& tape, const float* weights, float* to) {
+        const int columns = kernels.tile_columns;
         for (const Op& op : tape.ops) {
-            if (packed_size(op) == 0) continue;
+            if (packed_size(kernels, op) == 0) continue;
             const float* w = weights + tape.weight(op.w).offset;
             const Factor factor = op.kind == OpKind::head ? Factor{w, op.in, along} : Factor{w, op.out, down};
             parallel(runtime, (op.out + columns - 1) / columns,
                      [&](int i) { kernels.pack(to + static_cast<int64_t>(i) * columns * op.in, factor, i * columns, op.in, op.out); });
-            to += packed_size(op);
+            to += packed_size(kernels, op);
         }
     }
-    static void forward_all(Runtime& runtime, const Tape& tape, const Regions<float>& r, const Run& run) {
-        const Fast fast(runtime, tape, r, run);
-        for (int i = 0; i < static_cast<int>(tape.ops.count); ++i) fast.forward(i);
+    void forward() const {
+        for (int i = 0; i < static_cast<int>(tape.ops.count); ++i) run.time(i, [&] { forward(i); });
     }
-    static void backward_all(Runtime& runtime, const Tape& tape, const Regions<float>& r, const Run& run) {
-        const Fast fast(runtime, tape, r, run);
-        for (int i = static_cast<int>(tape.ops.count); i-- > 0;) fast.backward(i);
+    void backward() const {
+        const int ops = static_cast<int>(tape.ops.count);
+        for (int i = ops; i-- > 0;) run.time(ops + i, [&] { backward(i); });
     }
-    static double square_sum(Runtime& runtime, const Tape& tape, const Regions<float>& r, double* partial) {
-        const Run run;
-        const Fast fast(runtime, tape, r, run);
+    double square_sum(double* partial) const {
         double total = 0;
         for (const WeightPlan& plan : tape.weights) {
             Update u{};
             u.g = r.gradients + plan.weight.offset, u.size = plan.weight.rows * plan.weight.cols;
             if (tape.tied && &plan == &tape.weights[static_cast<size_t>(tape.shared_embedding())]) {
                 u.what = Update::folding, u.lookup = r.lookup_gradients;
-                fast.update(u);
+                update(u);
             }
             u.what = Update::squaring, u.partial = partial;
-            fast.update(u);
+            update(u);
             for (int64_t i = 0; i < u.size; i += square_block) total += *partial++;
         }
         return total;
     }
-    static void update_all(Runtime& runtime, const Tape& tape, const Regions<float>& r, float* w, float* m, float* v, const AdamW& adam) {
-        const Run run;
-        const Fast fast(runtime, tape, r, run);
+    void update(float* w, float* m, float* v, const AdamW& adam) const {
         for (const WeightPlan& plan : tape.weights) {
             const int64_t at = plan.weight.offset;
             Update u{};
             u.what = Update::stepping, u.size = plan.weight.rows * plan.weight.cols;
             u.g = r.gradients + at, u.w = w + at, u.m = m + at, u.v = v + at;
             u.adam = &adam, u.decays = plan.weight.decay;
-            fast.update(u);
+            update(u);
         }
     }
-    static constexpr BackendFunctions functions = {&scratch_of,   &packed_of,  &pack_all,  &forward_all,
-                                                   &backward_all, &square_sum, &update_all};
+};
+
+// The backend of one set of kernels.
+template <const Kernels& kernels>
+struct Fast {
+    static int64_t scratch(const Tape& tape, int threads) { return Walk::scratch_size(kernels, tape, threads); }
+    static int64_t packed(const Tape& tape) { return Walk::packed_size(kernels, tape); }
+    static void pack(Runtime& runtime, const Tape& tape, const float* weights, float* to) {
+        Walk::pack(kernels, runtime, tape, weights, to);
+    }
+    static void forward(Runtime& runtime, const Tape& tape, const Regions<float>& r, const Run& run) {
+        Walk(kernels, runtime, tape, r, run).forward();
+    }
+    static void backward(Runtime& runtime, const Tape& tape, const Regions<float>& r, const Run& run) {
+        Walk(kernels, runtime, tape, r, run).backward();
+    }
+    static double square_sum(Runtime& runtime, const Tape& tape, const Regions<float>& r, double* partial) {
+        return Walk(kernels, runtime, tape, r, Run()).square_sum(partial);
+    }
+    static void update(Runtime& runtime, const Tape& tape, const Regions<float>& r, float* w, float* m, float* v, const AdamW& adam) {
+        Walk(kernels, runtime, tape, r, Run()).update(w, m, v, adam);
+    }
+    static constexpr BackendFunctions functions = {&scratch, &packed, &pack, &forward, &backward, &square_sum, &update};
 };
 
 // ---- which kernels does this machine get? --------------------------------------------------------------------------------
@@ -9398,7 +9570,8 @@ double fma_ceiling(Runtime& runtime, int threads) {
     const int tasks = least(most(threads, 1), max_threads);
     constexpr int64_t rounds = 1 << 20;
     double best = 0;
-    for (int attempt = 0; attempt < 8; ++attempt) {
+    // For a while: a system may keep a new thread on its creator's core at first.
+    for (const double begin = seconds_now(); seconds_now() - begin < 0.3;) {
         std::atomic<int64_t> done{0};
         const double start = seconds_now();
         parallel(runtime, tasks, [&](int) {
@@ -9408,6 +9581,75 @@ double fma_ceiling(Runtime& runtime, int threads) {
         best = most(best, 2e-9 * static_cast<double>(done.load()) / (seconds_now() - start));
     }
     return best;
+}
+
+namespace {
+
+// What an op computes and moves in `rows` tokens.
+void count_work(const Tape& tape, const Op& op, double rows, ProfileRow& forward, ProfileRow& backward) {
+    const double x = op.in * rows * 4, y = (op.kind == OpKind::head ? 0 : op.out) * rows * 4;
+    double w = 0;
+    if (op.w != nothing) w += 4.0 * static_cast<double>(tape.weight(op.w).rows * tape.weight(op.w).cols);
+    if (op.kind == OpKind::embedding) w = 2 * y;  // the rows that were looked up
+    if (op.kind == OpKind::linear || op.kind == OpKind::head) forward.flops = 2.0 * op.in * op.out * rows;
+    if (op.kind == OpKind::attention) forward.flops = 2.0 * op.out * (tape.context + 1) * rows;
+    backward.flops = 2 * forward.flops;
+    forward.bytes = x + (op.kind == OpKind::add ? x : 0) + y + w;
+    backward.bytes = y + x + (op.kind == OpKind::add ? x : 0) + 2 * w + (Tape::backward_reads_x(op) ? x : 0);
+    if (op.kind != OpKind::head) return;
+    forward.flops += backward.flops, forward.bytes += backward.bytes;
+    backward.flops = backward.bytes = 0;
+}
+
+}  // namespace
+
+Status profile(Runtime& runtime, const Config& config, int batch, double seconds, Array<ProfileRow>& rows) {
+    rows = Array<ProfileRow>(runtime);
+    Model model;
+    BABYGPT_TRY(model.create(runtime, config, Tokenizer()));
+    TrainConfig how;
+    how.batch = batch, how.schedule = Schedule::constant;
+    const size_t tokens = static_cast<size_t>(batch) * static_cast<size_t>(config.context);
+    Array<int32_t> ids(runtime);
+    if (!ids.resize(tokens + 1)) return out_of_memory(tokens * sizeof(int32_t));
+    for (size_t i = 0; i <= tokens; ++i) ids[i] = static_cast<int32_t>(mix(i) % static_cast<uint64_t>(config.vocab));
+    Data data;
+    BABYGPT_TRY(data.create(runtime, Span<const int32_t>(ids.items, ids.count)));
+    Trainer trainer;
+    BABYGPT_TRY(trainer.create(runtime, model, how, data));
+    const Tape& tape = trainer.state->tape;
+    const size_t ops = tape.ops.count;
+    Array<double> times(runtime);
+    if (!times.resize(2 * ops) || !rows.resize(2 * ops + 1)) return out_of_memory(ops * 2 * sizeof(ProfileRow));
+    const auto step = [&] {
+        StepResult result;
+        return trainer.step(Span<const int32_t>(ids.items, tokens), Span<const int32_t>(ids.items + 1, tokens), result);
+    };
+    BABYGPT_TRY(step());  // touches the memory
+    trainer.state->op_seconds = times.items;
+    const double start = seconds_now();
+    int steps = 0;
+    do {
+        BABYGPT_TRY(step());
+        ++steps;
+    } while (seconds_now() - start < seconds);
+    double rest = (seconds_now() - start) / steps;
+    for (size_t i = 0; i < ops; ++i) {
+        const Op& op = tape.ops[i];
+        ProfileRow &forward = rows[i], &backward = rows[2 * ops - 1 - i];
+        Line(forward.op, sizeof forward.op).put(op.kind == OpKind::head ? "lm_head" : tape.at(op.y).name);
+        Line(forward.kind, sizeof forward.kind).put(op_name(op.kind));
+        backward = forward;
+        backward.backward = true;
+        forward.seconds = times[i] / steps, backward.seconds = times[ops + i] / steps;
+        rest -= forward.seconds + backward.seconds;
+        count_work(tape, op, static_cast<double>(tokens), forward, backward);
+    }
+    ProfileRow& update = rows[2 * ops];
+    Line(update.op, sizeof update.op).put("norm and AdamW");
+    Line(update.kind, sizeof update.kind).put("update");
+    update.seconds = rest, update.bytes = 9.0 * 4 * static_cast<double>(model.parameters);  // g; w, m, v, g read and written
+    return Status();
 }
 
 }  // namespace babygpt

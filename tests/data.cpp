@@ -710,6 +710,38 @@ TEST(damaged_tables_are_an_error_or_text, "a damaged file could crash or hang th
     }
 }
 
+TEST(damaged_real_files, "a download that broke off could crash or hang the host") {
+    struct {
+        const char* path;
+        TextFormat format;
+    } const files[] = {{"../shared/data/dialogsum/dialogsum.dev.jsonl", TextFormat::jsonl},
+                       {"../shared/data/dialogsum/validation.csv", TextFormat::csv}};
+    for (const auto& file : files) {
+        FILE* f = fopen(file.path, "rb");
+        if (!f) SKIP("../shared is not here");
+        string whole;
+        char buffer[65536];
+        for (size_t n; (n = fread(buffer, 1, sizeof buffer, f)) > 0;) whole.append(buffer, n);
+        fclose(f);
+        CorpusConfig config;
+        config.format = file.format;
+        (file.format == TextFormat::csv ? config.column : config.field) = "dialogue";
+        Runtime runtime;
+        Heap memory;
+        memory.lend(runtime);
+        int good = 0;
+        for (int round = 0; round < 1000; ++round) {
+            const std::vector<char> bytes(whole.begin(), whole.begin() + random_below(static_cast<uint32_t>(whole.size())));
+            Corpus corpus;
+            const Status status = corpus.open_memory(runtime, Text(bytes.data(), bytes.size()), config);
+            good += status.ok();
+            if (!CHECK(status.ok() || (status.error == Error::bad_file && status.message[0] != '\0'))) return;
+        }
+        CHECK(good < 1000);
+        CHECK(memory.now == 0 && memory.peak < 64 * whole.size() + 100000);
+    }
+}
+
 TEST(every_allocation_may_fail, "a host without memory would crash or lose what it had") {
     Runtime runtime;
     runtime.threads = 1;

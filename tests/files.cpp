@@ -650,7 +650,7 @@ TEST(training_state, "numbers in the resume file would not be the numbers of the
     Host host;
     TrainConfig config = small_training(), read;
     config.lr = 1e-3, config.min_lr = 5e-324, config.weight_decay = 1.7976931348623157e308, config.beta1 = 0, config.beta2 = 1 - 0x1p-53,
-    config.epsilon = 2.2250738585072014e-308;
+    config.epsilon = 1.1754943508222877e-38;
     config.clip = double(INFINITY), config.schedule = Schedule::wsd, config.patience = INT64_C(9007199254740993),
     config.evaluate_every = INT64_MAX;
     Training t;

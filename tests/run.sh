@@ -1,6 +1,6 @@
 #!/bin/sh
 # Runs test programs from the repository's root, shows their closing lines, and adds these up in one line at the end.
-# A name that ends in .sh or .py is a script. A test that is skipped says so in a line of its own.
+# A name that ends in .sh or .py is a script; arguments may follow a name. A test that is skipped says so in a line of its own.
 passed=0 failed=0
 output=$(mktemp) || exit 1
 trap 'rm -f "$output"' EXIT
@@ -9,7 +9,7 @@ for test in "$@"; do
     case "$test" in
         *.sh*) sh $test ;;
         *.py*) if command -v python3 > /dev/null; then python3 $test; else echo "skipped: python3 is not here"; fi ;;
-        *) "$test" ;;
+        *) $test ;;
     esac > "$output" 2>&1
     status=$?
     line=$(grep -E '^[0-9]+ passed, [0-9]+ failed' "$output" | tail -n 1)

@@ -298,6 +298,63 @@ TEST(side_by_side, "sessions of one model on several threads would disturb each 
     for (int i = 0; i < 4; ++i) CHECK(said[i] == (i % 2 ? "I am well, thank you." : "This is the inn."));
 }
 
+TEST(kernels_side_by_side, "sessions with different kernels would read each other's packed weights") {
+    Runtime best, portable;
+    portable.isa = Isa::portable;
+    Session a, b;
+    CHECK_OK(a.create(best, model()));
+    CHECK_OK(b.create(portable, model()));
+    CHECK(say(a, "how are you", greedy(), true) == "I am well, thank you." && say(b, "how are you", greedy(), true) == "I am well, thank you.");
+    a.reset();
+    CHECK(say(a, "what is this", greedy(), true) == "This is the inn.");
+}
+
+TEST(turns_stand_on_lines_of_their_own, "a turn would begin in the middle of a line that the host fed") {
+    Runtime runtime;
+    Session by_text, by_ids;
+    CHECK_OK(by_text.create(runtime, model()));
+    CHECK_OK(by_ids.create(runtime, model()));
+    Array<int32_t> ids(runtime);
+    CHECK_OK(model().tokenizer.encode("You: what is this", ids));
+    Generation result;
+    SampleConfig none = greedy();
+    none.tokens = 0;
+    say(by_text, "You: what is this", none);
+    CHECK_OK(by_ids.feed(Span<const int32_t>(ids.data(), ids.size())));
+    CHECK(say(by_text, "how are you", greedy(), true) == say(by_ids, "how are you", greedy(), true) && by_text.position == by_ids.position);
+}
+
+TEST(top_p_before_min_p, "top_p would be a share of what min_p has left") {
+    Runtime runtime;
+    Session session;
+    CHECK_OK(session.create(runtime, model()));
+    const int32_t start[] = {1};
+    CHECK_OK(session.feed(start));
+    // Two tokens of 0.5 and 0.3, twenty of 0.01: the nucleus of 0.6 is the first two, whatever min_p is.
+    std::string bytes(static_cast<size_t>(model().config.vocab) * sizeof(LogitBias), '\0');
+    LogitBias* bias = reinterpret_cast<LogitBias*>(&bytes[0]);
+    for (int i = 0; i < model().config.vocab; ++i) {
+        const double p = i == 5 ? 0.5 : i == 6 ? 0.3 : i >= 10 && i < 30 ? 0.01 : 0;
+        const float logit = session.logits()[static_cast<size_t>(i)];
+        bias[i] = LogitBias{i, p > 0 ? static_cast<float>(log(p)) - logit : -1e30f};
+    }
+    SampleConfig config;
+    config.temperature = 1, config.top_p = 0.6, config.min_p = 0.05;
+    config.bias = Span<const LogitBias>(bias, static_cast<size_t>(model().config.vocab));
+    int seen[2] = {};
+    for (int i = 0; i < 200; ++i) {
+        Session one;
+        CHECK_OK(one.create(runtime, model()));
+        CHECK_OK(one.feed(start));
+        config.seed = static_cast<uint64_t>(i);
+        int32_t id = 0;
+        CHECK_OK(one.next(config, id));
+        if (!CHECK(id == 5 || id == 6)) return;
+        ++seen[id - 5];
+    }
+    CHECK(seen[0] > 95 && seen[1] > 45);
+}
+
 TEST(plain_words, "HELLO! and hello would be two questions to a model that was trained on plain words") {
     Runtime runtime;
     Model& m = const_cast<Model&>(model());
@@ -325,7 +382,19 @@ TEST(wrong_calls, "a wrong call would crash") {
     CHECK_OK(session.feed(good));
     config.bias = bias;
     CHECK(session.next(config, id).error == Error::invalid_argument);
+    config = SampleConfig();
+    config.min_p = 5, config.top_p = 0.9;
+    CHECK(session.next(config, id).error == Error::invalid_argument);
+    config = SampleConfig();
+    config.temperature = NAN;
+    CHECK(session.next(config, id).error == Error::invalid_argument);
+    LogitBias never[1000];
+    for (int i = 0; i < model().config.vocab; ++i) never[i] = LogitBias{i, -INFINITY};
+    config = SampleConfig();
+    config.bias = Span<const LogitBias>(never, static_cast<size_t>(model().config.vocab));
+    CHECK(session.next(config, id).error == Error::invalid_argument);  // nothing may come
     Model none;
+    CHECK(none.set_chat("a", "b").error == Error::invalid_argument);
     CHECK(session.create(runtime, none).error == Error::invalid_argument);
 }
 

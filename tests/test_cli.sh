@@ -65,8 +65,13 @@ run 1 train none.txt --out x --steps 3;     says 'none.txt'
 run 1 train a.txt --out no/where --steps 3; says 'no/where'
 run 1 generate none.safetensors --prompt a; says 'none.safetensors'
 run 1 train a.txt --out x --log b.txt --steps 3; says 'b.txt'
+run 1 train a.txt --out x --log /dev/null --steps 3; says 'no ordinary file'
+run 1 train a.txt --out /dev/null --overwrite --steps 3; says 'no ordinary file'
+run 2 train a.txt --out x --lr 0 --steps 3; says 'lr is 0'
+run 2 tokenizer a.txt --vocab 300 --out my-vocab.json; says 'vocab.json'
+run 1 info --preset gpt2-xl --batch 1000000 --context 65536; says 'batch is 1000000'
 run 1 train a.txt --out x --plot no/p.svg --steps 3; says 'no/p.svg'
-check 'a refused training leaves no file' test ! -e x -a ! -e x.lock
+check 'a refused training leaves no file' test ! -e x -a ! -e x.resume.lock -a ! -e x.resume.safetensors.lock
 
 # ---- tokens ----
 printf 'h\303\251!\n\200\377' > odd.bin
@@ -85,7 +90,10 @@ cp out lines; input=lines run 0 decode byte --jsonl; json; has out '"hex":"ff0a"
 printf '{"ids":[240,159,97,195]}\n' > lines
 input=lines run 0 decode byte --jsonl
 check 'text as errors=replace gives it' test "$(cat out)" = "$(printf '{"hex":"f09f61c3","text":"\357\277\275a\357\277\275"}')"
-printf '{"ids":[300]}\n' > lines; input=lines run 1 decode byte --jsonl; says 300
+printf '{"ids":[1]}\n{"ids":[300]}\n' > lines; input=lines run 1 decode byte --jsonl; says 'line 2.*300'
+printf '{"text":"a"}\000junk\n' > lines; input=lines run 1 encode byte --jsonl; says 'line 1'
+printf 'step,loss\n1e17,2\n' > huge.csv; run 1 plot huge.csv; says 'huge.csv, line 2'
+"$babygpt" encode byte < a.txt >&- 2> err; check 'a closed standard output is an error' test $? -eq 1; says 'standard output'
 printf '{"text":"a"}\n{"text":3}\n' > lines; input=lines run 1 encode byte --jsonl; says 'line 2'
 
 # ---- training ----
@@ -99,11 +107,13 @@ has m.svg '</svg>'
 check 'a log row a step' test "$(wc -l < m.csv)" -eq 41
 run 0 plot m.csv --svg p.svg;               has p.svg validation
 run 0 plot m.csv;                           has out step
-check 'the lock is gone' test ! -e m.safetensors.lock
+check 'the lock is gone' test ! -e m.resume.safetensors.lock
 run 1 train a.txt --out m.safetensors $tiny --steps 40; says '--overwrite'
 run 1 train a.txt --out n.safetensors --resume;  says n.resume.safetensors
 run 1 train a.txt --out m.safetensors --resume --steps 50;    says '--steps 50 contradicts.*40'
 run 1 train a.txt --out m.safetensors --resume --width 16;    says '--width 16 contradicts.*8'
+run 1 train a.txt --out m.safetensors --resume --plain-words; says '--plain-words true contradicts.*false'
+run 1 train a.txt --out m.safetensors --resume --validation-fraction 0.3; says 'training data.*--validation-fraction'
 run 1 train a.txt --out m.safetensors --resume --tokenizer byte; says '--tokenizer byte contradicts.*char'
 run 1 train b.txt --out m.safetensors --resume; says data
 input=a.txt run 0 train - --out s.safetensors $tiny --steps 40 --evaluate-every 20
@@ -129,7 +139,7 @@ cut -d, -f1-4 i.csv > i.rows; cut -d, -f1-4 r.csv > r.rows
 same 'the log goes on' i.rows r.rows
 run 1 compare m.safetensors i.safetensors
 for signal in INT TERM KILL; do
-    "$babygpt" train a.txt --out k$signal.safetensors $long --log k.csv > out 2> err &
+    "$babygpt" train a.txt --out k$signal.safetensors $long --log k.csv > kout 2> kerr &
     process=$!
     check 'it saves while it trains' wait_for k$signal.resume.safetensors
     if [ $signal = INT ]; then

@@ -132,6 +132,46 @@ TEST(learns, "nothing would be learnt") {
     CHECK(fabs(after.perplexity - exp(after.loss)) < 1e-9 * after.perplexity && result.step == 300);
 }
 
+TEST(evaluating, "a loss would depend on who measures it, or a long measurement could not be watched and ended") {
+    Runtime runtime;
+    Model model;
+    Data data;
+    Trainer trainer;
+    Evaluation by_trainer, whole, part;
+    CHECK_OK(model.create(runtime, tiny_config(), Tokenizer()));
+    CHECK_OK(data.create(runtime, Span<const int32_t>(some_ids(1000), 1000)));
+    CHECK_OK(trainer.create(runtime, model, tiny_run(10), data));
+    CHECK_OK(trainer.evaluate(data, by_trainer));
+    CHECK_OK(evaluate(runtime, model, data, whole, 3));
+    CHECK(memcmp(&whole, &by_trainer, sizeof whole) == 0 && whole.tokens == 999);
+    double seen = -1;
+    const auto stop_late = [](void* user, double done) {
+        double& last = *static_cast<double*>(user);
+        CHECK(done > last && done < 1);
+        last = done;
+        return done < 0.5;
+    };
+    CHECK_OK(evaluate(runtime, model, data, part, 3, stop_late, &seen));
+    CHECK(seen >= 0.5 && part.tokens >= 480 && part.tokens < 600);
+    CHECK(evaluate(runtime, model, data, part, 0).error == Error::invalid_argument);
+}
+
+TEST(profiles, "nobody could see where the time of a step goes, or its work would be counted wrongly") {
+    Runtime runtime;
+    Array<ProfileRow> rows(runtime);
+    CHECK_OK(profile(runtime, tiny_config(), 4, 0.05, rows));
+    double flops = 0, seconds = 0;
+    for (const ProfileRow& row : rows) {
+        CHECK(row.seconds >= 0 && row.bytes >= 0 && row.op[0] && row.kind[0]);
+        flops += row.flops, seconds += row.seconds;
+    }
+    CHECK(fabs(flops / (3 * flops_per_token(tiny_config()) * 4 * 16) - 1) < 1e-9 && seconds > 0);
+    CHECK(strcmp(rows[0].kind, "embedding") == 0 && !rows[0].backward && strcmp(rows[rows.size() - 1].kind, "update") == 0);
+    Config none = tiny_config();
+    none.vocab = 0;
+    CHECK(!profile(runtime, none, 4, 0.05, rows).ok());
+}
+
 TEST(resume, "an interrupted run would end with other weights than one that was not") {
     const char* path = "build/test_resume.safetensors";
     for (const int at : {1, 13, 24}) {
@@ -245,6 +285,13 @@ TEST(out_of_memory, "an allocation that fails would crash or leak") {
             if (s.ok()) s = session.create(runtime, model);
             CHECK(s.ok() || s.error == Error::out_of_memory);
             done = s.ok();
+            int32_t id = 0;  // what could not be made is empty, and says so
+            RunResult run;
+            Evaluation evaluation;
+            if (!trainer.state)
+                CHECK(trainer.step(result).error == Error::invalid_argument && trainer.run(RunConfig(), run).error == Error::invalid_argument &&
+                      trainer.evaluate(data, evaluation).error == Error::invalid_argument);
+            if (!done) CHECK(!session.state && session.next(SampleConfig(), id).error == Error::invalid_argument);
         }
         CHECK(counter.in_use == 0);
         if (done) return;
@@ -306,6 +353,9 @@ TEST(wrong_calls, "wrong numbers would be taken, or crash") {
     ids[63] = 29;
     CHECK(trainer.step(Span<const int32_t>(ids), Span<const int32_t>(targets), result).error == Error::invalid_argument);
     CHECK(trainer.step(Span<const int32_t>(ids, 63), Span<const int32_t>(targets, 63), result).error == Error::invalid_argument);
+    Data too_short;
+    CHECK_OK(too_short.create(runtime, Span<const int32_t>(some_ids(500), 1)));
+    CHECK(trainer.create(runtime, model, tiny_run(10), data, &too_short).error == Error::invalid_argument && !trainer.state);
     runtime.backend = Backend::cuda;
     CHECK(trainer.create(runtime, model, tiny_run(10), data).error == Error::not_built);
 }
@@ -350,10 +400,17 @@ TEST(best_and_patience, "the file would not be the best model, or training would
     CHECK_OK(judge.create(runtime, best, how, data));
     CHECK_OK(judge.evaluate(validation, evaluation));
     CHECK(evaluation.loss == result.best_validation_loss);
-    remove(path);
     Array<char> resume(runtime);
     CHECK_OK(resume_path(path, resume));
-    CHECK(resume.push('\0') && remove(resume.data()) == 0);
+    CHECK_OK(trainer.load(Text(resume.data(), resume.size())));  // it has ended: going on changes nothing
+    CHECK_OK(trainer.run(run, result));
+    CHECK(result.stopped_early && result.step == result.best_step + 20);
+    remove(path);
+    how.patience = 0;
+    CHECK_OK(trainer.create(runtime, model, how, data, &validation));
+    CHECK(resume.push('\0'));
+    CHECK(!trainer.load(Text(resume.data(), resume.size() - 1)).ok() || trainer.run(run, result).error == Error::cannot_open);
+    CHECK(remove(resume.data()) == 0);
 }
 
 int main(int count, char** arguments) { return run_tests(count > 1 ? arguments[1] : nullptr); }

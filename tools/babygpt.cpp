@@ -90,6 +90,9 @@ void must_be(const string& what, const Status& status) {
 
 string to_string(Text text) { return string(text.data, text.size); }
 bool starts_with(const string& text, const char* start) { return text.compare(0, strlen(start), start) == 0; }
+bool ends_with(const string& text, const char* end) {
+    return text.size() >= strlen(end) && text.compare(text.size() - strlen(end), strlen(end), end) == 0;
+}
 
 // The length of the well-formed UTF-8 sequence at the start of `text` (not empty), or 0; then `bad` is the length of the part that could
 // have begun one (the Unicode standard's "maximal subpart", which Python's errors='replace' turns into one U+FFFD).
@@ -315,7 +318,8 @@ struct JsonLine {
             } while (accept(','));
             expect('}');
         }
-        if (peek() != '\0') bad("nothing more after the object");
+        peek();
+        if (at < source->size()) bad("nothing more after the object");
     }
     [[noreturn]] void bad(const char* wanted) const {
         error(format("standard input, line %zu, byte %zu: expected %s", line_number, at + 1, wanted));
@@ -672,8 +676,11 @@ string read_file(const string& path) {
 void write_file(const string& path, const string& text) {
     FILE* file = open_file(path, "wb");
     bool good = file && fwrite(text.data(), 1, text.size(), file) == text.size();
-    const int fault = errno;
-    if (file && fclose(file) != 0) good = false;
+    int fault = errno;
+    if (file && fclose(file) != 0) {
+        if (good) fault = errno;
+        good = false;
+    }
     if (!good) error("cannot write " + path + ": " + strerror(fault));
 }
 
@@ -1026,6 +1033,7 @@ Curve read_log(const string& path) {
             double* to = names[i] == "step" ? &step : names[i] == "loss" ? &loss : names[i] == "validation_loss" ? &validation : nullptr;
             if (!to || cells[i].empty() || cells[i] == "nan" || cells[i] == "-nan" || cells[i] == "inf") continue;
             if (!read_number(cells[i], value)) error(format("%s, line %zu: '%s' is not a number", path.c_str(), number, cells[i].c_str()));
+            if (std::fabs(value) > 1e12) error(format("%s, line %zu: '%s' is too large to draw", path.c_str(), number, cells[i].c_str()));
             *to = value;
         }
         if (std::isfinite(step) && std::isfinite(loss)) curve.training.push_back({step, loss});
@@ -1036,8 +1044,12 @@ Curve read_log(const string& path) {
 
 void check_log(const string& path) {  // what is there may be written over, if it is a log
     if (!exists(path)) return;
-    const string old = read_file(path);
-    if (!old.empty() && !starts_with(old, log_header))
+    FILE* file = open_file(path, "rb");
+    if (!file) error("cannot open --log " + path + ": " + strerror(errno));
+    string old(strlen(log_header), '\0');
+    old.resize(fread(&old[0], 1, old.size(), file));
+    fclose(file);
+    if (!old.empty() && old != log_header)
         error("--log " + path + ": the file exists and is no log of a training; choose another name");
 }
 
@@ -1077,10 +1089,10 @@ int plot(Arguments& in) {
 // Training
 // =====================================================================================================================
 
-// One process at a time may write a model: holds OUT.lock until it ends.
+// One process at a time may write a model: holds a lock beside its resume file until it ends.
 struct Lock {
     string path;
-    explicit Lock(const string& out) : path(out + ".lock") {
+    Lock(const string& out, const string& resume_file) : path(resume_file + ".lock") {
 #if defined(_WIN32)
         handle = CreateFileW(path_of(path).c_str(), GENERIC_WRITE, 0, nullptr, CREATE_ALWAYS, FILE_FLAG_DELETE_ON_CLOSE, nullptr);
         if (handle == INVALID_HANDLE_VALUE) busy(out);
@@ -1089,8 +1101,11 @@ struct Lock {
             handle = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
             if (handle < 0) error("cannot write " + path + ": " + strerror(errno) + "; --out must be in a folder that can be written to");
             if (flock(handle, LOCK_EX | LOCK_NB) != 0) {
+                const int why = errno;
                 close(handle);
-                busy(out);
+                if (why == EINTR) continue;
+                if (why == EWOULDBLOCK) busy(out);
+                error("cannot lock " + path + ": " + strerror(why));
             }
             struct stat mine, there;  // another process may have removed the file between our open and our lock
             if (fstat(handle, &mine) == 0 && stat(path.c_str(), &there) == 0 && mine.st_ino == there.st_ino) return;
@@ -1134,7 +1149,7 @@ struct TrainOptions {
         return vector<Option>{
                    {nullptr, nullptr, "What is written"},
                    {"--out", "M.safetensors", "the model (what resuming needs is kept beside it, in M.resume.safetensors)", &out},
-                   {"--resume", nullptr, "go on where --out stopped, with the same text; its other options are remembered", &resume},
+                   {"--resume", nullptr, "go on where --out stopped; options are remembered, but say again where the text comes from (FILE, --field, --validation, ...)", &resume},
                    {"--overwrite", nullptr, "start anew although --out exists", &overwrite},
                    {"--log", "FILE.csv", "a row a step", &log},
                    {"--plot", "FILE.svg", "the loss curves as a picture", &plot},
@@ -1219,7 +1234,7 @@ void check_agreement(const Arguments& in, const TrainOptions& o, const Model& mo
         if (in.has("--layers")) named.layers = shape.layers;
         if (in.has("--heads")) named.heads = shape.heads;
         if (in.has("--width")) named.width = shape.width;
-        if (in.has("--context")) named.context = shape.context;
+        if (in.has("--context") || shape.context < named.context) named.context = shape.context;  // a very short text made it less
         if (named.layers != shape.layers || named.heads != shape.heads || named.width != shape.width || named.context != shape.context)
             contradicts("--preset", o.preset_name,
                         format("%d layers, %d heads, width %d, context %d", shape.layers, shape.heads, shape.width, shape.context));
@@ -1249,6 +1264,7 @@ void check_agreement(const Arguments& in, const TrainOptions& o, const Model& mo
     agree(in, "--patience", o.learning.patience, stored.patience);
     agree(in, "--user-turn", o.user_turn, to_string(model.chat.user_turn));
     agree(in, "--reply-turn", o.reply_turn, to_string(model.chat.reply_turn));
+    agree(in, "--plain-words", o.plain_words, model.chat.plain_words);
 }
 
 bool named_tokenizer(const string& name) { return name == "byte" || name == "char" || starts_with(name, "bpe:"); }
@@ -1271,7 +1287,9 @@ void check_tokenizer(Training& t) {  // --tokenizer beside --resume
         if (starts_with(name, "bpe:")) {
             TokenizerConfig config;
             must_be("--tokenizer " + name, parse_tokenizer(name, config));
-            if (config.vocab < stored.vocab) contradicts("--tokenizer", name, kept);  // it may hold fewer than asked for
+            Tokenizer again;  // a short text gives fewer tokens than were asked for
+            if (config.vocab > stored.vocab) must(again.train(t.common.runtime, config, t.corpus));
+            if (config.vocab < stored.vocab || again.vocab > stored.vocab) contradicts("--tokenizer", name, kept);
         }
         return;
     }
@@ -1334,24 +1352,22 @@ void create_model(Training& t, const Config& shape, Model& model) {
     must(model.set_chat(t.options.user_turn, t.options.reply_turn, t.options.plain_words));
 }
 
-// The middle time of a step, by training a throw-away model for a moment.
+// The mean time of a step, by training a throw-away model for a moment. The first step, which touches all memory, does not count.
 double seconds_per_step(Training& t, const Config& shape, double budget) {
     Model model;
     create_model(t, shape, model);
     TrainConfig config = t.config;
     config.steps = 1000000;
     Trainer trainer;
-    must(trainer.create(t.common.runtime, model, config, t.data));
-    vector<double> times;
-    for (const double start = now(); times.size() < 3 || (times.size() < 100 && now() - start < std::min(2.0, budget / 20));) {
-        const double before = now();
-        StepResult result;
-        must(trainer.step(result));
-        times.push_back(now() - before);
-        if (times.size() >= 2 && now() - start > budget) break;
-    }
-    std::sort(times.begin(), times.end());
-    return times[times.size() / 2];
+    must_be("the options", trainer.create(t.common.runtime, model, config, t.data));
+    StepResult result;
+    const double start = now();
+    must(trainer.step(result));
+    const double first = now();
+    if (first - start > budget / 4) return first - start;
+    int steps = 0;
+    while (steps < 2 || now() - first < std::min(4.0, budget / 20)) must(trainer.step(result)), ++steps;
+    return (now() - first) / steps;
 }
 
 void choose_steps(const Arguments& in, Training& t, const Config& shape, double budget) {
@@ -1486,7 +1502,7 @@ void show_start(Training& t) {
     if (t.options.json) return;
     const Config& c = t.model.config;
     Memory memory;
-    must(memory_needed(t.common.runtime, c, Purpose::training, t.config.batch, memory));
+    must(memory_needed(t.common.runtime, c, Purpose::training, t.config.batch, memory, t.config.dropout));
     const char* kinds[] = {"no", "byte", "character", "BPE"};
     note(format("%s of text: %s training and %s validation tokens (%s tokenizer, vocabulary %s)", bytes_text(t.corpus.bytes).c_str(),
                 grouped(int64_t(t.data.tokens)).c_str(), grouped(int64_t(t.has_validation ? t.validation.tokens : 0)).c_str(),
@@ -1534,6 +1550,13 @@ void show_report(Training& t, const TrainingView& view, const RunResult& result,
                     t.options.out.c_str()));
 }
 
+// What is written by putting a new file in the place of the old one must not be put in the place of a device.
+void need_ordinary(const char* option, const string& path) {
+    std::error_code ignored;
+    const fs::file_status there = fs::status(path_of(path), ignored);
+    if (fs::exists(there) && !fs::is_regular_file(there)) error(string(option) + " " + path + " is no ordinary file; choose another name");
+}
+
 void check_train_options(const Arguments& in, const TrainOptions& o) {
     if (o.out.empty()) usage("train needs --out M.safetensors");
     if (o.resume && o.overwrite) usage("--resume and --overwrite exclude each other");
@@ -1547,6 +1570,7 @@ void check_train_options(const Arguments& in, const TrainOptions& o) {
     inputs.push_back(o.validation);
     for (size_t i = 0; i < written.size(); ++i) {
         if (written[i].second.empty()) continue;
+        if (written[i].first != string("--plot")) need_ordinary(written[i].first, written[i].second);
         for (const string& file : inputs)
             if (!file.empty() && same_file(file, written[i].second))
                 usage(format("%s %s is a file to read from", written[i].first, file.c_str()));
@@ -1569,7 +1593,7 @@ int train(Arguments& in) {
     Array<char> resume_name(runtime);
     must(resume_path(o.out, resume_name));
     const string resume_file = to_string(resume_name);
-    const Lock lock(o.out);
+    const Lock lock(o.out, resume_file);
     if (!o.resume && !o.overwrite)
         for (const string& path : {o.out, resume_file})
             if (exists(path)) error(path + " exists; go on with --resume, start anew with --overwrite, or choose another --out");
@@ -1602,8 +1626,15 @@ int train(Arguments& in) {
         choose_steps(in, t, shape, in.has("--time") ? o.time : 120);
         create_model(t, shape, t.model);
     }
-    must(t.trainer.create(runtime, t.model, t.config, t.data, t.has_validation ? &t.validation : nullptr));
-    if (o.resume) must(t.trainer.load(resume_file));
+    const Status created = t.trainer.create(runtime, t.model, t.config, t.data, t.has_validation ? &t.validation : nullptr);
+    if (created.error == Error::invalid_argument && !o.resume) usage(created.message);
+    must(created);
+    if (o.resume) {
+        const Status loaded = t.trainer.load(resume_file);
+        if (loaded.error == Error::mismatch)
+            error(string(loaded.message) + "; give the same files, --field, --column, --dialogues, --validation and --validation-fraction");
+        must(loaded);
+    }
     show_start(t);
     if (o.resume && !o.json) note(format("going on after step %lld", static_cast<long long>(t.trainer.step_count)));
 
@@ -1617,6 +1648,10 @@ int train(Arguments& in) {
     how.progress = TrainingView::show;
     RunResult result;
     catch_interrupts(true);
+    if (o.overwrite) {  // or a kill could leave the old run's resume file beside the new run's model
+        std::error_code ignored;
+        fs::remove(path_of(resume_file), ignored);
+    }
     must(t.trainer.run(how, result));
     view.end_line();
     if (view.failure) std::rethrow_exception(view.failure);
@@ -1667,6 +1702,9 @@ int make_tokenizer(Arguments& in) {
     if (out.empty()) usage("tokenizer needs --out T");
     std::error_code ignored;
     if (fs::is_directory(path_of(out), ignored)) out = to_string(path_of(out) / "tokenizer.json");
+    for (const char* taken : {"vocab.json", "encoder.json", "vocab.bpe", "merges.txt", ".tiktoken"})  // read as files of another kind
+        if (ends_with(out, taken)) usage("--out " + out + ": a tokenizer.json is written; choose a name that does not end in " + taken);
+    need_ordinary("--out", out);
     for (const string& file : in.operands)
         if (same_file(file, out)) usage("--out " + out + " is a file to read from");
     Corpus corpus;
@@ -1802,7 +1840,7 @@ int chat(Arguments& in) {
             put_now("\n");
             continue;
         }
-        if (line == "/quit") return 0;
+        if (terminal && line == "/quit") return 0;
         if (line == "/reset") {
             session.reset();
             continue;
@@ -1817,6 +1855,7 @@ int chat(Arguments& in) {
         interrupted = 0;
         must(talks ? session.reply(line, how, result, reply_turn) : session.generate(line, how, result));
         if (result.cancelled && !interrupted) output_failed();
+        if (interrupted) clearerr(stdout);  // a write that waited was broken off, too
         if (json) {
             double sum = 0;
             for (const float logprob : logprobs) sum += double(logprob);
@@ -1882,9 +1921,11 @@ int decode(Arguments& in) {
     in.parse(common, {{"--jsonl", nullptr, "lines {\"ids\":[..]} -> {\"hex\":..,\"text\":..}", &jsonl}}, 1, 1);
     Tokenizer tokenizer;
     load_tokenizer(common.runtime, in.operands[0], tokenizer);
-    const auto decoded = [&](const vector<int32_t>& ids) {
+    const auto decoded = [&](const vector<int32_t>& ids, const string& where) {
         Array<char> bytes(common.runtime);
-        must(tokenizer.decode(Span<const int32_t>(ids.data(), ids.size()), bytes));
+        const Status status = tokenizer.decode(Span<const int32_t>(ids.data(), ids.size()), bytes);
+        if (status.error == Error::invalid_argument) error(where + ": " + status.message);
+        must(status);
         return to_string(bytes);
     };
     if (!jsonl) {
@@ -1899,7 +1940,7 @@ int decode(Arguments& in) {
             ids.push_back(id);
             at = end;
         }
-        put(decoded(ids));
+        put(decoded(ids, "standard input"));
         return 0;
     }
     string line;
@@ -1908,7 +1949,7 @@ int decode(Arguments& in) {
         if (line.empty()) continue;
         object.parse(line, number);
         if (!object.has_ids) object.bad("\"ids\" in the object");
-        const string bytes = decoded(object.ids);
+        const string bytes = decoded(object.ids, format("standard input, line %zu", number));
         string hex;
         for (const char c : bytes) {
             const unsigned value = static_cast<unsigned char>(c);
@@ -1922,6 +1963,29 @@ int decode(Arguments& in) {
 // =====================================================================================================================
 // Looking: eval, score, info, attention
 // =====================================================================================================================
+
+// How far a long reading is, on a terminal. Called by the library, so it must not throw.
+struct ReadingView {
+    double tokens;
+    double start = now(), shown_at = now();
+    bool line_is_open = false;
+    static bool show(void* user, double done) {
+        ReadingView& view = *static_cast<ReadingView*>(user);
+        const double time = now();
+        if (is_terminal(stderr) && done > 0 && time - view.shown_at > 0.2) {
+            view.shown_at = time;
+            view.line_is_open = true;
+            fprintf(stderr, "\r%2.0f %%  %s tokens/s  %s left\x1b[K", 100 * done,
+                    grouped(int64_t(view.tokens * done / (time - view.start))).c_str(),
+                    duration((time - view.start) / done * (1 - done)).c_str());
+            fflush(stderr);
+        }
+        return true;
+    }
+    void end_line() const {
+        if (line_is_open) fputs("\r\x1b[K", stderr);
+    }
+};
 
 int eval(Arguments& in) {
     Common common;
@@ -1945,13 +2009,9 @@ int eval(Arguments& in) {
     must(data.create(runtime, corpus, Part::all, model.tokenizer));
     if (data.tokens < 2) error("the text has fewer than two tokens: there is nothing to predict");
     Evaluation result;
-    {
-        TrainConfig config;
-        config.batch = 8;
-        Trainer trainer;
-        must(trainer.create(runtime, model, config, data));
-        must(trainer.evaluate(data, result));
-    }
+    ReadingView view{double(data.tokens)};
+    must(evaluate(runtime, model, data, result, 8, ReadingView::show, &view));
+    view.end_line();
     NgramResult counting;
     if (!training_files.empty()) {
         open_corpus(runtime, training_files, text.config(0), training_corpus);
@@ -2252,8 +2312,8 @@ int attention(Arguments& in) {
 
 // A model of random weights. Its vocabulary is as many characters as asked for, so that any size is possible.
 void random_model(Runtime& runtime, const Config& config, Model& model) {
-    string text;
-    for (int c = 0, code = 0x21; c + 1 < config.vocab; ++c, ++code) {
+    string text = "\n";
+    for (int c = 1, code = 0x21; c + 1 < config.vocab; ++c, ++code) {
         if (code == 0xD800) code = 0xE000;
         if (code < 0x80) text += char(code);
         else if (code < 0x800) (text += char(0xC0 | code >> 6)) += char(0x80 | (code & 63));
@@ -2283,8 +2343,45 @@ double middle_time(double seconds, const Work& work) {
     return times[times.size() / 2];
 }
 
+// Where the time of a training step goes: one line for each kind of op, forward and backward.
+void show_profile(Runtime& runtime, const Config& config, int batch, double seconds, bool json) {
+    const double ceiling = fma_ceiling(runtime, runtime.thread_count());
+    Array<ProfileRow> rows(runtime);
+    must(profile(runtime, config, batch, seconds, rows));
+    if (json) {
+        for (const ProfileRow& row : rows) {
+            Json line;
+            line.add("op", row.op).add("kind", row.kind).add("backward", row.backward).add("ms", row.seconds * 1e3);
+            line.add("gflops", row.flops / row.seconds / 1e9).add("gb_per_second", row.bytes / row.seconds / 1e9);
+            line.add("percent_of_ceiling", row.flops / row.seconds / 1e7 / ceiling).print();
+        }
+        return;
+    }
+    double whole = 0;
+    vector<std::pair<string, ProfileRow>> kinds;  // in the order of their first op
+    for (const ProfileRow& row : rows) {
+        string name = row.kind;
+        if (name == "linear") name = strrchr(row.op, '.') ? strrchr(row.op, '.') + 1 : row.op;
+        if (row.backward) name += " backward";
+        auto kind = std::find_if(kinds.begin(), kinds.end(), [&](const auto& k) { return k.first == name; });
+        if (kind == kinds.end()) kind = kinds.insert(kinds.end(), {name, ProfileRow()});
+        kind->second.seconds += row.seconds, kind->second.flops += row.flops, kind->second.bytes += row.bytes;
+        whole += row.seconds;
+    }
+    put_line(format("%-20s %9s %7s %9s %11s %7s", "op (all layers)", "ms", "share", "GFLOP/s", "of ceiling", "GB/s"));
+    for (const auto& [name, row] : kinds) {
+        string flops = format("%9s %11s", "", "");
+        if (row.flops > 0)
+            flops = format("%9.1f %9.1f %%", row.flops / row.seconds / 1e9, row.flops / row.seconds / 1e7 / ceiling);
+        put_line(format("%-20s %9.2f %5.1f %% %s %7.1f", name.c_str(), row.seconds * 1e3, 100 * row.seconds / whole, flops.c_str(),
+                        row.bytes / row.seconds / 1e9));
+    }
+    put_line(format("%-20s %9.2f", "a step", whole * 1e3));
+}
+
 int bench(Arguments& in) {
     Common common;
+    bool profiled = false;
     string name = "baby";
     int vocab = 96, batch = 8;
     double seconds = 5;
@@ -2294,6 +2391,7 @@ int bench(Arguments& in) {
               {"--vocab", "N", "(96)", &vocab, 2, 1000000},
               {"--batch", "N", "sequences a training step (8)", &batch, 1, 1e6},
               {"--seconds", "X", "how long each is measured (5)", &seconds, 0.01, 1e6},
+              {"--profile", nullptr, "where the time of a training step goes, op by op", &profiled},
               {"--json", nullptr, "one JSON object each", &json}},
              0, 1);
     const string what = in.operands.empty() ? "" : in.operands[0];
@@ -2303,6 +2401,10 @@ int bench(Arguments& in) {
     Config config;
     must_be("--preset", preset(name, config));
     config.vocab = vocab;
+    if (profiled) {
+        show_profile(runtime, config, batch, seconds, json);
+        return 0;
+    }
     Model model;
     random_model(runtime, config, model);
     uint64_t state = 1;
@@ -2402,7 +2504,7 @@ int compare(Arguments& in) {
                 .add("relative", relative);
         line.print();
     } else if (!first) {
-        put_line(format("the same bits in all %zu tensors", rows.count));
+        put_line(format("the same bits in all %zu tensors of weights", rows.count));
     } else if (!first->same_shape) {
         put_line(format("%s is the first of %zu tensors that differ: it is missing in one, or has another shape", first->name, different));
     } else {
@@ -2479,7 +2581,7 @@ int dispatch(vector<string> words) {
     if (words.empty()) usage("which command? babygpt --help lists them");
     const string version = format("babygpt %d.%d.%d", BABYGPT_VERSION_MAJOR, BABYGPT_VERSION_MINOR, BABYGPT_VERSION_PATCH);
     if (words[0] == "--version") return put_line(version), 0;
-    if (words[0] == "--help" || words[0] == "-h" || (words[0] == "help" && words.size() == 1)) return put(overview()), 0;
+    if (words[0] == "--help" || words[0] == "-h" || (words[0] == "help" && (words.size() == 1 || words[1] == "help"))) return put(overview()), 0;
     if (words[0] == "help") words = {words[1], "--help"};
     vector<string> names = {"help"};
     for (const Command& command : commands) {
@@ -2519,6 +2621,9 @@ vector<string> command_line(int count, char** words) {
 int main(int count, char** words) {
 #if !defined(_WIN32)
     std::signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error that a write reports
+    // What was closed by the caller must not become the number of a file that we open; writing to it, or reading, fails as it should.
+    for (int fd = 0; fd < 3; ++fd)
+        if (fcntl(fd, F_GETFD) == -1) (void)!open("/dev/null", fd == 0 ? O_WRONLY : fd == 1 ? O_RDONLY : O_RDWR);
 #endif
     int code = 0;
     try {
