@@ -407,7 +407,8 @@ Status check(const Config& config);  // says which field is wrong, and what it m
 struct Chat {
     Array<char> user_turn;
     Array<char> reply_turn;
-    bool plain_words = false;  // the text had the user's lines in small letters without punctuation; a session writes them so: HELLO! is hello
+    bool plain_words =
+        false;  // the text had the user's lines in small letters without punctuation; a session writes them so: HELLO! is hello
     bool empty() const { return user_turn.count == 0 && reply_turn.count == 0; }
 };
 
@@ -1238,7 +1239,8 @@ inline void start_pool(Runtime& runtime) {
     const bool first = !InterlockedCompareExchangePointer(&runtime.pool, pool, nullptr);
 #else
     void* none = nullptr;
-    const bool first = __atomic_compare_exchange_n(&runtime.pool, &none, static_cast<void*>(pool), false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    const bool first =
+        __atomic_compare_exchange_n(&runtime.pool, &none, static_cast<void*>(pool), false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 #endif
     if (!first) destroy(runtime, pool);  // another thread was as quick
 }
@@ -3410,7 +3412,7 @@ struct Run {
     double dropout = 0;
     double label_smoothing = 0;
     uint64_t seed = 0, step = 0;
-    uint64_t first_row = 0;  // of this run in the whole batch of the step, for the random numbers
+    uint64_t first_row = 0;     // of this run in the whole batch of the step, for the random numbers
     double* seconds = nullptr;  // [2 * ops], grows by what each op takes forward, then by what each takes backward; null: nobody asks
     template <class Work>
     void time(int slot, const Work& work) const {
@@ -3428,7 +3430,7 @@ constexpr int kv_page = 32;
 template <class T>
 struct Regions {
     const T* weights = nullptr;
-    T* gradients = nullptr;  // laid out as the weights: sums over tokens, added to
+    T* gradients = nullptr;         // laid out as the weights: sums over tokens, added to
     T* lookup_gradients = nullptr;  // of a token embedding shared with the head: the embedding's part, apart, so that it is one chain
     T* activations = nullptr;
     T* scratch = nullptr;  // as the backend asked for
@@ -5700,7 +5702,11 @@ inline uint64_t record_bytes(const Tape& tape) {
     return tape.tensors.capacity * sizeof(Tensor) + tape.ops.capacity * sizeof(Op) + tape.weights.capacity * sizeof(WeightPlan);
 }
 
-constexpr int64_t max_batch_rows = int64_t(1) << 24;
+Status check_batch(int batch, int context) {
+    constexpr int64_t max_rows = int64_t(1) << 24;
+    if (batch >= 1 && static_cast<int64_t>(batch) * context <= max_rows) return Status();
+    return fail(Error::invalid_argument, "batch is ", batch, ", but batch * context must be from 1 to ", max_rows);
+}
 
 Status backend_for(const Runtime& runtime, const BackendFunctions*& backend) {
     backend = find_backend(runtime);
@@ -5718,8 +5724,7 @@ Status check(const TrainConfig& c, int context) {
     };
     BABYGPT_TRY(positive("batch", c.batch));
     BABYGPT_TRY(positive("accumulate", c.accumulate));
-    if (static_cast<int64_t>(c.batch) * context > max_batch_rows)
-        return fail(Error::invalid_argument, "batch is ", c.batch, ", but batch * context must not be above ", max_batch_rows);
+    BABYGPT_TRY(check_batch(c.batch, context));
     BABYGPT_TRY(positive("steps", static_cast<double>(c.steps)));
     BABYGPT_TRY(positive("lr", c.lr));
     BABYGPT_TRY(positive("epsilon", static_cast<double>(static_cast<float>(c.epsilon))));
@@ -5919,7 +5924,8 @@ Status Trainer::step(Span<const int32_t> ids, Span<const int32_t> targets, StepR
 namespace {
 
 template <class GoOn>
-Status evaluate_windows(Runtime& runtime, TrainerState& s, const Model& model, int batch, Data& data, Evaluation& result, const GoOn& go_on) {
+Status evaluate_windows(Runtime& runtime, TrainerState& s, const Model& model, int batch, Data& data, Evaluation& result,
+                        const GoOn& go_on) {
     const FloatMode mode;
     const int context = model.config.context;
     const uint64_t windows = data.evaluation_windows(context);
@@ -5963,8 +5969,8 @@ Status Trainer::evaluate(Data& data, Evaluation& result) {
     return evaluate_windows(*runtime, *state, *model, config.batch, data, result, [](double) { return true; });
 }
 
-Status evaluate(Runtime& runtime, const Model& model, Data& data, Evaluation& result, int batch,
-                bool (*progress)(void* user, double done), void* user) {
+Status evaluate(Runtime& runtime, const Model& model, Data& data, Evaluation& result, int batch, bool (*progress)(void* user, double done),
+                void* user) {
     const BackendFunctions* backend;
     BABYGPT_TRY(backend_for(runtime, backend));
     TrainConfig config;
@@ -6001,7 +6007,8 @@ Status Trainer::run(const RunConfig& how, RunResult& result) {
     if (saves && best_step >= 0) {  // a resumed run writes its best model only when it gets better
         File best(*runtime);
         if (!best.open(how.out, FileMode::read).ok())
-            return fail(Error::cannot_open, "'", how.out, "', the best model of the run so far, is missing: put it back beside the resume file");
+            return fail(Error::cannot_open, "'", how.out,
+                        "', the best model of the run so far, is missing: put it back beside the resume file");
     }
     while (step_count < config.steps) {
         if (config.patience > 0 && bad_evaluations >= config.patience) {
@@ -6108,7 +6115,7 @@ Status pack_weights(Runtime& runtime, const Model& model, const Tape& tape, cons
     Status status;
     const size_t wanted = static_cast<size_t>(backend.packed(tape));
     ModelState::Packed* mine = m.packed;
-    while (mine->by && mine->by != &backend) ++mine;  // there are no more backends than places
+    while (wanted > 0 && mine->by && mine->by != &backend) ++mine;  // there are no more backends that pack than places
     if (wanted > 0 && mine->version != model.version) {
         if (!mine->floats.runtime) mine->floats = Array<float>(*model.runtime);
         if (mine->floats.count == wanted || mine->floats.resize(wanted)) {
@@ -6408,10 +6415,12 @@ void adjust(Session& session, const SampleConfig& c, Text start) {
 }
 
 Status check(const SampleConfig& c) {
-    if (!(c.temperature >= 0 && c.temperature <= 1e6)) return fail(Error::invalid_argument, "temperature is ", c.temperature, " (0 to 1e6)");
+    if (!(c.temperature >= 0 && c.temperature <= 1e6))
+        return fail(Error::invalid_argument, "temperature is ", c.temperature, " (0 to 1e6)");
     if (!(c.top_p > 0 && c.top_p <= 1)) return fail(Error::invalid_argument, "top_p is ", c.top_p, ", but must be above 0 and at most 1");
     if (!(c.min_p >= 0 && c.min_p <= 1)) return fail(Error::invalid_argument, "min_p is ", c.min_p, ", but must be from 0 to 1");
-    if (!(c.repetition_penalty > 0)) return fail(Error::invalid_argument, "repetition_penalty is ", c.repetition_penalty, ", must be above 0");
+    if (!(c.repetition_penalty > 0))
+        return fail(Error::invalid_argument, "repetition_penalty is ", c.repetition_penalty, ", must be above 0");
     return Status();
 }
 
@@ -6442,7 +6451,8 @@ Status next_token(Session& session, const SampleConfig& c, Text start, int32_t& 
         if (!found) s.seen[id] |= seen_banned;
     }
     for (int32_t i = 0; c.banned.size > 0 && i < vocab; ++i) s.seen[i] = 0;
-    if (!found) return fail(Error::invalid_argument, "no next token is possible: all are banned, by a bias or as the end of a banned string");
+    if (!found)
+        return fail(Error::invalid_argument, "no next token is possible: all are banned, by a bias or as the end of a banned string");
     if (logprob) *logprob = static_cast<float>(static_cast<double>(s.logits[id]) - log_sum_exp(s.logits, vocab));
     ++session.sampled;
     remember(s, said_by(model.tokenizer, id));
@@ -6518,11 +6528,9 @@ Status continue_text(Session& session, const SampleConfig& c, Text start, Genera
         }
         if (id == tokenizer.end_of_text) {
             result.stopped = true;
-            s.line_open = false;
             break;
         }
         Text bytes = tokenizer.bytes(id);
-        s.line_open = bytes.size > 0 ? bytes[bytes.size - 1] != '\n' : s.line_open;
         if (result.generated == 1) bytes = Text(bytes.data + start.size, bytes.size - start.size);
         memcpy(s.held + held, bytes.data, bytes.size);
         held += bytes.size;
@@ -6559,7 +6567,6 @@ Status feed_text(Session& session, Text text, bool new_document, Generation& res
     BABYGPT_TRY(tokenizer.encode(text, ids, false, &unknown));
     result.unknown += unknown;
     if (ids.count > 0) BABYGPT_TRY(session.feed(Span<const int32_t>(ids.items, ids.count)));
-    if (text.size > 0) session.state->line_open = text[text.size - 1] != '\n';
     return Status();
 }
 
@@ -6702,8 +6709,7 @@ Status Session::attention(int layer, Array<float>& probabilities) {
 Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, int batch, Memory& memory, double dropout) {
     memory = Memory();
     BABYGPT_TRY(check(config));
-    if (batch < 1 || batch > max_batch_rows / config.context)
-        return fail(Error::invalid_argument, "batch is ", batch, ", but batch * context must be from 1 to ", max_batch_rows);
+    BABYGPT_TRY(check_batch(batch, config.context));
     const BackendFunctions* backend;
     BABYGPT_TRY(backend_for(runtime, backend));
     const bool training = purpose == Purpose::training;
@@ -6761,8 +6767,7 @@ Status summary(Runtime& runtime, const Config& config, int batch, Array<SummaryR
     Tape tape(runtime);
     BABYGPT_TRY(record(tape, config, 1, false, 0));
     rows = Array<SummaryRow>(runtime);
-    if (batch < 1 || batch > max_batch_rows / config.context)
-        return fail(Error::invalid_argument, "batch is ", batch, ", but batch * context must be from 1 to ", max_batch_rows);
+    BABYGPT_TRY(check_batch(batch, config.context));
     const int64_t tokens = static_cast<int64_t>(batch) * config.context;
     for (const Op& op : tape.ops) {
         SummaryRow row{};

@@ -406,11 +406,8 @@ TEST(best_and_patience, "the file would not be the best model, or training would
     CHECK_OK(trainer.run(run, result));
     CHECK(result.stopped_early && result.step == result.best_step + 20);
     remove(path);
-    how.patience = 0;
-    CHECK_OK(trainer.create(runtime, model, how, data, &validation));
-    CHECK(resume.push('\0'));
-    CHECK(!trainer.load(Text(resume.data(), resume.size() - 1)).ok() || trainer.run(run, result).error == Error::cannot_open);
-    CHECK(remove(resume.data()) == 0);
+    CHECK(trainer.run(run, result).error == Error::cannot_open);  // the best model is gone: better said than overwritten
+    CHECK(resume.push('\0') && remove(resume.data()) == 0);
 }
 
 int main(int count, char** arguments) { return run_tests(count > 1 ? arguments[1] : nullptr); }

@@ -1049,8 +1049,7 @@ void check_log(const string& path) {  // what is there may be written over, if i
     string old(strlen(log_header), '\0');
     old.resize(fread(&old[0], 1, old.size(), file));
     fclose(file);
-    if (!old.empty() && old != log_header)
-        error("--log " + path + ": the file exists and is no log of a training; choose another name");
+    if (!old.empty() && old != log_header) error("--log " + path + ": the file exists and is no log of a training; choose another name");
 }
 
 // A resumed run goes on where its checkpoint stood: rows of later steps belong to work that was lost.
@@ -1149,7 +1148,10 @@ struct TrainOptions {
         return vector<Option>{
                    {nullptr, nullptr, "What is written"},
                    {"--out", "M.safetensors", "the model (what resuming needs is kept beside it, in M.resume.safetensors)", &out},
-                   {"--resume", nullptr, "go on where --out stopped; options are remembered, but say again where the text comes from (FILE, --field, --validation, ...)", &resume},
+                   {"--resume", nullptr,
+                    "go on where --out stopped; options are remembered, but say again where the text comes from (FILE, --field, "
+                    "--validation, ...)",
+                    &resume},
                    {"--overwrite", nullptr, "start anew although --out exists", &overwrite},
                    {"--log", "FILE.csv", "a row a step", &log},
                    {"--plot", "FILE.svg", "the loss curves as a picture", &plot},
@@ -1158,7 +1160,8 @@ struct TrainOptions {
                    {"--tokenizer", "byte|char|bpe:N|FILE", "(bpe:1024, and char below 100 kB of text)", &tokenizer},
                    {"--user-turn", "TEXT", "a chat: what stands before the user's line, e.g. '#Person1#: '", &user_turn},
                    {"--reply-turn", "TEXT", "a chat: what stands before the model's line, e.g. '#Person2#: '", &reply_turn},
-                   {"--plain-words", nullptr, "a chat: the text has the user's lines in small letters without punctuation; so will the chat", &plain_words},
+                   {"--plain-words", nullptr,
+                    "a chat: the text has the user's lines in small letters without punctuation; so will the chat", &plain_words},
                    {"--validation", "FILE", "validate on this file instead of the text's last part", &validation},
                    {"--validation-fraction", "X", "share of the text that is held out, its last part (0.1)", &validation_fraction, 0, 0.9},
                    {"--token-cache", "FILE", "keep the training tokens in this file instead of in memory", &cache}} +
@@ -2371,8 +2374,7 @@ void show_profile(Runtime& runtime, const Config& config, int batch, double seco
     put_line(format("%-20s %9s %7s %9s %11s %7s", "op (all layers)", "ms", "share", "GFLOP/s", "of ceiling", "GB/s"));
     for (const auto& [name, row] : kinds) {
         string flops = format("%9s %11s", "", "");
-        if (row.flops > 0)
-            flops = format("%9.1f %9.1f %%", row.flops / row.seconds / 1e9, row.flops / row.seconds / 1e7 / ceiling);
+        if (row.flops > 0) flops = format("%9.1f %9.1f %%", row.flops / row.seconds / 1e9, row.flops / row.seconds / 1e7 / ceiling);
         put_line(format("%-20s %9.2f %5.1f %% %s %7.1f", name.c_str(), row.seconds * 1e3, 100 * row.seconds / whole, flops.c_str(),
                         row.bytes / row.seconds / 1e9));
     }
@@ -2581,7 +2583,8 @@ int dispatch(vector<string> words) {
     if (words.empty()) usage("which command? babygpt --help lists them");
     const string version = format("babygpt %d.%d.%d", BABYGPT_VERSION_MAJOR, BABYGPT_VERSION_MINOR, BABYGPT_VERSION_PATCH);
     if (words[0] == "--version") return put_line(version), 0;
-    if (words[0] == "--help" || words[0] == "-h" || (words[0] == "help" && (words.size() == 1 || words[1] == "help"))) return put(overview()), 0;
+    if (words[0] == "--help" || words[0] == "-h" || (words[0] == "help" && (words.size() == 1 || words[1] == "help")))
+        return put(overview()), 0;
     if (words[0] == "help") words = {words[1], "--help"};
     vector<string> names = {"help"};
     for (const Command& command : commands) {
