@@ -387,6 +387,7 @@ Status ngram_baseline(Runtime& runtime, Data& training, Data& validation, int vo
 // ---- Config and Model -------------------------------------------------------------------------------------------------
 
 enum class Activation : int32_t { none, gelu, gelu_tanh };  // gelu: with erf (Hendrycks & Gimpel 2016)
+enum class Positions : int32_t { learned, rotary };         // GPT-2's vectors, added to the tokens'; or RoPE (Su et al. 2021)
 
 struct Config {
     int layers = 4;
@@ -397,6 +398,7 @@ struct Config {
     bool tied = true;  // the output head shares the embedding's matrix
     bool bias = true;
     Activation activation = Activation::gelu_tanh;
+    Positions positions = Positions::learned;  // rotary: width / heads must be even
 };
 
 // nano, tiny, small, baby, gpt2, gpt2-medium, gpt2-large, gpt2-xl. Leaves vocab alone except for GPT-2's own (50257).
@@ -3357,10 +3359,10 @@ size_t Utf8Stream::finish(char* out) {
 namespace babygpt {
 namespace {
 
-enum class OpKind : int32_t { embedding, norm, linear, attention, add, dropout, head };
+enum class OpKind : int32_t { embedding, norm, linear, rope, attention, add, dropout, head };
 
 inline const char* op_name(OpKind kind) {
-    static constexpr const char* names[] = {"embedding", "norm", "linear", "attention", "add", "dropout", "head"};
+    static constexpr const char* names[] = {"embedding", "norm", "linear", "rope", "attention", "add", "dropout", "head"};
     return names[static_cast<int>(kind)];
 }
 
@@ -3384,7 +3386,7 @@ struct Op {
     int aux = nothing;              // what its forward leaves for its backward, see chapter 5
     int w = nothing, b = nothing;   // weights: indices into Tape::weights
     int in = 0, out = 0;            // columns of x and of y
-    int heads = 0;                  // attention
+    int heads = 0;                  // attention, rope
     Activation activation = Activation::none;
     bool adds_to_dx = false;  // some later op has already written a gradient of x (x2): add to it, do not set it
     bool adds_to_dx2 = false;
@@ -3447,6 +3449,7 @@ struct Tape {
     Array<Tensor> tensors;
     Array<Op> ops;
     Array<WeightPlan> weights;
+    Array<float> rotations;    // rope: [context][2][dim / 2], the cosines and sines of each position's angles
     int64_t weight_block = 0;  // elements of the weights region
     int64_t parameters = 0;
     int max_rows = 0;
@@ -3459,14 +3462,15 @@ struct Tape {
     double epsilon = 1e-5;  // of the norms
     bool no_memory = false;
 
-    explicit Tape(Runtime& from) : runtime(&from), tensors(from), ops(from), weights(from) {}
+    explicit Tape(Runtime& from) : runtime(&from), tensors(from), ops(from), weights(from), rotations(from) {}
 
     // ---- recording: each call appends one op and returns the tensor that it writes ----
 
+    // position_name null: the embedding says nothing about positions.
     int embedding(const char* token_name, const char* position_name) {
         Op op = start(OpKind::embedding, nothing);
         op.w = declare(token_name, "", vocab, width, 0.02, false);
-        op.b = declare(position_name, "", context, width, 0.02, false);
+        if (position_name) op.b = declare(position_name, "", context, width, 0.02, false);
         return finish(op, "embedding", width);
     }
     int norm(const char* name, int x, bool bias) {
@@ -3483,6 +3487,13 @@ struct Tape {
         op.activation = activation;
         if (training && activation != Activation::none) op.aux = tensor(name, ".before", out);
         return finish(op, name, out);
+    }
+    // Turns the queries and keys in x by angles that grow with the position. In place: x itself is the result.
+    int rope(int x, int count) {
+        Op op = start(OpKind::rope, x);
+        op.heads = count, op.out = op.in, op.y = x;
+        if (!no_memory && (!ops.push(op) || (rotations.count == 0 && !fill_rotations(op.in / 3 / count)))) no_memory = true;
+        return x;
     }
     // x holds queries, keys and values beside each other. Causal: a token sees itself and what stands before it.
     int attention(const char* name, int x, int count) {
@@ -3580,6 +3591,7 @@ struct Tape {
         if (!no_memory && !ops.push(op)) no_memory = true;
         return op.y;
     }
+    bool fill_rotations(int dim);  // chapter 5, which knows cosines
     void full_name(Line line, const char* name, const char* suffix) const {
         if (layer >= 0) line.put("h."), line.put(layer), line.put(".");
         line.put(name);
@@ -3718,8 +3730,10 @@ inline double log_of(double x) {
     for (int k = 21; k >= 1; k -= 2) sum = sum * z2 + 1.0 / k;
     return 2 * z * sum + e * 0.693147180559945309417;
 }
-// cos(pi x) for 0 <= x <= 1, by the Taylor series around the nearer of the two zeros' sides.
+// cos(pi x) for x >= 0, by the Taylor series around the nearer of the two zeros' sides.
 inline double cos_pi(double x) {
+    x -= 2 * static_cast<double>(static_cast<int64_t>(x / 2));
+    if (x > 1) x = 2 - x;
     const double y = (0.5 - x) * 3.14159265358979323846;  // cos(pi x) = sin(pi/2 - pi x)
     double term = y, sum = y;
     for (int k = 2; k <= 26; k += 2) term *= -y * y / (k * (k + 1)), sum += term;
@@ -3766,7 +3780,7 @@ T dot_lanes(int n, const F& f, const G& g) {
     return lanes.total();
 }
 
-// ---- embedding: y = token[id] + position[p] ----------------------------------------------------------------------------
+// ---- embedding: y = token[id] + position[p], or token[id] alone ----------------------------------------------------------------------------
 
 template <class T>
 void embedding_forward(T* y, const T* token, const T* position, const int32_t* ids, Span<const Sequence> sequences, int width) {
@@ -3774,7 +3788,8 @@ void embedding_forward(T* y, const T* token, const T* position, const int32_t* i
         for (int i = 0; i < s.length; ++i)
             for (int c = 0; c < width; ++c)
                 y[static_cast<int64_t>(s.row + i) * width + c] =
-                    token[static_cast<int64_t>(ids[s.row + i]) * width + c] + position[static_cast<int64_t>(s.position + i) * width + c];
+                    token[static_cast<int64_t>(ids[s.row + i]) * width + c] +
+                    (position ? position[static_cast<int64_t>(s.position + i) * width + c] : static_cast<T>(0));
 }
 template <class T>
 void embedding_backward(T* dtoken, T* dposition, const T* dy, const int32_t* ids, Span<const Sequence> sequences, int width) {
@@ -3783,7 +3798,7 @@ void embedding_backward(T* dtoken, T* dposition, const T* dy, const int32_t* ids
             for (int c = 0; c < width; ++c) {
                 const T d = dy[static_cast<int64_t>(s.row + i) * width + c];
                 dtoken[static_cast<int64_t>(ids[s.row + i]) * width + c] += d;
-                dposition[static_cast<int64_t>(s.position + i) * width + c] += d;
+                if (dposition) dposition[static_cast<int64_t>(s.position + i) * width + c] += d;
             }
 }
 
@@ -3938,6 +3953,44 @@ void dropout_backward(T* dx, const T* dy, const Dropout& drop, int rows, int n, 
             dx[i] = adds ? dx[i] + d : d;
         }
     }
+}
+
+// ---- rotary positions, RoPE (Su et al. 2021) ---------------------------------------------------------------------------
+
+// Pair i of a head's query or key, the elements i and i + dim / 2, is a point in the plane; at position p it is turned by the angle
+// p * 10000^(-2i / dim). So the product of a query and a key depends on how far they are apart, not on where they stand. Turning back by
+// the same angle is the backward pass.
+constexpr double rope_base = 10000;
+
+inline bool Tape::fill_rotations(int dim) {
+    const int half = dim / 2;
+    size_t count;
+    if (!product(context, dim, count) || !rotations.resize(count)) return false;
+    for (int i = 0; i < half; ++i) {
+        const double half_turns = exp_of(-log_of(rope_base) * 2 * i / dim) / 3.14159265358979323846;  // a position
+        for (int p = 0; p < context; ++p) {
+            float* rotation = rotations.items + static_cast<int64_t>(p) * dim;
+            rotation[i] = static_cast<float>(cos_pi(p * half_turns));
+            rotation[half + i] = static_cast<float>(cos_pi(p * half_turns + 1.5));  // the sine
+        }
+    }
+    return true;
+}
+// x: [rows][3 * heads * dim], of which the queries and keys turn; sign -1: back.
+template <class T>
+void rope(T* x, const float* rotations, Span<const Sequence> sequences, int heads, int dim, int sign) {
+    const int half = dim / 2;
+    for (const Sequence& s : sequences)
+        for (int i = 0; i < s.length; ++i) {
+            const float *cosine = rotations + static_cast<int64_t>(s.position + i) * dim, *sine = cosine + half;
+            T* row = x + static_cast<int64_t>(s.row + i) * 3 * heads * dim;
+            for (int head = 0; head < 2 * heads; ++head, row += dim)
+                for (int k = 0; k < half; ++k) {
+                    const T a = row[k], b = row[half + k], c = static_cast<T>(cosine[k]), d = static_cast<T>(sign) * static_cast<T>(sine[k]);
+                    row[k] = madd(a, c, -(b * d));
+                    row[half + k] = madd(a, d, b * c);
+                }
+        }
 }
 
 // ---- causal multi-head attention (Vaswani et al. 2017) -----------------------------------------------------------------
@@ -4130,6 +4183,8 @@ void plain_op_forward(const Tape& tape, const Regions<T>& r, const Run& run, int
             return norm_forward(y, aux, x, w, b, run.rows, op.in, tape.epsilon);
         case OpKind::linear:
             return linear_forward(y, aux, x, w, b, run.rows, op.in, op.out, op.activation);
+        case OpKind::rope:
+            return rope(y, tape.rotations.items, run.sequences, op.heads, op.in / 3 / op.heads, 1);
         case OpKind::dropout:
             return dropout_forward(y, x, Dropout(run, number), run.rows, op.in);
         case OpKind::add:
@@ -4161,6 +4216,8 @@ void plain_op_backward(const Tape& tape, const Regions<T>& r, const Run& run, in
             return norm_backward(dx, dw, db, dy, x, aux, w, run.rows, op.in, op.adds_to_dx);
         case OpKind::linear:
             return linear_backward(dx, dw, db, dy, aux, x, w, run.rows, op.in, op.out, op.activation, op.adds_to_dx);
+        case OpKind::rope:
+            return rope(dx, tape.rotations.items, run.sequences, op.heads, op.in / 3 / op.heads, -1);
         case OpKind::dropout:
             return dropout_backward(dx, dy, Dropout(run, number), run.rows, op.in, op.adds_to_dx);
         case OpKind::add:
@@ -4286,15 +4343,18 @@ namespace {
 
 // GPT-2 (Radford et al. 2019): a decoder with learned positions and the norm before each sub-layer. Weights start as normal(0.02); what
 // adds to the residual stream is divided by sqrt(2 * layers), so that the stream's variance does not grow with depth. Dropout stands
-// after the embedding, on attention's probabilities and before each addition.
+// after the embedding, on attention's probabilities and before each addition. With rotary positions (GPT-NeoX, Black et al. 2022) queries
+// and keys are turned instead of vectors added.
 void record_gpt(Tape& t, const Config& c) {
     const double into_stream = 0.02 / root(2.0 * c.layers);
     t.layer = -1;
-    int x = t.embedding("wte.weight", "wpe.weight");
+    const bool rotary = c.positions == Positions::rotary;
+    int x = t.embedding("wte.weight", rotary ? nullptr : "wpe.weight");
     x = t.drop("embedding.drop", x);
     for (t.layer = 0; t.layer < c.layers; ++t.layer) {
         int h = t.norm("ln_1", x, c.bias);
         h = t.linear("attn.c_attn", h, 3 * c.width, c.bias, Activation::none, 0.02);
+        if (rotary) h = t.rope(h, c.heads);
         h = t.attention("attn", h, c.heads);
         h = t.linear("attn.c_proj", h, c.width, c.bias, Activation::none, into_stream);
         h = t.drop("attn.drop", h);
@@ -4359,6 +4419,10 @@ Status check(const Config& c) {
     if (c.width % c.heads != 0) return fail(Error::invalid_argument, "width is ", c.width, ", but must be a multiple of heads, ", c.heads);
     if (c.activation != Activation::gelu && c.activation != Activation::gelu_tanh)
         return fail(Error::invalid_argument, "activation must be gelu or gelu_tanh");
+    if (c.positions != Positions::learned && c.positions != Positions::rotary)
+        return fail(Error::invalid_argument, "positions must be learned or rotary");
+    if (c.positions == Positions::rotary && c.width / c.heads % 2 != 0)
+        return fail(Error::invalid_argument, "width / heads is ", c.width / c.heads, ", but rotary positions need an even number");
     return Status();
 }
 
@@ -5699,7 +5763,8 @@ inline void lay_out(Layout& layout, TrainerState& s, Trainer* trainer, int batch
 
 // Bytes that a tape's own records take.
 inline uint64_t record_bytes(const Tape& tape) {
-    return tape.tensors.capacity * sizeof(Tensor) + tape.ops.capacity * sizeof(Op) + tape.weights.capacity * sizeof(WeightPlan);
+    return tape.tensors.capacity * sizeof(Tensor) + tape.ops.capacity * sizeof(Op) + tape.weights.capacity * sizeof(WeightPlan) +
+           tape.rotations.capacity * sizeof(float);
 }
 
 Status check_batch(int batch, int context) {
@@ -6880,6 +6945,7 @@ struct Word {
     const char* text;
 };
 constexpr Word<Activation> activation_words[] = {{Activation::gelu, "gelu"}, {Activation::gelu_tanh, "gelu_new"}};
+constexpr Word<Positions> position_words[] = {{Positions::learned, "absolute"}, {Positions::rotary, "rotary"}};
 constexpr Word<Schedule> schedule_words[] = {
     {Schedule::cosine, "cosine"}, {Schedule::linear, "linear"}, {Schedule::constant, "constant"}, {Schedule::wsd, "wsd"}};
 
@@ -6901,6 +6967,7 @@ bool append_word(Array<char>& to, const Word<E> (&words)[N], E value) {
     return append(to, "null");
 }
 bool append_value(Array<char>& to, Activation value) { return append_word(to, activation_words, value); }
+bool append_value(Array<char>& to, Positions value) { return append_word(to, position_words, value); }
 bool append_value(Array<char>& to, Schedule value) { return append_word(to, schedule_words, value); }
 
 // The next member of the object that `to` ends in.
@@ -6952,6 +7019,7 @@ bool read_word(Json& json, const Word<E> (&words)[N], E& value, const char* othe
     return json.reject(otherwise);
 }
 bool read_value(Json& json, Activation& value) { return read_word(json, activation_words, value, "this activation function is not known"); }
+bool read_value(Json& json, Positions& value) { return read_word(json, position_words, value, "positions must be absolute or rotary"); }
 bool read_value(Json& json, Schedule& value) { return read_word(json, schedule_words, value, "this schedule is not known"); }
 
 // ---- records: the fields of what we store, listed once for writing, reading and comparing ------------------------------
@@ -6967,6 +7035,7 @@ void each_field(const Config*, const F& f) {
     f("tie_word_embeddings", "tied", &Config::tied);
     f("bias", "bias", &Config::bias);
     f("activation_function", "activation", &Config::activation);
+    f("position_embedding_type", "positions", &Config::positions);
 }
 template <class F>
 void each_field(const TrainConfig*, const F& f) {
@@ -7030,12 +7099,14 @@ bool read_field(Json& json, Record& record, uint64_t& seen) {
     });
     return found;
 }
+// What files of the first kind lack; it then has its default.
+inline bool added_later(const char* key) { return equal(Text(key), Text("position_embedding_type")); }
 template <class Record>
 Status all_seen(const Record& record, uint64_t seen, Text where) {
     uint64_t bit = 1;
     const char* missing = nullptr;
     each_field(&record, [&](const char* key, const char*, auto) {
-        if (!missing && !(seen & bit)) missing = key;
+        if (!missing && !(seen & bit) && !added_later(key)) missing = key;
         bit <<= 1;
     });
     return missing ? fail(Error::bad_file, "'", where, "' lacks '", missing, "'") : Status();
@@ -8235,7 +8306,7 @@ struct Products {
 //
 // Everything that is not a product of matrices with weights, for a set of vectors. Each function does a part of an op of chapter 5, so
 // that threads can share it, and takes what that op takes:
-//   rows [r0, r1):       embedding_forward, norm_forward, norm_backward_rows, dropout_forward, dropout_backward, head_rows
+//   rows [r0, r1):       embedding_forward, norm_forward, norm_backward_rows, rope, dropout_forward, dropout_backward, head_rows
 //   columns [c0, c1), all rows in order (threads best take multiples of 16 columns):
 //                        embedding_backward, norm_backward_columns, bias_backward
 //   any n elements:      activation_forward, activation_backward, add_forward, add_backward, adamw, square_sum, fold
@@ -8318,8 +8389,9 @@ struct Rows {
         for (const Sequence& s : sequences)
             for (int row = most(r0, s.row); row < least(r1, s.row + s.length); ++row) {
                 const float* t = token + static_cast<int64_t>(ids[row]) * width;
-                add_forward(y + static_cast<int64_t>(row) * width, t, position + static_cast<int64_t>(s.position + row - s.row) * width,
-                            width);
+                float* to = y + static_cast<int64_t>(row) * width;
+                if (position) add_forward(to, t, position + static_cast<int64_t>(s.position + row - s.row) * width, width);
+                else memcpy(to, t, static_cast<size_t>(width) * sizeof(float));
             }
     }
     static BABYGPT_INLINE void embedding_backward(float* dtoken, float* dposition, const float* dy, const int32_t* ids,
@@ -8328,7 +8400,7 @@ struct Rows {
             for (int i = 0; i < s.length; ++i) {
                 const float* d = dy + static_cast<int64_t>(s.row + i) * width + c0;
                 add_backward(dtoken + static_cast<int64_t>(ids[s.row + i]) * width + c0, d, c1 - c0, true);
-                add_backward(dposition + static_cast<int64_t>(s.position + i) * width + c0, d, c1 - c0, true);
+                if (dposition) add_backward(dposition + static_cast<int64_t>(s.position + i) * width + c0, d, c1 - c0, true);
             }
     }
 
@@ -8492,6 +8564,30 @@ struct Rows {
             }
         } else if (activation != Activation::none)
             for (int64_t i = 0; i < n; ++i) dy[i] = dy[i] * activate_derivative(before[i], activation);
+    }
+
+    // ---- rotary positions ----
+
+    static BABYGPT_INLINE void rope(float* x, const float* rotations, Span<const Sequence> sequences, int heads, int dim, int sign, int r0,
+                                    int r1) {
+        const int half = dim / 2;
+        V signs;
+        Set::splat(signs, static_cast<float>(sign));
+        for (const Sequence& s : sequences)
+            for (int i = most(r0, s.row); i < least(r1, s.row + s.length); ++i) {
+                const float* cosine = rotations + static_cast<int64_t>(s.position + i - s.row) * dim;
+                float* row = x + static_cast<int64_t>(i) * 3 * heads * dim;
+                for (int head = 0; head < 2 * heads; ++head, row += dim)
+                    for (int k = 0; k < half; k += W) {
+                        const int left = half - k;
+                        V a, b, c, d, u, v;
+                        get(a, row + k, left), get(b, row + half + k, left), get(c, cosine + k, left), get(d, cosine + half + k, left);
+                        Set::mul(d, signs, d);
+                        Set::mul(u, b, d), Set::mul(v, b, c);
+                        Set::fma(u, a, c, -u), Set::fma(v, a, d, v);
+                        put(row + k, u, left), put(row + half + k, v, left);
+                    }
+            }
     }
 
     // ---- dropout ----
@@ -9088,6 +9184,8 @@ BABYGPT_INLINE void forward_part(const Work& work, int from, int to, float* spac
             return R::norm_forward(y, aux, x, w, b, op.in, work.tape.epsilon, from, to);
         case OpKind::linear:
             return R::activation_forward(y + first, (aux ? aux : y) + first, count, op.activation);
+        case OpKind::rope:
+            return R::rope(y, work.tape.rotations.items, run.sequences, op.heads, op.in / 3 / op.heads, 1, from, to);
         case OpKind::dropout:
             return R::dropout_forward(y, x, Dropout(run, work.number), op.in, from, to);
         case OpKind::add:
@@ -9129,6 +9227,8 @@ BABYGPT_INLINE void backward_part(const Work& work, int from, int to, float* spa
         case OpKind::linear:
             if (work.by_columns) return R::bias_backward(db, dy, run.rows, op.out, column, end);
             return R::activation_backward(dy + first, aux + first, count, op.activation);
+        case OpKind::rope:
+            return R::rope(dx, tape.rotations.items, run.sequences, op.heads, op.in / 3 / op.heads, -1, from, to);
         case OpKind::dropout:
             return R::dropout_backward(dx, dy, Dropout(run, work.number), op.in, op.adds_to_dx, from, to);
         case OpKind::add:
@@ -9390,6 +9490,7 @@ struct Walk {
                 return head(number);
             case OpKind::embedding:
             case OpKind::norm:
+            case OpKind::rope:
             case OpKind::add:
             case OpKind::dropout:
                 return share_forward(work, run.rows, static_cast<int64_t>(op.out) * 2);
@@ -9447,6 +9548,7 @@ struct Walk {
                 return share_backward(work, rows, static_cast<int64_t>(op.out) * 4);
             case OpKind::embedding:
                 return share_backward(columns, groups, static_cast<int64_t>(rows) * column_group * 2);
+            case OpKind::rope:
             case OpKind::add:
             case OpKind::dropout:
                 return share_backward(work, rows, static_cast<int64_t>(op.out) * 2);
@@ -9789,7 +9891,7 @@ struct SelfTest {
                 difference = most(difference, is_finite(off) ? off < 0 ? -off : off : 1e300);
                 reference = most(reference, slope < 0 ? -slope : slope);
             }
-            BABYGPT_TRY(report(difference / reference, 1e-6, "gradient of ", plan.weight.name, config.tied ? ", erf" : ", tanh, untied"));
+            BABYGPT_TRY(report(difference / reference, 1e-6, "gradient of ", plan.weight.name, config.tied ? ", erf" : ", tanh, untied, rotary"));
         }
         return Status();
     }
@@ -9799,7 +9901,8 @@ struct SelfTest {
         const BackendFunctions* chosen;
         BABYGPT_TRY(backend_for(runtime, chosen));
         Config config;
-        config.layers = 2, config.heads = 3, config.width = 39, config.context = 21, config.vocab = 50;
+        config.layers = 2, config.heads = 3, config.width = 42, config.context = 21, config.vocab = 50;
+        config.positions = Positions::rotary;
         Specimen<float> a(runtime), b(runtime);
         BABYGPT_TRY(a.create(runtime, plain_backend(), config, 19, 21));
         BABYGPT_TRY(b.create(runtime, chosen, config, 19, 21));
@@ -9856,7 +9959,7 @@ Status selftest(Runtime& runtime, Array<CheckResult>& results) {
     Config config;
     config.layers = 1, config.heads = 2, config.width = 6, config.context = 5, config.vocab = 7, config.activation = Activation::gelu;
     BABYGPT_TRY(test.gradients(config));
-    config.tied = false, config.activation = Activation::gelu_tanh;
+    config.tied = false, config.activation = Activation::gelu_tanh, config.positions = Positions::rotary, config.width = 8;
     BABYGPT_TRY(test.gradients(config));
     BABYGPT_TRY(test.backend());
     return test.bits();

@@ -137,18 +137,20 @@ struct Shape {
     bool tied, bias;
     Activation activation;
     double dropout, smoothing;
+    Positions positions = Positions::learned;
 };
 constexpr int thread_counts[] = {1, 2, 3, 7};
 constexpr Shape shapes[] = {
     {1, 1, 1, 1, 1, 1, true, true, Activation::gelu_tanh, 0, 0},      {1, 1, 3, 7, 1, 2, true, true, Activation::gelu, 0, 0},
     {2, 1, 17, 96, 1, 5, false, true, Activation::gelu_tanh, 0, 0.1}, {2, 3, 48, 257, 3, 11, true, false, Activation::gelu_tanh, 0.2, 0.1},
     {1, 2, 96, 96, 2, 96, true, true, Activation::gelu_tanh, 0, 0},   {1, 6, 384, 97, 1, 33, false, true, Activation::gelu, 0.1, 0},
-    {2, 4, 20, 31, 6, 17, true, true, Activation::gelu_tanh, 0, 0},
+    {2, 4, 20, 31, 6, 17, true, true, Activation::gelu_tanh, 0, 0},   {2, 3, 102, 40, 2, 19, true, true, Activation::gelu_tanh, 0.1, 0, Positions::rotary},
+    {1, 6, 384, 97, 2, 33, true, false, Activation::gelu_tanh, 0, 0, Positions::rotary},
 };
 Config config_of(const Shape& s) {
     Config c;
     c.layers = s.layers, c.heads = s.heads, c.width = s.width, c.vocab = s.vocab, c.context = s.length + 3, c.tied = s.tied,
-    c.bias = s.bias, c.activation = s.activation;
+    c.bias = s.bias, c.activation = s.activation, c.positions = s.positions;
     return c;
 }
 

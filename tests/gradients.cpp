@@ -146,6 +146,17 @@ TEST(attention, "queries, keys or values would learn wrongly, or look into the f
                 for (double dropout : {0.0, 0.4})
                     check_op("attention", 3 * heads * dim, 6, lengths, [&](Tape& t, int x) { t.attention("a", x, heads); }, dropout);
 }
+TEST(rope, "queries and keys would not be turned back by the angle that they were turned by") {
+    for (const auto& lengths : shapes)
+        for (int heads : {1, 3})
+            for (int dim : {2, 6, 18})
+                for (int position : {0, 3}) {
+                    check_op("rope", 3 * heads * dim, 5, lengths, [&](Tape& t, int x) { t.rope(x, heads); }, 0, 0, position);
+                    check_op(
+                        "rope, then attention", 3 * heads * dim, 5, lengths,
+                        [&](Tape& t, int x) { t.attention("a", t.rope(x, heads), heads); }, 0, 0, 0);
+                }
+}
 TEST(dropout, "the backward pass would drop other elements than the forward pass did") {
     for (const auto& lengths : shapes)
         for (int width : widths) check_op("dropout", width, 5, lengths, [](Tape& t, int x) { t.drop("d", x); }, 0.5);
@@ -198,6 +209,9 @@ TEST(models, "ops that are right alone would be joined wrongly: the model could 
     for (bool tied : {false, true})
         for (bool bias : {false, true})
             for (Activation activation : {Activation::gelu, Activation::gelu_tanh}) {
+                Config rotary = config_of(2, 2, 8, 5, tied, bias, activation);
+                rotary.positions = Positions::rotary;
+                check_model("rotary positions", rotary, {7, 1, 3});
                 check_model("two layers", config_of(2, 2, 6, 5, tied, bias, activation), {7, 1, 3});
                 check_model("width 3, 3 heads, dropout and smoothing", config_of(1, 3, 3, 4, tied, bias, activation), {2, 5}, 0.3, 0.1);
             }

@@ -1136,7 +1136,7 @@ struct Lock {
 
 struct TrainOptions {
     string out, tokenizer, preset_name = "tiny", schedule = "cosine", validation, user_turn, reply_turn, log, plot, cache,
-                           activation = "gelu_tanh";
+                           activation = "gelu_tanh", positions = "learned";
     bool resume = false, overwrite = false, untie = false, no_bias = false, no_counting = false, json = false, plain_words = false;
     double epochs = 0, time = 0, validation_fraction = 0.1;
     int64_t stop_at = 0, save_every = 0;
@@ -1176,6 +1176,7 @@ struct TrainOptions {
                    {"--untie", nullptr, "the output head gets a matrix of its own", &untie},
                    {"--no-bias", nullptr, "no biases", &no_bias},
                    {"--activation", "gelu|gelu_tanh", "(gelu_tanh)", &activation},
+                   {"--positions", "learned|rotary", "rotary (RoPE) learns faster; learned is GPT-2's (learned)", &positions},
                    {nullptr, nullptr, "Learning"},
                    {"--steps", "N", "the total, and the schedule's horizon", &learning.steps, 1, 1e15},
                    {"--epochs", "N", "times through the text instead", &epochs, 1e-9, 1e9},
@@ -1249,6 +1250,7 @@ void check_agreement(const Arguments& in, const TrainOptions& o, const Model& mo
     agree(in, "--untie", o.untie, !shape.tied);
     agree(in, "--no-bias", o.no_bias, !shape.bias);
     agree(in, "--activation", o.activation, string(shape.activation == Activation::gelu ? "gelu" : "gelu_tanh"));
+    agree(in, "--positions", o.positions, string(shape.positions == Positions::rotary ? "rotary" : "learned"));
     agree(in, "--batch", o.learning.batch, stored.batch);
     agree(in, "--accumulate", o.learning.accumulate, stored.accumulate);
     agree(in, "--steps", o.learning.steps, stored.steps);
@@ -1341,6 +1343,7 @@ Config choose_shape(const Arguments& in, Training& t) {
     shape.tied = !o.untie;
     shape.bias = !o.no_bias;
     shape.activation = o.activation == "gelu" ? Activation::gelu : Activation::gelu_tanh;
+    shape.positions = o.positions == "rotary" ? Positions::rotary : Positions::learned;
     must_be("the model's shape", check(shape));
     if (t.data.windows(shape.context) == 0)
         error(format("the training text has %lld tokens, too few for --context %d; give a smaller --context or more text",
@@ -2151,6 +2154,7 @@ int info(Arguments& in) {
     const char* kinds[] = {"none", "byte", "char", "bpe"};
     const char* activations[] = {"none", "gelu", "gelu_tanh"};
     const char* activation = activations[int(config.activation)];
+    const char* positions = config.positions == Positions::rotary ? "rotary" : "learned";
     if (json) {
         string table;
         for (const SummaryRow& row : rows) {
@@ -2168,7 +2172,8 @@ int info(Arguments& in) {
             .add("width", config.width)
             .add("context", config.context)
             .add("vocab", config.vocab);
-        line.add("tied", config.tied).add("bias", config.bias).add("activation", activation).add("batch", batch);
+        line.add("tied", config.tied).add("bias", config.bias).add("activation", activation).add("positions", positions);
+        line.add("batch", batch);
         line.add("parameters", parameters).add("multiply_adds", multiply_adds).add("flops_per_token", flops_per_token(config));
         line.raw("memory_to_train", memory_json(training)).raw("memory_to_run", memory_json(running)).raw("table", "[" + table + "]");
         if (name.empty())
@@ -2188,8 +2193,8 @@ int info(Arguments& in) {
     put_line(rule);
     put_line(row_text("total", "", grouped(parameters), grouped(multiply_adds), ""));
     put_line("");
-    put_line(format("%d layers, %d heads, width %d, context %d, vocabulary %d, %s head, %s, %s", config.layers, config.heads, config.width,
-                    config.context, config.vocab, config.tied ? "tied" : "untied", config.bias ? "biases" : "no biases", activation));
+    put_line(format("%d layers, %d heads, width %d, context %d, vocabulary %d, %s head, %s, %s, %s positions", config.layers, config.heads, config.width,
+                    config.context, config.vocab, config.tied ? "tied" : "untied", config.bias ? "biases" : "no biases", activation, positions));
     if (name.empty()) {
         put_line(format("tokenizer %s%s", kinds[int(model.tokenizer.kind)], model.chat.empty() ? "; no chat template" : ""));
         if (!model.chat.empty())
