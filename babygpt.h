@@ -472,6 +472,9 @@ double flops_per_token(const Config& config);
 
 enum class Schedule : int32_t { cosine, linear, constant, wsd };  // wsd: warm-up, stable, decay over the last fifth
 
+// muon (Jordan et al. 2024): what the blocks' matrices gather as momentum is made orthogonal before it is added; the rest learns by AdamW.
+enum class Optimizer : int32_t { adamw, muon };
+
 struct TrainConfig {
     int batch = 16;
     int accumulate = 1;    // micro-batches a step; the same bits as one batch of batch * accumulate
@@ -480,6 +483,8 @@ struct TrainConfig {
     double min_lr = -1;   // negative: lr / 10
     int64_t warmup = -1;  // steps; negative: the smaller of 100 and steps / 10
     Schedule schedule = Schedule::cosine;
+    Optimizer optimizer = Optimizer::adamw;
+    double muon_lr = 0.02;  // of the matrices under muon; it follows lr's schedule
     double weight_decay = 0.1;
     double beta1 = 0.9;
     double beta2 = 0.99;
@@ -3396,6 +3401,7 @@ struct Op {
 struct WeightPlan {
     Weight weight;
     double deviation;  // of the normal distribution; 0: zeros; -1: ones
+    int matrices;      // side by side in it that Muon keeps apart; 0: it leaves this weight to AdamW
 };
 
 // One sequence of a run: `length` rows from `row` on, which stand at `position` and after in their text.
@@ -3483,6 +3489,7 @@ struct Tape {
     int linear(const char* name, int x, int out, bool bias, Activation activation, double deviation) {
         Op op = start(OpKind::linear, x);
         op.w = declare(name, ".weight", op.in, out, deviation, false);
+        if (!no_memory) weights[static_cast<size_t>(op.w)].matrices = 1;
         if (bias) op.b = declare(name, ".bias", 1, out, 0, true);
         op.activation = activation;
         if (training && activation != Activation::none) op.aux = tensor(name, ".before", out);
@@ -3498,6 +3505,8 @@ struct Tape {
     // x holds queries, keys and values beside each other. Causal: a token sees itself and what stands before it.
     int attention(const char* name, int x, int count) {
         Op op = start(OpKind::attention, x);
+        for (const Op& maker : ops)
+            if (maker.y == x && maker.kind == OpKind::linear) weights[static_cast<size_t>(maker.w)].matrices = 3;
         op.heads = count;
         op.aux = tensor(name, ".softmax", 2 * count);
         return finish(op, name, op.in / 3);
@@ -3563,7 +3572,13 @@ struct Tape {
             t.offset = place(i, false, t.born, t.dies);
             if (t.gradient_dies >= 0) t.gradient = place(i, true, t.gradient_born, t.gradient_dies);
         }
+        for (const WeightPlan& plan : weights)  // Muon works there once the activations are not needed any more
+            if (training && plan.matrices) activation_block = most(activation_block, muon_space(plan));
         return Status();
+    }
+    static int64_t muon_space(const WeightPlan& plan) {
+        const int64_t side = least(plan.weight.rows, plan.weight.cols / plan.matrices);
+        return 5 * round_up(side * side, static_cast<int64_t>(16));
     }
     int64_t elements(const Tensor& t) const { return round_up(static_cast<int64_t>(max_rows) * t.cols, static_cast<int64_t>(16)); }
 
@@ -4266,6 +4281,131 @@ inline void adamw(float* w, float* m, float* v, const float* g, int64_t n, const
         w[i] = madd(-a.step_size, first / madd(root(second), a.root_scale, a.epsilon), madd(-decay, w[i], w[i]));
     }
 }
+// ---- Muon (Jordan et al. 2024) -------------------------------------------------------------------------------------------
+
+struct Muon {
+    float gradient_scale;  // as AdamW's
+    float momentum, one_minus_momentum;
+    float step_size;
+    float keep;  // 1 - step_size * weight_decay
+};
+// g' = g * scale;  m = b m + (1-b) g';  g = b m + (1-b) g' (Nesterov);  w = keep w.
+inline void muon_momentum(float* w, float* m, float* g, int64_t n, const Muon& a) {
+    constexpr float tiny = 1e-30f;
+    for (int64_t i = 0; i < n; ++i) {
+        const float rest = a.one_minus_momentum * (g[i] * a.gradient_scale);
+        m[i] = madd(a.momentum, m[i], rest);
+        if (m[i] < tiny && m[i] > -tiny) m[i] = 0;
+        g[i] = madd(a.momentum, m[i], rest);
+        w[i] = w[i] * a.keep;
+    }
+}
+
+// A matrix as a factor of a product, whose depth runs down its columns, so that element (k, j) is at [k * stride + j], or along its rows,
+// so that it is at [j * stride + k].
+enum Depth { down, along };
+struct Factor {
+    const float* at;
+    int64_t stride;
+    Depth runs;
+    BABYGPT_INLINE const float* element(int64_t k, int64_t j) const { return at + (runs == along ? j * stride + k : k * stride + j); }
+};
+// rows x columns of C, from A (depth x rows) and B (depth x columns). The chains start from what is at `start`: C itself, or a bias
+// (stride 0); null: from 0.
+struct Product {
+    float* c;
+    int64_t c_stride;
+    const float* start;
+    int64_t start_stride;
+    Factor a, b;
+    int rows, columns, depth;
+    bool is_symmetric = false;  // only what lies on the diagonal and right of it is wanted
+};
+
+// Then w gets -step_size * sqrt(max(1, out / in)) * U V^T, where u = U S V^T: all of the momentum's directions, equally long. U V^T = Q u with
+// Q = (u u^T)^(-1/2), for the shorter side of u, and Q comes from Newton and Schulz: with G = u u^T / trace,
+//   P = a I + b G + c G^2,   Q = P Q,   G = P G P,
+// five times, brings all eigenvalues of G near to 1. But for u all matrices are square and small, and polynomials of G: so they are
+// symmetric, of which half is computed, and commute.
+// by.product(p) multiplies, by.scale(to, from, n, factor) sets to = from * factor. space: Tape::muon_space.
+// The left half from the right one, in blocks that fit in the first cache.
+inline void mirror(float* a, int64_t n) {
+    constexpr int64_t block = 32;
+    for (int64_t i0 = 0; i0 < n; i0 += block)
+        for (int64_t j0 = i0; j0 < n; j0 += block)
+            for (int64_t i = i0; i < least(i0 + block, n); ++i)
+                for (int64_t j = most(j0, i + 1); j < least(j0 + block, n); ++j) a[j * n + i] = a[i * n + j];
+}
+template <class By>
+void muon_step(float* w, const float* u, int in, int out, int64_t stride, float step_size, float* space, const By& by) {
+    constexpr int rounds = 5;
+    constexpr float a = 3.4445f, b = -4.7750f, c = 2.0315f;
+    const bool is_wide = in <= out;
+    const int n = is_wide ? in : out, depth = is_wide ? out : in;
+    const int64_t size = static_cast<int64_t>(n) * n, apart = round_up(size, static_cast<int64_t>(16));
+    float *g = space, *p = g + apart, *q = p + apart, *next = q + apart, *other = next + apart;
+    const auto square = [&](float* to, const Factor& left, const Factor& right, int k, const float* start) {
+        by.product(Product{to, n, start, n, left, right, n, n, k, true});
+        mirror(to, n);
+    };
+    const auto multiply = [&](float* to, const float* left, const float* right, const float* start) {
+        square(to, Factor{left, n, along}, Factor{right, n, down}, n, start);
+    };
+    const Factor rows{u, stride, is_wide ? along : down};  // u, or its transpose: n rows
+    square(g, rows, rows, depth, nullptr);
+    double trace = 0;
+    for (int64_t i = 0; i < n; ++i) trace += static_cast<double>(g[i * n + i]);
+    if (!(trace > 1e-30)) return;  // nothing has been learnt: there is no direction
+    by.scale(g, g, size, static_cast<float>(1 / trace));
+    for (int round = 0; round < rounds; ++round) {
+        by.scale(other, g, size, c);
+        by.scale(p, g, size, b);
+        multiply(p, other, g, p);
+        for (int64_t i = 0; i < n; ++i) p[i * n + i] += a;
+        if (round == 0) memcpy(q, p, static_cast<size_t>(size) * sizeof(float));
+        else {
+            multiply(next, p, q, nullptr);
+            float* const old = q;
+            q = next, next = old;
+        }
+        if (round == rounds - 1) break;
+        multiply(other, p, g, nullptr);
+        multiply(g, other, p, nullptr);
+    }
+    const double longer = out > in ? root(static_cast<double>(out) / in) : 1;
+    by.scale(p, q, size, static_cast<float>(-static_cast<double>(step_size) * longer / root(trace)));
+    const Factor scaled{p, n, along}, columns{u, stride, is_wide ? down : along};
+    if (is_wide) by.product(Product{w, stride, w, stride, scaled, columns, in, out, in});
+    else by.product(Product{w, stride, w, stride, columns, scaled, in, out, out});
+}
+// The matrices that stand side by side in a weight.
+template <class By>
+void muon_steps(const WeightPlan& plan, float* w, const float* u, const Muon& muon, float* space, const By& by) {
+    const int64_t cols = plan.weight.cols, out = cols / plan.matrices;
+    for (int64_t from = 0; from < cols; from += out)
+        muon_step(w + from, u + from, static_cast<int>(plan.weight.rows), static_cast<int>(out), cols, muon.step_size, space, by);
+}
+struct PlainProducts {
+    void product(const Product& p) const {
+        for (int64_t i = 0; i < p.rows; ++i)
+            for (int64_t j = p.is_symmetric ? i : 0; j < p.columns; ++j) {
+                float sum = p.start ? p.start[i * p.start_stride + j] : 0;
+                for (int64_t k = 0; k < p.depth; ++k) sum = madd(*p.a.element(k, i), *p.b.element(k, j), sum);
+                p.c[i * p.c_stride + j] = sum;
+            }
+    }
+    void scale(float* to, const float* from, int64_t n, float factor) const {
+        for (int64_t i = 0; i < n; ++i) to[i] = from[i] * factor;
+    }
+};
+
+// ---- the update ----------------------------------------------------------------------------------------------------------
+
+struct UpdateRule {
+    AdamW adam;
+    bool uses_muon;
+    Muon muon;
+};
 // The sum of squares of n elements, in double, lanes along blocks of 4096 elements, block after block.
 constexpr int64_t square_block = 4096;
 inline double sum_of_squares(const float* g, int n) {
@@ -4284,9 +4424,9 @@ struct BackendFunctions {
     void (*backward)(Runtime& runtime, const Tape& tape, const Regions<float>& r, const Run& run);
     // Adds the lookup gradients to the gradients (and zeroes them), then returns the sum of all squares: block after block, weight after weight.
     double (*square_sum)(Runtime& runtime, const Tape& tape, const Regions<float>& r, double* partial);
-    // AdamW on every weight; gradients become zero.
+    // AdamW or Muon on every weight; gradients become zero, and the activations' memory serves as space.
     void (*update)(Runtime& runtime, const Tape& tape, const Regions<float>& r, float* weights, float* moment1, float* moment2,
-                   const AdamW& adam);
+                   const UpdateRule& rule);
 };
 const BackendFunctions* find_backend(const Runtime& runtime);  // null: not built into this program
 
@@ -4311,10 +4451,13 @@ inline double plain_square_sum(Runtime&, const Tape& tape, const Regions<float>&
     }
     return total;
 }
-inline void plain_update(Runtime&, const Tape& tape, const Regions<float>& r, float* w, float* m, float* v, const AdamW& adam) {
+inline void plain_update(Runtime&, const Tape& tape, const Regions<float>& r, float* w, float* m, float* v, const UpdateRule& rule) {
     for (const WeightPlan& plan : tape.weights) {
         const int64_t at = plan.weight.offset, size = plan.weight.rows * plan.weight.cols;
-        adamw(w + at, m + at, v + at, r.gradients + at, size, adam, plan.weight.decay);
+        if (rule.uses_muon && plan.matrices) {
+            muon_momentum(w + at, m + at, r.gradients + at, size, rule.muon);
+            muon_steps(plan, w + at, r.gradients + at, rule.muon, r.activations, PlainProducts());
+        } else adamw(w + at, m + at, v + at, r.gradients + at, size, rule.adam, plan.weight.decay);
     }
     memset(r.gradients, 0, static_cast<size_t>(tape.weight_block) * sizeof(float));
 }
@@ -5792,6 +5935,9 @@ Status check(const TrainConfig& c, int context) {
     BABYGPT_TRY(check_batch(c.batch, context));
     BABYGPT_TRY(positive("steps", static_cast<double>(c.steps)));
     BABYGPT_TRY(positive("lr", c.lr));
+    BABYGPT_TRY(positive("muon_lr", c.muon_lr));
+    if (c.optimizer != Optimizer::adamw && c.optimizer != Optimizer::muon)
+        return fail(Error::invalid_argument, "optimizer must be adamw or muon");
     BABYGPT_TRY(positive("epsilon", static_cast<double>(static_cast<float>(c.epsilon))));
     BABYGPT_TRY(share("beta1", c.beta1));
     BABYGPT_TRY(share("beta2", c.beta2));
@@ -5937,7 +6083,8 @@ Status update(Trainer& t, const Fill& fill, StepResult& result) {
     else {
         const TrainConfig& c = t.config;
         const double clipping = c.clip > 0 && norm > c.clip ? c.clip / norm : 1;
-        AdamW adam;
+        UpdateRule rule;
+        AdamW& adam = rule.adam;
         adam.gradient_scale = static_cast<float>(clipping / count);
         adam.beta1 = static_cast<float>(c.beta1), adam.one_minus_beta1 = static_cast<float>(1 - c.beta1);
         adam.beta2 = static_cast<float>(c.beta2), adam.one_minus_beta2 = static_cast<float>(1 - c.beta2);
@@ -5945,7 +6092,14 @@ Status update(Trainer& t, const Fill& fill, StepResult& result) {
         adam.root_scale = static_cast<float>(1 / root(1 - power(c.beta2, number)));
         adam.epsilon = static_cast<float>(c.epsilon);
         adam.decay = static_cast<float>(result.lr * c.weight_decay);
-        s.backend->update(*t.runtime, s.tape, s.regions, t.model->weights, t.moment1, t.moment2, adam);
+        constexpr double momentum = 0.95;
+        const double muon_lr = c.muon_lr * (result.lr / c.lr);
+        rule.uses_muon = c.optimizer == Optimizer::muon;
+        rule.muon.gradient_scale = adam.gradient_scale;
+        rule.muon.momentum = static_cast<float>(momentum), rule.muon.one_minus_momentum = static_cast<float>(1 - momentum);
+        rule.muon.step_size = static_cast<float>(muon_lr);
+        rule.muon.keep = static_cast<float>(1 - muon_lr * c.weight_decay);
+        s.backend->update(*t.runtime, s.tape, s.regions, t.model->weights, t.moment1, t.moment2, rule);
         ++t.model->version;
     }
     result.step = t.step_count = number;
@@ -6946,6 +7100,7 @@ struct Word {
 };
 constexpr Word<Activation> activation_words[] = {{Activation::gelu, "gelu"}, {Activation::gelu_tanh, "gelu_new"}};
 constexpr Word<Positions> position_words[] = {{Positions::learned, "absolute"}, {Positions::rotary, "rotary"}};
+constexpr Word<Optimizer> optimizer_words[] = {{Optimizer::adamw, "adamw"}, {Optimizer::muon, "muon"}};
 constexpr Word<Schedule> schedule_words[] = {
     {Schedule::cosine, "cosine"}, {Schedule::linear, "linear"}, {Schedule::constant, "constant"}, {Schedule::wsd, "wsd"}};
 
@@ -6968,6 +7123,7 @@ bool append_word(Array<char>& to, const Word<E> (&words)[N], E value) {
 }
 bool append_value(Array<char>& to, Activation value) { return append_word(to, activation_words, value); }
 bool append_value(Array<char>& to, Positions value) { return append_word(to, position_words, value); }
+bool append_value(Array<char>& to, Optimizer value) { return append_word(to, optimizer_words, value); }
 bool append_value(Array<char>& to, Schedule value) { return append_word(to, schedule_words, value); }
 
 // The next member of the object that `to` ends in.
@@ -7020,6 +7176,7 @@ bool read_word(Json& json, const Word<E> (&words)[N], E& value, const char* othe
 }
 bool read_value(Json& json, Activation& value) { return read_word(json, activation_words, value, "this activation function is not known"); }
 bool read_value(Json& json, Positions& value) { return read_word(json, position_words, value, "positions must be absolute or rotary"); }
+bool read_value(Json& json, Optimizer& value) { return read_word(json, optimizer_words, value, "this optimizer is not known"); }
 bool read_value(Json& json, Schedule& value) { return read_word(json, schedule_words, value, "this schedule is not known"); }
 
 // ---- records: the fields of what we store, listed once for writing, reading and comparing ------------------------------
@@ -7047,6 +7204,8 @@ void each_field(const TrainConfig*, const F& f) {
     own("min_lr", &TrainConfig::min_lr);
     own("warmup", &TrainConfig::warmup);
     own("schedule", &TrainConfig::schedule);
+    own("optimizer", &TrainConfig::optimizer);
+    own("muon_lr", &TrainConfig::muon_lr);
     own("weight_decay", &TrainConfig::weight_decay);
     own("beta1", &TrainConfig::beta1);
     own("beta2", &TrainConfig::beta2);
@@ -7100,7 +7259,12 @@ bool read_field(Json& json, Record& record, uint64_t& seen) {
     return found;
 }
 // What files of the first kind lack; it then has its default.
-inline bool added_later(const char* key) { return equal(Text(key), Text("position_embedding_type")); }
+inline bool added_later(const char* key) {
+    static constexpr const char* later[] = {"position_embedding_type", "optimizer", "muon_lr"};
+    for (const char* name : later)
+        if (equal(Text(key), Text(name))) return true;
+    return false;
+}
 template <class Record>
 Status all_seen(const Record& record, uint64_t seen, Text where) {
     uint64_t bit = 1;
@@ -8123,27 +8287,6 @@ BABYGPT_INLINE void prefetch(const void* p) {
 namespace babygpt {
 namespace {
 
-// A matrix as a factor of a product, whose depth runs down its columns, so that element (k, j) is at [k * stride + j], or along its rows,
-// so that it is at [j * stride + k].
-enum Depth { down, along };
-struct Factor {
-    const float* at;
-    int64_t stride;
-    Depth runs;
-    BABYGPT_INLINE const float* element(int64_t k, int64_t j) const { return at + (runs == along ? j * stride + k : k * stride + j); }
-};
-
-// rows x columns of C, from A (depth x rows) and B (depth x columns). The chains start from what is at `start`: C itself, or a bias
-// (stride 0); null: from 0.
-struct Product {
-    float* c;
-    int64_t c_stride;
-    const float* start;
-    int64_t start_stride;
-    Factor a, b;
-    int rows, columns, depth;
-};
-
 constexpr int depth_block = 256;  // a panel of B of this depth stays in the first cache ...
 constexpr int row_block = 96;     // ... and so many rows of A in the second; a multiple of every tile's rows
 
@@ -8721,8 +8864,33 @@ struct Rows {
         return count;
     }
 
-    // ---- AdamW ----
+    // ---- the update ----
 
+    static BABYGPT_INLINE void scale(float* to, const float* from, int64_t n, float factor) {
+        V v, f;
+        Set::splat(f, factor);
+        for (int64_t i = 0; i < n; i += W) {
+            const int left = static_cast<int>(least(n - i, static_cast<int64_t>(W)));
+            get(v, from + i, left), v = v * f, put(to + i, v, left);
+        }
+    }
+    static BABYGPT_INLINE void muon_momentum(float* w, float* m, float* g, int64_t n, const Muon& a) {
+        V scale, momentum, rest, keep, tiny, none;
+        Set::splat(scale, a.gradient_scale), Set::splat(momentum, a.momentum), Set::splat(rest, a.one_minus_momentum),
+            Set::splat(keep, a.keep);
+        Set::splat(tiny, 1e-30f), Set::splat(none, 0);
+        for (int64_t i = 0; i < n; i += W) {
+            const int left = static_cast<int>(least(n - i, static_cast<int64_t>(W)));
+            V weight, first, gradient;
+            get(weight, w + i, left), get(first, m + i, left), get(gradient, g + i, left);
+            Set::mul(gradient, gradient, scale), Set::mul(gradient, rest, gradient);
+            Set::fma(first, momentum, first, gradient);
+            first = first < tiny ? (first > -tiny ? none : first) : first;
+            Set::fma(gradient, momentum, first, gradient);
+            weight = weight * keep;
+            put(w + i, weight, left), put(m + i, first, left), put(g + i, gradient, left);
+        }
+    }
     // Also zeroes the gradients.
     static BABYGPT_INLINE void adamw(float* w, float* m, float* v, float* g, int64_t n, const AdamW& a, bool decays) {
         V scale, beta1, beta2, rest1, rest2, step, root_scale, epsilon, decay, tiny, none;
@@ -9248,12 +9416,14 @@ BABYGPT_INLINE void backward_part(const Work& work, int from, int to, float* spa
 
 // What happens to a weight after the backward pass, in blocks of square_block elements.
 struct Update {
-    enum What { folding, squaring, stepping } what;
+    enum What { folding, squaring, stepping, gathering, scaling } what;
     int64_t size;
     float *g, *lookup = nullptr;
+    const float* from = nullptr;
+    float factor = 0;
     double* partial = nullptr;
     float *w = nullptr, *m = nullptr, *v = nullptr;
-    const AdamW* adam = nullptr;
+    const UpdateRule* rule = nullptr;
     bool decays = false;
 };
 template <class Set>
@@ -9261,7 +9431,9 @@ BABYGPT_INLINE void update_part(const Update& u, int from, int to) {
     using R = Rows<Set>;
     const int64_t at = from * square_block, n = least(to * square_block, u.size) - at;
     if (u.what == Update::folding) R::fold(u.g + at, u.lookup + at, n);
-    else if (u.what == Update::stepping) R::adamw(u.w + at, u.m + at, u.v + at, u.g + at, n, *u.adam, u.decays);
+    else if (u.what == Update::stepping) R::adamw(u.w + at, u.m + at, u.v + at, u.g + at, n, u.rule->adam, u.decays);
+    else if (u.what == Update::gathering) R::muon_momentum(u.w + at, u.m + at, u.g + at, n, u.rule->muon);
+    else if (u.what == Update::scaling) R::scale(u.g + at, u.from + at, n, u.factor);
     else
         for (int i = from; i < to; ++i)
             u.partial[i] = R::square_sum(u.g + i * square_block, static_cast<int>(least(square_block, u.size - i * square_block)));
@@ -9398,8 +9570,8 @@ struct Walk {
 
     // ---- products ----
 
-    // With B in panels.
-    void multiply(const Product& p, const float* b) const {
+    // With B in panels. first_column: of the product that p is a piece of.
+    void multiply(const Product& p, const float* b, int first_column = 0) const {
         const int columns = kernels.tile_columns;
         const int all_panels = (p.columns + columns - 1) / columns;
         if (p.rows == 1) {  // memory sets the speed: it is best if each thread reads the same weights for every token
@@ -9415,8 +9587,10 @@ struct Walk {
         const int groups = is_small || threads == 1 ? 1 : least((8 * threads + row_blocks - 1) / row_blocks, (all_panels + 3) / 4);
         divide(row_blocks * groups, [&](int i, float* space) {
             const int64_t group = i % groups;
-            const int from = static_cast<int>(group * all_panels / groups), to = static_cast<int>((group + 1) * all_panels / groups);
-            kernels.block(p, b, i / groups * row_block, from * columns, least(to * columns, p.columns), space);
+            const int row = i / groups * row_block, left = p.is_symmetric ? most(row - first_column, 0) / columns : 0;
+            const int from = most(left, static_cast<int>(group * all_panels / groups)),
+                      to = static_cast<int>((group + 1) * all_panels / groups);
+            if (from < to) kernels.block(p, b, row, from * columns, least(to * columns, p.columns), space);
         });
     }
     // B is packed here, in pieces that fit in `panels`: all columns at a time where they are not too many, then as deep as there is room.
@@ -9439,7 +9613,7 @@ struct Walk {
                     for (int i = from * columns; i < least(to * columns, p.columns); i += columns)
                         kernels.pack(panels + static_cast<int64_t>(i) * p.depth, p.b, i, p.depth, p.columns);
                 });
-                multiply(p, panels);
+                multiply(p, panels, column);
             }
     }
 
@@ -9606,15 +9780,24 @@ struct Walk {
         }
         return total;
     }
-    void update(float* w, float* m, float* v, const AdamW& adam) const {
+    void update(float* w, float* m, float* v, const UpdateRule& rule) const {
         for (const WeightPlan& plan : tape.weights) {
             const int64_t at = plan.weight.offset;
+            const bool by_muon = rule.uses_muon && plan.matrices;
             Update u{};
-            u.what = Update::stepping, u.size = plan.weight.rows * plan.weight.cols;
+            u.what = by_muon ? Update::gathering : Update::stepping, u.size = plan.weight.rows * plan.weight.cols;
             u.g = r.gradients + at, u.w = w + at, u.m = m + at, u.v = v + at;
-            u.adam = &adam, u.decays = plan.weight.decay;
+            u.rule = &rule, u.decays = plan.weight.decay;
             update(u);
+            if (!by_muon) continue;
+            muon_steps(plan, u.w, u.g, rule.muon, r.activations, *this);
+            memset(u.g, 0, static_cast<size_t>(u.size) * sizeof(float));
         }
+    }
+    void scale(float* to, const float* from, int64_t n, float factor) const {
+        Update u{};
+        u.what = Update::scaling, u.size = n, u.g = to, u.from = from, u.factor = factor;
+        update(u);
     }
 };
 
@@ -9635,8 +9818,8 @@ struct Fast {
     static double square_sum(Runtime& runtime, const Tape& tape, const Regions<float>& r, double* partial) {
         return Walk(kernels, runtime, tape, r, Run()).square_sum(partial);
     }
-    static void update(Runtime& runtime, const Tape& tape, const Regions<float>& r, float* w, float* m, float* v, const AdamW& adam) {
-        Walk(kernels, runtime, tape, r, Run()).update(w, m, v, adam);
+    static void update(Runtime& runtime, const Tape& tape, const Regions<float>& r, float* w, float* m, float* v, const UpdateRule& rule) {
+        Walk(kernels, runtime, tape, r, Run()).update(w, m, v, rule);
     }
     static constexpr BackendFunctions functions = {&scratch, &packed, &pack, &forward, &backward, &square_sum, &update};
 };

@@ -5,6 +5,8 @@
 #include "babygpt.h"
 #include "check.h"
 
+#include <vector>
+
 using namespace babygpt;
 
 namespace {
@@ -80,11 +82,15 @@ struct Bench {
     }
 };
 
-AdamW some_adam() {
-    AdamW a;
+UpdateRule some_rule(bool uses_muon) {
+    UpdateRule rule;
+    rule.uses_muon = uses_muon;
+    rule.muon.gradient_scale = 0.01f, rule.muon.momentum = 0.95f, rule.muon.one_minus_momentum = 0.05f, rule.muon.step_size = 0.02f;
+    rule.muon.keep = 0.999f;
+    AdamW& a = rule.adam;
     a.gradient_scale = 0.01f, a.beta1 = 0.9f, a.one_minus_beta1 = 0.1f, a.beta2 = 0.99f, a.one_minus_beta2 = 0.01f;
     a.step_size = 1e-3f, a.root_scale = 3.0f, a.epsilon = 1e-8f, a.decay = 1e-4f;
-    return a;
+    return rule;
 }
 
 // A whole step: forward, backward, sum of squares, AdamW with the activations' memory far away from it.
@@ -242,11 +248,10 @@ TEST(close_to_double, "the fast backend computes something else than the mathema
     }
 }
 
-TEST(update, "the optimizer's step differs between the backends") {
+static void compare_updates(const UpdateRule& rule) {
     Set sets[4];
     const int count = instruction_sets(sets);
     const Config config = config_of(shapes[3]);
-    const AdamW adam = some_adam();
     Bench<float> plain(config, 1, 3, true, 1, 0, 0, nullptr);
     Array<float> m(plain.runtime), v(plain.runtime);
     const auto moments = [&](Array<float>& first, Array<float>& second) {
@@ -266,7 +271,7 @@ TEST(update, "the optimizer's step differs between the backends") {
     Bench<float> start(config, 1, 3, true, 1, 0, 0, nullptr);
     Array<float> m0(plain.runtime), v0(plain.runtime);
     CHECK(m0.append(m.items, m.count) && v0.append(v.items, v.count));
-    plain_update(plain.runtime, plain.tape, plain.r, plain.weights.items, m.items, v.items, adam);
+    plain_update(plain.runtime, plain.tape, plain.r, plain.weights.items, m.items, v.items, rule);
     for (int set = 0; set < count; ++set)
         for (const int threads : thread_counts) {
             const BackendFunctions& backend = *sets[set].backend;
@@ -275,10 +280,41 @@ TEST(update, "the optimizer's step differs between the backends") {
             CHECK(first.append(m0.items, m0.count) && second.append(v0.items, v0.count));
             const double sum = backend.square_sum(fast.runtime, fast.tape, fast.r, fast.partial.items);
             CHECK(memcmp(&sum, &squares, sizeof sum) == 0);
-            backend.update(fast.runtime, fast.tape, fast.r, fast.weights.items, first.items, second.items, adam);
+            backend.update(fast.runtime, fast.tape, fast.r, fast.weights.items, first.items, second.items, rule);
             CHECK(same("weights", plain.weights, fast.weights) && same("first moments", m, first) && same("second moments", v, second) &&
                   same("gradients", plain.gradients, fast.gradients) && same("lookup gradients", plain.lookup, fast.lookup));
         }
+}
+
+TEST(update, "the optimizer's step differs between the backends") {
+    compare_updates(some_rule(false));
+    compare_updates(some_rule(true));
+}
+
+TEST(muon, "Muon's step does not go equally far in all directions, or is not the momentum's") {
+    for (int variant = 0; variant < 2; ++variant) {
+        const bool is_wide = variant == 0;
+        const int in = is_wide ? 24 : 60, out = is_wide ? 60 : 24, n = 24;
+        std::vector<float> w(static_cast<size_t>(in * out)), u(w.size()), space(5 * 24 * 24);
+        for (size_t i = 0; i < u.size(); ++i) u[i] = small_number(9, static_cast<int64_t>(i)) * 1e-4f;
+        muon_step(w.data(), u.data(), in, out, out, -1.0f, space.data(), PlainProducts());
+        // w = Q u, so w w^T has all its eigenvalues near to 1 (near to out / in): it is near to the unit matrix, and w . u is large.
+        const auto element = [&](const std::vector<float>& x, int i, int k) {
+            return static_cast<double>(is_wide ? x[static_cast<size_t>(i * out + k)] : x[static_cast<size_t>(k * out + i)]);
+        };
+        double off = 0, aligned = 0, length = 0;
+        for (int i = 0; i < n; ++i)
+            for (int j = 0; j < n; ++j) {
+                double sum = 0;
+                for (int k = 0; k < 60; ++k) sum += element(w, i, k) * element(w, j, k);
+                sum /= is_wide ? 60.0 / 24 : 1;
+                off += i == j ? (sum - 1) * (sum - 1) : sum * sum;
+            }
+        for (size_t i = 0; i < w.size(); ++i)
+            aligned += static_cast<double>(w[i]) * static_cast<double>(u[i]), length += static_cast<double>(u[i]) * static_cast<double>(u[i]);
+        CHECK(off / n < 0.25);  // Newton-Schulz with these numbers leaves them between about 0.5 and 1.3
+        CHECK(aligned > 0.7 * root(length * n * (is_wide ? 60.0 / 24 : 1)));
+    }
 }
 
 // Reads `length` ids in one run or one by one, with a KV cache; returns the logits of the last.

@@ -16,12 +16,15 @@ static int report(const Status& status) {
 
 int main(int count, char** words) {
     if (count < 3) return report(Status()), 2;
-    const bool second = atoi(words[2]) == 1;
+    const int variant = atoi(words[2]);
+    const bool second = variant == 1;
     Runtime runtime;
     Config config;
     config.layers = 2, config.heads = 4, config.width = 64, config.context = 32;
     config.tied = !second, config.bias = !second, config.activation = second ? Activation::gelu : Activation::gelu_tanh;
+    config.positions = variant == 2 ? Positions::rotary : Positions::learned;
     TrainConfig how;
+    how.optimizer = variant == 3 ? Optimizer::muon : Optimizer::adamw;
     how.batch = 4, how.accumulate = 2, how.steps = 100, how.lr = 3e-3, how.warmup = 10;
 
     Tokenizer tokenizer;

@@ -1136,7 +1136,7 @@ struct Lock {
 
 struct TrainOptions {
     string out, tokenizer, preset_name = "tiny", schedule = "cosine", validation, user_turn, reply_turn, log, plot, cache,
-                           activation = "gelu_tanh", positions = "learned";
+                           activation = "gelu_tanh", positions = "learned", optimizer = "adamw";
     bool resume = false, overwrite = false, untie = false, no_bias = false, no_counting = false, json = false, plain_words = false;
     double epochs = 0, time = 0, validation_fraction = 0.1;
     int64_t stop_at = 0, save_every = 0;
@@ -1183,6 +1183,8 @@ struct TrainOptions {
                    {"--time", "SECONDS", "as many steps as fit in this time instead (120); the number is printed", &time, 0.1, 1e8},
                    {"--batch", "N", "sequences at once (16)", &learning.batch, 1, 1e6},
                    {"--accumulate", "N", "batches a step (1)", &learning.accumulate, 1, 1e6},
+                   {"--optimizer", "adamw|muon", "muon needs fewer steps, of which each takes longer: give it a large batch (adamw)", &optimizer},
+                   {"--muon-lr", "X", "of the blocks' matrices under muon; follows the schedule of --lr (0.02)", &learning.muon_lr, 0, 10},
                    {"--lr", "X", "the highest learning rate (1e-3 at width 384, more for narrower models, less for wider)", &learning.lr, 0,
                     10},
                    {"--min-lr", "X", "where it ends (a tenth of --lr)", &learning.min_lr, 0, 10},
@@ -1258,6 +1260,8 @@ void check_agreement(const Arguments& in, const TrainOptions& o, const Model& mo
     agree(in, "--min-lr", o.learning.min_lr, stored.min_lr);
     agree(in, "--warmup", o.learning.warmup, stored.warmup);
     agree(in, "--schedule", o.schedule, string(schedules[int(stored.schedule)]));
+    agree(in, "--optimizer", o.optimizer, string(stored.optimizer == Optimizer::muon ? "muon" : "adamw"));
+    agree(in, "--muon-lr", o.learning.muon_lr, stored.muon_lr);
     agree(in, "--weight-decay", o.learning.weight_decay, stored.weight_decay);
     agree(in, "--beta1", o.learning.beta1, stored.beta1);
     agree(in, "--beta2", o.learning.beta2, stored.beta2);
@@ -1627,6 +1631,7 @@ int train(Arguments& in) {
         t.config = o.learning;
         for (int i = 0; i < 4; ++i)
             if (o.schedule == schedules[i]) t.config.schedule = Schedule(i);
+        t.config.optimizer = o.optimizer == "muon" ? Optimizer::muon : Optimizer::adamw;
         const Config shape = choose_shape(in, t);
         if (!in.has("--lr")) t.config.lr = std::clamp(1e-3 * 384 / shape.width, 3e-4, 3e-3);
         choose_steps(in, t, shape, in.has("--time") ? o.time : 120);

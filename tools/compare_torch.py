@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Trains the same two-layer GPT from the same weights on the same batches here and in PyTorch, and compares the loss of 100 AdamW steps.
+"""Trains the same two-layer GPT from the same weights on the same batches here and in PyTorch, and compares the loss of 100 steps.
 
     make build/tests/torch_steps && python3 tools/compare_torch.py build/tests/torch_steps
 
 build/tests/torch_steps makes the weights, saves them as safetensors, and prints its losses and learning rates; this file reads the weights
-and does the same steps. Two variants: GPT-2 as it is; and an untied head, no biases, erf-GELU.
+and does the same steps. The variants: GPT-2 as it is; an untied head, no biases, erf-GELU; rotary positions; and Muon for the matrices.
 """
 import json
 import math
@@ -26,7 +26,7 @@ except ImportError:
 
 LIMIT = 1e-4
 LAYERS, HEADS, WIDTH, CONTEXT, BATCH = 2, 4, 64, 32, 8
-WEIGHT_DECAY, BETAS, EPSILON, CLIP = 0.1, (0.9, 0.99), 1e-8, 1.0
+LR, MUON_LR, WEIGHT_DECAY, BETAS, EPSILON, CLIP = 3e-3, 0.02, 0.1, (0.9, 0.99), 1e-8, 1.0
 
 
 def read_safetensors(path):
@@ -56,6 +56,36 @@ def batches():
         yield torch.tensor(ids[:-1]).view(BATCH, CONTEXT), torch.tensor(ids[1:]).view(BATCH, CONTEXT)
 
 
+def rotated(x):  # RoPE: pairs (i, i + half) of (batch, head, position, dim)
+    half = x.shape[-1] // 2
+    angle = torch.arange(CONTEXT)[:, None] * 10000.0 ** (-torch.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
+
+
+def orthogonal(g):  # Newton-Schulz on the matrix itself
+    x = g.T if g.shape[0] > g.shape[1] else g
+    x = x / x.norm()
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if g.shape[0] > g.shape[1] else x
+
+
+class Muon:
+    def __init__(self, matrices):
+        self.matrices = [(name, t, torch.zeros_like(t)) for name, t in matrices]
+
+    @torch.no_grad()
+    def step(self, lr):
+        for name, w, momentum in self.matrices:
+            momentum.lerp_(w.grad, 0.05)
+            update = w.grad.lerp(momentum, 0.95)
+            parts = update.chunk(3 if "c_attn" in name else 1, 1)
+            w.mul_(1 - lr * WEIGHT_DECAY)
+            w.sub_(torch.cat([orthogonal(p) * max(1, p.shape[1] / p.shape[0]) ** 0.5 for p in parts], 1), alpha=lr)
+
+
 def loss_of(w, ids, targets, approximate):
     def norm(x, name):
         return F.layer_norm(x, (WIDTH,), w[name + ".weight"], w.get(name + ".bias"), 1e-5)
@@ -64,11 +94,13 @@ def loss_of(w, ids, targets, approximate):
         y = x @ w[name + ".weight"]
         return y + w[name + ".bias"] if name + ".bias" in w else y
 
-    x = w["wte.weight"][ids] + w["wpe.weight"]
+    x = w["wte.weight"][ids] + w.get("wpe.weight", 0)
     mask = torch.full((CONTEXT, CONTEXT), -math.inf).triu(1)
     for layer in range(LAYERS):
         h = f"h.{layer}."
         q, k, v = linear(norm(x, h + "ln_1"), h + "attn.c_attn").view(BATCH, CONTEXT, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
+        if "wpe.weight" not in w:
+            q, k = rotated(q), rotated(k)
         y = F.softmax(q @ k.transpose(2, 3) / math.sqrt(WIDTH // HEADS) + mask, -1) @ v
         x = x + linear(y.transpose(1, 2).reshape(BATCH, CONTEXT, WIDTH), h + "attn.c_proj")
         y = F.gelu(linear(norm(x, h + "ln_2"), h + "mlp.c_fc"), approximate=approximate)
@@ -83,19 +115,24 @@ def compare(driver, variant):
         lines = subprocess.run([driver, path, str(variant)], check=True, stdout=subprocess.PIPE, text=True).stdout.split("\n")
         w = read_safetensors(path)
     ours = [tuple(map(float, line.split())) for line in lines if line]
-    assert len(ours) == 100 and ("lm_head.weight" in w) == (variant == 1) and ("ln_f.bias" in w) == (variant == 0)
-    groups = [{"params": [t for t in w.values() if t.dim() == 2], "weight_decay": WEIGHT_DECAY},
+    assert len(ours) == 100 and ("lm_head.weight" in w) == (variant == 1) and ("ln_f.bias" in w) == (variant != 1)
+    assert ("wpe.weight" in w) == (variant != 2)
+    muon = Muon([(name, t) for name, t in w.items() if variant == 3 and t.dim() == 2 and name.startswith("h.")])
+    theirs = {name for name, _, _ in muon.matrices}
+    groups = [{"params": [t for name, t in w.items() if t.dim() == 2 and name not in theirs], "weight_decay": WEIGHT_DECAY},
               {"params": [t for t in w.values() if t.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON)
     worst, where, first, last = 0.0, 0, 0.0, 0.0
     for step, ((our_loss, lr), (ids, targets)) in enumerate(zip(ours, batches())):
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.zero_grad()
-        loss = loss_of(w, ids, targets, "none" if variant else "tanh")
+        for t in w.values():
+            t.grad = None
+        loss = loss_of(w, ids, targets, "none" if variant == 1 else "tanh")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(w.values()), CLIP)
         optimizer.step()
+        muon.step(MUON_LR * lr / LR)
         first, last = first or loss.item(), loss.item()
         if not abs(loss.item() - our_loss) <= worst:
             worst, where = abs(loss.item() - our_loss), step + 1
@@ -104,6 +141,6 @@ def compare(driver, variant):
 
 
 torch.set_num_threads(2)
-good = [compare(sys.argv[1] if len(sys.argv) > 1 else "build/tests/torch_steps", variant) for variant in (0, 1)]
+good = [compare(sys.argv[1] if len(sys.argv) > 1 else "build/tests/torch_steps", variant) for variant in range(4)]
 print(f"{sum(good)} passed, {len(good) - sum(good)} failed")
 sys.exit(0 if all(good) else 1)
