@@ -153,7 +153,10 @@ const char* error_text(Error error);
 // An error and a message that names the thing, the value and what to do. The message ends in a zero, "" when ok.
 struct [[nodiscard]] Status {
     Error error = Error::ok;
-    char message[252] = {};
+    char message[252];  // empty where all went well
+    Status() { message[0] = '\0'; }
+    Status(const Status& other);
+    Status& operator=(const Status& other);
     bool ok() const { return error == Error::ok; }
 };
 
@@ -768,6 +771,14 @@ const char* error_text(Error error) {
     return "unknown error";
 }
 
+Status::Status(const Status& other) : error(other.error) { memcpy(message, other.message, strlen(other.message) + 1); }
+Status& Status::operator=(const Status& other) {
+    if (this == &other) return *this;
+    error = other.error;
+    memcpy(message, other.message, strlen(other.message) + 1);
+    return *this;
+}
+
 namespace {
 
 // ---- messages --------------------------------------------------------------------------------------------------------
@@ -786,56 +797,59 @@ struct Line {
     char* to;
     size_t room, count = 0;
     Line(char* buffer, size_t size) : to(buffer), room(size) { to[0] = '\0'; }
-    void put(Text text) {
-        const size_t n = least(text.size, room - 1 - count);
-        memcpy(to + count, text.data, n);
-        to[count += n] = '\0';
-    }
+    void put(Text text);
     void put(const char* text) { put(Text(text)); }
-    void put(uint64_t value) {
-        char digits[24];
-        size_t n = sizeof digits;
-        do digits[--n] = static_cast<char>('0' + value % 10);
-        while ((value /= 10) != 0);
-        put(Text(digits + n, sizeof digits - n));
-    }
-    void put(int64_t value) {
-        if (value < 0) put("-");
-        put(value < 0 ? ~static_cast<uint64_t>(value) + 1 : static_cast<uint64_t>(value));
-    }
+    void put(uint64_t value);
+    void put(int64_t value);
     void put(int value) { put(static_cast<int64_t>(value)); }
     void put(unsigned value) { put(static_cast<uint64_t>(value)); }
 #if defined(__APPLE__) || defined(__wasm__) || defined(_WIN32)
     void put(size_t value) { put(static_cast<uint64_t>(value)); }
 #endif
-    // Six significant digits, as "%g" writes them.
-    void put(double value) {
-        if (value != value) return put("nan");
-        if (value < 0) put("-"), value = -value;
-        if (value > 1.7e308) return put("inf");
-        if (value == 0) return put("0");
-        int exponent = 0;
-        while (value >= 10) value /= 10, ++exponent;
-        while (value < 1) value *= 10, --exponent;
-        uint64_t digits = static_cast<uint64_t>(value * 1e5 + 0.5);
-        if (digits >= 1000000) digits /= 10, ++exponent;
-        char text[8];
-        for (int i = 5; i >= 0; --i) text[i] = static_cast<char>('0' + digits % 10), digits /= 10;
-        int last = 5;
-        while (last > 0 && text[last] == '0') --last;
-        const bool scientific = exponent < -5 || exponent > 5;
-        const int point = scientific ? 0 : exponent;  // the digit before the decimal point
-        if (point < 0) {
-            put("0.");
-            for (int i = -1; i > point; --i) put("0");
-        }
-        for (int i = 0; i <= most(last, point); ++i) {
-            put(Text(text + i, 1));
-            if (i == point && i < last) put(".");
-        }
-        if (scientific) put("e"), put(exponent);
-    }
+    void put(double value);  // six significant digits, as "%g" writes them
 };
+void Line::put(Text text) {
+    const size_t n = least(text.size, room - 1 - count);
+    memcpy(to + count, text.data, n);
+    to[count += n] = '\0';
+}
+void Line::put(uint64_t value) {
+    char digits[24];
+    size_t n = sizeof digits;
+    do digits[--n] = static_cast<char>('0' + value % 10);
+    while ((value /= 10) != 0);
+    put(Text(digits + n, sizeof digits - n));
+}
+void Line::put(int64_t value) {
+    if (value < 0) put("-");
+    put(value < 0 ? ~static_cast<uint64_t>(value) + 1 : static_cast<uint64_t>(value));
+}
+void Line::put(double value) {
+    if (value != value) return put("nan");
+    if (value < 0) put("-"), value = -value;
+    if (value > 1.7e308) return put("inf");
+    if (value == 0) return put("0");
+    int exponent = 0;
+    while (value >= 10) value /= 10, ++exponent;
+    while (value < 1) value *= 10, --exponent;
+    uint64_t digits = static_cast<uint64_t>(value * 1e5 + 0.5);
+    if (digits >= 1000000) digits /= 10, ++exponent;
+    char text[8];
+    for (int i = 5; i >= 0; --i) text[i] = static_cast<char>('0' + digits % 10), digits /= 10;
+    int last = 5;
+    while (last > 0 && text[last] == '0') --last;
+    const bool scientific = exponent < -5 || exponent > 5;
+    const int point = scientific ? 0 : exponent;  // the digit before the decimal point
+    if (point < 0) {
+        put("0.");
+        for (int i = -1; i > point; --i) put("0");
+    }
+    for (int i = 0; i <= most(last, point); ++i) {
+        put(Text(text + i, 1));
+        if (i == point && i < last) put(".");
+    }
+    if (scientific) put("e"), put(exponent);
+}
 
 // fail(Error::bad_file, "'", path, "' ends after ", n, " bytes")
 template <class... Parts>
@@ -933,7 +947,7 @@ void destroy(Runtime& runtime, T* object) {
     release(runtime, object, sizeof(T));
 }
 
-inline bool grow(Runtime* runtime, void*& items, size_t& capacity, size_t count, size_t wanted, size_t size) {
+bool grow(Runtime* runtime, void*& items, size_t& capacity, size_t count, size_t wanted, size_t size) {
     if (wanted <= capacity) return true;
     if (!runtime) return false;
     const size_t next = most(wanted, most(capacity + capacity / 2, 64 / size + 1));
@@ -4001,7 +4015,8 @@ void rope(T* x, const float* rotations, Span<const Sequence> sequences, int head
             T* row = x + static_cast<int64_t>(s.row + i) * 3 * heads * dim;
             for (int head = 0; head < 2 * heads; ++head, row += dim)
                 for (int k = 0; k < half; ++k) {
-                    const T a = row[k], b = row[half + k], c = static_cast<T>(cosine[k]), d = static_cast<T>(sign) * static_cast<T>(sine[k]);
+                    const T a = row[k], b = row[half + k], c = static_cast<T>(cosine[k]),
+                            d = static_cast<T>(sign) * static_cast<T>(sine[k]);
                     row[k] = madd(a, c, -(b * d));
                     row[half + k] = madd(a, d, b * c);
                 }
@@ -7999,6 +8014,7 @@ template <int width_, int fused>
 struct Simd : VectorTypes<width_> {
     static constexpr int width = width_;
     static constexpr int registers = width_ == 16 || (fused == 4 && width_ == 4) ? 32 : 16;
+    static constexpr bool calls = BABYGPT_VECTORS && fused == 0;  // each multiply-add is a call: little code is worth more than speed
     typedef float Lanes[static_cast<size_t>(width_)];
     using typename VectorTypes<width_>::V;
     using typename VectorTypes<width_>::Loose;
@@ -8121,6 +8137,10 @@ struct Simd : VectorTypes<width_> {
 
     // exp_of, chapter 5: the integer n stands in the low bits of the number that rounding left.
     static BABYGPT_INLINE void exp(V& y, const V& x) {
+        if constexpr (calls) exp_called(y, x);
+        else exp_inline(y, x);
+    }
+    static BABYGPT_INLINE void exp_inline(V& y, const V& x) {
         V low, high, scale, rounder, part, r, p, n, c;
         splat(low, -87.3f), splat(high, 88.3f), splat(scale, 1.44269504f), splat(rounder, 12582912.0f);
         const V limited = x < low ? low : (x > high ? high : x);
@@ -8189,6 +8209,7 @@ struct Simd : VectorTypes<width_> {
 
  private:
 #if BABYGPT_VECTORS
+    static __attribute__((noinline)) void exp_called(V& y, const V& x) { exp_inline(y, x); }
     // madd, chapter 5: the double sum is rounded to odd, then to float. Not inlined: it is slow as it is, and long.
     static __attribute__((noinline)) void fma_in_double(V& d, const V& a, const V& b, const V& c) {
         const D product_ = __builtin_convertvector(a, D) * __builtin_convertvector(b, D), addend = __builtin_convertvector(c, D);
@@ -8293,7 +8314,7 @@ constexpr int row_block = 96;     // ... and so many rows of A in the second; a 
 template <class Set>
 struct Products {
     using V = typename Set::V;
-    static constexpr int tile_rows = Set::registers == 32 ? 12 : 6;
+    static constexpr int tile_rows = Set::calls ? 2 : Set::registers == 32 ? 12 : 6;
     static constexpr int tile_columns = 2 * Set::width;
 
     // Copies elements (k, j), k < depth, j < count, into a panel [k][size]; what is missing up to `size` becomes 0.
@@ -8388,7 +8409,7 @@ struct Products {
 
     // One row of C, columns [column, end): each panel of B is read once, four side by side, which is as fast as memory can.
     static BABYGPT_INLINE void single_row(const Product& p, const float* b, int column, int end) {
-        constexpr int most_panels = 4;
+        constexpr int most_panels = Set::calls ? 1 : 4;
         for (int j = column; j < end; j += most_panels * tile_columns) {
             if (end - j >= most_panels * tile_columns) panels<most_panels>(p, b, j);
             else
@@ -8955,7 +8976,7 @@ struct Rows {
     // comes first), so that nothing is added to a chain that is not in it. Scores above the diagonal are computed where a tile holds them,
     // and not used.
 
-    static constexpr int tall = 6, wide = 2 * W, block = tall * W;  // block: a multiple of both
+    static constexpr int tall = Set::calls ? 2 : 6, wide = 2 * W, block = tall * W;  // block: a multiple of both
     static constexpr int wide_single = W == 16 ? wide : 2 * wide;   // where a tile is one row: more columns, a divisor of a page
     static constexpr int page = kv_page;
 
@@ -9016,26 +9037,11 @@ struct Rows {
     // to[c * to_row + r] = from[r * from_row + c], in squares of 4 x 4
     static BABYGPT_INLINE void transpose(float* to, int64_t to_row, const float* from, int64_t from_row, int rows, int cols) {
         int r = 0;
-#if BABYGPT_VECTORS && defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-        typedef float Four __attribute__((vector_size(16)));
         for (; r + 4 <= rows && cols % 4 == 0; r += 4) {
             for (int j = 0; j < 4; ++j)
                 for (int c = 0; c < cols; c += 16) prefetch(from + (r + ahead + j) * from_row + c);
-            for (int c = 0; c < cols; c += 4) {
-                Four a[4];
-                BABYGPT_UNROLL
-                for (int j = 0; j < 4; ++j) memcpy(&a[j], from + (r + j) * from_row + c, sizeof a[j]);
-                const Four b0 = __builtin_shufflevector(a[0], a[1], 0, 4, 1, 5), b1 = __builtin_shufflevector(a[0], a[1], 2, 6, 3, 7);
-                const Four b2 = __builtin_shufflevector(a[2], a[3], 0, 4, 1, 5), b3 = __builtin_shufflevector(a[2], a[3], 2, 6, 3, 7);
-                a[0] = __builtin_shufflevector(b0, b2, 0, 1, 4, 5), a[1] = __builtin_shufflevector(b0, b2, 2, 3, 6, 7);
-                a[2] = __builtin_shufflevector(b1, b3, 0, 1, 4, 5), a[3] = __builtin_shufflevector(b1, b3, 2, 3, 6, 7);
-                BABYGPT_UNROLL
-                for (int j = 0; j < 4; ++j) memcpy(to + (c + j) * to_row + r, &a[j], sizeof a[j]);
-            }
+            for (int c = 0; c < cols; c += 4) babygpt::transpose(to + c * to_row + r, to_row, from + r * from_row + c, from_row);
         }
-#endif
-#endif
         for (; r < rows; ++r)
             for (int c = 0; c < cols; ++c) to[c * to_row + r] = from[r * from_row + c];
     }
@@ -9236,8 +9242,8 @@ struct Rows {
                     softmax_row_backward(p + i * block, ds + i * block, D[q0 + i], softmax + static_cast<int64_t>(q0 + i) * heads * 2,
                                          diagonal ? i + 1 : keys, dim, drop, s.row + q0 + i, head * 65536 + k0);
                 mix_keys(dq + q0 * padded, ds, k, padded, queries, keys, diagonal);
-                mix_queries(dk, ds, q_block, padded, queries, keys, diagonal);
-                mix_queries(dv, p, dout_block, padded, queries, keys, diagonal);
+                for (int which = 0; which < 2; ++which)
+                    mix_queries(which ? dv : dk, which ? p : ds, which ? dout_block : q_block, padded, queries, keys, diagonal);
             }
             copy_rows(dkey, stride, dk, padded, keys, dim, dim);
             copy_rows(dvalue, stride, dv, padded, keys, dim, dim);
@@ -10074,7 +10080,8 @@ struct SelfTest {
                 difference = most(difference, is_finite(off) ? off < 0 ? -off : off : 1e300);
                 reference = most(reference, slope < 0 ? -slope : slope);
             }
-            BABYGPT_TRY(report(difference / reference, 1e-6, "gradient of ", plan.weight.name, config.tied ? ", erf" : ", tanh, untied, rotary"));
+            BABYGPT_TRY(
+                report(difference / reference, 1e-6, "gradient of ", plan.weight.name, config.tied ? ", erf" : ", tanh, untied, rotary"));
         }
         return Status();
     }
@@ -10104,13 +10111,12 @@ struct SelfTest {
     }
 
     // The same on every machine and compiler, with any flags, number of threads and instruction set.
-    Status bits() {
-        constexpr uint64_t golden = 0xf8f49c29733c7d02u;
+    Status bits(Positions positions, Optimizer optimizer, uint64_t golden) {
         constexpr int batch = 3, context = 13, steps = 5;
         Config config;
-        config.layers = 2, config.heads = 2, config.width = 22, config.context = context;
+        config.layers = 2, config.heads = 2, config.width = 20, config.context = context, config.positions = positions;
         TrainConfig how;
-        how.batch = batch, how.steps = steps, how.dropout = 0.1;
+        how.batch = batch, how.steps = steps, how.dropout = 0.1, how.optimizer = optimizer;
         Tokenizer tokenizer;
         BABYGPT_TRY(tokenizer.create_bytes(runtime));
         Model model;
@@ -10128,7 +10134,8 @@ struct SelfTest {
         for (int64_t i = 0; i < model.block; ++i) hash = mix(hash ^ bits_as<uint32_t>(model.weights[i]));
         char digits[17] = {};
         for (int i = 0; i < 16; ++i) digits[i] = "0123456789abcdef"[hash >> (60 - 4 * i) & 15];
-        return report(hash == golden ? 0 : 1, 0, "bits of a model after ", steps, " steps: ", digits);
+        return report(hash == golden ? 0 : 1, 0, "bits of a model after ", steps, " steps",
+                      optimizer == Optimizer::muon ? " of Muon: " : ": ", digits);
     }
 };
 
@@ -10145,7 +10152,8 @@ Status selftest(Runtime& runtime, Array<CheckResult>& results) {
     config.tied = false, config.activation = Activation::gelu_tanh, config.positions = Positions::rotary, config.width = 8;
     BABYGPT_TRY(test.gradients(config));
     BABYGPT_TRY(test.backend());
-    return test.bits();
+    BABYGPT_TRY(test.bits(Positions::learned, Optimizer::adamw, 1));
+    return test.bits(Positions::rotary, Optimizer::muon, 2);
 }
 
 }  // namespace babygpt

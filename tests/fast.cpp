@@ -2,10 +2,10 @@
 // instructions), every number of threads, odd shapes. And it is fast: its kernels really run as vectors.
 #define BABYGPT_TEST_WIDE
 #define BABYGPT_IMPLEMENTATION
+#include <vector>
+
 #include "babygpt.h"
 #include "check.h"
-
-#include <vector>
 
 using namespace babygpt;
 
@@ -147,10 +147,14 @@ struct Shape {
 };
 constexpr int thread_counts[] = {1, 2, 3, 7};
 constexpr Shape shapes[] = {
-    {1, 1, 1, 1, 1, 1, true, true, Activation::gelu_tanh, 0, 0},      {1, 1, 3, 7, 1, 2, true, true, Activation::gelu, 0, 0},
-    {2, 1, 17, 96, 1, 5, false, true, Activation::gelu_tanh, 0, 0.1}, {2, 3, 48, 257, 3, 11, true, false, Activation::gelu_tanh, 0.2, 0.1},
-    {1, 2, 96, 96, 2, 96, true, true, Activation::gelu_tanh, 0, 0},   {1, 6, 384, 97, 1, 33, false, true, Activation::gelu, 0.1, 0},
-    {2, 4, 20, 31, 6, 17, true, true, Activation::gelu_tanh, 0, 0},   {2, 3, 102, 40, 2, 19, true, true, Activation::gelu_tanh, 0.1, 0, Positions::rotary},
+    {1, 1, 1, 1, 1, 1, true, true, Activation::gelu_tanh, 0, 0},
+    {1, 1, 3, 7, 1, 2, true, true, Activation::gelu, 0, 0},
+    {2, 1, 17, 96, 1, 5, false, true, Activation::gelu_tanh, 0, 0.1},
+    {2, 3, 48, 257, 3, 11, true, false, Activation::gelu_tanh, 0.2, 0.1},
+    {1, 2, 96, 96, 2, 96, true, true, Activation::gelu_tanh, 0, 0},
+    {1, 6, 384, 97, 1, 33, false, true, Activation::gelu, 0.1, 0},
+    {2, 4, 20, 31, 6, 17, true, true, Activation::gelu_tanh, 0, 0},
+    {2, 3, 102, 40, 2, 19, true, true, Activation::gelu_tanh, 0.1, 0, Positions::rotary},
     {1, 6, 384, 97, 2, 33, true, false, Activation::gelu_tanh, 0, 0, Positions::rotary},
 };
 Config config_of(const Shape& s) {
@@ -311,7 +315,8 @@ TEST(muon, "Muon's step does not go equally far in all directions, or is not the
                 off += i == j ? (sum - 1) * (sum - 1) : sum * sum;
             }
         for (size_t i = 0; i < w.size(); ++i)
-            aligned += static_cast<double>(w[i]) * static_cast<double>(u[i]), length += static_cast<double>(u[i]) * static_cast<double>(u[i]);
+            aligned += static_cast<double>(w[i]) * static_cast<double>(u[i]),
+                length += static_cast<double>(u[i]) * static_cast<double>(u[i]);
         CHECK(off / n < 0.25);  // Newton-Schulz with these numbers leaves them between about 0.5 and 1.3
         CHECK(aligned > 0.7 * root(length * n * (is_wide ? 60.0 / 24 : 1)));
     }

@@ -1,7 +1,4 @@
 // The checkpoint: what is saved is loaded again in every bit, whatever fails leaves the old file whole, and no file can do harm.
-#include "../babygpt.h"
-#include "check.h"
-
 #include <ctype.h>
 #include <math.h>
 #include <stdlib.h>
@@ -10,6 +7,9 @@
 #include <map>
 #include <string>
 #include <vector>
+
+#include "../babygpt.h"
+#include "check.h"
 
 using namespace babygpt;
 
@@ -143,7 +143,7 @@ bool same_tensors(const Model& a, const Model& b) {
 
 bool same_config(const Config& a, const Config& b) {
     return a.layers == b.layers && a.heads == b.heads && a.width == b.width && a.context == b.context && a.vocab == b.vocab &&
-           a.tied == b.tied && a.bias == b.bias && a.activation == b.activation;
+           a.tied == b.tied && a.bias == b.bias && a.activation == b.activation && a.positions == b.positions;
 }
 
 std::string text_of(const Tokenizer& tokenizer) {
@@ -237,8 +237,9 @@ struct Training {
 
 TEST(round_trip, "a model that was saved would not come back as it was") {
     Host host;
-    for (int variant = 0; variant < 8; ++variant) {
+    for (int variant = 0; variant < 16; ++variant) {
         Config config = small_config();
+        config.positions = variant & 8 ? Positions::rotary : Positions::learned;
         config.layers = 1 + variant % 3, config.heads = 2;
         config.tied = variant & 1, config.bias = variant & 2, config.activation = variant & 4 ? Activation::gelu : Activation::gelu_tanh;
         Model model, from_file, from_memory;
@@ -573,12 +574,24 @@ TEST(mutated_files, "a damaged file could crash, hang or take all memory") {
             const size_t at = next_random(random) % range % bytes.size(), other = next_random(random) % range % bytes.size(),
                          length = next_random(random) % 24;
             switch (next_random(random) % 8) {
-                case 0: bytes[at] = static_cast<char>(next_random(random)); break;
-                case 1: bytes[at] = static_cast<char>(bytes[at] ^ 1 << next_random(random) % 7); break;  // mostly UTF-8 still
-                case 2: bytes[at] = "0123456789{}[]\",:\\-e"[next_random(random) % 20]; break;
-                case 3: bytes.insert(at, bytes.substr(other, length)); break;
-                case 4: bytes.erase(at, length); break;
-                case 5: bytes.replace(at, length, bytes.substr(other, length)); break;
+                case 0:
+                    bytes[at] = static_cast<char>(next_random(random));
+                    break;
+                case 1:
+                    bytes[at] = static_cast<char>(bytes[at] ^ 1 << next_random(random) % 7);
+                    break;  // mostly UTF-8 still
+                case 2:
+                    bytes[at] = "0123456789{}[]\",:\\-e"[next_random(random) % 20];
+                    break;
+                case 3:
+                    bytes.insert(at, bytes.substr(other, length));
+                    break;
+                case 4:
+                    bytes.erase(at, length);
+                    break;
+                case 5:
+                    bytes.replace(at, length, bytes.substr(other, length));
+                    break;
                 default:  // a letter or digit by another: the grammar stays whole
                     if (isalnum(static_cast<unsigned char>(bytes[at]))) bytes[at] = "0123456789abcdefpnlrtxy"[next_random(random) % 23];
             }
@@ -624,9 +637,10 @@ TEST(large_claims, "a small file could make the reader allocate or work without 
 
 TEST(resume_is_exact, "training that was resumed would go another way than training that was never stopped") {
     Host host;
+    TrainConfig config = small_training();
+    config.optimizer = Optimizer::muon;  // AdamW learns the rest of the weights, so both are here
     Training whole, first, second;
-    if (!whole.create(host, small_training()) || !first.create(host, small_training()) || !second.create(host, small_training(), 99))
-        return;
+    if (!whole.create(host, config) || !first.create(host, config) || !second.create(host, config, 99)) return;
     if (!whole.steps(6) || !first.steps(3)) return;
     first.trainer.best_validation_loss = 1.0 / 3, first.trainer.best_step = 2, first.trainer.bad_evaluations = 1;
     CHECK_OK(first.trainer.save("r"));
@@ -698,6 +712,8 @@ TEST(contradictions, "training would go on with other settings or other text tha
     c.steps = 7, refused("steps 6, but steps is 7", c), c = config;
     c.min_lr = 0, refused("min_lr 0.0001, but min_lr is 0", c), c = config;
     c.warmup = 1, refused("warmup 2, but warmup is 1", c), c = config;
+    c.optimizer = Optimizer::muon, refused("optimizer \"adamw\", but optimizer is \"muon\"", c), c = config;
+    c.muon_lr = 0.01, refused("muon_lr 0.02, but muon_lr is 0.01", c), c = config;
     c.schedule = Schedule::linear, refused("schedule \"cosine\", but schedule is \"linear\"", c), c = config;
     c.weight_decay = 0, refused("weight_decay 0.1, but weight_decay is 0", c), c = config;
     c.beta1 = 0.8, refused("beta1 0.9, but beta1 is 0.8", c), c = config;
@@ -719,6 +735,8 @@ TEST(contradictions, "training would go on with other settings or other text tha
     Config shape = small_config();
     shape.heads = 2, refused("heads 1, but heads is 2", config, 40, shape), shape = small_config();
     shape.activation = Activation::gelu, refused("activation \"gelu_new\", but activation is \"gelu\"", config, 40, shape);
+    shape = small_config(), shape.positions = Positions::rotary;
+    refused("positions \"absolute\", but positions is \"rotary\"", config, 40, shape);
 
     Training other;
     if (!other.create(host, config)) return;

@@ -1,10 +1,10 @@
 // The derivatives, in double: each op's hand-written backward, and whole models, against central differences of the forward pass.
 // Then what follows from the order of additions: micro-batches give the bits of the large batch, and sharing memory changes nothing.
 #define BABYGPT_IMPLEMENTATION
+#include <vector>
+
 #include "../babygpt.h"
 #include "check.h"
-
-#include <vector>
 
 namespace gradients_test {  // so that no name of the header's insides is in the way
 using namespace babygpt;
@@ -47,8 +47,11 @@ struct Buffers {
     std::vector<double> losses;
     Regions<T> r;
     Buffers(const Tape& tape, int64_t scratch_size)
-        : weights(at_least_one(tape.weight_block)), gradients(weights.size()), lookup(at_least_one(tape.lookup_block())),
-          activations(at_least_one(tape.activation_block)), scratch(at_least_one(scratch_size)),
+        : weights(at_least_one(tape.weight_block)),
+          gradients(weights.size()),
+          lookup(at_least_one(tape.lookup_block())),
+          activations(at_least_one(tape.activation_block)),
+          scratch(at_least_one(scratch_size)),
           losses(static_cast<size_t>(tape.max_rows)) {
         for (size_t t = 0; t < tape.weights.count; ++t) {
             const WeightPlan& plan = tape.weights[t];
@@ -124,7 +127,9 @@ const int widths[] = {1, 3, 18};
 
 TEST(embedding, "tokens or positions would learn from the wrong rows") {
     for (const auto& lengths : shapes)
-        for (int width : widths) check_op("embedding", width, 4, lengths, [](Tape&, int) {}, 0, 0, width == 3 ? 5 : 0);
+        for (int width : widths)
+            check_op(
+                "embedding", width, 4, lengths, [](Tape&, int) {}, 0, 0, width == 3 ? 5 : 0);
 }
 TEST(norm, "layer norm's gradient would be wrong") {
     for (const auto& lengths : shapes)
@@ -144,14 +149,16 @@ TEST(attention, "queries, keys or values would learn wrongly, or look into the f
         for (int heads : {1, 3})
             for (int dim : {1, 3, 6})
                 for (double dropout : {0.0, 0.4})
-                    check_op("attention", 3 * heads * dim, 6, lengths, [&](Tape& t, int x) { t.attention("a", x, heads); }, dropout);
+                    check_op(
+                        "attention", 3 * heads * dim, 6, lengths, [&](Tape& t, int x) { t.attention("a", x, heads); }, dropout);
 }
 TEST(rope, "queries and keys would not be turned back by the angle that they were turned by") {
     for (const auto& lengths : shapes)
         for (int heads : {1, 3})
             for (int dim : {2, 6, 18})
                 for (int position : {0, 3}) {
-                    check_op("rope", 3 * heads * dim, 5, lengths, [&](Tape& t, int x) { t.rope(x, heads); }, 0, 0, position);
+                    check_op(
+                        "rope", 3 * heads * dim, 5, lengths, [&](Tape& t, int x) { t.rope(x, heads); }, 0, 0, position);
                     check_op(
                         "rope, then attention", 3 * heads * dim, 5, lengths,
                         [&](Tape& t, int x) { t.attention("a", t.rope(x, heads), heads); }, 0, 0, 0);
@@ -159,14 +166,17 @@ TEST(rope, "queries and keys would not be turned back by the angle that they wer
 }
 TEST(dropout, "the backward pass would drop other elements than the forward pass did") {
     for (const auto& lengths : shapes)
-        for (int width : widths) check_op("dropout", width, 5, lengths, [](Tape& t, int x) { t.drop("d", x); }, 0.5);
+        for (int width : widths)
+            check_op(
+                "dropout", width, 5, lengths, [](Tape& t, int x) { t.drop("d", x); }, 0.5);
 }
 TEST(head, "the loss would send a wrong gradient into the whole model") {
     for (const auto& lengths : shapes)
         for (int width : widths)
             for (int vocab : {1, 2, 33})
                 for (double smoothing : {0.0, 0.1})
-                    check_op("head", width, vocab, lengths, [](Tape& t, int x) { t.head("h", x); }, 0, smoothing);
+                    check_op(
+                        "head", width, vocab, lengths, [](Tape& t, int x) { t.head("h", x); }, 0, smoothing);
 }
 TEST(tensors_read_twice, "an op would overwrite the gradient that another reader of its input has left") {
     const std::vector<int> lengths{3, 2};
@@ -174,7 +184,8 @@ TEST(tensors_read_twice, "an op would overwrite the gradient that another reader
     check_op("x + norm(x)", 3, 5, lengths, [](Tape& t, int x) { t.add("s", x, t.norm("n", x, true)); });
     check_op("norm(x) + x", 3, 5, lengths, [](Tape& t, int x) { t.add("s", t.norm("n", x, true), x); });
     check_op("x + linear(x)", 3, 5, lengths, [](Tape& t, int x) { t.add("s", x, t.linear("l", x, 3, true, Activation::gelu, 0.02)); });
-    check_op("x + dropout(x)", 3, 5, lengths, [](Tape& t, int x) { t.add("s", x, t.drop("d", x)); }, 0.3);
+    check_op(
+        "x + dropout(x)", 3, 5, lengths, [](Tape& t, int x) { t.add("s", x, t.drop("d", x)); }, 0.3);
     check_op("attention(x) + linear(x)", 6, 5, lengths, [](Tape& t, int x) {
         const int a = t.attention("a", x, 2);
         t.add("s", a, t.linear("l", x, 2, true, Activation::none, 0.02));

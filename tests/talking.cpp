@@ -1,10 +1,11 @@
 // Talking: the KV cache, the sampler, stop and banned strings, streaming, the end of the context, chat turns, scores, sessions side by side.
-#include "../babygpt.h"
-#include "check.h"
-
 #include <math.h>
+
 #include <string>
 #include <thread>
+
+#include "../babygpt.h"
+#include "check.h"
 
 using namespace babygpt;
 
@@ -62,25 +63,31 @@ static std::string say(Session& session, const char* prompt, const SampleConfig&
 }
 
 TEST(cache_is_the_full_pass, "a token read alone would give other bits than a token read with its text") {
-    const Model& m = model();
-    int32_t ids[60];
-    for (int i = 0; i < 60; ++i) ids[i] = (i * 37 + i * i) % m.config.vocab;
-    for (const Backend backend : {Backend::cpu, Backend::plain})
-        for (const int threads : {1, 3}) {
-            Runtime runtime;
-            runtime.backend = backend, runtime.threads = threads;
-            Session whole, single, mixed;
-            CHECK_OK(whole.create(runtime, m));
-            CHECK_OK(single.create(runtime, m));
-            CHECK_OK(mixed.create(runtime, m));
-            CHECK_OK(whole.feed(Span<const int32_t>(ids, 60)));
-            for (int i = 0; i < 60; ++i) CHECK_OK(single.feed(Span<const int32_t>(ids + i, 1)));
-            CHECK_OK(mixed.feed(Span<const int32_t>(ids, 33)));
-            CHECK_OK(mixed.feed(Span<const int32_t>(ids + 33, 27)));
-            const size_t bytes = whole.logits().size * sizeof(float);
-            CHECK(bytes > 0 && memcmp(whole.logits().data, single.logits().data, bytes) == 0);
-            CHECK(memcmp(whole.logits().data, mixed.logits().data, bytes) == 0);
-        }
+    Runtime own;
+    Config config;
+    config.layers = 2, config.heads = 3, config.width = 42, config.context = 64, config.vocab = 90, config.positions = Positions::rotary;
+    Model rotary;
+    CHECK_OK(rotary.create(own, config, Tokenizer()));
+    for (int variant = 0; variant < 8; ++variant) {
+        const Model& m = variant & 4 ? rotary : model();
+        int32_t ids[60];
+        for (int i = 0; i < 60; ++i) ids[i] = (i * 37 + i * i) % m.config.vocab;
+        const Backend backend = variant & 1 ? Backend::cpu : Backend::plain;
+        const int threads = variant & 2 ? 1 : 3;
+        Runtime runtime;
+        runtime.backend = backend, runtime.threads = threads;
+        Session whole, single, mixed;
+        CHECK_OK(whole.create(runtime, m));
+        CHECK_OK(single.create(runtime, m));
+        CHECK_OK(mixed.create(runtime, m));
+        CHECK_OK(whole.feed(Span<const int32_t>(ids, 60)));
+        for (int i = 0; i < 60; ++i) CHECK_OK(single.feed(Span<const int32_t>(ids + i, 1)));
+        CHECK_OK(mixed.feed(Span<const int32_t>(ids, 33)));
+        CHECK_OK(mixed.feed(Span<const int32_t>(ids + 33, 27)));
+        const size_t bytes = whole.logits().size * sizeof(float);
+        CHECK(bytes > 0 && memcmp(whole.logits().data, single.logits().data, bytes) == 0);
+        CHECK(memcmp(whole.logits().data, mixed.logits().data, bytes) == 0);
+    }
 }
 
 TEST(chat, "a model that knows its dialogues by heart would not answer") {
@@ -218,7 +225,8 @@ TEST(end_of_context, "a talk longer than the context would end, or what is remem
             CHECK_OK(session.feed(Span<const int32_t>(ids + i, static_cast<size_t>(i + piece < 150 ? piece : 150 - i))));
             CHECK(session.position <= m.config.context);
         }
-        CHECK(session.forgotten > 0 && session.forgotten + static_cast<uint64_t>(session.position) == 150 && session.position >= m.config.context / 2);
+        CHECK(session.forgotten > 0 && session.forgotten + static_cast<uint64_t>(session.position) == 150 &&
+              session.position >= m.config.context / 2);
         fresh.reset();
         CHECK_OK(fresh.feed(Span<const int32_t>(ids + session.forgotten, static_cast<size_t>(session.position))));
         CHECK(memcmp(session.logits().data, fresh.logits().data, session.logits().size * sizeof(float)) == 0);
@@ -304,7 +312,8 @@ TEST(kernels_side_by_side, "sessions with different kernels would read each othe
     Session a, b;
     CHECK_OK(a.create(best, model()));
     CHECK_OK(b.create(portable, model()));
-    CHECK(say(a, "how are you", greedy(), true) == "I am well, thank you." && say(b, "how are you", greedy(), true) == "I am well, thank you.");
+    CHECK(say(a, "how are you", greedy(), true) == "I am well, thank you." &&
+          say(b, "how are you", greedy(), true) == "I am well, thank you.");
     a.reset();
     CHECK(say(a, "what is this", greedy(), true) == "This is the inn.");
 }

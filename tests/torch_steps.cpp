@@ -1,11 +1,11 @@
 // Our side of tools/compare_torch.py: torch_steps MODEL.safetensors VARIANT saves a fresh two-layer model, trains it for 100 steps on
 // numbers that the Python side makes as well, and prints a line a step: the loss and the learning rate. Not a test by itself.
-#include "../babygpt.h"
-
 #include <stdio.h>
 #include <stdlib.h>
 
 #include <vector>
+
+#include "../babygpt.h"
 
 using namespace babygpt;
 
@@ -45,7 +45,8 @@ int main(int count, char** words) {
     Trainer trainer;
     if (report(data.create(runtime, Span<const int32_t>(ids.data(), rows))) || report(trainer.create(runtime, model, how, data))) return 1;
     for (int64_t step = 0; step < how.steps; ++step) {
-        for (size_t i = 0; i < rows; ++i) ids[i] = i == 0 && step == 0 ? 0 : i == 0 ? targets[rows - 1] : targets[i - 1], targets[i] = next();
+        for (size_t i = 0; i < rows; ++i)
+            ids[i] = i == 0 && step == 0 ? 0 : i == 0 ? targets[rows - 1] : targets[i - 1], targets[i] = next();
         StepResult result;
         if (report(trainer.step(Span<const int32_t>(ids.data(), rows), Span<const int32_t>(targets.data(), rows), result))) return 1;
         printf("%.9f %.12g\n", result.loss, result.lr);

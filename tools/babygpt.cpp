@@ -1183,7 +1183,8 @@ struct TrainOptions {
                    {"--time", "SECONDS", "as many steps as fit in this time instead (120); the number is printed", &time, 0.1, 1e8},
                    {"--batch", "N", "sequences at once (16)", &learning.batch, 1, 1e6},
                    {"--accumulate", "N", "batches a step (1)", &learning.accumulate, 1, 1e6},
-                   {"--optimizer", "adamw|muon", "muon needs fewer steps, of which each takes longer: give it a large batch (adamw)", &optimizer},
+                   {"--optimizer", "adamw|muon", "muon needs fewer steps, of which each takes longer: give it a large batch (adamw)",
+                    &optimizer},
                    {"--muon-lr", "X", "of the blocks' matrices under muon; follows the schedule of --lr (0.02)", &learning.muon_lr, 0, 10},
                    {"--lr", "X", "the highest learning rate (1e-3 at width 384, more for narrower models, less for wider)", &learning.lr, 0,
                     10},
@@ -2198,8 +2199,9 @@ int info(Arguments& in) {
     put_line(rule);
     put_line(row_text("total", "", grouped(parameters), grouped(multiply_adds), ""));
     put_line("");
-    put_line(format("%d layers, %d heads, width %d, context %d, vocabulary %d, %s head, %s, %s, %s positions", config.layers, config.heads, config.width,
-                    config.context, config.vocab, config.tied ? "tied" : "untied", config.bias ? "biases" : "no biases", activation, positions));
+    put_line(format("%d layers, %d heads, width %d, context %d, vocabulary %d, %s head, %s, %s, %s positions", config.layers, config.heads,
+                    config.width, config.context, config.vocab, config.tied ? "tied" : "untied", config.bias ? "biases" : "no biases",
+                    activation, positions));
     if (name.empty()) {
         put_line(format("tokenizer %s%s", kinds[int(model.tokenizer.kind)], model.chat.empty() ? "; no chat template" : ""));
         if (!model.chat.empty())
