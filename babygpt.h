@@ -4907,7 +4907,7 @@ struct Reader {
         ends = false;
         for (size_t limit = piece_bytes; size == 0; limit *= 2) {
             Text rest;
-            bool is_all;
+            bool is_all = false;
             BABYGPT_TRY(rest_of_document(limit + 1, rest, is_all));
             piece = rest;
             if (is_all && rest.size <= limit) {
@@ -8301,9 +8301,9 @@ BABYGPT_INLINE void prefetch(const void* p) {
 }  // namespace babygpt
 // ---- products of matrices -------------------------------------------------------------------------------------------------
 // C = start + A B, each element of C one chain along the depth. The scheme is that of Goto & van de Geijn ("Anatomy of high-performance
-// matrix multiplication", 2008): both factors are copied into panels in the order in which they are read, and a tile of C stays in
-// registers while a panel of A and one of B stream by. The depth is cut in blocks small enough for the caches; a tile goes on from where
-// the last block left it in C.
+// matrix multiplication", 2008): B is copied into panels in the order in which it is read, A too where its depth runs down the columns, and
+// a tile of C stays in registers while rows of A and a panel of B stream by. The depth is cut in blocks small enough for the caches; a tile
+// goes on from where the last block left it in C.
 
 namespace babygpt {
 namespace {
@@ -8340,68 +8340,77 @@ struct Products {
                 for (int j = 0; j < size; j += 4) memcpy(to + least(j, size - 4), from + least(j, size - 4), 4 * sizeof(float));
         }
     }
+    static BABYGPT_INLINE void pack_a(float* to, const Factor& a, int row, int depth, int rows) {
+        pack<tile_rows>(to, a.element(0, row), a.stride, a.runs, depth, least(tile_rows, rows - row));
+    }
     static BABYGPT_INLINE void pack_b(float* to, const Factor& b, int column, int depth, int columns) {
         pack<tile_columns>(to, b.element(0, column), b.stride, b.runs, depth, least(tile_columns, columns - column));
     }
 
-    // One tile of C: a is a panel [depth][tile_rows], b a panel [depth][tile_columns].
-    static BABYGPT_INLINE void tile(float* c, int64_t c_stride, const float* start, int64_t start_stride, const float* a, const float* b,
-                                    int depth) {
-        V sum[static_cast<size_t>(tile_rows)][2], x, left, right;
-        if (start) {
+    // rows x columns of C: c[r][j] = start[r][j] + sum over k < depth of a[r * a_row + k * a_step] * b[k * b_row + j], a chain; start null: 0.
+    template <int rows, int columns>
+    static BABYGPT_INLINE void tile(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a, int64_t a_row,
+                                    int64_t a_step, const float* b, int64_t b_row, int depth) {
+        constexpr int vectors = columns / Set::width;
+        V sum[static_cast<size_t>(rows)][static_cast<size_t>(vectors)], right[static_cast<size_t>(vectors)], left;
+        BABYGPT_UNROLL
+        for (int r = 0; r < rows; ++r) {
             BABYGPT_UNROLL
-            for (int r = 0; r < tile_rows; ++r, start += start_stride)
-                Set::load(sum[r][0], start), Set::load(sum[r][1], start + Set::width);
-        } else {
-            BABYGPT_UNROLL
-            for (int r = 0; r < tile_rows; ++r) Set::splat(sum[r][0], 0), Set::splat(sum[r][1], 0);
+            for (int j = 0; j < vectors; ++j) {
+                if (start) Set::load(sum[r][j], start + r * start_row + j * Set::width);
+                else Set::splat(sum[r][j], 0);
+            }
         }
-        for (int k = 0; k < depth; ++k, a += tile_rows, b += tile_columns) {
-            Set::load(left, b), Set::load(right, b + Set::width);
+        for (int k = 0; k < depth; ++k, a += a_step, b += b_row) {
             BABYGPT_UNROLL
-            for (int r = 0; r < tile_rows; ++r) {
-                Set::splat(x, a[r]);
-                Set::fma(sum[r][0], x, left);
-                Set::fma(sum[r][1], x, right);
+            for (int j = 0; j < vectors; ++j) Set::load(right[j], b + j * Set::width);
+            BABYGPT_UNROLL
+            for (int r = 0; r < rows; ++r) {
+                Set::splat(left, a[r * a_row]);
+                BABYGPT_UNROLL
+                for (int j = 0; j < vectors; ++j) Set::fma(sum[r][j], left, right[j]);
             }
         }
         BABYGPT_UNROLL
-        for (int r = 0; r < tile_rows; ++r, c += c_stride) Set::store(c, sum[r][0]), Set::store(c + Set::width, sum[r][1]);
-    }
-    // A tile at the edge of C, which has so many more rows and columns.
-    static BABYGPT_INLINE void part_of_tile(float* c, int64_t c_stride, const float* start, int64_t start_stride, const float* a,
-                                            const float* b, int depth, int rows_left, int columns_left) {
-        const int rows = least(tile_rows, rows_left), columns = least(tile_columns, columns_left);
-        float whole[static_cast<size_t>(tile_rows * tile_columns)] = {};
-        for (int r = 0; r < rows && start; ++r)
-            for (int j = 0; j < columns; ++j) whole[r * tile_columns + j] = start[r * start_stride + j];
-        tile(whole, tile_columns, whole, tile_columns, a, b, depth);
-        for (int r = 0; r < rows; ++r)
-            for (int j = 0; j < columns; ++j) c[r * c_stride + j] = whole[r * tile_columns + j];
+        for (int r = 0; r < rows; ++r) {
+            BABYGPT_UNROLL
+            for (int j = 0; j < vectors; ++j) Set::store(c + r * c_row + j * Set::width, sum[r][j]);
+        }
     }
 
-    // Rows from `row` on, at most row_block, and columns [column, end) of C (whole panels of B, except the last); depths from k0 on.
-    // b: panels, each [p.depth][tile_columns], of all columns. space: [depth_block][row_block].
-    static BABYGPT_INLINE void block(const Product& p, const float* b, int row, int column, int end, float* space) {
-        const int rows = least(row_block, p.rows - row);
+    // Rows from `row` on, at most row_block, and columns [column, end) of C (whole panels of B, except the last).
+    // a: panels, each [p.depth][tile_rows], of all rows; null: A runs along its rows, and is read where it is.
+    // b: panels, each [p.depth][tile_columns], of all columns.
+    static BABYGPT_INLINE void block(const Product& p, const float* a, const float* b, int row, int column, int end) {
+        const int rows = least(row_block, p.rows - row), rest = rows % tile_rows;
         const int blocks = (p.depth + depth_block - 1) / depth_block, step = (p.depth + blocks - 1) / blocks;
+        float last_rows[static_cast<size_t>(tile_rows * depth_block)];  // that do not fill a tile
         for (int k0 = 0; k0 < p.depth; k0 += step) {
             const int depth = least(step, p.depth - k0);
-            for (int r = 0; r < rows; r += tile_rows)
-                pack<tile_rows>(space + r * depth, p.a.element(k0, row + r), p.a.stride, p.a.runs, depth, least(tile_rows, rows - r));
-            const int64_t start_stride = k0 ? p.c_stride : p.start_stride;
+            if (!a && rest) pack<tile_rows>(last_rows, p.a.element(k0, row + rows - rest), p.a.stride, p.a.runs, depth, rest);
             for (int j = column; j < end; j += tile_columns) {
-                const float* panel_b = b + static_cast<int64_t>(j) * p.depth + static_cast<int64_t>(k0) * tile_columns;
-                const int columns_left = p.columns - j;
+                const float* b_panel = b + static_cast<int64_t>(j) * p.depth + static_cast<int64_t>(k0) * tile_columns;
+                const int columns = least(tile_columns, p.columns - j);
                 for (int r = 0; r < rows; r += tile_rows) {
+                    const int height = least(tile_rows, rows - r);
+                    const bool in_place = !a && height == tile_rows;
+                    const float* from = a          ? a + static_cast<int64_t>(row + r) * p.depth + static_cast<int64_t>(k0) * tile_rows
+                                        : in_place ? p.a.element(k0, row + r)
+                                                   : last_rows;
+                    const int64_t a_row = in_place ? p.a.stride : 1, a_step = in_place ? 1 : tile_rows;
+                    const bool is_whole = height == tile_rows && columns == tile_columns;
+                    float edge[static_cast<size_t>(tile_rows * tile_columns)];  // a tile at the edge of C is computed here
                     float* c = p.c + (row + r) * p.c_stride + j;
-                    const float *start = k0        ? c
-                                         : p.start ? p.start + (row + r) * p.start_stride + j
-                                                   : nullptr,
-                                *panel_a = space + r * depth;
-                    if (rows - r >= tile_rows && columns_left >= tile_columns)
-                        tile(c, p.c_stride, start, start_stride, panel_a, panel_b, depth);
-                    else part_of_tile(c, p.c_stride, start, start_stride, panel_a, panel_b, depth, rows - r, columns_left);
+                    const float* start = k0 ? c : p.start ? p.start + (row + r) * p.start_stride + j : nullptr;
+                    const int64_t start_row = k0 ? p.c_stride : p.start_stride;
+                    if (!is_whole)
+                        for (int i = 0; i < tile_rows; ++i)
+                            for (int m = 0; m < tile_columns; ++m)
+                                edge[i * tile_columns + m] = start && i < height && m < columns ? start[i * start_row + m] : 0.0f;
+                    tile<tile_rows, tile_columns>(is_whole ? c : edge, is_whole ? p.c_stride : tile_columns, is_whole ? start : edge,
+                                                  is_whole ? start_row : tile_columns, from, a_row, a_step, b_panel, tile_columns, depth);
+                    for (int i = 0; i < height && !is_whole; ++i)
+                        memcpy(c + i * p.c_stride, edge + i * tile_columns, static_cast<size_t>(columns) * sizeof(float));
                 }
             }
         }
@@ -8977,38 +8986,14 @@ struct Rows {
     // and not used.
 
     static constexpr int tall = Set::calls ? 2 : 6, wide = 2 * W, block = tall * W;  // block: a multiple of both
-    static constexpr int wide_single = W == 16 ? wide : 2 * wide;   // where a tile is one row: more columns, a divisor of a page
+    static constexpr int wide_single = W == 16 ? wide : 2 * wide;  // where a tile is one row: more columns, a divisor of a page
     static constexpr int page = kv_page;
 
-    // c[r][0..columns) += sum over k < n of a[r * a_row + k * a_step] * b[k * b_row + 0..columns), a chain; fresh: c was 0.
+    // c[r][0..columns) += sum over k < n of a[r * a_row + k * a_step] * b[k * b_row + 0..columns); fresh: c was 0.
     template <int rows, int columns = wide>
     static BABYGPT_INLINE void tile(float* c, int64_t c_row, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row,
                                     int n, bool fresh) {
-        constexpr int vectors = columns / W;
-        V sum[static_cast<size_t>(rows)][static_cast<size_t>(vectors)], right[static_cast<size_t>(vectors)], left;
-        BABYGPT_UNROLL
-        for (int r = 0; r < rows; ++r) {
-            BABYGPT_UNROLL
-            for (int j = 0; j < vectors; ++j) {
-                if (fresh) Set::splat(sum[r][j], 0);
-                else Set::load(sum[r][j], c + r * c_row + j * W);
-            }
-        }
-        for (int k = 0; k < n; ++k, a += a_step, b += b_row) {
-            BABYGPT_UNROLL
-            for (int j = 0; j < vectors; ++j) Set::load(right[j], b + j * W);
-            BABYGPT_UNROLL
-            for (int r = 0; r < rows; ++r) {
-                Set::splat(left, a[r * a_row]);
-                BABYGPT_UNROLL
-                for (int j = 0; j < vectors; ++j) Set::fma(sum[r][j], left, right[j]);
-            }
-        }
-        BABYGPT_UNROLL
-        for (int r = 0; r < rows; ++r) {
-            BABYGPT_UNROLL
-            for (int j = 0; j < vectors; ++j) Set::store(c + r * c_row + j * W, sum[r][j]);
-        }
+        Products<Set>::template tile<rows, columns>(c, c_row, fresh ? nullptr : c, c_row, a, a_row, a_step, b, b_row, n);
     }
     // The triangle of a tile: step e = 0..count-1 adds a[r * a_row + e * a_step] * b[e][0..wide) to the rows r > e (lower: r <= e).
     template <bool lower>
@@ -9085,7 +9070,7 @@ struct Rows {
         const int64_t width = static_cast<int64_t>(heads) * dim, stride = 3 * width, column = static_cast<int64_t>(head) * dim;
         const int before = s.pages ? s.position : 0, keys = before + s.length, padded = round_up(dim, wide);
         const float* q = x + s.row * stride + column;
-        float *queries = scratch, *out = queries + tall * dim, *scores = out + tall * padded, inverse[tall];
+        float *queries = scratch, *out = queries + tall * dim, *scores = out + tall * padded, inverse[static_cast<size_t>(tall)];
         const int64_t scores_row = round_up(keys, page);
         Cache cache;
         cache.keys = scores + tall * scores_row;
@@ -9183,7 +9168,7 @@ struct Rows {
     template <int rows>
     static BABYGPT_INLINE void mix_values(float* out, const float* p, int64_t p_row, const Cache& cache, int keys, int queries) {
         const int padded = cache.row;
-        const float* last[tall - 1];
+        const float* last[static_cast<size_t>(tall - 1)];
         for (int e = 0; e < queries - 1; ++e) last[e] = cache.value(keys + e);
         int c = 0;
         if (rows == 1)
@@ -9291,7 +9276,7 @@ struct Rows {
     }
     // d[query] += sum over the block's keys of a[query][key] * b[key]
     static BABYGPT_INLINE void mix_keys(float* d, const float* a, const float* b, int padded, int queries, int keys, bool diagonal) {
-        const float* last[tall - 1];
+        const float* last[static_cast<size_t>(tall - 1)];
         for (int i = 0; i < queries; i += tall) {
             for (int e = 0; e < tall - 1; ++e) last[e] = b + (i + 1 + e) * padded;
             for (int c = 0; c < padded; c += wide) {
@@ -9303,7 +9288,7 @@ struct Rows {
     }
     // d[key] += sum over the block's queries of a[query][key] * b[query]
     static BABYGPT_INLINE void mix_queries(float* d, const float* a, const float* b, int padded, int queries, int keys, bool diagonal) {
-        const float* first[tall - 1];
+        const float* first[static_cast<size_t>(tall - 1)];
         for (int j = 0; j < keys; j += tall) {
             const int start = diagonal ? least(j + tall - 1, queries) : 0;  // from here on, every query sees all keys of the tile
             for (int e = 0; e < tall - 1; ++e) first[e] = b + (j + e) * padded;
@@ -9449,10 +9434,11 @@ BABYGPT_INLINE void update_part(const Update& u, int from, int to) {
 
 struct Kernels {
     const char* name;
-    int tile_columns;
+    int tile_rows, tile_columns;
     int64_t (*attention_scratch)(int keys, int dim, bool training);
-    void (*pack)(float* to, const Factor& b, int column, int depth, int columns);
-    void (*block)(const Product& p, const float* b, int row, int column, int end, float* space);
+    void (*pack_a)(float* to, const Factor& a, int row, int depth, int rows);
+    void (*pack_b)(float* to, const Factor& b, int column, int depth, int columns);
+    void (*block)(const Product& p, const float* a, const float* b, int row, int column, int end);
     void (*single_row)(const Product& p, const float* b, int column, int end);
     void (*forward)(const Work& work, int from, int to, float* space);
     void (*backward)(const Work& work, int from, int to, float* space);
@@ -9460,24 +9446,36 @@ struct Kernels {
     double (*ceiling)(int64_t rounds, float* result);
 };
 
-#define BABYGPT_KERNELS(set, Set, name, target)                                                                                            \
-    struct set {                                                                                                                           \
-        target static void pack(float* to, const Factor& b, int column, int depth, int columns) {                                          \
-            Products<Set>::pack_b(to, b, column, depth, columns);                                                                          \
-        }                                                                                                                                  \
-        target static void block(const Product& p, const float* b, int row, int column, int end, float* space) {                           \
-            Products<Set>::block(p, b, row, column, end, space);                                                                           \
-        }                                                                                                                                  \
-        target static void single_row(const Product& p, const float* b, int column, int end) {                                             \
-            Products<Set>::single_row(p, b, column, end);                                                                                  \
-        }                                                                                                                                  \
-        target static void forward(const Work& work, int from, int to, float* space) { forward_part<Set>(work, from, to, space); }         \
-        target static void backward(const Work& work, int from, int to, float* space) { backward_part<Set>(work, from, to, space); }       \
-        target static void update(const Update& u, int from, int to) { update_part<Set>(u, from, to); }                                    \
-        target static double ceiling(int64_t rounds, float* result) { return Products<Set>::ceiling(rounds, result); }                     \
-        static constexpr Kernels table = {                                                                                                 \
-            name,    Products<Set>::tile_columns, &Rows<Set>::attention_scratch, &pack, &block, &single_row, &forward, &backward, &update, \
-            &ceiling};                                                                                                                     \
+#define BABYGPT_KERNELS(set, Set, name, target)                                                                                      \
+    struct set {                                                                                                                     \
+        target static void pack_a(float* to, const Factor& a, int row, int depth, int rows) {                                        \
+            Products<Set>::pack_a(to, a, row, depth, rows);                                                                          \
+        }                                                                                                                            \
+        target static void pack_b(float* to, const Factor& b, int column, int depth, int columns) {                                  \
+            Products<Set>::pack_b(to, b, column, depth, columns);                                                                    \
+        }                                                                                                                            \
+        target static void block(const Product& p, const float* a, const float* b, int row, int column, int end) {                   \
+            Products<Set>::block(p, a, b, row, column, end);                                                                         \
+        }                                                                                                                            \
+        target static void single_row(const Product& p, const float* b, int column, int end) {                                       \
+            Products<Set>::single_row(p, b, column, end);                                                                            \
+        }                                                                                                                            \
+        target static void forward(const Work& work, int from, int to, float* space) { forward_part<Set>(work, from, to, space); }   \
+        target static void backward(const Work& work, int from, int to, float* space) { backward_part<Set>(work, from, to, space); } \
+        target static void update(const Update& u, int from, int to) { update_part<Set>(u, from, to); }                              \
+        target static double ceiling(int64_t rounds, float* result) { return Products<Set>::ceiling(rounds, result); }               \
+        static constexpr Kernels table = {name,                                                                                      \
+                                          Products<Set>::tile_rows,                                                                  \
+                                          Products<Set>::tile_columns,                                                               \
+                                          &Rows<Set>::attention_scratch,                                                             \
+                                          &pack_a,                                                                                   \
+                                          &pack_b,                                                                                   \
+                                          &block,                                                                                    \
+                                          &single_row,                                                                               \
+                                          &forward,                                                                                  \
+                                          &backward,                                                                                 \
+                                          &update,                                                                                   \
+                                          &ceiling};                                                                                 \
     };
 
 #if defined(__ARM_NEON) && BABYGPT_VECTORS
@@ -9503,10 +9501,10 @@ BABYGPT_KERNELS(KernelsAvx2Wide, Avx2Wide, "avx2, wide", __attribute__((target("
 
 // How the scratch of a tape is divided.
 struct Scratch {
-    int64_t panels;  // packed factors of a product, for all threads
-    int64_t logits;  // a chunk of rows of them
-    int64_t slot;    // each thread's own
-    int chunk;       // rows of the chunk
+    int64_t a_panels, panels;  // the packed factors of a product, for all threads
+    int64_t logits;            // a chunk of rows of them
+    int64_t slot;              // each thread's own
+    int chunk;                 // rows of the chunk
     Scratch(const Kernels& kernels, const Tape& tape) {
         // Logits at a time: in training, W and its gradient are read once a chunk, so that many rows are better than few.
         const int64_t wide = round_up(tape.vocab, column_group), some = int64_t(1) << 18, many = int64_t(1) << 23;
@@ -9516,7 +9514,8 @@ struct Scratch {
         logits = round_up<int64_t>(chunk * wide, 16);
         // In training little enough for a shared cache; running, the weights are packed before.
         panels = tape.training ? most(1 << 20, 512 * tape.width) : 2 * depth_block * kernels.tile_columns;
-        slot = static_cast<int64_t>(row_block) * depth_block;
+        a_panels = tape.training ? 1 << 19 : 0;
+        slot = 16;
         for (const Op& op : tape.ops)
             if (op.kind == OpKind::attention) slot = most(slot, kernels.attention_scratch(tape.context, op.out / op.heads, tape.training));
     }
@@ -9531,7 +9530,7 @@ struct Walk {
     const Run& run;
     const Scratch scratch;
     const int threads;
-    float *panels, *logits, *slots;
+    float *a_panels, *panels, *logits, *slots;
 
     Walk(const Kernels& kernels_, Runtime& runtime_, const Tape& tape_, const Regions<float>& r_, const Run& run_)
         : kernels(kernels_),
@@ -9541,7 +9540,8 @@ struct Walk {
           run(run_),
           scratch(kernels_, tape_),
           threads(r_.threads > 0 ? r_.threads : runtime_.thread_count()),
-          panels(r_.scratch),
+          a_panels(r_.scratch),
+          panels(a_panels + scratch.a_panels),
           logits(panels + scratch.panels),
           slots(logits + scratch.logits) {}
 
@@ -9576,8 +9576,8 @@ struct Walk {
 
     // ---- products ----
 
-    // With B in panels. first_column: of the product that p is a piece of.
-    void multiply(const Product& p, const float* b, int first_column = 0) const {
+    // With B in panels, and A where `a` is not null. diagonal: what is to be added to a row to make it the column on the whole product's diagonal.
+    void multiply(const Product& p, const float* a, const float* b, int diagonal = 0) const {
         const int columns = kernels.tile_columns;
         const int all_panels = (p.columns + columns - 1) / columns;
         if (p.rows == 1) {  // memory sets the speed: it is best if each thread reads the same weights for every token
@@ -9591,36 +9591,45 @@ struct Walk {
         const int row_blocks = (p.rows + row_block - 1) / row_block;
         const bool is_small = static_cast<int64_t>(p.rows) * p.columns * p.depth < 1 << 17;
         const int groups = is_small || threads == 1 ? 1 : least((8 * threads + row_blocks - 1) / row_blocks, (all_panels + 3) / 4);
-        divide(row_blocks * groups, [&](int i, float* space) {
+        divide(row_blocks * groups, [&](int i, float*) {
             const int64_t group = i % groups;
-            const int row = i / groups * row_block, left = p.is_symmetric ? most(row - first_column, 0) / columns : 0;
+            const int row = i / groups * row_block, left = p.is_symmetric ? most(row + diagonal, 0) / columns : 0;
             const int from = most(left, static_cast<int>(group * all_panels / groups)),
                       to = static_cast<int>((group + 1) * all_panels / groups);
-            if (from < to) kernels.block(p, b, row, from * columns, least(to * columns, p.columns), space);
+            if (from < to) kernels.block(p, a, b, row, from * columns, least(to * columns, p.columns));
         });
     }
-    // B is packed here, in pieces that fit in `panels`: all columns at a time where they are not too many, then as deep as there is room.
+    // The factors are packed here, in pieces that fit: all columns at a time where they are not too many, then as deep as there is room.
     void product(const Product& all) const {
-        const int columns = kernels.tile_columns;
-        Product p = all;
+        const int height = kernels.tile_rows, width = kernels.tile_columns;
+        const bool packs_a = all.a.runs == down && all.rows > 1;
         const int64_t deep = least(all.depth, 2 * depth_block);
-        const int wide = static_cast<int>(least<int64_t>(round_up(all.columns, columns), scratch.panels / deep / columns * columns));
-        const int pieces = static_cast<int>((static_cast<int64_t>(all.depth) * wide + scratch.panels - 1) / scratch.panels);
-        const int depth = (all.depth + pieces - 1) / pieces;
+        const int wide = static_cast<int>(least<int64_t>(round_up(all.columns, width), scratch.panels / deep / width * width));
+        const int tall =
+            static_cast<int>(packs_a ? least<int64_t>(round_up(all.rows, height), scratch.a_panels / deep / height * height) : all.rows);
+        const int64_t room = least(scratch.panels / wide, packs_a ? scratch.a_panels / tall : static_cast<int64_t>(INT64_MAX));
+        const int pieces = static_cast<int>((all.depth + room - 1) / room), depth = (all.depth + pieces - 1) / pieces;
+        Product p = all;
         for (int column = 0; column < all.columns; column += wide)
-            for (int k = 0; k < all.depth; k += depth) {
-                p.columns = least(wide, all.columns - column), p.depth = least(depth, all.depth - k);
-                p.c = all.c + column;
-                p.start = k ? p.c : all.start ? all.start + column : nullptr;
-                p.start_stride = k ? all.c_stride : all.start_stride;
-                p.a.at = all.a.element(k, 0);
-                p.b.at = all.b.element(k, column);
-                share((p.columns + columns - 1) / columns, static_cast<int64_t>(p.depth) * columns, [&](int from, int to, float*) {
-                    for (int i = from * columns; i < least(to * columns, p.columns); i += columns)
-                        kernels.pack(panels + static_cast<int64_t>(i) * p.depth, p.b, i, p.depth, p.columns);
-                });
-                multiply(p, panels, column);
-            }
+            for (int k = 0; k < all.depth; k += depth)
+                for (int row = 0; row < all.rows; row += tall) {
+                    p.rows = least(tall, all.rows - row), p.columns = least(wide, all.columns - column),
+                    p.depth = least(depth, all.depth - k);
+                    p.c = all.c + row * all.c_stride + column;
+                    p.start = k ? p.c : all.start ? all.start + row * all.start_stride + column : nullptr;
+                    p.start_stride = k ? all.c_stride : all.start_stride;
+                    p.a.at = all.a.element(k, row);
+                    p.b.at = all.b.element(k, column);
+                    const int a_units = packs_a ? (p.rows + height - 1) / height : 0, b_units = row ? 0 : (p.columns + width - 1) / width;
+                    share(a_units + b_units, static_cast<int64_t>(p.depth) * width, [&](int from, int to, float*) {
+                        for (int i = from; i < to; ++i) {
+                            const int a_row = i * height, b_column = (i - a_units) * width;
+                            if (i < a_units) kernels.pack_a(a_panels + static_cast<int64_t>(a_row) * p.depth, p.a, a_row, p.depth, p.rows);
+                            else kernels.pack_b(panels + static_cast<int64_t>(b_column) * p.depth, p.b, b_column, p.depth, p.columns);
+                        }
+                    });
+                    multiply(p, packs_a ? a_panels : nullptr, panels, row - column);
+                }
     }
 
     // ---- ops ----
@@ -9648,7 +9657,7 @@ struct Walk {
     // With the weights packed before, or here.
     void multiply_weights(int number, const Product& p) const {
         const float* ready = packed(number);
-        if (ready) multiply(p, ready);
+        if (ready) multiply(p, nullptr, ready);
         else product(p);
     }
 
@@ -9746,7 +9755,7 @@ struct Walk {
 
     static int64_t scratch_size(const Kernels& kernels, const Tape& tape, int threads) {
         const Scratch s(kernels, tape);
-        return s.panels + s.logits + threads * s.slot;
+        return s.a_panels + s.panels + s.logits + threads * s.slot;
     }
     static int64_t packed_size(const Kernels& kernels, const Tape& tape) {
         int64_t total = 0;
@@ -9760,7 +9769,7 @@ struct Walk {
             const float* w = weights + tape.weight(op.w).offset;
             const Factor factor = op.kind == OpKind::head ? Factor{w, op.in, along} : Factor{w, op.out, down};
             parallel(runtime, (op.out + columns - 1) / columns,
-                     [&](int i) { kernels.pack(to + static_cast<int64_t>(i) * columns * op.in, factor, i * columns, op.in, op.out); });
+                     [&](int i) { kernels.pack_b(to + static_cast<int64_t>(i) * columns * op.in, factor, i * columns, op.in, op.out); });
             to += packed_size(kernels, op);
         }
     }
@@ -10152,8 +10161,8 @@ Status selftest(Runtime& runtime, Array<CheckResult>& results) {
     config.tied = false, config.activation = Activation::gelu_tanh, config.positions = Positions::rotary, config.width = 8;
     BABYGPT_TRY(test.gradients(config));
     BABYGPT_TRY(test.backend());
-    BABYGPT_TRY(test.bits(Positions::learned, Optimizer::adamw, 1));
-    return test.bits(Positions::rotary, Optimizer::muon, 2);
+    BABYGPT_TRY(test.bits(Positions::learned, Optimizer::adamw, 0xac013e181805d245u));
+    return test.bits(Positions::rotary, Optimizer::muon, 0x3d916449051abd6du);
 }
 
 }  // namespace babygpt

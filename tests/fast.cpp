@@ -174,11 +174,12 @@ TEST(products, "a product of matrices is wrong, or adds in another order") {
     Runtime runtime;
     for (const auto& size : sizes) {
         const int rows = size[0], columns = size[1], depth = size[2];
-        Array<float> a(runtime), b(runtime), bias(runtime), want(runtime), have(runtime), panels(runtime), space(runtime);
+        Array<float> a(runtime), b(runtime), bias(runtime), want(runtime), have(runtime), panels(runtime), a_panels(runtime);
         CHECK(a.resize(static_cast<size_t>(rows * depth)) && b.resize(static_cast<size_t>(depth * columns)) &&
               bias.resize(static_cast<size_t>(columns)) && want.resize(static_cast<size_t>(rows * columns)) &&
               have.resize(static_cast<size_t>(rows * columns)) &&
-              panels.resize(static_cast<size_t>(depth) * static_cast<size_t>(columns + 64)) && space.resize(row_block * depth_block));
+              panels.resize(static_cast<size_t>(depth) * static_cast<size_t>(columns + 64)) &&
+              a_panels.resize(static_cast<size_t>(depth * (rows + 16))));
         for (size_t i = 0; i < a.count; ++i) a[i] = small_number(1, static_cast<int64_t>(i));
         for (size_t i = 0; i < b.count; ++i) b[i] = small_number(2, static_cast<int64_t>(i));
         for (size_t i = 0; i < bias.count; ++i) bias[i] = small_number(3, static_cast<int64_t>(i));
@@ -206,10 +207,14 @@ TEST(products, "a product of matrices is wrong, or adds in another order") {
                                 rows,
                                 columns,
                                 depth};
-                for (int j = 0; j < columns; j += kernels.tile_columns) kernels.pack(panels.items + j * depth, fb, j, depth, columns);
+                for (int j = 0; j < columns; j += kernels.tile_columns) kernels.pack_b(panels.items + j * depth, fb, j, depth, columns);
                 if (rows == 1 && a_across) kernels.single_row(p, panels.items, 0, columns);
                 else
-                    for (int row = 0; row < rows; row += row_block) kernels.block(p, panels.items, row, 0, columns, space.items);
+                    for (int row = 0; row < rows; row += row_block) {
+                        for (int i = row; i < least(row + row_block, rows) && !a_across; i += kernels.tile_rows)
+                            kernels.pack_a(a_panels.items + i * depth, fa, i, depth, rows);
+                        kernels.block(p, a_across ? nullptr : a_panels.items, panels.items, row, 0, columns);
+                    }
                 if (!CHECK(same("product", want, have)))
                     printf("  %s: %d x %d, depth %d, form %d\n", kernels.name, rows, columns, depth, form);
             }
@@ -361,17 +366,16 @@ TEST(speed, "a compiler no longer makes vectors of the kernels") {
     Runtime runtime;
     runtime.threads = 1;
     constexpr int rows = 192, size = 384;
-    Array<float> a(runtime), b(runtime), c(runtime), panels(runtime), space(runtime);
-    CHECK(a.resize(rows * size) && b.resize(size * size) && c.resize(rows * size) && panels.resize(size * size) &&
-          space.resize(row_block * depth_block));
+    Array<float> a(runtime), b(runtime), c(runtime), panels(runtime);
+    CHECK(a.resize(rows * size) && b.resize(size * size) && c.resize(rows * size) && panels.resize(size * size));
     const Kernels& kernels = *choose(Isa::automatic).kernels;
     if (&kernels == &KernelsPortable::table) SKIP("this machine has only the portable kernels");
     const Product p{c.items, size, nullptr, 0, Factor{a.items, size, along}, Factor{b.items, size, down}, rows, size, size};
-    for (int j = 0; j < size; j += kernels.tile_columns) kernels.pack(panels.items + j * size, p.b, j, size, size);
+    for (int j = 0; j < size; j += kernels.tile_columns) kernels.pack_b(panels.items + j * size, p.b, j, size, size);
     double best = 0;
     for (int i = 0; i < 20; ++i) {
         const double start = seconds_now();
-        for (int row = 0; row < rows; row += row_block) kernels.block(p, panels.items, row, 0, size, space.items);
+        for (int row = 0; row < rows; row += row_block) kernels.block(p, nullptr, panels.items, row, 0, size);
         best = most(best, 2e-9 * rows * size * size / (seconds_now() - start));
     }
     const double ceiling = fma_ceiling(runtime, 1);
