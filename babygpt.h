@@ -3,7 +3,7 @@
 // [CHAPTER 0] Read me
 //
 // What it is.  A whole language model in one file: byte-level BPE, byte and character tokenizers; a GPT-2 type Transformer;
-// training with AdamW; generation with a KV cache; checkpoints that Python reads (safetensors). It is made for models of up to some ten
+// training with AdamW or Muon; generation with a KV cache; checkpoints that Python reads (safetensors). It is made for models of up to some ten
 // million parameters on the cores of an ordinary computer, for programs that include it, and for people who want to read how it works.
 // What it is not.  A runner for large models, or a wrapper around anything: it depends on the C library and the system's threads.
 //
@@ -3809,7 +3809,7 @@ T dot_lanes(int n, const F& f, const G& g) {
     return lanes.total();
 }
 
-// ---- embedding: y = token[id] + position[p], or token[id] alone ----------------------------------------------------------------------------
+// ---- embedding: y = token[id] + position[p], or token[id] alone ----------------------------------------------------------
 
 template <class T>
 void embedding_forward(T* y, const T* token, const T* position, const int32_t* ids, Span<const Sequence> sequences, int width) {
@@ -4296,25 +4296,8 @@ inline void adamw(float* w, float* m, float* v, const float* g, int64_t n, const
         w[i] = madd(-a.step_size, first / madd(root(second), a.root_scale, a.epsilon), madd(-decay, w[i], w[i]));
     }
 }
-// ---- Muon (Jordan et al. 2024) -------------------------------------------------------------------------------------------
 
-struct Muon {
-    float gradient_scale;  // as AdamW's
-    float momentum, one_minus_momentum;
-    float step_size;
-    float keep;  // 1 - step_size * weight_decay
-};
-// g' = g * scale;  m = b m + (1-b) g';  g = b m + (1-b) g' (Nesterov);  w = keep w.
-inline void muon_momentum(float* w, float* m, float* g, int64_t n, const Muon& a) {
-    constexpr float tiny = 1e-30f;
-    for (int64_t i = 0; i < n; ++i) {
-        const float rest = a.one_minus_momentum * (g[i] * a.gradient_scale);
-        m[i] = madd(a.momentum, m[i], rest);
-        if (m[i] < tiny && m[i] > -tiny) m[i] = 0;
-        g[i] = madd(a.momentum, m[i], rest);
-        w[i] = w[i] * a.keep;
-    }
-}
+// ---- products of matrices ------------------------------------------------------------------------------------------------
 
 // A matrix as a factor of a product, whose depth runs down its columns, so that element (k, j) is at [k * stride + j], or along its rows,
 // so that it is at [j * stride + k].
@@ -4337,13 +4320,22 @@ struct Product {
     bool is_symmetric = false;  // only what lies on the diagonal and right of it is wanted
 };
 
-// Then w gets -step_size * sqrt(max(1, out / in)) * U V^T, where u = U S V^T: all of the momentum's directions, equally long. U V^T = Q u with
-// Q = (u u^T)^(-1/2), for the shorter side of u, and Q comes from Newton and Schulz: with G = u u^T / trace,
-//   P = a I + b G + c G^2,   Q = P Q,   G = P G P,
-// five times, brings all eigenvalues of G near to 1. But for u all matrices are square and small, and polynomials of G: so they are
-// symmetric, of which half is computed, and commute.
-// by.product(p) multiplies, by.scale(to, from, n, factor) sets to = from * factor. space: Tape::muon_space.
-// The left half from the right one, in blocks that fit in the first cache.
+// The plain backend's.
+struct PlainProducts {
+    void product(const Product& p) const {
+        for (int64_t i = 0; i < p.rows; ++i)
+            for (int64_t j = p.is_symmetric ? i : 0; j < p.columns; ++j) {
+                float sum = p.start ? p.start[i * p.start_stride + j] : 0;
+                for (int64_t k = 0; k < p.depth; ++k) sum = madd(*p.a.element(k, i), *p.b.element(k, j), sum);
+                p.c[i * p.c_stride + j] = sum;
+            }
+    }
+    void scale(float* to, const float* from, int64_t n, float factor) const {
+        for (int64_t i = 0; i < n; ++i) to[i] = from[i] * factor;
+    }
+};
+
+// The half left of the diagonal from the other one, in blocks that fit in the first cache.
 inline void mirror(float* a, int64_t n) {
     constexpr int64_t block = 32;
     for (int64_t i0 = 0; i0 < n; i0 += block)
@@ -4351,6 +4343,34 @@ inline void mirror(float* a, int64_t n) {
             for (int64_t i = i0; i < least(i0 + block, n); ++i)
                 for (int64_t j = most(j0, i + 1); j < least(j0 + block, n); ++j) a[j * n + i] = a[i * n + j];
 }
+
+// ---- Muon (Jordan et al. 2024) -------------------------------------------------------------------------------------------
+
+struct Muon {
+    float gradient_scale;  // as AdamW's
+    float momentum, one_minus_momentum;
+    float step_size;
+    float keep;  // 1 - step_size * weight_decay
+};
+// g' = g * scale;  m = b m + (1-b) g';  g = b m + (1-b) g' (Nesterov);  w = keep w.
+inline void muon_momentum(float* w, float* m, float* g, int64_t n, const Muon& a) {
+    constexpr float tiny = 1e-30f;
+    for (int64_t i = 0; i < n; ++i) {
+        const float rest = a.one_minus_momentum * (g[i] * a.gradient_scale);
+        m[i] = madd(a.momentum, m[i], rest);
+        if (m[i] < tiny && m[i] > -tiny) m[i] = 0;
+        g[i] = madd(a.momentum, m[i], rest);
+        w[i] = w[i] * a.keep;
+    }
+}
+
+// Then w gets -step_size * sqrt(max(1, out / in)) * U V^T, where u = U S V^T is the singular value decomposition of the g above: all of
+// the momentum's directions, equally long. U V^T = Q u with Q = (u u^T)^(-1/2) (for the shorter side of u), and Q comes from the iteration
+// of Newton and Schulz: with G = u u^T / trace,
+//   P = a I + b G + c G^2,   Q = P Q,   G = P G P,
+// five times, brings all eigenvalues of G near to 1. But for u all matrices are square and small, and polynomials of G: so they are
+// symmetric, of which half is computed, and commute.
+// `by` is PlainProducts, or a backend's own. space: Tape::muon_space.
 template <class By>
 void muon_step(float* w, const float* u, int in, int out, int64_t stride, float step_size, float* space, const By& by) {
     constexpr int rounds = 5;
@@ -4400,19 +4420,6 @@ void muon_steps(const WeightPlan& plan, float* w, const float* u, const Muon& mu
     for (int64_t from = 0; from < cols; from += out)
         muon_step(w + from, u + from, static_cast<int>(plan.weight.rows), static_cast<int>(out), cols, muon.step_size, space, by);
 }
-struct PlainProducts {
-    void product(const Product& p) const {
-        for (int64_t i = 0; i < p.rows; ++i)
-            for (int64_t j = p.is_symmetric ? i : 0; j < p.columns; ++j) {
-                float sum = p.start ? p.start[i * p.start_stride + j] : 0;
-                for (int64_t k = 0; k < p.depth; ++k) sum = madd(*p.a.element(k, i), *p.b.element(k, j), sum);
-                p.c[i * p.c_stride + j] = sum;
-            }
-    }
-    void scale(float* to, const float* from, int64_t n, float factor) const {
-        for (int64_t i = 0; i < n; ++i) to[i] = from[i] * factor;
-    }
-};
 
 // ---- the update ----------------------------------------------------------------------------------------------------------
 
@@ -9210,19 +9217,19 @@ struct Rows {
             const float *key = x + k0 * stride + width, *value = key + width;
             float *dkey = dx + k0 * stride + width, *dvalue = dkey + width;
             copy_rows(k, padded, key, stride, keys, dim, padded);
-            transpose(kt, block, k, padded, keys, dim);
-            transpose(vt, block, value, stride, keys, dim);
-            start_rows(dk, padded, dkey, stride, keys, dim, adds);
-            start_rows(dv, padded, dvalue, stride, keys, dim, adds);
+            for (int which = 0; which < 2; ++which) {  // keys, values: one text, so that it is compiled once
+                transpose(which ? vt : kt, block, which ? value : key, stride, keys, dim);
+                start_rows(which ? dv : dk, padded, which ? dvalue : dkey, stride, keys, dim, adds);
+            }
             for (int q0 = k0; q0 < n; q0 += block) {
                 const int queries = least(block, n - q0);
                 const bool diagonal = q0 == k0;
                 const float *q_block = q + q0 * padded, *dout_block = dout + q0 * padded;
                 for (int i = 0; i < queries; i += tall)
-                    for (int j = 0; j < (diagonal ? least(i + tall, keys) : keys); j += wide) {
-                        tile<tall>(p + i * block + j, block, q_block + i * padded, padded, 1, kt + j, block, dim, true);
-                        tile<tall>(ds + i * block + j, block, dout_block + i * padded, padded, 1, vt + j, block, dim, true);
-                    }
+                    for (int j = 0; j < (diagonal ? least(i + tall, keys) : keys); j += wide)
+                        for (int which = 0; which < 2; ++which)
+                            tile<tall>((which ? ds : p) + i * block + j, block, (which ? dout_block : q_block) + i * padded, padded, 1,
+                                       (which ? vt : kt) + j, block, dim, true);
                 for (int i = 0; i < queries; ++i)
                     softmax_row_backward(p + i * block, ds + i * block, D[q0 + i], softmax + static_cast<int64_t>(q0 + i) * heads * 2,
                                          diagonal ? i + 1 : keys, dim, drop, s.row + q0 + i, head * 65536 + k0);
@@ -9230,8 +9237,7 @@ struct Rows {
                 for (int which = 0; which < 2; ++which)
                     mix_queries(which ? dv : dk, which ? p : ds, which ? dout_block : q_block, padded, queries, keys, diagonal);
             }
-            copy_rows(dkey, stride, dk, padded, keys, dim, dim);
-            copy_rows(dvalue, stride, dv, padded, keys, dim, dim);
+            for (int which = 0; which < 2; ++which) copy_rows(which ? dvalue : dkey, stride, which ? dv : dk, padded, keys, dim, dim);
         }
         copy_rows(dx, stride, dq, padded, n, dim, dim);
     }

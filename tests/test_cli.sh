@@ -112,6 +112,8 @@ run 1 train a.txt --out m.safetensors $tiny --steps 40; says '--overwrite'
 run 1 train a.txt --out n.safetensors --resume;  says n.resume.safetensors
 run 1 train a.txt --out m.safetensors --resume --steps 50;    says '--steps 50 contradicts.*40'
 run 1 train a.txt --out m.safetensors --resume --width 16;    says '--width 16 contradicts.*8'
+run 1 train a.txt --out m.safetensors --resume --optimizer muon;  says '--optimizer muon contradicts.*adamw'
+run 1 train a.txt --out m.safetensors --resume --positions rotary; says '--positions rotary contradicts.*learned'
 run 1 train a.txt --out m.safetensors --resume --plain-words; says '--plain-words true contradicts.*false'
 run 1 train a.txt --out m.safetensors --resume --validation-fraction 0.3; says 'training data.*--validation-fraction'
 run 1 train a.txt --out m.safetensors --resume --tokenizer byte; says '--tokenizer byte contradicts.*char'
