@@ -749,8 +749,10 @@ Status compare(const Model& a, const Model& b, Array<Difference>& rows);
 
 #if defined(__GNUC__) || defined(__clang__)
 #define BABYGPT_INLINE inline __attribute__((always_inline))
+#define BABYGPT_CALL __attribute__((noinline))  // for what is called from many places and need not be fast: there is less to compile
 #else
 #define BABYGPT_INLINE inline
+#define BABYGPT_CALL
 #endif
 #if defined(__x86_64__) || defined(__i386__) || defined(_M_X64) || defined(_M_IX86)
 #define BABYGPT_X86 1
@@ -771,8 +773,8 @@ const char* error_text(Error error) {
     return "unknown error";
 }
 
-Status::Status(const Status& other) : error(other.error) { memcpy(message, other.message, strlen(other.message) + 1); }
-Status& Status::operator=(const Status& other) {
+BABYGPT_CALL Status::Status(const Status& other) : error(other.error) { memcpy(message, other.message, strlen(other.message) + 1); }
+BABYGPT_CALL Status& Status::operator=(const Status& other) {
     if (this == &other) return *this;
     error = other.error;
     memcpy(message, other.message, strlen(other.message) + 1);
@@ -798,7 +800,7 @@ struct Line {
     size_t room, count = 0;
     Line(char* buffer, size_t size) : to(buffer), room(size) { to[0] = '\0'; }
     void put(Text text);
-    void put(const char* text) { put(Text(text)); }
+    void put(const char* text);
     void put(uint64_t value);
     void put(int64_t value);
     void put(int value) { put(static_cast<int64_t>(value)); }
@@ -808,19 +810,20 @@ struct Line {
 #endif
     void put(double value);  // six significant digits, as "%g" writes them
 };
-void Line::put(Text text) {
+BABYGPT_CALL void Line::put(Text text) {
     const size_t n = least(text.size, room - 1 - count);
     memcpy(to + count, text.data, n);
     to[count += n] = '\0';
 }
-void Line::put(uint64_t value) {
+BABYGPT_CALL void Line::put(const char* text) { put(Text(text)); }
+BABYGPT_CALL void Line::put(uint64_t value) {
     char digits[24];
     size_t n = sizeof digits;
     do digits[--n] = static_cast<char>('0' + value % 10);
     while ((value /= 10) != 0);
     put(Text(digits + n, sizeof digits - n));
 }
-void Line::put(int64_t value) {
+BABYGPT_CALL void Line::put(int64_t value) {
     if (value < 0) put("-");
     put(value < 0 ? ~static_cast<uint64_t>(value) + 1 : static_cast<uint64_t>(value));
 }
@@ -853,7 +856,7 @@ void Line::put(double value) {
 
 // fail(Error::bad_file, "'", path, "' ends after ", n, " bytes")
 template <class... Parts>
-Status fail(Error error, const Parts&... parts) {
+BABYGPT_CALL Status fail(Error error, Parts... parts) {
     Status status;
     status.error = error;
     Line line(status.message, sizeof status.message);
@@ -861,7 +864,9 @@ Status fail(Error error, const Parts&... parts) {
     return status;
 }
 
-inline Status out_of_memory(uint64_t bytes) { return fail(Error::out_of_memory, "out of memory: ", bytes, " bytes were asked for"); }
+BABYGPT_CALL inline Status out_of_memory(uint64_t bytes) {
+    return fail(Error::out_of_memory, "out of memory: ", bytes, " bytes were asked for");
+}
 
 // if (Status s = ...; !s.ok()) return s;
 #define BABYGPT_TRY(expression)                          \
@@ -1758,7 +1763,7 @@ struct Json {
     Json(Runtime& runtime, Text document) : text(document), key(runtime) {}
 
     // For the caller too: json.reject("n_layer must be positive").
-    bool reject(const char* why) {
+    BABYGPT_CALL bool reject(const char* why) {
         if (!problem) problem = why;
         return false;
     }
@@ -1788,7 +1793,7 @@ struct Json {
         if (!next('}')) return false;
         return read_string(&key) && (take(':') || reject("expected ':'"));
     }
-    bool key_is(Text name) const { return equal(Text(key), name); }
+    BABYGPT_CALL bool key_is(Text name) const { return equal(Text(key), name); }
     bool enter_array() { return first = take('[') || reject("expected '['"); }
     bool next_item() { return next(']'); }
 
@@ -1886,10 +1891,10 @@ struct Json {
         return text;
     }
     bool is_digit() const { return at < text.size && text[at] >= '0' && text[at] <= '9'; }
-    void space() {
+    BABYGPT_CALL void space() {
         while (at < text.size && (text[at] == ' ' || text[at] == '\n' || text[at] == '\r' || text[at] == '\t')) ++at;
     }
-    bool take(char c) {
+    BABYGPT_CALL bool take(char c) {
         space();
         if (problem || at >= text.size || text[at] != c) return false;
         ++at;
@@ -8016,6 +8021,10 @@ struct VectorTypes<1> {
 __attribute__((target("avx2,fma,avx512f"), unused)) inline void know_builtins() {}
 #endif
 
+BABYGPT_CALL inline void copy_part(float* to, const float* from, int n) {
+    for (int i = 0; i < n; ++i) to[i] = from[i];
+}
+
 // A set of vectors: `width` floats each; `fused` is the width of the fused multiply-add instruction, 0: there is none.
 template <int width_, int fused>
 struct Simd : VectorTypes<width_> {
@@ -8035,13 +8044,13 @@ struct Simd : VectorTypes<width_> {
     // The first n elements; the others are 0.
     static BABYGPT_INLINE void load_part(V& v, const float* p, int n) {
         Lanes part = {};
-        for (int i = 0; i < n; ++i) part[i] = p[i];
+        copy_part(part, p, n);
         load(v, part);
     }
     static BABYGPT_INLINE void store_part(float* p, const V& v, int n) {
         Lanes part;
         store(part, v);
-        for (int i = 0; i < n; ++i) p[i] = part[i];
+        copy_part(p, part, n);
     }
     // s in every element. Not by V{s, s, ...} or v * s: a vector that GCC's basic set lacks would be filled element by element.
     static BABYGPT_INLINE void splat(V& v, float s) {
@@ -8497,11 +8506,7 @@ namespace babygpt {
 namespace {
 
 // In double, so not inlined into an instruction set that might fuse what is written here. `sum` of all logits matters only with smoothing.
-#if BABYGPT_VECTORS
-__attribute__((noinline))
-#endif
-inline double
-cross_entropy(float total, float biggest, float target, double smoothing, float sum, int vocab) {
+BABYGPT_CALL inline double cross_entropy(float total, float biggest, float target, double smoothing, float sum, int vocab) {
     double loss = log_of(static_cast<double>(total)) + static_cast<double>(biggest) - (1 - smoothing) * static_cast<double>(target);
     if (smoothing > 0) loss -= smoothing * static_cast<double>(sum) / vocab;
     return loss;
@@ -8902,56 +8907,63 @@ struct Rows {
     }
 
     // ---- the update ----
+    //
+    // In whole vectors: there is room behind a weight, and behind Muon's matrices, up to a multiple of 16 elements.
 
+    // What is nearer to 0 than 1e-30 becomes 0: moments of what gets no gradient would come to be subnormal numbers, which are slow.
+    static BABYGPT_INLINE void flush(V& v) {
+        U value, size, limit;
+        Set::bits(value, v), Set::splat(size, 0x7fffffffu), Set::splat(limit, bits_as<uint32_t>(1e-30f));
+        size = size & value;
+        value = size < limit ? U{} : value;
+        Set::from_bits(v, value);
+    }
     static BABYGPT_INLINE void scale(float* to, const float* from, int64_t n, float factor) {
         V v, f;
         Set::splat(f, factor);
         for (int64_t i = 0; i < n; i += W) {
-            const int left = static_cast<int>(least(n - i, static_cast<int64_t>(W)));
-            get(v, from + i, left), v = v * f, put(to + i, v, left);
+            Set::load(v, from + i);
+            v = v * f;
+            Set::store(to + i, v);
         }
     }
     static BABYGPT_INLINE void muon_momentum(float* w, float* m, float* g, int64_t n, const Muon& a) {
-        V scale, momentum, rest, keep, tiny, none;
+        V scale, momentum, rest, keep;
         Set::splat(scale, a.gradient_scale), Set::splat(momentum, a.momentum), Set::splat(rest, a.one_minus_momentum),
             Set::splat(keep, a.keep);
-        Set::splat(tiny, 1e-30f), Set::splat(none, 0);
         for (int64_t i = 0; i < n; i += W) {
-            const int left = static_cast<int>(least(n - i, static_cast<int64_t>(W)));
             V weight, first, gradient;
-            get(weight, w + i, left), get(first, m + i, left), get(gradient, g + i, left);
+            Set::load(weight, w + i), Set::load(first, m + i), Set::load(gradient, g + i);
             Set::mul(gradient, gradient, scale), Set::mul(gradient, rest, gradient);
             Set::fma(first, momentum, first, gradient);
-            first = first < tiny ? (first > -tiny ? none : first) : first;
+            flush(first);
             Set::fma(gradient, momentum, first, gradient);
             weight = weight * keep;
-            put(w + i, weight, left), put(m + i, first, left), put(g + i, gradient, left);
+            Set::store(w + i, weight), Set::store(m + i, first), Set::store(g + i, gradient);
         }
     }
     // Also zeroes the gradients.
     static BABYGPT_INLINE void adamw(float* w, float* m, float* v, float* g, int64_t n, const AdamW& a, bool decays) {
-        V scale, beta1, beta2, rest1, rest2, step, root_scale, epsilon, decay, tiny, none;
+        V scale, beta1, beta2, rest1, rest2, step, root_scale, epsilon, decay, none;
         Set::splat(scale, a.gradient_scale), Set::splat(beta1, a.beta1), Set::splat(beta2, a.beta2), Set::splat(rest1, a.one_minus_beta1),
             Set::splat(rest2, a.one_minus_beta2);
         Set::splat(step, -a.step_size), Set::splat(root_scale, a.root_scale), Set::splat(epsilon, a.epsilon),
             Set::splat(decay, decays ? -a.decay : -0.0f);
-        Set::splat(tiny, 1e-30f), Set::splat(none, 0);
+        Set::splat(none, 0);
         for (int64_t i = 0; i < n; i += W) {
-            const int left = static_cast<int>(least(n - i, static_cast<int64_t>(W)));
             V weight, first, second, gradient, size;
-            get(weight, w + i, left), get(first, m + i, left), get(second, v + i, left), get(gradient, g + i, left);
+            Set::load(weight, w + i), Set::load(first, m + i), Set::load(second, v + i), Set::load(gradient, g + i);
             gradient = gradient * scale;
             Set::fma(first, beta1, first, rest1 * gradient);
             Set::fma(second, beta2, second, rest2 * (gradient * gradient));
-            first = first < tiny ? (first > -tiny ? none : first) : first;
-            second = second < tiny ? none : second;
-            put(m + i, first, left), put(v + i, second, left), put(g + i, none, left);
+            flush(first), flush(second);
+            Set::store(m + i, first), Set::store(v + i, second), Set::store(g + i, none);
             Set::sqrt(size, second);
             Set::fma(size, size, root_scale, epsilon);
             first = first / size;
             Set::fma(weight, decay, weight, weight);
             Set::fma(weight, step, first, weight);
-            put(w + i, weight, left);
+            Set::store(w + i, weight);
         }
     }
     // Of at most square_block elements. (The square of a float is exact in double.)
