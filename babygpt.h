@@ -9571,9 +9571,12 @@ struct Walk {
             for (int i = 0; i < items; ++i) f(i, slots);
             return;
         }
-        std::atomic<int> next{0};
+        std::atomic<int> next[max_threads];
+        for (int w = 0; w < workers; ++w) next[w].store(w * items / workers, std::memory_order_relaxed);
         parallel(runtime, workers, [&](int worker) {
-            for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) f(i, slots + worker * scratch.slot);
+            for (int w = worker, tried = 0; tried < workers; ++tried, w = (w + 1) % workers)
+                for (int i; (i = next[w].fetch_add(1, std::memory_order_relaxed)) < (w + 1) * items / workers;)
+                    f(i, slots + worker * scratch.slot);
         });
     }
     static constexpr int64_t least_cost = 1 << 14;  // what takes fewer multiply-adds is done before another thread has noticed
