@@ -96,7 +96,11 @@ struct Text {
     constexpr Text() = default;
     constexpr Text(const char* bytes, size_t count) : data(bytes), size(count) {}
     constexpr Text(const char* zero_ended) : data(zero_ended ? zero_ended : "") {
+#if defined(__GNUC__) || defined(__clang__)
+        size = __builtin_strlen(data);  // a constant, where the text is one
+#else
         while (data[size] != '\0') ++size;
+#endif
     }
     template <class T, class = decltype(static_cast<const char*>(static_cast<const T*>(nullptr)->data())),
               class = decltype(static_cast<size_t>(static_cast<const T*>(nullptr)->size()))>
@@ -391,6 +395,7 @@ Status ngram_baseline(Runtime& runtime, Data& training, Data& validation, int vo
 
 enum class Activation : int32_t { none, gelu, gelu_tanh };  // gelu: with erf (Hendrycks & Gimpel 2016)
 enum class Positions : int32_t { learned, rotary };         // GPT-2's vectors, added to the tokens'; or RoPE (Su et al. 2021)
+enum class Dtype : int32_t { f32, bf16, int8 };             // of the numbers in a model's matrices: Model::convert
 
 struct Config {
     int layers = 4;
@@ -402,6 +407,7 @@ struct Config {
     bool bias = true;
     Activation activation = Activation::gelu_tanh;
     Positions positions = Positions::learned;  // rotary: width / heads must be even
+    Dtype dtype = Dtype::f32;
 };
 
 // nano, tiny, small, baby, gpt2, gpt2-medium, gpt2-large, gpt2-xl. Leaves vocab alone except for GPT-2's own (50257).
@@ -423,6 +429,7 @@ struct Weight {          // one named tensor inside Model::weights, row-major
     int64_t rows, cols;  // a vector has rows 1; Conv1D orientation: (in, out)
     bool decay;          // 2-D: weight decay applies
     bool is_vector;
+    bool scaled_rows;  // in int8 each row has a scale (a token's vector), not each column (an output of a layer)
 };
 
 // Config, tokenizer, chat template and named weights in one block. Read-only once trained: any number of sessions on any threads share it;
@@ -451,6 +458,11 @@ struct Model {
     Status save(Text path) const;  // temporary file, sync, rename, sync of the folder
     Status save_memory(Array<char>& bytes) const;
     const Weight* find(Text name) const;  // null: no such tensor
+    // Rounds all matrices to what the dtype can hold; vectors stay f32. bf16: 8 significant bits. int8: whole numbers from -127 to 127
+    // times a power of two, one for each output of a layer and each token's vector. Files and what sessions read for every token become half as
+    // large, or a quarter; `weights` stay floats, and a model computes with them as any other, to the bit. What has been rounded stays so
+    // when converted to f32. Training makes a model f32 again.
+    Status convert(Dtype to);
     Status set_chat(Text user_turn, Text reply_turn, bool plain_words = false);
 };
 
@@ -3481,6 +3493,7 @@ struct Tape {
     int64_t activation_block = 0;  // elements of the activations region
     int layer = -1;                // recording: the block we are in
     int layers = 0, heads = 0, width = 0, vocab = 0, context = 0;
+    Dtype dtype = Dtype::f32;  // running: what the matrices' numbers are
     bool tied = false;
     bool training = false;  // plan gradients, and keep what backward reads
     double dropout = 0;
@@ -3508,7 +3521,7 @@ struct Tape {
     int linear(const char* name, int x, int out, bool bias, Activation activation, double deviation) {
         Op op = start(OpKind::linear, x);
         op.w = declare(name, ".weight", op.in, out, deviation, false);
-        if (!no_memory) weights[static_cast<size_t>(op.w)].matrices = 1;
+        if (!no_memory) weights[static_cast<size_t>(op.w)].matrices = 1, weights[static_cast<size_t>(op.w)].weight.scaled_rows = false;
         if (bias) op.b = declare(name, ".bias", 1, out, 0, true);
         op.activation = activation;
         if (training && activation != Activation::none) op.aux = tensor(name, ".before", out);
@@ -3643,7 +3656,7 @@ struct Tape {
         full_name(Line(plan.weight.name, sizeof plan.weight.name), name, suffix);
         plan.weight.offset = weight_block;
         plan.weight.rows = rows, plan.weight.cols = cols;
-        plan.weight.is_vector = is_vector, plan.weight.decay = !is_vector;
+        plan.weight.is_vector = is_vector, plan.weight.decay = plan.weight.scaled_rows = !is_vector;
         plan.deviation = deviation;
         const int64_t size = static_cast<int64_t>(rows) * cols;
         parameters += size;
@@ -3709,7 +3722,7 @@ BABYGPT_INLINE float madd(float a, float b, float c) { return __builtin_fmaf(a, 
 #else
 // In double the product is exact; the sum is rounded to odd, so that rounding it again, to float, gives the right answer
 // (Boldo & Melquiond 2008). Standing on no instruction, it gives the same bits everywhere.
-inline float madd(float a, float b, float c) {
+BABYGPT_CALL inline float madd(float a, float b, float c) {
     const double product_ = static_cast<double>(a) * static_cast<double>(b), addend = static_cast<double>(c);
     double sum = product_ + addend;
     const double part = sum - product_;
@@ -4302,6 +4315,25 @@ inline void adamw(float* w, float* m, float* v, const float* g, int64_t n, const
     }
 }
 
+// ---- numbers of fewer bits -----------------------------------------------------------------------------------------------
+
+// The nearest bf16 (a tie: the even one), as a float. Of a finite number.
+inline float bf16_of(float x) {
+    const uint32_t bits = bits_as<uint32_t>(x);
+    return bits_as<float>((bits + 0x7fffu + (bits >> 16 & 1)) & 0xffff0000u);
+}
+// The scale of numbers of which the largest is `biggest`: the power of two that brings it between 64 and 127. So nothing is rounded but the
+// numbers themselves: sums of products with the whole numbers, scaled at the end, have the bits of sums with the scaled numbers, and what
+// has been made int8 once comes out the same when it is done again. (The MX formats, too, have such scales.)
+inline float int8_scale(float biggest) {
+    if (biggest < 1e-24f) return 1;  // 0, all of them
+    const uint32_t bits = bits_as<uint32_t>(biggest / 127);
+    return bits_as<float>((bits + 0x7fffffu) & 0x7f800000u);
+}
+inline int8_t int8_of(float x, float scale) {  // x / scale, to the nearest whole number
+    return static_cast<int8_t>(bits_as<uint32_t>(x / scale + 12582912.0f) & 0xff);
+}
+
 // ---- products of matrices ------------------------------------------------------------------------------------------------
 
 // A matrix as a factor of a product, whose depth runs down its columns, so that element (k, j) is at [k * stride + j], or along its rows,
@@ -4323,6 +4355,7 @@ struct Product {
     Factor a, b;
     int rows, columns, depth;
     bool is_symmetric = false;  // only what lies on the diagonal and right of it is wanted
+    Dtype dtype = Dtype::f32;   // of B, where it has been packed
 };
 
 // The plain backend's.
@@ -4518,6 +4551,7 @@ namespace {
 void record_gpt(Tape& t, const Config& c) {
     const double into_stream = 0.02 / root(2.0 * c.layers);
     t.layer = -1;
+    t.dtype = c.dtype;
     const bool rotary = c.positions == Positions::rotary;
     int x = t.embedding("wte.weight", rotary ? nullptr : "wpe.weight");
     x = t.drop("embedding.drop", x);
@@ -4621,6 +4655,19 @@ struct ModelState {
 namespace {
 
 // Takes memory for a config's weights, all zero, and names them.
+// The scales of a matrix in int8, one for each of its rows, or each of its columns.
+Status int8_scales(const Weight& weight, const float* w, Array<float>& scales) {
+    if (!scales.resize(static_cast<size_t>(weight.scaled_rows ? weight.rows : weight.cols)))
+        return out_of_memory(sizeof(float) * static_cast<uint64_t>(weight.cols));
+    for (float& scale : scales) scale = 0;
+    for (int64_t row = 0; row < weight.rows; ++row)
+        for (int64_t col = 0; col < weight.cols; ++col, ++w) {
+            float& biggest = scales[static_cast<size_t>(weight.scaled_rows ? row : col)];
+            biggest = most(biggest, *w < 0 ? -*w : *w);
+        }
+    for (float& scale : scales) scale = int8_scale(scale);
+    return Status();
+}
 Status allocate_weights(Runtime& runtime, Model& model, const Config& config) {
     BABYGPT_TRY(check(config));
     Tape tape(runtime);
@@ -4702,6 +4749,28 @@ Status Model::create(Runtime& from, const Config& wanted, Tokenizer&& taken, uin
                 for (int64_t j = i; j < least(i + 2, size); ++j) w[j] = static_cast<float>(plan.deviation * pair[j - i]);
             }
     }
+    return full.dtype == Dtype::f32 ? Status() : convert(full.dtype);
+}
+Status Model::convert(Dtype to) {
+    const FloatMode mode;
+    if (!weights) return fail(Error::invalid_argument, "an empty model cannot be converted");
+    for (const Weight& weight : names)
+        for (int64_t i = 0; i < weight.rows * weight.cols; ++i)
+            if (!is_finite(weights[weight.offset + i]))
+                return fail(Error::not_finite, "'", weight.name, "' holds a number that is not finite");
+    Array<float> scales(*runtime);
+    for (const Weight& weight : names) {
+        if (weight.is_vector || to == Dtype::f32) continue;
+        float* w = weights + weight.offset;
+        if (to == Dtype::int8) BABYGPT_TRY(int8_scales(weight, w, scales));
+        for (int64_t row = 0; row < weight.rows; ++row)
+            for (int64_t col = 0; col < weight.cols; ++col, ++w) {
+                const float scale = to == Dtype::int8 ? scales[static_cast<size_t>(weight.scaled_rows ? row : col)] : 0;
+                *w = to == Dtype::int8 ? static_cast<float>(int8_of(*w, scale)) * scale : bf16_of(*w);
+            }
+    }
+    config.dtype = to;
+    ++version;
     return Status();
 }
 
@@ -6032,6 +6101,7 @@ Status Trainer::create(Runtime& from, Model& of, const TrainConfig& wanted, Data
         return status;
     }
     model = &of;
+    of.config.dtype = Dtype::f32;
     training = &data;
     validation = held_out;
     if (held_out && held_out->evaluation_windows(of.config.context) == 0) {
@@ -6355,10 +6425,11 @@ inline void lay_out(Layout& layout, SessionState& s, int threads, size_t longest
 inline int chunk_rows(const Config& config) { return least(config.context, 256); }
 
 // The packed weights of the model's present version, made by the first session that needs them.
-Status pack_weights(Runtime& runtime, const Model& model, const Tape& tape, const BackendFunctions& backend, const float*& packed) {
+Status pack_weights(Runtime& runtime, const Model& model, Tape& tape, const BackendFunctions& backend, const float*& packed) {
     ModelState& m = *model.state;
     m.lock.enter();
     Status status;
+    tape.dtype = model.config.dtype;
     const size_t wanted = static_cast<size_t>(backend.packed(tape));
     ModelState::Packed* mine = m.packed;
     while (wanted > 0 && mine->by && mine->by != &backend) ++mine;  // there are no more backends that pack than places
@@ -7127,6 +7198,7 @@ struct Word {
 };
 constexpr Word<Activation> activation_words[] = {{Activation::gelu, "gelu"}, {Activation::gelu_tanh, "gelu_new"}};
 constexpr Word<Positions> position_words[] = {{Positions::learned, "absolute"}, {Positions::rotary, "rotary"}};
+constexpr Word<Dtype> dtype_words[] = {{Dtype::f32, "float32"}, {Dtype::bf16, "bfloat16"}, {Dtype::int8, "int8"}};
 constexpr Word<Optimizer> optimizer_words[] = {{Optimizer::adamw, "adamw"}, {Optimizer::muon, "muon"}};
 constexpr Word<Schedule> schedule_words[] = {
     {Schedule::cosine, "cosine"}, {Schedule::linear, "linear"}, {Schedule::constant, "constant"}, {Schedule::wsd, "wsd"}};
@@ -7150,6 +7222,7 @@ bool append_word(Array<char>& to, const Word<E> (&words)[N], E value) {
 }
 bool append_value(Array<char>& to, Activation value) { return append_word(to, activation_words, value); }
 bool append_value(Array<char>& to, Positions value) { return append_word(to, position_words, value); }
+bool append_value(Array<char>& to, Dtype value) { return append_word(to, dtype_words, value); }
 bool append_value(Array<char>& to, Optimizer value) { return append_word(to, optimizer_words, value); }
 bool append_value(Array<char>& to, Schedule value) { return append_word(to, schedule_words, value); }
 
@@ -7203,6 +7276,7 @@ bool read_word(Json& json, const Word<E> (&words)[N], E& value, const char* othe
 }
 bool read_value(Json& json, Activation& value) { return read_word(json, activation_words, value, "this activation function is not known"); }
 bool read_value(Json& json, Positions& value) { return read_word(json, position_words, value, "positions must be absolute or rotary"); }
+bool read_value(Json& json, Dtype& value) { return read_word(json, dtype_words, value, "dtype must be float32, bfloat16 or int8"); }
 bool read_value(Json& json, Optimizer& value) { return read_word(json, optimizer_words, value, "this optimizer is not known"); }
 bool read_value(Json& json, Schedule& value) { return read_word(json, schedule_words, value, "this schedule is not known"); }
 
@@ -7220,6 +7294,7 @@ void each_field(const Config*, const F& f) {
     f("bias", "bias", &Config::bias);
     f("activation_function", "activation", &Config::activation);
     f("position_embedding_type", "positions", &Config::positions);
+    f("dtype", "dtype", &Config::dtype);
 }
 template <class F>
 void each_field(const TrainConfig*, const F& f) {
@@ -7287,7 +7362,7 @@ bool read_field(Json& json, Record& record, uint64_t& seen) {
 }
 // What files of the first kind lack; it then has its default.
 inline bool added_later(const char* key) {
-    static constexpr const char* later[] = {"position_embedding_type", "optimizer", "muon_lr"};
+    static constexpr const char* later[] = {"position_embedding_type", "dtype", "optimizer", "muon_lr"};
     for (const char* name : later)
         if (equal(Text(key), Text(name))) return true;
     return false;
@@ -7376,9 +7451,10 @@ struct ByteSource {
     }
 };
 
-enum class Stored : int32_t { f32, f16, bf16 };
-constexpr Word<Stored> stored_words[] = {{Stored::f32, "F32"}, {Stored::f16, "F16"}, {Stored::bf16, "BF16"}};
-inline uint64_t stored_size(Stored type) { return type == Stored::f32 ? 4 : 2; }
+enum class Stored : int32_t { f32, f16, bf16, int8 };
+constexpr Word<Stored> stored_words[] = {{Stored::f32, "F32"}, {Stored::f16, "F16"}, {Stored::bf16, "BF16"}, {Stored::int8, "I8"}};
+inline Stored stored_as(Dtype dtype) { return dtype == Dtype::f32 ? Stored::f32 : dtype == Dtype::bf16 ? Stored::bf16 : Stored::int8; }
+inline uint64_t stored_size(Stored type) { return type == Stored::f32 ? 4 : type == Stored::int8 ? 1 : 2; }
 
 struct StoredTensor {
     Text name;
@@ -7460,7 +7536,7 @@ bool read_tensor_entry(Json& json, StoredTensor& tensor, uint64_t& elements) {
     };
     elements = 1;
     for (json.enter_object(); json.next_key();) {
-        if (json.key_is("dtype")) once(1) && read_word(json, stored_words, tensor.type, "only the dtypes F32, F16 and BF16 are read");
+        if (json.key_is("dtype")) once(1) && read_word(json, stored_words, tensor.type, "only the dtypes F32, F16, BF16 and I8 are read");
         else if (json.key_is("shape")) {
             const size_t start = (json.peek(), json.at);
             if (!once(2) || !json.enter_array()) continue;
@@ -7589,8 +7665,18 @@ Status parse_config(Runtime& runtime, Text text, Text where, Config& config) {
     return status.ok() ? status : fail(Error::bad_file, "'", where, "': ", Text(status.message));
 }
 
-// Where a weight, or a moment of it, lies in the file: same name, same shape.
-Status find_tensor(const Checkpoint& c, Text prefix, const Weight& weight, const StoredTensor*& found) {
+// The scales of a matrix that is stored in int8, as a tensor of their own.
+inline Weight scales_of(const Weight& weight) {
+    Weight scales{};
+    Line name(scales.name, sizeof scales.name);
+    name.put(Text(weight.name)), name.put("_scale");
+    scales.rows = 1, scales.cols = weight.scaled_rows ? weight.rows : weight.cols;
+    scales.is_vector = true;
+    return scales;
+}
+
+// Where a weight, or a moment of it, lies in the file: same name, same shape. And its scales, where it is int8.
+Status find_tensor(const Checkpoint& c, Text prefix, const Weight& weight, const StoredTensor*& found, const StoredTensor** scales) {
     const Words name(prefix, Text(weight.name)), rows(weight.rows, ", ");
     const Words shape("[", weight.is_vector ? Text() : Text(rows), weight.cols, "]");
     StoredTensor* tensor = find_by_name(c.tensors, name);
@@ -7599,8 +7685,12 @@ Status find_tensor(const Checkpoint& c, Text prefix, const Weight& weight, const
     tensor->wanted = true;
     const bool same = weight.is_vector ? tensor->dimensions == 1 && tensor->shape[0] == weight.cols
                                        : tensor->dimensions == 2 && tensor->shape[0] == weight.rows && tensor->shape[1] == weight.cols;
-    if (same) return Status();
-    return c.bad(": the tensor '", Text(name), "' has the shape ", Shown(tensor->shown), ", but its config wants ", Text(shape));
+    if (!same) return c.bad(": the tensor '", Text(name), "' has the shape ", Shown(tensor->shown), ", but its config wants ", Text(shape));
+    if (tensor->type != Stored::int8) return Status();
+    if (weight.is_vector || prefix.size) return c.bad(": the tensor '", Text(name), "' is I8, which only a matrix of the weights may be");
+    BABYGPT_TRY(find_tensor(c, prefix, scales_of(weight), *scales, nullptr));
+    if ((*scales)->type == Stored::f32) return Status();
+    return c.bad(": the tensor '", Text((*scales)->name), "' must be F32");
 }
 
 // Header, version, config, and a tensor for every weight of the config. No other tensors but the moments of a resume file.
@@ -7625,11 +7715,11 @@ Status open_checkpoint(Runtime& runtime, Checkpoint& c, bool moments) {
         return c.bad(" has ", c.tensors.count, " tensors, too few for the ", c.config.layers, " layers of its config");
     Tape tape(runtime);
     BABYGPT_TRY(record(tape, c.config, 1, false, 0));
-    const StoredTensor* found;
+    const StoredTensor *found, *scales;
     for (const WeightPlan& plan : tape.weights) {
-        BABYGPT_TRY(find_tensor(c, "", plan.weight, found));
-        if (moments) BABYGPT_TRY(find_tensor(c, "moment1.", plan.weight, found));
-        if (moments) BABYGPT_TRY(find_tensor(c, "moment2.", plan.weight, found));
+        BABYGPT_TRY(find_tensor(c, "", plan.weight, found, &scales));
+        if (moments) BABYGPT_TRY(find_tensor(c, "moment1.", plan.weight, found, &scales));
+        if (moments) BABYGPT_TRY(find_tensor(c, "moment2.", plan.weight, found, &scales));
     }
     for (const StoredTensor& tensor : c.tensors) {
         const bool moment = starts_with(tensor.name, "moment1.") || starts_with(tensor.name, "moment2.");
@@ -7649,12 +7739,49 @@ inline float float_from(Stored type, uint16_t half) {
     return bits_as<float>(sign | ((rest << 13) + more_exponent));
 }
 
+// A matrix in int8. as_converted becomes false where the scales are not what Model::convert makes of the numbers.
+Status read_int8(Runtime& runtime, const Checkpoint& c, const Weight& weight, const StoredTensor& tensor, const StoredTensor& scales,
+                 float* to, bool& as_converted) {
+    Array<float> scale(runtime);
+    Array<unsigned char> biggest(runtime);
+    const size_t features = static_cast<size_t>(scales_of(weight).cols);
+    if (!scale.resize(features) || !biggest.resize(features)) return out_of_memory(features * sizeof(float));
+    memset(biggest.items, 0, features);
+    BABYGPT_TRY(c.source.read(c.data + scales.begin, scale.items, scales.end - scales.begin));
+    int8_t piece[8192];
+    size_t row = 0, col = 0;
+    const size_t cols = static_cast<size_t>(weight.cols);
+    for (uint64_t at = tensor.begin; at < tensor.end; at += sizeof piece) {
+        const size_t bytes = static_cast<size_t>(least<uint64_t>(sizeof piece, tensor.end - at));
+        BABYGPT_TRY(c.source.read(c.data + at, piece, bytes));
+        for (size_t i = 0; i < bytes;) {
+            const size_t start = weight.scaled_rows ? row : col, step = weight.scaled_rows ? 0 : 1, end = least(bytes, i + cols - col);
+            col = (col + end - i) % cols, row += col == 0;
+            for (size_t feature = start; i < end; ++i, feature += step) {
+                const int value = piece[i];
+                *to++ = static_cast<float>(value) * scale[feature];
+                biggest[feature] = static_cast<unsigned char>(most<int>(biggest[feature], value < 0 ? -value : value));
+            }
+        }
+    }
+    for (size_t i = 0; i < features; ++i)
+        as_converted = as_converted && biggest[i] < 128 && scale[i] == int8_scale(static_cast<float>(biggest[i]) * scale[i]);
+    return Status();
+}
+
 // Every weight, or moment, from its place in the file to its place in the block.
-Status read_tensors(const Checkpoint& c, Text prefix, Span<const Weight> names, float* block) {
+// as_converted: whether Model::convert would change nothing.
+Status read_tensors(Runtime& runtime, const Checkpoint& c, Text prefix, Span<const Weight> names, float* block, bool& as_converted) {
+    as_converted = true;
     for (const Weight& weight : names) {
-        const StoredTensor* tensor;
-        BABYGPT_TRY(find_tensor(c, prefix, weight, tensor));
+        const StoredTensor *tensor, *scales;
+        BABYGPT_TRY(find_tensor(c, prefix, weight, tensor, &scales));
         float* to = block + weight.offset;
+        as_converted = as_converted && (weight.is_vector || c.config.dtype == Dtype::f32 || tensor->type == stored_as(c.config.dtype));
+        if (tensor->type == Stored::int8) {
+            BABYGPT_TRY(read_int8(runtime, c, weight, *tensor, *scales, to, as_converted));
+            continue;
+        }
         if (tensor->type == Stored::f32) {
             BABYGPT_TRY(c.source.read(c.data + tensor->begin, to, tensor->end - tensor->begin));
             continue;
@@ -7699,7 +7826,12 @@ Status load_model(Runtime& runtime, ByteSource& source, Model& result) {
         return c.bad(": its tokenizer has ", model.tokenizer.vocab, " ids, but vocab_size is ", c.config.vocab);
     BABYGPT_TRY(allocate_weights(runtime, model, c.config));
     BABYGPT_TRY(read_chat(runtime, c, model.chat));
-    BABYGPT_TRY(read_tensors(c, "", model.names, model.weights));
+    bool as_converted;
+    BABYGPT_TRY(read_tensors(runtime, c, "", model.names, model.weights, as_converted));
+    if (!as_converted) {
+        const Status status = model.convert(c.config.dtype);
+        if (!status.ok()) return c.bad(": ", Text(status.message));
+    }
     result = static_cast<Model&&>(model);
     return Status();
 }
@@ -7710,9 +7842,34 @@ Status load_model(Runtime& runtime, ByteSource& source, Model& result) {
 struct Section {
     const char* prefix;
     const float* values;
+    Dtype dtype;  // of the matrices
+    Dtype of(const Weight& weight) const { return weight.is_vector ? Dtype::f32 : dtype; }
 };
 
-inline uint64_t weight_bytes(const Weight& weight) { return static_cast<uint64_t>(weight.rows * weight.cols) * sizeof(float); }
+// write(bytes, count) gets a tensor as it stands in the file: and, where it is int8, its scales after it.
+template <class F>
+Status write_tensor(Runtime& runtime, const Weight& weight, const float* values, Dtype dtype, const F& write) {
+    const int64_t size = weight.rows * weight.cols;
+    if (dtype == Dtype::f32) return write(values, static_cast<size_t>(size) * sizeof(float));
+    Array<float> scales(runtime);
+    if (dtype == Dtype::int8) BABYGPT_TRY(int8_scales(weight, values, scales));
+    constexpr int64_t some = 4096;
+    uint16_t shorts[some];
+    int8_t bytes[some];
+    for (int64_t at = 0; at < size; at += some) {
+        const int64_t count = least(some, size - at);
+        for (int64_t i = 0; i < count; ++i) {
+            const float value = values[at + i];
+            if (dtype == Dtype::bf16) shorts[i] = static_cast<uint16_t>(bits_as<uint32_t>(value) >> 16);
+            else
+                bytes[i] =
+                    int8_of(value, scales[static_cast<size_t>(weight.scaled_rows ? (at + i) / weight.cols : (at + i) % weight.cols)]);
+        }
+        if (dtype == Dtype::bf16) BABYGPT_TRY(write(shorts, static_cast<size_t>(count) * sizeof(uint16_t)));
+        else BABYGPT_TRY(write(bytes, static_cast<size_t>(count)));
+    }
+    return scales.count ? write(scales.items, scales.count * sizeof(float)) : Status();
+}
 
 // The header, from the eight bytes of its length to its last space.
 Status build_header(const Model& model, Span<const Section> sections, Text training, Array<char>& to) {
@@ -7737,10 +7894,17 @@ Status build_header(const Model& model, Span<const Section> sections, Text train
     uint64_t offset = 0;
     for (const Section& section : sections)
         for (const Weight& weight : model.names) {
-            good = good && append_key(to, Words(Text(section.prefix), Text(weight.name))) && append(to, "{\"dtype\":\"F32\",\"shape\":[");
-            if (!weight.is_vector) good = good && append_value(to, weight.rows) && to.push(',');
-            good = good && append_value(to, weight.cols) && append(to, "],\"data_offsets\":[") && append_value(to, offset) && to.push(',');
-            good = good && append_value(to, offset += weight_bytes(weight)) && append(to, "]}");
+            const auto entry = [&](const Weight& tensor, Stored type) {
+                const uint64_t bytes = static_cast<uint64_t>(tensor.rows * tensor.cols) * stored_size(type);
+                good = good && append_key(to, Words(Text(section.prefix), Text(tensor.name)));
+                good = good && append(to, "{\"dtype\":") && append_word(to, stored_words, type) && append(to, ",\"shape\":[");
+                if (!tensor.is_vector) good = good && append_value(to, tensor.rows) && to.push(',');
+                good = good && append_value(to, tensor.cols) && append(to, "],\"data_offsets\":[") && append_value(to, offset);
+                good = good && to.push(',') && append_value(to, offset += bytes) && append(to, "]}");
+            };
+            const Dtype dtype = section.of(weight);
+            entry(weight, stored_as(dtype));
+            if (dtype == Dtype::int8) entry(scales_of(weight), Stored::f32);
         }
     good = good && to.push('}');
     while (good && to.count % 8 != 0) good = to.push(' ');
@@ -7758,7 +7922,9 @@ Status save_checkpoint(const Model& model, Span<const Section> sections, Text tr
         Status status = file.write(header.items, static_cast<int64_t>(header.count));
         for (const Section& section : sections)
             for (const Weight& weight : model.names)
-                if (status.ok()) status = file.write(section.values + weight.offset, static_cast<int64_t>(weight_bytes(weight)));
+                if (status.ok())
+                    status = write_tensor(*model.runtime, weight, section.values + weight.offset, section.of(weight),
+                                          [&](const void* bytes, size_t count) { return file.write(bytes, static_cast<int64_t>(count)); });
         return status;
     });
 }
@@ -7849,17 +8015,17 @@ Status Model::load_memory(Runtime& from, Text bytes) {
 }
 
 Status Model::save(Text path) const {
-    const Section sections[] = {{"", weights}};
+    const Section sections[] = {{"", weights, config.dtype}};
     return save_checkpoint(*this, sections, Text(), path);
 }
 Status Model::save_memory(Array<char>& bytes) const {
     if (!weights) return fail(Error::invalid_argument, "an empty model cannot be saved");
-    const Section sections[] = {{"", weights}};
+    const Section sections[] = {{"", weights, config.dtype}};
     BABYGPT_TRY(build_header(*this, Span<const Section>(sections), Text(), bytes));
-    const size_t total = bytes.count + static_cast<size_t>(parameters) * sizeof(float);
-    if (!bytes.reserve(total)) return out_of_memory(total);
     for (const Weight& weight : names)
-        bytes.append(reinterpret_cast<const char*>(weights + weight.offset), static_cast<size_t>(weight_bytes(weight)));
+        BABYGPT_TRY(write_tensor(*runtime, weight, weights + weight.offset, sections[0].of(weight), [&](const void* from, size_t count) {
+            return bytes.append(static_cast<const char*>(from), count) ? Status() : out_of_memory(bytes.count + count);
+        }));
     return Status();
 }
 
@@ -7869,7 +8035,7 @@ Status Trainer::save(Text path) const {
     bool good = append(training_json, "{\"config\":{") && append_fields(training_json, config) && append(training_json, "},\"state\":{");
     good = good && append_fields(training_json, state_of(*this)) && append(training_json, "}}");
     if (!good) return out_of_memory(training_json.count);
-    const Section sections[] = {{"", model->weights}, {"moment1.", moment1}, {"moment2.", moment2}};
+    const Section sections[] = {{"", model->weights, Dtype::f32}, {"moment1.", moment1, Dtype::f32}, {"moment2.", moment2, Dtype::f32}};
     return save_checkpoint(*model, sections, view(training_json), path);
 }
 
@@ -7887,9 +8053,10 @@ Status Trainer::load(Text path) {
     BABYGPT_TRY(check_resume(*this, c, stored_config, stored));
     // From here on the trainer changes.
     ++model->version;
-    Status status = read_tensors(c, "", model->names, model->weights);
-    if (status.ok()) status = read_tensors(c, "moment1.", model->names, moment1);
-    if (status.ok()) status = read_tensors(c, "moment2.", model->names, moment2);
+    bool as_converted;
+    Status status = read_tensors(*runtime, c, "", model->names, model->weights, as_converted);
+    if (status.ok()) status = read_tensors(*runtime, c, "moment1.", model->names, moment1, as_converted);
+    if (status.ok()) status = read_tensors(*runtime, c, "moment2.", model->names, moment2, as_converted);
     if (!status.ok()) return fail(status.error, Text(status.message), "; the model is now half loaded: load again before it is used");
     step_count = stored.step_count, best_step = stored.best_step, bad_evaluations = stored.bad_evaluations;
     best_validation_loss = stored.best_validation_loss;
@@ -8025,12 +8192,20 @@ BABYGPT_CALL inline void copy_part(float* to, const float* from, int n) {
     for (int i = 0; i < n; ++i) to[i] = from[i];
 }
 
+// Bytes 0 to 7, then 8 to 15, of 16 into the upper bytes of 32-bit elements; -128: zero.
+#define BABYGPT_X(byte) -128, -128, -128, byte
+alignas(32) constexpr int8_t int8_places[64] = {BABYGPT_X(0),  BABYGPT_X(1),  BABYGPT_X(2),  BABYGPT_X(3), BABYGPT_X(4),  BABYGPT_X(5),
+                                                BABYGPT_X(6),  BABYGPT_X(7),  BABYGPT_X(8),  BABYGPT_X(9), BABYGPT_X(10), BABYGPT_X(11),
+                                                BABYGPT_X(12), BABYGPT_X(13), BABYGPT_X(14), BABYGPT_X(15)};
+#undef BABYGPT_X
+
 // A set of vectors: `width` floats each; `fused` is the width of the fused multiply-add instruction, 0: there is none.
 template <int width_, int fused>
 struct Simd : VectorTypes<width_> {
     static constexpr int width = width_;
     static constexpr int registers = width_ == 16 || (fused == 4 && width_ == 4) ? 32 : 16;
-    static constexpr bool calls = BABYGPT_VECTORS && fused == 0;  // each multiply-add is a call: little code is worth more than speed
+    static constexpr bool is_narrow = fused == width_ && fused >= 8;  // it can load bf16 and int8; other sets keep packed weights as floats
+    static constexpr bool calls = BABYGPT_VECTORS && fused == 0;      // each multiply-add is a call: little code is worth more than speed
     typedef float Lanes[static_cast<size_t>(width_)];
     using typename VectorTypes<width_>::V;
     using typename VectorTypes<width_>::Loose;
@@ -8041,6 +8216,31 @@ struct Simd : VectorTypes<width_> {
 
     static BABYGPT_INLINE void load(V& v, const float* p) { v = *reinterpret_cast<const Loose*>(p); }
     static BABYGPT_INLINE void store(float* p, const V& v) { *reinterpret_cast<Loose*>(p) = v; }
+#if BABYGPT_VECTORS && BABYGPT_X86
+    // bf16 is the upper half of a float.
+    static BABYGPT_INLINE void load(V& v, const uint16_t* p) {
+        struct __attribute__((may_alias)) Shorts {
+            uint16_t each[static_cast<size_t>(width_)];
+        };
+        __asm__("vpmovzxwd %1, %0\n\tvpslld $16, %0, %0" : "=v"(v) : "m"(*reinterpret_cast<const Shorts*>(p)));
+    }
+    // int8, two vectors of them, times int8_unit: with 256 bits a shuffle takes them into the upper bytes faster than sign extension could.
+    static constexpr float int8_unit = width_ == 8 ? 0x1p24f : 1;
+    static BABYGPT_INLINE void load(V& v, V& w, const int8_t* p) {
+        struct __attribute__((may_alias)) Bytes {
+            int8_t each[16];
+        };
+        const Bytes* bytes = reinterpret_cast<const Bytes*>(p);
+        if constexpr (width_ == 8)
+            __asm__("vbroadcasti128 %2, %1\n\tvpshufb %3, %1, %0\n\tvpshufb %4, %1, %1\n\tvcvtdq2ps %0, %0\n\tvcvtdq2ps %1, %1"
+                    : "=&x"(v), "=&x"(w)
+                    : "m"(*bytes), "xm"(*reinterpret_cast<const V*>(int8_places)), "xm"(*reinterpret_cast<const V*>(int8_places + 32)));
+        else
+            __asm__("vpmovsxbd %2, %0\n\tvpmovsxbd %3, %1\n\tvcvtdq2ps %0, %0\n\tvcvtdq2ps %1, %1"
+                    : "=&v"(v), "=&v"(w)
+                    : "m"(bytes[0]), "m"(bytes[1]));
+    }
+#endif
     // The first n elements; the others are 0.
     static BABYGPT_INLINE void load_part(V& v, const float* p, int n) {
         Lanes part = {};
@@ -8330,6 +8530,7 @@ constexpr int row_block = 96;     // ... and so many rows of A in the second; a 
 template <class Set>
 struct Products {
     using V = typename Set::V;
+    using U = typename Set::U;
     static constexpr int tile_rows = Set::calls ? 2 : Set::registers == 32 ? 12 : 6;
     static constexpr int tile_columns = 2 * Set::width;
 
@@ -8359,27 +8560,91 @@ struct Products {
     static BABYGPT_INLINE void pack_a(float* to, const Factor& a, int row, int depth, int rows) {
         pack<tile_rows>(to, a.element(0, row), a.stride, a.runs, depth, least(tile_rows, rows - row));
     }
-    static BABYGPT_INLINE void pack_b(float* to, const Factor& b, int column, int depth, int columns) {
-        pack<tile_columns>(to, b.element(0, column), b.stride, b.runs, depth, least(tile_columns, columns - column));
+    static BABYGPT_INLINE void pack_b(float* to, const Factor& b, int column, int depth, int columns, Dtype dtype) {
+        const int count = least(tile_columns, columns - column);
+        if constexpr (Set::is_narrow) {
+            if (dtype == Dtype::bf16) return pack_narrow<uint16_t>(to, b.element(0, column), b.stride, b.runs, depth, count);
+            if (dtype == Dtype::int8) return pack_narrow<int8_t>(to, b.element(0, column), b.stride, b.runs, depth, count);
+        }
+        pack<tile_columns>(to, b.element(0, column), b.stride, b.runs, depth, count);
+    }
+
+    // A panel's elements are floats, uint16_t (the upper halves of floats), or int8_t, with the columns' scales and their inverses before.
+    template <class E>
+    static constexpr int scales = sizeof(E) == 1 ? 2 * tile_columns : 0;
+    template <class E>
+    static BABYGPT_INLINE const E* elements(const float* panel) {
+        return reinterpret_cast<const E*>(panel + scales<E>);
+    }
+    static BABYGPT_INLINE int64_t panel_floats(Dtype dtype, int depth) {
+        const int64_t count = static_cast<int64_t>(depth) * tile_columns;
+        if (!Set::is_narrow || dtype == Dtype::f32) return count;
+        return dtype == Dtype::bf16 ? count / 2 : scales<int8_t> + count / 4;
+    }
+    // Of numbers that Model::convert has rounded: nothing more is lost.
+    template <class E>
+    static BABYGPT_INLINE void pack_narrow(float* to, const float* from, int64_t stride, Depth runs, int depth, int count) {
+        constexpr int some = 64;
+        float piece[static_cast<size_t>(some * tile_columns)], scale[static_cast<size_t>(tile_columns)];
+        E* narrow = reinterpret_cast<E*>(to + scales<E>);
+        V by[2], v, magic;
+        U bits, no_sign;
+        Set::splat(magic, 12582912.0f), Set::splat(no_sign, 0x7fffffffu), Set::splat(by[0], 0), by[1] = by[0];
+        for (int pass = sizeof(E) == 1 ? 0 : 1; pass < 2; ++pass) {  // first what is largest in each column, then the numbers
+            for (int k = 0; k < depth; k += some) {
+                const int deep = least(some, depth - k);
+                pack<tile_columns>(piece, runs == along ? from + k : from + k * stride, stride, runs, deep, count);
+                for (int i = 0; i < 2 * deep; ++i) {
+                    Set::load(v, piece + i * Set::width);
+                    if (pass == 0) {
+                        Set::bits(bits, v);
+                        bits = bits & no_sign;
+                        Set::from_bits(v, bits);
+                        Set::larger(by[i % 2], by[i % 2], v);
+                        continue;
+                    }
+                    if constexpr (sizeof(E) == 1) v = v * by[i % 2] + magic;  // its last byte is the whole number
+                    Set::bits(bits, v);
+                    if constexpr (sizeof(E) == 2) bits = bits >> 16;
+                    uint32_t each[static_cast<size_t>(Set::width)];
+                    memcpy(each, &bits, sizeof each);
+                    for (int j = 0; j < Set::width; ++j) narrow[j] = static_cast<E>(each[j] & (sizeof(E) == 1 ? 0xff : 0xffff));
+                    narrow += Set::width;
+                }
+            }
+            if (pass == 1) break;
+            Set::store(scale, by[0]), Set::store(scale + Set::width, by[1]);
+            for (int j = 0; j < tile_columns && sizeof(E) == 1; ++j) {
+                scale[j] = int8_scale(scale[j]);
+                to[j] = scale[j] / Set::int8_unit, to[j + tile_columns] = Set::int8_unit / scale[j];
+                scale[j] = 1 / scale[j];
+            }
+            Set::load(by[0], scale), Set::load(by[1], scale + Set::width);
+        }
     }
 
     // rows x columns of C: c[r][j] = start[r][j] + sum over k < depth of a[r * a_row + k * a_step] * b[k * b_row + j], a chain; start null: 0.
-    template <int rows, int columns>
+    template <int rows, int columns, class E>
     static BABYGPT_INLINE void tile(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a, int64_t a_row,
-                                    int64_t a_step, const float* b, int64_t b_row, int depth) {
+                                    int64_t a_step, const E* b, int64_t b_row, int depth, const float* scale = nullptr) {
         constexpr int vectors = columns / Set::width;
         V sum[static_cast<size_t>(rows)][static_cast<size_t>(vectors)], right[static_cast<size_t>(vectors)], left;
+        V by;
         BABYGPT_UNROLL
         for (int r = 0; r < rows; ++r) {
             BABYGPT_UNROLL
             for (int j = 0; j < vectors; ++j) {
                 if (start) Set::load(sum[r][j], start + r * start_row + j * Set::width);
                 else Set::splat(sum[r][j], 0);
+                if constexpr (sizeof(E) == 1) Set::load(by, scale + columns + j * Set::width), sum[r][j] = sum[r][j] * by;
             }
         }
         for (int k = 0; k < depth; ++k, a += a_step, b += b_row) {
             BABYGPT_UNROLL
-            for (int j = 0; j < vectors; ++j) Set::load(right[j], b + j * Set::width);
+            for (int j = 0; j < vectors; ++j) {
+                if constexpr (sizeof(E) > 1) Set::load(right[j], b + j * Set::width);
+                else if (j % 2 == 0) Set::load(right[j], right[j + 1], b + j * Set::width);
+            }
             BABYGPT_UNROLL
             for (int r = 0; r < rows; ++r) {
                 Set::splat(left, a[r * a_row]);
@@ -8390,14 +8655,33 @@ struct Products {
         BABYGPT_UNROLL
         for (int r = 0; r < rows; ++r) {
             BABYGPT_UNROLL
-            for (int j = 0; j < vectors; ++j) Set::store(c + r * c_row + j * Set::width, sum[r][j]);
+            for (int j = 0; j < vectors; ++j) {
+                if constexpr (sizeof(E) == 1) Set::load(by, scale + j * Set::width), sum[r][j] = sum[r][j] * by;
+                Set::store(c + r * c_row + j * Set::width, sum[r][j]);
+            }
         }
+    }
+
+    // A whole tile, with a panel of any dtype from k0 on.
+    static BABYGPT_INLINE void panel_tile(Dtype dtype, float* c, int64_t c_row, const float* start, int64_t start_row, const float* a,
+                                          int64_t a_row, int64_t a_step, const float* panel, int k0, int depth) {
+        const int64_t from = static_cast<int64_t>(k0) * tile_columns;
+        if constexpr (Set::is_narrow) {
+            if (dtype == Dtype::bf16)
+                return tile<tile_rows, tile_columns>(c, c_row, start, start_row, a, a_row, a_step, elements<uint16_t>(panel) + from,
+                                                     tile_columns, depth);
+            if (dtype == Dtype::int8)
+                return tile<tile_rows, tile_columns>(c, c_row, start, start_row, a, a_row, a_step, elements<int8_t>(panel) + from,
+                                                     tile_columns, depth, panel);
+        }
+        tile<tile_rows, tile_columns>(c, c_row, start, start_row, a, a_row, a_step, panel + from, tile_columns, depth);
     }
 
     // Rows from `row` on, at most row_block, and columns [column, end) of C (whole panels of B, except the last).
     // a: panels, each [p.depth][tile_rows], of all rows; null: A runs along its rows, and is read where it is.
     // b: panels, each [p.depth][tile_columns], of all columns.
     static BABYGPT_INLINE void block(const Product& p, const float* a, const float* b, int row, int column, int end) {
+        const int64_t apart = panel_floats(p.dtype, p.depth);
         const int rows = least(row_block, p.rows - row), rest = rows % tile_rows;
         const int blocks = (p.depth + depth_block - 1) / depth_block, step = (p.depth + blocks - 1) / blocks;
         float last_rows[static_cast<size_t>(tile_rows * depth_block)];  // that do not fill a tile
@@ -8405,7 +8689,7 @@ struct Products {
             const int depth = least(step, p.depth - k0);
             if (!a && rest) pack<tile_rows>(last_rows, p.a.element(k0, row + rows - rest), p.a.stride, p.a.runs, depth, rest);
             for (int j = column; j < end; j += tile_columns) {
-                const float* b_panel = b + static_cast<int64_t>(j) * p.depth + static_cast<int64_t>(k0) * tile_columns;
+                const float* panel = b + j / tile_columns * apart;
                 const int columns = least(tile_columns, p.columns - j);
                 for (int r = 0; r < rows; r += tile_rows) {
                     const int height = least(tile_rows, rows - r);
@@ -8423,8 +8707,8 @@ struct Products {
                         for (int i = 0; i < tile_rows; ++i)
                             for (int m = 0; m < tile_columns; ++m)
                                 edge[i * tile_columns + m] = start && i < height && m < columns ? start[i * start_row + m] : 0.0f;
-                    tile<tile_rows, tile_columns>(is_whole ? c : edge, is_whole ? p.c_stride : tile_columns, is_whole ? start : edge,
-                                                  is_whole ? start_row : tile_columns, from, a_row, a_step, b_panel, tile_columns, depth);
+                    panel_tile(p.dtype, is_whole ? c : edge, is_whole ? p.c_stride : tile_columns, is_whole ? start : edge,
+                               is_whole ? start_row : tile_columns, from, a_row, a_step, panel, k0, depth);
                     for (int i = 0; i < height && !is_whole; ++i)
                         memcpy(c + i * p.c_stride, edge + i * tile_columns, static_cast<size_t>(columns) * sizeof(float));
                 }
@@ -8443,30 +8727,44 @@ struct Products {
     }
     template <int count>
     static BABYGPT_INLINE void panels(const Product& p, const float* b, int column) {
-        V sum[static_cast<size_t>(2 * count)], x, y;
-        const float* panel = b + static_cast<int64_t>(column) * p.depth;
-        const int64_t apart = static_cast<int64_t>(tile_columns) * p.depth;
+        const int64_t apart = panel_floats(p.dtype, p.depth);
+        const float* panel = b + column / tile_columns * apart;
         const int whole = least(count * tile_columns, p.columns - column);  // columns that exist
+        const bool is_scaled = Set::is_narrow && p.dtype == Dtype::int8;
+        V sum[static_cast<size_t>(2 * count)], by;
         BABYGPT_UNROLL
         for (int i = 0; i < 2 * count; ++i) {
             const int from = i * Set::width;
             if (!p.start || from >= whole) Set::splat(sum[i], 0);
             else if (whole - from >= Set::width) Set::load(sum[i], p.start + column + from);
             else Set::load_part(sum[i], p.start + column + from, whole - from);
+            if (is_scaled) Set::load(by, panel + i / 2 * apart + tile_columns + i % 2 * Set::width), sum[i] = sum[i] * by;
         }
-        for (int k = 0; k < p.depth; ++k, panel += tile_columns) {
-            Set::splat(x, *p.a.element(k, 0));
-            BABYGPT_UNROLL
-            for (int i = 0; i < 2 * count; ++i) {
-                Set::load(y, panel + i / 2 * apart + i % 2 * Set::width);
-                Set::fma(sum[i], x, y);
-            }
-        }
+        if constexpr (Set::is_narrow) {
+            if (p.dtype == Dtype::bf16) add_row<count>(sum, p, elements<uint16_t>(panel), 2 * apart);
+            else if (p.dtype == Dtype::int8) add_row<count>(sum, p, elements<int8_t>(panel), 4 * apart);
+            else add_row<count>(sum, p, panel, apart);
+        } else add_row<count>(sum, p, panel, apart);
         BABYGPT_UNROLL
         for (int i = 0; i < 2 * count; ++i) {
             const int from = i * Set::width;
+            if (is_scaled) Set::load(by, panel + i / 2 * apart + i % 2 * Set::width), sum[i] = sum[i] * by;
             if (whole - from >= Set::width) Set::store(p.c + column + from, sum[i]);
             else if (whole > from) Set::store_part(p.c + column + from, sum[i], whole - from);
+        }
+    }
+    template <int count, class E>
+    static BABYGPT_INLINE void add_row(V* sum, const Product& p, const E* panel, int64_t apart) {
+        V x, y, z;
+        for (int k = 0; k < p.depth; ++k, panel += tile_columns) {
+            Set::splat(x, *p.a.element(k, 0));
+            BABYGPT_UNROLL
+            for (int i = 0; i < 2 * count; i += 2) {
+                const E* pair = panel + i / 2 * apart;
+                if constexpr (sizeof(E) > 1) Set::load(y, pair), Set::load(z, pair + Set::width);
+                else Set::load(y, z, pair);
+                Set::fma(sum[i], x, y), Set::fma(sum[i + 1], x, z);
+            }
         }
     }
 
@@ -9455,7 +9753,8 @@ struct Kernels {
     int tile_rows, tile_columns;
     int64_t (*attention_scratch)(int keys, int dim, bool training);
     void (*pack_a)(float* to, const Factor& a, int row, int depth, int rows);
-    void (*pack_b)(float* to, const Factor& b, int column, int depth, int columns);
+    int64_t (*panel_floats)(Dtype dtype, int depth);
+    void (*pack_b)(float* to, const Factor& b, int column, int depth, int columns, Dtype dtype);
     void (*block)(const Product& p, const float* a, const float* b, int row, int column, int end);
     void (*single_row)(const Product& p, const float* b, int column, int end);
     void (*forward)(const Work& work, int from, int to, float* space);
@@ -9469,8 +9768,9 @@ struct Kernels {
         target static void pack_a(float* to, const Factor& a, int row, int depth, int rows) {                                        \
             Products<Set>::pack_a(to, a, row, depth, rows);                                                                          \
         }                                                                                                                            \
-        target static void pack_b(float* to, const Factor& b, int column, int depth, int columns) {                                  \
-            Products<Set>::pack_b(to, b, column, depth, columns);                                                                    \
+        static int64_t panel_floats(Dtype dtype, int depth) { return Products<Set>::panel_floats(dtype, depth); }                    \
+        target static void pack_b(float* to, const Factor& b, int column, int depth, int columns, Dtype dtype) {                     \
+            Products<Set>::pack_b(to, b, column, depth, columns, dtype);                                                             \
         }                                                                                                                            \
         target static void block(const Product& p, const float* a, const float* b, int row, int column, int end) {                   \
             Products<Set>::block(p, a, b, row, column, end);                                                                         \
@@ -9487,6 +9787,7 @@ struct Kernels {
                                           Products<Set>::tile_columns,                                                               \
                                           &Rows<Set>::attention_scratch,                                                             \
                                           &pack_a,                                                                                   \
+                                          &panel_floats,                                                                             \
                                           &pack_b,                                                                                   \
                                           &block,                                                                                    \
                                           &single_row,                                                                               \
@@ -9646,7 +9947,9 @@ struct Walk {
                         for (int i = from; i < to; ++i) {
                             const int a_row = i * height, b_column = (i - a_units) * width;
                             if (i < a_units) kernels.pack_a(a_panels + static_cast<int64_t>(a_row) * p.depth, p.a, a_row, p.depth, p.rows);
-                            else kernels.pack_b(panels + static_cast<int64_t>(b_column) * p.depth, p.b, b_column, p.depth, p.columns);
+                            else
+                                kernels.pack_b(panels + static_cast<int64_t>(b_column) * p.depth, p.b, b_column, p.depth, p.columns,
+                                               Dtype::f32);
                         }
                     });
                     multiply(p, packs_a ? a_panels : nullptr, panels, row - column);
@@ -9662,10 +9965,10 @@ struct Walk {
         for (int i = 0; i < number; ++i) at += packed_size(tape.ops[static_cast<size_t>(i)]);
         return at;
     }
-    int64_t packed_size(const Op& op) const { return packed_size(kernels, op); }
-    static int64_t packed_size(const Kernels& kernels, const Op& op) {
+    int64_t packed_size(const Op& op) const { return packed_size(kernels, tape.dtype, op); }
+    static int64_t packed_size(const Kernels& kernels, Dtype dtype, const Op& op) {
         if (op.kind != OpKind::linear && op.kind != OpKind::head) return 0;
-        return static_cast<int64_t>(op.in) * round_up(op.out, kernels.tile_columns);
+        return (op.out + kernels.tile_columns - 1) / kernels.tile_columns * kernels.panel_floats(dtype, op.in);
     }
 
     // Heads of sequences, and the multiply-adds of one of the products that each takes.
@@ -9676,10 +9979,11 @@ struct Walk {
         return pairs / static_cast<int64_t>(most(run.sequences.size, size_t(1))) * (op.out / op.heads);
     }
     // With the weights packed before, or here.
-    void multiply_weights(int number, const Product& p) const {
+    void multiply_weights(int number, Product p) const {
         const float* ready = packed(number);
-        if (ready) multiply(p, nullptr, ready);
-        else product(p);
+        if (!ready) return product(p);
+        p.dtype = tape.dtype;
+        multiply(p, nullptr, ready);
     }
 
     void forward(int number) const {
@@ -9780,18 +10084,20 @@ struct Walk {
     }
     static int64_t packed_size(const Kernels& kernels, const Tape& tape) {
         int64_t total = 0;
-        for (const Op& op : tape.ops) total += packed_size(kernels, op);
+        for (const Op& op : tape.ops) total += packed_size(kernels, tape.dtype, op);
         return total;
     }
     static void pack(const Kernels& kernels, Runtime& runtime, const Tape& tape, const float* weights, float* to) {
         const int columns = kernels.tile_columns;
         for (const Op& op : tape.ops) {
-            if (packed_size(kernels, op) == 0) continue;
+            const int64_t size = packed_size(kernels, tape.dtype, op);
+            if (size == 0) continue;
             const float* w = weights + tape.weight(op.w).offset;
             const Factor factor = op.kind == OpKind::head ? Factor{w, op.in, along} : Factor{w, op.out, down};
-            parallel(runtime, (op.out + columns - 1) / columns,
-                     [&](int i) { kernels.pack_b(to + static_cast<int64_t>(i) * columns * op.in, factor, i * columns, op.in, op.out); });
-            to += packed_size(kernels, op);
+            parallel(runtime, (op.out + columns - 1) / columns, [&](int i) {
+                kernels.pack_b(to + i * kernels.panel_floats(tape.dtype, op.in), factor, i * columns, op.in, op.out, tape.dtype);
+            });
+            to += size;
         }
     }
     void forward() const {

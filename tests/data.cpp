@@ -1,7 +1,4 @@
 // From files to documents, from documents to windows, and the n-gram baseline: chapter 7's first half.
-#include "../babygpt.h"
-#include "check.h"
-
 #include <math.h>
 #include <stdlib.h>
 
@@ -10,6 +7,9 @@
 #include <set>
 #include <string>
 #include <vector>
+
+#include "../babygpt.h"
+#include "check.h"
 
 using namespace babygpt;
 using std::string;
@@ -144,8 +144,9 @@ static uint32_t random_below(uint32_t limit) {
 }
 // Words of random letters with spaces, line ends, and some that are not ASCII.
 static string random_text(size_t size) {
-    static const char* const parts[] = {" ", "  ", "\n", "\n\n", " \t", "\xc2\xa0", "\xe2\x80\x83", "\xe3\x80\x80",
-                                        "\xc3\xa9", "\xe2\x80\x9c", "\xf0\x9f\x99\x82", "1", "'s", "."};
+    static const char* const parts[] = {
+        " ", "  ", "\n", "\n\n", " \t", "\xc2\xa0", "\xe2\x80\x83", "\xe3\x80\x80", "\xc3\xa9", "\xe2\x80\x9c", "\xf0\x9f\x99\x82",
+        "1", "'s", "."};
     string text;
     while (text.size() < size) {
         for (uint32_t n = random_below(9); n > 0; --n) text += static_cast<char>('a' + random_below(26));
@@ -697,10 +698,17 @@ TEST(damaged_tables_are_an_error_or_text, "a damaged file could crash or hang th
             for (uint32_t n = 1 + random_below(4); n > 0; --n) {
                 const size_t at = random_below(static_cast<uint32_t>(bytes.size()));
                 switch (random_below(4)) {
-                    case 0: bytes[at] = static_cast<char>(random_below(256)); break;
-                    case 1: bytes[at] = special[random_below(sizeof special - 1)]; break;
-                    case 2: bytes.erase(at, random_below(20)); break;
-                    default: bytes.insert(at, 1, special[random_below(sizeof special - 1)]);
+                    case 0:
+                        bytes[at] = static_cast<char>(random_below(256));
+                        break;
+                    case 1:
+                        bytes[at] = special[random_below(sizeof special - 1)];
+                        break;
+                    case 2:
+                        bytes.erase(at, random_below(20));
+                        break;
+                    default:
+                        bytes.insert(at, 1, special[random_below(sizeof special - 1)]);
                 }
                 if (bytes.empty()) bytes = "x";
             }

@@ -178,16 +178,25 @@ TEST(products, "a product of matrices is wrong, or adds in another order") {
         CHECK(a.resize(static_cast<size_t>(rows * depth)) && b.resize(static_cast<size_t>(depth * columns)) &&
               bias.resize(static_cast<size_t>(columns)) && want.resize(static_cast<size_t>(rows * columns)) &&
               have.resize(static_cast<size_t>(rows * columns)) &&
-              panels.resize(static_cast<size_t>(depth) * static_cast<size_t>(columns + 64)) &&
+              panels.resize(static_cast<size_t>(depth + 2) * static_cast<size_t>(columns + 64)) &&
               a_panels.resize(static_cast<size_t>(depth * (rows + 16))));
         for (size_t i = 0; i < a.count; ++i) a[i] = small_number(1, static_cast<int64_t>(i));
-        for (size_t i = 0; i < b.count; ++i) b[i] = small_number(2, static_cast<int64_t>(i));
         for (size_t i = 0; i < bias.count; ++i) bias[i] = small_number(3, static_cast<int64_t>(i));
-        for (int form = 0; form < 12; ++form) {
+        for (int form = 0; form < 36; ++form) {
             const bool a_across = form & 1, b_across = form & 2;
-            const int starts = form / 4;  // 0: nothing, 1: a bias, 2: what is there
+            const int starts = form / 4 % 3;  // 0: nothing, 1: a bias, 2: what is there
+            const Dtype dtype = static_cast<Dtype>(form / 12);
             const Factor fa{a.items, a_across ? depth : rows, a_across ? along : down},
                 fb{b.items, b_across ? depth : columns, b_across ? along : down};
+            for (size_t i = 0; i < b.count; ++i) b[i] = small_number(2, static_cast<int64_t>(i));
+            for (int j = 0; j < columns && dtype != Dtype::f32; ++j) {
+                const auto element = [&](int k) -> float& { return b[static_cast<size_t>(fb.element(k, j) - b.items)]; };
+                float biggest = 0;
+                for (int k = 0; k < depth; ++k) biggest = most(biggest, element(k) < 0 ? -element(k) : element(k));
+                const float scale = int8_scale(biggest);
+                for (int k = 0; k < depth; ++k)
+                    element(k) = dtype == Dtype::int8 ? static_cast<float>(int8_of(element(k), scale)) * scale : bf16_of(element(k));
+            }
             for (int i = 0; i < rows; ++i)
                 for (int j = 0; j < columns; ++j) {
                     float s = starts == 0 ? 0.0f : bias[static_cast<size_t>(j)];
@@ -206,8 +215,12 @@ TEST(products, "a product of matrices is wrong, or adds in another order") {
                                 fb,
                                 rows,
                                 columns,
-                                depth};
-                for (int j = 0; j < columns; j += kernels.tile_columns) kernels.pack_b(panels.items + j * depth, fb, j, depth, columns);
+                                depth,
+                                false,
+                                dtype};
+                for (int j = 0; j < columns; j += kernels.tile_columns)
+                    kernels.pack_b(panels.items + j / kernels.tile_columns * kernels.panel_floats(dtype, depth), fb, j, depth, columns,
+                                   dtype);
                 if (rows == 1 && a_across) kernels.single_row(p, panels.items, 0, columns);
                 else
                     for (int row = 0; row < rows; row += row_block) {
@@ -216,7 +229,7 @@ TEST(products, "a product of matrices is wrong, or adds in another order") {
                         kernels.block(p, a_across ? nullptr : a_panels.items, panels.items, row, 0, columns);
                     }
                 if (!CHECK(same("product", want, have)))
-                    printf("  %s: %d x %d, depth %d, form %d\n", kernels.name, rows, columns, depth, form);
+                    printf("  %s: %d x %d, depth %d, form %d (the last of three dozens: int8)\n", kernels.name, rows, columns, depth, form);
             }
         }
     }
@@ -371,7 +384,7 @@ TEST(speed, "a compiler no longer makes vectors of the kernels") {
     const Kernels& kernels = *choose(Isa::automatic).kernels;
     if (&kernels == &KernelsPortable::table) SKIP("this machine has only the portable kernels");
     const Product p{c.items, size, nullptr, 0, Factor{a.items, size, along}, Factor{b.items, size, down}, rows, size, size};
-    for (int j = 0; j < size; j += kernels.tile_columns) kernels.pack_b(panels.items + j * size, p.b, j, size, size);
+    for (int j = 0; j < size; j += kernels.tile_columns) kernels.pack_b(panels.items + j * size, p.b, j, size, size, Dtype::f32);
     double best = 0;
     for (int i = 0; i < 20; ++i) {
         const double start = seconds_now();

@@ -237,8 +237,9 @@ struct Training {
 
 TEST(round_trip, "a model that was saved would not come back as it was") {
     Host host;
-    for (int variant = 0; variant < 16; ++variant) {
+    for (int variant = 0; variant < 48; ++variant) {
         Config config = small_config();
+        config.dtype = static_cast<Dtype>(variant / 16);
         config.positions = variant & 8 ? Positions::rotary : Positions::learned;
         config.layers = 1 + variant % 3, config.heads = 2;
         config.tied = variant & 1, config.bias = variant & 2, config.activation = variant & 4 ? Activation::gelu : Activation::gelu_tanh;
@@ -436,6 +437,15 @@ TEST(every_allocation_fails, "too little memory would crash, leak, or spoil a fi
             Model loaded;
             return loaded.load_memory(host.runtime, model_file);
         });
+        Model small;
+        CHECK_OK(small.load(host.runtime, "m"));
+        fail_every_allocation(host, [&]() { return small.convert(Dtype::int8); });
+        fail_every_allocation(host, [&]() { return small.save("s"); });
+        fail_every_allocation(host, [&]() {
+            Model loaded;
+            return loaded.load(host.runtime, "s");
+        });
+        host.files.erase("s");
         fail_every_allocation(host, [&]() { return t.trainer.save("r"); });
         fail_every_allocation(host, [&]() { return t.trainer.load("r"); });
         fail_every_allocation(host, [&]() {
@@ -535,6 +545,39 @@ TEST(wrong_files, "a file that is not what it should be would be taken, or refus
     changed("\\\"user_turn\\\":", "\\\"user_turn\\\"", "babygpt.chat");
 }
 
+TEST(wrong_int8, "numbers without a scale would be taken, or scales of another program be read otherwise by each backend") {
+    Host host;
+    Model model, loaded;
+    Config config = small_config();
+    config.dtype = Dtype::int8;
+    if (!make(host.runtime, config, model)) return;
+    const std::string file = saved(model), header = header_of(file), data = data_of(file);
+    CHECK(header.find("\"h.0.attn.c_attn.weight\":{\"dtype\":\"I8\",\"shape\":[4,12],") != std::string::npos);
+    CHECK(header.find("\"h.0.attn.c_attn.weight_scale\":{\"dtype\":\"F32\",\"shape\":[12],") != std::string::npos);
+    const auto changed = [&](const char* from, const char* to, const char* complaint) {
+        std::string other = header;
+        const size_t at = other.find(from);
+        if (!CHECK(at != std::string::npos)) return;
+        other.replace(at, strlen(from), to);
+        CHECK(has(loaded.load_memory(host.runtime, with_header(other, data)), Error::bad_file, complaint));
+    };
+    changed("c_attn.weight_scale", "c_attn.weight_skale", "lacks the tensor 'h.0.attn.c_attn.weight_scale' of shape [12]");
+    changed("c_attn.weight_scale\":{\"dtype\":\"F32\",\"shape\":[12]", "c_attn.weight_scale\":{\"dtype\":\"F32\",\"shape\":[3,4]",
+            "has the shape");
+    changed("\\\"dtype\\\":\\\"int8\\\"", "\\\"dtype\\\":\\\"int4\\\"", "dtype must be float32, bfloat16 or int8");
+    // A scale that is no power of two: the numbers are rounded anew, and are then as if they had been converted here.
+    const size_t place = header.find("[", header.find("data_offsets", header.find("c_attn.weight_scale"))) + 1;
+    std::string other = data;
+    const float scale = 0.01f, wrong = NAN;
+    memcpy(&other[std::stoul(header.substr(place))], &scale, sizeof scale);
+    CHECK_OK(loaded.load_memory(host.runtime, with_header(header, other)));
+    const std::string rounded = saved(loaded);
+    CHECK_OK(loaded.convert(Dtype::int8));
+    CHECK(saved(loaded) == rounded);
+    memcpy(&other[std::stoul(header.substr(place))], &wrong, sizeof wrong);
+    CHECK(has(loaded.load_memory(host.runtime, with_header(header, other)), Error::bad_file, "not finite"));
+}
+
 TEST(cut_files, "a file that was cut short would crash or be taken for a model") {
     Host host;
     Model model;
@@ -550,6 +593,10 @@ TEST(cut_files, "a file that was cut short would crash or be taken for a model")
     CHECK(file.size() <= 8192);
     for (size_t size = 0; size < file.size(); ++size)
         if (!cut(file, size)) return;
+    CHECK_OK(model.convert(Dtype::int8));
+    const std::string in_int8 = saved(model);
+    for (size_t size = 0; size < in_int8.size(); ++size)
+        if (!cut(in_int8, size)) return;
     Config nano;
     if (!CHECK_OK(preset("nano", nano)) || !make(host.runtime, nano, model)) return;
     const std::string larger = saved(model);
@@ -558,10 +605,12 @@ TEST(cut_files, "a file that was cut short would crash or be taken for a model")
         if (!cut(larger, next_random(random) % larger.size())) return;
 }
 
-TEST(mutated_files, "a damaged file could crash, hang or take all memory") {
+void load_mutations(Dtype dtype) {
     Host host;
     Model model;
-    if (!make(host.runtime, small_config(), model)) return;
+    Config config = small_config();
+    config.dtype = dtype;
+    if (!make(host.runtime, config, model)) return;
     const std::string file = saved(model);
     const int64_t blocks = host.blocks;
     uint64_t random = 20260101;
@@ -612,6 +661,11 @@ TEST(mutated_files, "a damaged file could crash, hang or take all memory") {
     }
     CHECK(loaded_well > 100 && loaded_well < 19000);  // the mutations reach beyond the first check, and do change something
     CHECK(host.blocks == blocks);
+}
+
+TEST(mutated_files, "a damaged file could crash, hang or take all memory") {
+    load_mutations(Dtype::f32);
+    load_mutations(Dtype::int8);
 }
 
 TEST(large_claims, "a small file could make the reader allocate or work without end") {

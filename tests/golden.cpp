@@ -1,10 +1,10 @@
 // Golden numbers: the trained GPT of llm-viz (3 layers, 3 heads, width 48, it sorts three letters), with the weights and every tensor of
 // one forward pass as PyTorch made them, against our tape on each backend. Needs ../shared.
 #define BABYGPT_IMPLEMENTATION
+#include <vector>
+
 #include "../babygpt.h"
 #include "check.h"
-
-#include <vector>
 
 namespace golden_test {  // so that no name of the header's insides is in the way
 using namespace babygpt;
@@ -165,10 +165,14 @@ void check_backend(const Golden& golden, Runtime& runtime) {
     whole("qkv", "h.0.attn.c_attn");
     const float *qkv = ours("h.0.attn.c_attn"), *softmax = ours("h.0.attn.softmax");
     for (int which = 0; which < 3; ++which)  // [batch][heads][context][dim]
-        compare(golden, which == 0 ? "q" : which == 1 ? "k" : "v", [&](int i) {
-            const int d = i % dim, t = i / dim % context, head = i / dim / context % heads, s = i / dim / context / heads;
-            return qkv[(s * context + t) * 3 * width + which * width + head * dim + d];
-        });
+        compare(golden,
+                which == 0   ? "q"
+                : which == 1 ? "k"
+                             : "v",
+                [&](int i) {
+                    const int d = i % dim, t = i / dim % context, head = i / dim / context % heads, s = i / dim / context / heads;
+                    return qkv[(s * context + t) * 3 * width + which * width + head * dim + d];
+                });
     // We keep of a row of scores only its maximum and its sum: make the rows again. [batch][heads][context][context]
     const auto score = [&](int i, bool probability) {
         const int k = i % context, t = i / context % context, head = i / context / context % heads;

@@ -1,11 +1,11 @@
 // The JSON reader and the exact decimal numbers under it: looks inside the implementation.
 #define BABYGPT_IMPLEMENTATION
-#include "../babygpt.h"
-#include "check.h"
-
 #include <stdlib.h>
 
 #include <string>
+
+#include "../babygpt.h"
+#include "check.h"
 
 using namespace babygpt;
 using std::string;

@@ -3,6 +3,7 @@
 
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "../babygpt.h"
 #include "check.h"
@@ -68,8 +69,10 @@ TEST(cache_is_the_full_pass, "a token read alone would give other bits than a to
     config.layers = 2, config.heads = 3, config.width = 42, config.context = 64, config.vocab = 90, config.positions = Positions::rotary;
     Model rotary;
     CHECK_OK(rotary.create(own, config, Tokenizer()));
-    for (int variant = 0; variant < 8; ++variant) {
-        const Model& m = variant & 4 ? rotary : model();
+    for (int variant = 0; variant < 16; ++variant) {
+        if (variant == 8) CHECK_OK(rotary.convert(Dtype::bf16));
+        if (variant == 12) CHECK_OK(rotary.convert(Dtype::int8));
+        const Model& m = variant >= 4 ? rotary : model();
         int32_t ids[60];
         for (int i = 0; i < 60; ++i) ids[i] = (i * 37 + i * i) % m.config.vocab;
         const Backend backend = variant & 1 ? Backend::cpu : Backend::plain;
@@ -88,6 +91,60 @@ TEST(cache_is_the_full_pass, "a token read alone would give other bits than a to
         CHECK(bytes > 0 && memcmp(whole.logits().data, single.logits().data, bytes) == 0);
         CHECK(memcmp(whole.logits().data, mixed.logits().data, bytes) == 0);
     }
+}
+
+TEST(numbers_of_fewer_bits, "a model in bf16 or int8 would not say what its rounded weights say, or be much worse than it was") {
+    Runtime fast, plain;
+    plain.backend = Backend::plain;
+    for (const bool tied : {true, false}) {
+        Config config;
+        config.layers = 2, config.heads = 2, config.width = 34, config.context = 40, config.vocab = 70, config.tied = tied;
+        Model m;
+        CHECK_OK(m.create(fast, config, Tokenizer()));
+        for (const Weight& weight : m.names)  // logits that say something
+            for (int64_t i = 0; i < weight.rows * weight.cols && !weight.is_vector; ++i) m.weights[weight.offset + i] *= 5;
+        int32_t ids[40];
+        for (int i = 0; i < 40; ++i) ids[i] = i * 29 % 70;
+        Session session, other;
+        CHECK_OK(session.create(fast, m));
+        CHECK_OK(other.create(plain, m));
+        std::vector<float> before, now;
+        const auto read = [&](Session& with) {
+            with.reset();
+            CHECK_OK(with.feed(Span<const int32_t>(ids, 25)));
+            for (int i = 25; i < 40; ++i) CHECK_OK(with.feed(Span<const int32_t>(ids + i, 1)));
+            now.assign(with.logits().data, with.logits().data + 70);
+        };
+        read(session);
+        before = now;
+        for (const Dtype dtype : {Dtype::bf16, Dtype::int8}) {  // the sessions go on with the converted model
+            std::vector<float> kept(m.weights, m.weights + m.block);
+            CHECK_OK(m.convert(dtype));
+            CHECK(m.config.dtype == dtype && memcmp(kept.data(), m.weights, kept.size() * sizeof(float)) != 0);
+            kept.assign(m.weights, m.weights + m.block);
+            CHECK_OK(m.convert(dtype));  // what has been rounded stays as it is
+            CHECK(memcmp(kept.data(), m.weights, kept.size() * sizeof(float)) == 0);
+            read(session);
+            const std::vector<float> said = now;
+            double error = 0, size = 0;
+            for (size_t i = 0; i < 70; ++i) error += std::pow(said[i] - before[i], 2), size += std::pow(before[i], 2);
+            CHECK(error > 0 && std::sqrt(error / size) < (dtype == Dtype::bf16 ? 0.01 : 0.04));
+            read(other);
+            CHECK(now == said);
+            Model floats;  // the same numbers, as floats
+            CHECK_OK(floats.create(fast, config, Tokenizer()));
+            memcpy(floats.weights, m.weights, static_cast<size_t>(m.block) * sizeof(float));
+            Session third;
+            CHECK_OK(third.create(fast, floats));
+            read(third);
+            CHECK(now == said);
+        }
+        const Weight* matrix = m.find("h.0.attn.c_attn.weight");
+        m.weights[matrix->offset + 5] = NAN;
+        CHECK(m.convert(Dtype::int8).error == Error::not_finite);
+    }
+    Model empty;
+    CHECK(empty.convert(Dtype::int8).error == Error::invalid_argument);
 }
 
 TEST(chat, "a model that knows its dialogues by heart would not answer") {

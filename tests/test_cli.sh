@@ -178,6 +178,19 @@ run 0 eval m.safetensors b.txt;             has out '^loss'
 input=b.txt run 0 score m.safetensors;      has out '^sum of'
 printf '{"text":"You: hello"}\n' > lines
 input=lines run 0 score m.safetensors --jsonl; json; has out '^{"ids":\[.*\],"logprobs":\[.*\],"sum":-[0-9.]*}$'
+# ---- numbers of fewer bits ----
+run 0 convert m.safetensors --dtype int8 --out m8.safetensors;  has out 'm8.safetensors: .* kB in int8 (.* kB before)'
+run 1 convert m.safetensors --dtype bf16 --out m8.safetensors;  says 'm8.safetensors exists.*--overwrite'
+run 0 convert m8.safetensors --dtype int8 --out again.safetensors --json; json; has out '"dtype":"int8"'
+same 'int8 again is the same' m8.safetensors again.safetensors
+run 2 convert m.safetensors --dtype int4 --out x.safetensors;   says 'f32.*bf16.*int8'
+run 2 convert m.safetensors --out x.safetensors;                says '--dtype'
+run 0 info m8.safetensors --json; json;     has out '"dtype":"int8"'
+run 1 compare m.safetensors m8.safetensors; has out 'by at most'
+for backend in plain cpu; do run 0 generate m8.safetensors --prompt a --tokens 30 --seed 3 --backend $backend; cp out $backend.out; done
+same 'int8 is the same in both backends' plain.out cpu.out
+run 0 bench decode --preset nano --dtype int8 --seconds 0.05 --json; json; has out '"dtype":"int8"'
+
 run 0 info m.safetensors --json; json;      has out '"parameters":[0-9]'
 run 0 info --preset baby --batch 8;         has out 'multiply-adds'
 run 0 attention m.safetensors 'You see' --svg at.svg; has at.svg '</svg>'

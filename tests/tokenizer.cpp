@@ -1,12 +1,12 @@
 // Tokenizers: text to ids and back, learning, files. The reference implementations here are slow and simple on purpose.
-#include "../babygpt.h"
-#include "check.h"
-
 #include <stdlib.h>
 
 #include <map>
 #include <string>
 #include <vector>
+
+#include "../babygpt.h"
+#include "check.h"
 
 using namespace babygpt;
 using std::string;

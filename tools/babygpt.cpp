@@ -2121,6 +2121,9 @@ void show_memory(const string& title, const Memory& m) {
     put_line(pad(title, 26) + pad(grouped(int64_t(m.total())), 16, true) + " bytes (" + parts + ")");
 }
 
+const char* const dtype_names[] = {"f32", "bf16", "int8"};
+Dtype dtype_named(const string& name) { return name == "int8" ? Dtype::int8 : name == "bf16" ? Dtype::bf16 : Dtype::f32; }
+
 int info(Arguments& in) {
     Common common;
     string name;
@@ -2179,7 +2182,7 @@ int info(Arguments& in) {
             .add("context", config.context)
             .add("vocab", config.vocab);
         line.add("tied", config.tied).add("bias", config.bias).add("activation", activation).add("positions", positions);
-        line.add("batch", batch);
+        line.add("dtype", dtype_names[int(config.dtype)]).add("batch", batch);
         line.add("parameters", parameters).add("multiply_adds", multiply_adds).add("flops_per_token", flops_per_token(config));
         line.raw("memory_to_train", memory_json(training)).raw("memory_to_run", memory_json(running)).raw("table", "[" + table + "]");
         if (name.empty())
@@ -2199,9 +2202,9 @@ int info(Arguments& in) {
     put_line(rule);
     put_line(row_text("total", "", grouped(parameters), grouped(multiply_adds), ""));
     put_line("");
-    put_line(format("%d layers, %d heads, width %d, context %d, vocabulary %d, %s head, %s, %s, %s positions", config.layers, config.heads,
-                    config.width, config.context, config.vocab, config.tied ? "tied" : "untied", config.bias ? "biases" : "no biases",
-                    activation, positions));
+    put_line(format("%d layers, %d heads, width %d, context %d, vocabulary %d, %s head, %s, %s, %s positions, %s", config.layers,
+                    config.heads, config.width, config.context, config.vocab, config.tied ? "tied" : "untied",
+                    config.bias ? "biases" : "no biases", activation, positions, dtype_names[int(config.dtype)]));
     if (name.empty()) {
         put_line(format("tokenizer %s%s", kinds[int(model.tokenizer.kind)], model.chat.empty() ? "; no chat template" : ""));
         if (!model.chat.empty())
@@ -2396,7 +2399,7 @@ void show_profile(Runtime& runtime, const Config& config, int batch, double seco
 int bench(Arguments& in) {
     Common common;
     bool profiled = false;
-    string name = "baby";
+    string name = "baby", dtype = "f32";
     int vocab = 96, batch = 8;
     double seconds = 5;
     bool json = false;
@@ -2405,6 +2408,7 @@ int bench(Arguments& in) {
               {"--vocab", "N", "(96)", &vocab, 2, 1000000},
               {"--batch", "N", "sequences a training step (8)", &batch, 1, 1e6},
               {"--seconds", "X", "how long each is measured (5)", &seconds, 0.01, 1e6},
+              {"--dtype", "f32|bf16|int8", "of the matrices in prefill and decode; training is in f32 (f32)", &dtype},
               {"--profile", nullptr, "where the time of a training step goes, op by op", &profiled},
               {"--json", nullptr, "one JSON object each", &json}},
              0, 1);
@@ -2441,6 +2445,7 @@ int bench(Arguments& in) {
                 .add("gflops", gflops)
                 .add("ceiling_gflops", ceiling);
             line.add("percent_of_ceiling", 100 * gflops / ceiling).add("preset", name).add("vocab", vocab).add("batch", batch);
+            line.add("dtype", strcmp(kind, "train") == 0 ? "f32" : dtype);
             line.add("threads", runtime.thread_count()).add("backend", common.backend).add("isa", runtime.isa_name()).print();
         } else {
             put_now(format("%-8s %9s tokens/s  %10.3f ms %-12s %8.1f GFLOP/s  %5.1f %% of the ceiling\n", kind,
@@ -2468,7 +2473,7 @@ int bench(Arguments& in) {
         report("train", double(tokens), time, 3 * flops_per_token(config));
     }
     Session session;
-    if (what != "train") must(session.create(runtime, model));
+    if (what != "train") must(model.convert(dtype_named(dtype))), must(session.create(runtime, model));
     const size_t context = size_t(config.context);
     if (what.empty() || what == "prefill") {
         const double time = middle_time(seconds, [&] {
@@ -2487,6 +2492,29 @@ int bench(Arguments& in) {
         });
         report("decode", 1, time / double(context), flops_per_token(config));
     }
+    return 0;
+}
+
+int convert(Arguments& in) {
+    Common common;
+    string dtype, out;
+    bool overwrite = false, json = false;
+    in.parse(common,
+             {{"--dtype", "f32|bf16|int8", "bf16: half the bytes; int8: a quarter; f32: as they are", &dtype},
+              {"--out", "FILE", "the model file that is written", &out},
+              {"--overwrite", nullptr, "although --out exists", &overwrite},
+              {"--json", nullptr, "one JSON object", &json}},
+             1, 1);
+    if (dtype.empty() || out.empty()) usage("convert needs --dtype f32|bf16|int8 and --out FILE");
+    if (!overwrite && exists(out)) error(out + " exists; replace it with --overwrite, or choose another --out");
+    Model model;
+    must(model.load(common.runtime, in.operands[0]));
+    const auto before = fs::file_size(path_of(in.operands[0]));  // it may be replaced
+    must(model.convert(dtype_named(dtype)));
+    must(model.save(out));
+    const auto after = fs::file_size(path_of(out));
+    if (json) Json().add("out", out).add("dtype", dtype).add("bytes", uint64_t(after)).add("bytes_before", uint64_t(before)).print();
+    else put_line(format("%s: %s in %s (%s before)", out.c_str(), bytes_text(after).c_str(), dtype.c_str(), bytes_text(before).c_str()));
     return 0;
 }
 
@@ -2580,6 +2608,9 @@ const vector<Command> commands = {
     {"plot", "LOG.csv... [options]", "Draws the loss curves of logs (train --log).", "  babygpt plot a.csv b.csv --svg curves.svg\n", plot},
     {"bench", "[train|prefill|decode] [options]", "How fast this machine trains, reads and writes, on random tokens.",
      "  babygpt bench train --threads 2\n", bench},
+    {"convert", "M --dtype D --out FILE [options]",
+     "Rounds a model's matrices to numbers of fewer bits: a smaller file, and replies that come sooner. `babygpt eval` says what it costs.",
+     "  babygpt convert m.safetensors --dtype int8 --out small.safetensors\n", convert},
     {"compare", "A B [options]", "The first tensor at which two checkpoints differ, and by how much. Exit status 0: the same bits, 1: not.",
      "  babygpt compare a.safetensors b.safetensors\n", compare},
     {"selftest", "[options]", "Gradient checks and golden numbers of this very program.", "", selftest},
