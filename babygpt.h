@@ -665,6 +665,10 @@ struct Session {
     // The attention of the ids read so far: probabilities [heads][position][position] of one layer.
     Status attention(int layer, Array<float>& probabilities);
 };
+// Draws one token for each of several sessions of the same model, and feeds each its own: as Session::next would do it one after the other,
+// to the bit, but the weights are read once for all. One config for all (then give each session another prompt, or they say the same), or one
+// for each. ids: [sessions]. After an error no session has said a token that it has not read.
+Status next(Span<Session* const> sessions, Span<const SampleConfig> configs, int32_t* ids);
 
 // ---- Measuring and checking -------------------------------------------------------------------------------------------
 
@@ -3438,7 +3442,9 @@ struct WeightPlan {
 // One sequence of a run: `length` rows from `row` on, which stand at `position` and after in their text.
 struct Sequence {
     int row, length, position;
-    const int32_t* pages;  // running with a KV cache: the numbers of its pages; null: training, positions are those of this run
+    const int32_t* pages;     // running with a KV cache: the numbers of its pages; null: training, positions are those of this run
+    float* kv = nullptr;      // where these pages lie
+    float* logits = nullptr;  // [vocab], of the last row; null: not wanted
 };
 
 // What changes from run to run, read when the tape runs.
@@ -3472,12 +3478,10 @@ struct Regions {
     T* gradients = nullptr;         // laid out as the weights: sums over tokens, added to
     T* lookup_gradients = nullptr;  // of a token embedding shared with the head: the embedding's part, apart, so that it is one chain
     T* activations = nullptr;
-    T* scratch = nullptr;  // as the backend asked for
-    T* kv = nullptr;
+    T* scratch = nullptr;           // as the backend asked for
     int threads = 0;                // that `scratch` has room for; 0: as many as the runtime has
     double* losses = nullptr;       // [rows], nats; written where there are targets
     int32_t* ranks = nullptr;       // [rows], how many tokens were thought likelier than the target; may be null
-    T* logits = nullptr;            // [sequences][vocab], of each sequence's last row; null: not wanted
     const float* packed = nullptr;  // the fast backend's copies of the weights, when running
 };
 
@@ -4048,29 +4052,32 @@ void rope(T* x, const float* rotations, Span<const Sequence> sequences, int head
 // softmax: [rows][heads][2], max(s) and sum of e^(s - max): enough to make p again. With a KV cache (sequence.pages), the new keys and values
 // are first stored in their pages, and the keys before them come from there. scratch: [context] for s.
 template <class T>
-void attention_forward(T* y, T* softmax, const T* x, const Sequence& s, T* kv, int layer, int layers, int heads, int dim,
-                       const Dropout& drop, T* scratch) {
+void attention_forward(T* y, T* softmax, const T* x, const Sequence& s, int layer, int layers, int heads, int dim, const Dropout& drop,
+                       T* scratch) {
     const int64_t width = static_cast<int64_t>(heads) * dim, stride = 3 * width;
     const T scale = static_cast<T>(1) / root(static_cast<T>(dim));
     const auto page = [&](int position, int which) {
-        return kv + ((static_cast<int64_t>(s.pages[position / kv_page]) * layers + layer) * 2 + which) * width * kv_page;
+        return s.kv + ((static_cast<int64_t>(s.pages[position / kv_page]) * layers + layer) * 2 + which) * width * kv_page;
     };
     if (s.pages)
         for (int i = 0; i < s.length; ++i)
             for (int64_t c = 0; c < width; ++c) {
                 const int at = (s.position + i) % kv_page;
-                page(s.position + i, 0)[c * kv_page + at] = x[(s.row + i) * stride + width + c];
-                page(s.position + i, 1)[(c / dim * kv_page + at) * dim + c % dim] = x[(s.row + i) * stride + 2 * width + c];
+                page(s.position + i, 0)[c * kv_page + at] = static_cast<float>(x[(s.row + i) * stride + width + c]);
+                page(s.position + i, 1)[(c / dim * kv_page + at) * dim + c % dim] =
+                    static_cast<float>(x[(s.row + i) * stride + 2 * width + c]);
             }
     for (int i = 0; i < s.length; ++i)
         for (int head = 0; head < heads; ++head) {
             const int64_t row = s.row + i, column = static_cast<int64_t>(head) * dim;
             const int keys = (s.pages ? s.position : 0) + i + 1;
             const auto key = [&](int k, int d) {
-                return s.pages ? page(k, 0)[(column + d) * kv_page + k % kv_page] : x[(s.row + k) * stride + width + column + d];
+                return s.pages ? static_cast<T>(page(k, 0)[(column + d) * kv_page + k % kv_page])
+                               : x[(s.row + k) * stride + width + column + d];
             };
             const auto value = [&](int k, int d) {
-                return s.pages ? page(k, 1)[(head * kv_page + k % kv_page) * dim + d] : x[(s.row + k) * stride + 2 * width + column + d];
+                return s.pages ? static_cast<T>(page(k, 1)[(head * kv_page + k % kv_page) * dim + d])
+                               : x[(s.row + k) * stride + 2 * width + column + d];
             };
             T biggest = 0;
             for (int k = 0; k < keys; ++k) {
@@ -4146,12 +4153,12 @@ void add_backward(T* da, T* db, const T* dy, int64_t n, bool adds_a, bool adds_b
 // logits = x W^T, W [vocab][width]; loss = -log softmax(logits)[target], in nats, a number a row. Label smoothing e (Szegedy et al. 2016)
 // mixes the target with the uniform distribution: loss = log(sum e^l) - (1-e) l[target] - e mean(l). Only a row of logits exists at a time.
 // softmax: [rows][2], max and sum of e^(l - max). rank: how many tokens come before the target, by logit, then by id.
-template <class T>
-void head_logits(T* logits, const T* x, const T* w, int width, int vocab) {
+template <class To, class T>
+void head_logits(To* logits, const T* x, const T* w, int width, int vocab) {
     for (int64_t v = 0; v < vocab; ++v) {
         T s = 0;
         for (int64_t c = 0; c < width; ++c) s = madd(x[c], w[v * width + c], s);
-        logits[v] = s;
+        logits[v] = static_cast<To>(s);
     }
 }
 template <class T>
@@ -4239,15 +4246,13 @@ void plain_op_forward(const Tape& tape, const Regions<T>& r, const Run& run, int
             return add_forward(y, x, values(tape, r, op.x2), static_cast<int64_t>(run.rows) * op.in);
         case OpKind::attention:
             for (const Sequence& s : run.sequences)
-                attention_forward(y, aux, x, s, r.kv, op.layer, tape.layers, op.heads, op.out / op.heads, Dropout(run, number), r.scratch);
+                attention_forward(y, aux, x, s, op.layer, tape.layers, op.heads, op.out / op.heads, Dropout(run, number), r.scratch);
             return;
         case OpKind::head:
             if (run.targets)
                 head_forward(r.losses, r.ranks, aux, x, w, run.targets, run.rows, op.in, op.out, run.label_smoothing, r.scratch);
-            if (r.logits)
-                for (size_t i = 0; i < run.sequences.size; ++i)
-                    head_logits(r.logits + static_cast<int64_t>(i) * op.out,
-                                x + static_cast<int64_t>(run.sequences[i].row + run.sequences[i].length - 1) * op.in, w, op.in, op.out);
+            for (const Sequence& s : run.sequences)
+                if (s.logits) head_logits(s.logits, x + static_cast<int64_t>(s.row + s.length - 1) * op.in, w, op.in, op.out);
             return;
     }
 }
@@ -6381,6 +6386,7 @@ struct SessionState {
     Block memory;
     const BackendFunctions* backend = nullptr;
     Regions<float> regions;
+    float* kv = nullptr;            // the keys and values of what has been read
     int32_t* pages = nullptr;       // [context / kv_page]
     int32_t* history = nullptr;     // [context] ids read
     int32_t* targets = nullptr;     // [chunk]
@@ -6408,7 +6414,7 @@ inline void lay_out(Layout& layout, SessionState& s, int threads, size_t longest
     s.regions.activations = layout.take<float>(tape.activation_block);
     s.regions.scratch = layout.take<float>(s.backend->scratch(tape, threads));
     s.regions.threads = threads;
-    s.regions.kv = layout.take<float>(tape.kv_page_block() * ((tape.context + kv_page - 1) / kv_page));
+    s.kv = layout.take<float>(tape.kv_page_block() * ((tape.context + kv_page - 1) / kv_page));
     s.regions.losses = layout.take<double>(tape.max_rows);
     s.pages = layout.take<int32_t>((tape.context + kv_page - 1) / kv_page);
     s.history = layout.take<int32_t>(tape.context);
@@ -6509,12 +6515,22 @@ void Session::reset() {
 
 namespace {
 
+void have_read(Session& session, const int32_t* ids, int count) {
+    SessionState& s = *session.state;
+    memmove(s.history + session.position, ids, static_cast<size_t>(count) * sizeof(int32_t));
+    session.position += count;
+    s.ready = true;
+    const Tokenizer& tokenizer = session.model->tokenizer;
+    const Text last = tokenizer.bytes(ids[count - 1]);
+    s.line_open = ids[count - 1] != tokenizer.end_of_text && !(last.size > 0 && last[last.size - 1] == '\n');
+}
+
 // Reads `count` ids (they fit the context) in chunks. With losses: losses[i] = -log p(ids[i+1]), the last one for `after` (-1: none).
 void read_ids(Session& session, const int32_t* ids, int count, double* losses, int32_t after) {
     SessionState& s = *session.state;
     for (int done = 0; done < count;) {
         const int rows = least(s.chunk, count - done);
-        const Sequence sequence{0, rows, session.position, s.pages};
+        const Sequence sequence{0, rows, session.position, s.pages, s.kv, done + rows == count ? s.logits : nullptr};
         Run run;
         run.rows = rows;
         run.sequences = Span<const Sequence>(&sequence, 1);
@@ -6524,18 +6540,11 @@ void read_ids(Session& session, const int32_t* ids, int count, double* losses, i
             run.targets = s.targets;
         }
         s.regions.weights = session.model->weights;
-        s.regions.logits = done + rows == count ? s.logits : nullptr;
         s.backend->forward(*session.runtime, s.tape, s.regions, run);
         if (losses) memcpy(losses + done, s.regions.losses, static_cast<size_t>(rows) * sizeof(double));
-        memmove(s.history + session.position, ids + done, static_cast<size_t>(rows) * sizeof(int32_t));
-        session.position += rows;
+        have_read(session, ids + done, rows);
         done += rows;
     }
-    s.ready = count > 0 || s.ready;
-    if (count == 0) return;
-    const Tokenizer& tokenizer = session.model->tokenizer;
-    const Text last = tokenizer.bytes(ids[count - 1]);
-    s.line_open = ids[count - 1] != tokenizer.end_of_text && !(last.size > 0 && last[last.size - 1] == '\n');
 }
 
 // Makes room for `count` more ids (at most half a context): forgets the older half, in a chat up to the beginning of a turn, and reads the rest again.
@@ -6742,13 +6751,12 @@ Status check(const SampleConfig& c) {
 }
 
 // Next, where the token's text must begin with `start` (empty: anything goes).
-Status next_token(Session& session, const SampleConfig& c, Text start, int32_t& id, float* logprob) {
+Status draw_token(Session& session, const SampleConfig& c, Text start, int32_t& id, float* logprob) {
     BABYGPT_TRY(check_session(session, Span<const int32_t>()));
     SessionState& s = *session.state;
     const Model& model = *session.model;
     const int vocab = model.config.vocab;
     BABYGPT_TRY(check(c));
-    BABYGPT_TRY(pack_weights(*session.runtime, model, s.tape, *s.backend, s.regions.packed));
     if (!s.ready) return fail(Error::invalid_argument, "nothing has been read yet: feed the session at least one id");
     for (const Text& banned : c.banned)
         if (banned.size > longest_stop)
@@ -6773,6 +6781,13 @@ Status next_token(Session& session, const SampleConfig& c, Text start, int32_t& 
     if (logprob) *logprob = static_cast<float>(static_cast<double>(s.logits[id]) - log_sum_exp(s.logits, vocab));
     ++session.sampled;
     remember(s, said_by(model.tokenizer, id));
+    return Status();
+}
+Status next_token(Session& session, const SampleConfig& c, Text start, int32_t& id, float* logprob) {
+    BABYGPT_TRY(check_session(session, Span<const int32_t>()));
+    SessionState& s = *session.state;
+    BABYGPT_TRY(pack_weights(*session.runtime, *session.model, s.tape, *s.backend, s.regions.packed));
+    BABYGPT_TRY(draw_token(session, c, start, id, logprob));
     make_room(session, 1);
     read_ids(session, &id, 1, nullptr, -1);
     return Status();
@@ -6783,6 +6798,47 @@ Status next_token(Session& session, const SampleConfig& c, Text start, int32_t& 
 Status Session::next(const SampleConfig& config, int32_t& id, float* logprob) {
     const FloatMode mode;
     return next_token(*this, config, Text(), id, logprob);
+}
+Status next(Span<Session* const> sessions, Span<const SampleConfig> configs, int32_t* ids) {
+    const FloatMode mode;
+    if (configs.size != 1 && configs.size != sessions.size)
+        return fail(Error::invalid_argument, "there must be one config, or one for each of the ", uint64_t(sessions.size), " sessions");
+    for (size_t i = 0; i < sessions.size; ++i) {
+        if (!sessions[i] || !sessions[i]->state)
+            return fail(Error::invalid_argument, "session ", uint64_t(i), " is empty: create it first");
+        const Session &one = *sessions[i], &first = *sessions[0];
+        if (one.model != first.model || one.state->backend != first.state->backend)
+            return fail(Error::mismatch, "session ", uint64_t(i), " has another model or backend than session 0");
+        for (size_t k = 0; k < i; ++k)
+            if (sessions[k] == &one) return fail(Error::invalid_argument, "session ", uint64_t(i), " is session ", uint64_t(k));
+        SessionState& s = *one.state;  // each, since make_room may let it read alone
+        BABYGPT_TRY(pack_weights(*one.runtime, *one.model, s.tape, *s.backend, s.regions.packed));
+    }
+    Status status;
+    constexpr int most_at_once = 64;
+    for (size_t i = 0; status.ok() && i < sessions.size;) {
+        Session& first = *sessions[i];
+        SessionState& s = *first.state;
+        Sequence sequences[most_at_once];
+        int count = 0;
+        for (; i + static_cast<size_t>(count) < sessions.size && count < least(most_at_once, s.chunk); ++count) {
+            const size_t k = i + static_cast<size_t>(count);
+            Session& session = *sessions[k];
+            status = draw_token(session, configs[configs.size == 1 ? 0 : k], Text(), ids[k], nullptr);
+            if (!status.ok()) break;  // those before still read what they have said
+            make_room(session, 1);
+            sequences[count] = Sequence{count, 1, session.position, session.state->pages, session.state->kv, session.state->logits};
+        }
+        if (count == 0) break;
+        Run run;
+        run.rows = count;
+        run.sequences = Span<const Sequence>(sequences, static_cast<size_t>(count));
+        run.ids = ids + i;
+        s.regions.weights = first.model->weights;
+        s.backend->forward(*first.runtime, s.tape, s.regions, run);
+        for (int k = 0; k < count; ++k, ++i) have_read(*sessions[i], ids + i, 1);
+    }
+    return status;
 }
 
 // ---- generating ----------------------------------------------------------------------------------------------------------
@@ -8663,18 +8719,24 @@ struct Products {
     }
 
     // A whole tile, with a panel of any dtype from k0 on.
+    template <int rows>
     static BABYGPT_INLINE void panel_tile(Dtype dtype, float* c, int64_t c_row, const float* start, int64_t start_row, const float* a,
                                           int64_t a_row, int64_t a_step, const float* panel, int k0, int depth) {
-        const int64_t from = static_cast<int64_t>(k0) * tile_columns;
+        constexpr int columns = tile_columns;
+        const int64_t from = static_cast<int64_t>(k0) * columns;
         if constexpr (Set::is_narrow) {
             if (dtype == Dtype::bf16)
-                return tile<tile_rows, tile_columns>(c, c_row, start, start_row, a, a_row, a_step, elements<uint16_t>(panel) + from,
-                                                     tile_columns, depth);
+                return tile<rows, columns>(c, c_row, start, start_row, a, a_row, a_step, elements<uint16_t>(panel) + from, columns, depth);
             if (dtype == Dtype::int8)
-                return tile<tile_rows, tile_columns>(c, c_row, start, start_row, a, a_row, a_step, elements<int8_t>(panel) + from,
-                                                     tile_columns, depth, panel);
+                return tile<rows, columns>(c, c_row, start, start_row, a, a_row, a_step, elements<int8_t>(panel) + from, columns, depth,
+                                           panel);
         }
-        tile<tile_rows, tile_columns>(c, c_row, start, start_row, a, a_row, a_step, panel + from, tile_columns, depth);
+        tile<rows, columns>(c, c_row, start, start_row, a, a_row, a_step, panel + from, columns, depth);
+    }
+    // How many rows the tile has that begins where `left` rows are left: for a few sessions, or at the end, a low one may waste less.
+    static constexpr int low_rows = Set::calls ? tile_rows : 4;
+    static BABYGPT_INLINE int rows_of_tile(int left) {
+        return left <= 2 * low_rows && round_up(left, low_rows) < round_up(left, tile_rows) ? low_rows : tile_rows;
     }
 
     // Rows from `row` on, at most row_block, and columns [column, end) of C (whole panels of B, except the last).
@@ -8682,7 +8744,9 @@ struct Products {
     // b: panels, each [p.depth][tile_columns], of all columns.
     static BABYGPT_INLINE void block(const Product& p, const float* a, const float* b, int row, int column, int end) {
         const int64_t apart = panel_floats(p.dtype, p.depth);
-        const int rows = least(row_block, p.rows - row), rest = rows % tile_rows;
+        const int rows = least(row_block, p.rows - row);
+        int rest = rows;
+        while (rest >= rows_of_tile(rest) && !a) rest -= rows_of_tile(rest);
         const int blocks = (p.depth + depth_block - 1) / depth_block, step = (p.depth + blocks - 1) / blocks;
         float last_rows[static_cast<size_t>(tile_rows * depth_block)];  // that do not fill a tile
         for (int k0 = 0; k0 < p.depth; k0 += step) {
@@ -8691,24 +8755,29 @@ struct Products {
             for (int j = column; j < end; j += tile_columns) {
                 const float* panel = b + j / tile_columns * apart;
                 const int columns = least(tile_columns, p.columns - j);
-                for (int r = 0; r < rows; r += tile_rows) {
-                    const int height = least(tile_rows, rows - r);
-                    const bool in_place = !a && height == tile_rows;
+                for (int r = 0, height; r < rows; r += height) {
+                    const int tall = a ? tile_rows : rows_of_tile(rows - r);
+                    height = least(tall, rows - r);
+                    const bool in_place = !a && height == tall;
                     const float* from = a          ? a + static_cast<int64_t>(row + r) * p.depth + static_cast<int64_t>(k0) * tile_rows
                                         : in_place ? p.a.element(k0, row + r)
                                                    : last_rows;
                     const int64_t a_row = in_place ? p.a.stride : 1, a_step = in_place ? 1 : tile_rows;
-                    const bool is_whole = height == tile_rows && columns == tile_columns;
+                    const bool is_whole = height == tall && columns == tile_columns;
                     float edge[static_cast<size_t>(tile_rows * tile_columns)];  // a tile at the edge of C is computed here
                     float* c = p.c + (row + r) * p.c_stride + j;
                     const float* start = k0 ? c : p.start ? p.start + (row + r) * p.start_stride + j : nullptr;
-                    const int64_t start_row = k0 ? p.c_stride : p.start_stride;
+                    int64_t start_row = k0 ? p.c_stride : p.start_stride;
                     if (!is_whole)
-                        for (int i = 0; i < tile_rows; ++i)
+                        for (int i = 0; i < tall; ++i)
                             for (int m = 0; m < tile_columns; ++m)
                                 edge[i * tile_columns + m] = start && i < height && m < columns ? start[i * start_row + m] : 0.0f;
-                    panel_tile(p.dtype, is_whole ? c : edge, is_whole ? p.c_stride : tile_columns, is_whole ? start : edge,
-                               is_whole ? start_row : tile_columns, from, a_row, a_step, panel, k0, depth);
+                    float* to = is_whole ? c : edge;
+                    if (!is_whole) start = edge, start_row = tile_columns;
+                    const int64_t c_row = is_whole ? p.c_stride : tile_columns;
+                    if (tall == tile_rows)
+                        panel_tile<tile_rows>(p.dtype, to, c_row, start, start_row, from, a_row, a_step, panel, k0, depth);
+                    else panel_tile<low_rows>(p.dtype, to, c_row, start, start_row, from, a_row, a_step, panel, k0, depth);
                     for (int i = 0; i < height && !is_whole; ++i)
                         memcpy(c + i * p.c_stride, edge + i * tile_columns, static_cast<size_t>(columns) * sizeof(float));
                 }
@@ -9382,8 +9451,8 @@ struct Rows {
         }
     };
 
-    static BABYGPT_INLINE void attention_forward(float* y, float* softmax, const float* x, const Sequence& s, float* kv, int layer,
-                                                 int layers, int heads, int dim, const Dropout& drop, int head, float* scratch) {
+    static BABYGPT_INLINE void attention_forward(float* y, float* softmax, const float* x, const Sequence& s, int layer, int layers,
+                                                 int heads, int dim, const Dropout& drop, int head, float* scratch) {
         const int64_t width = static_cast<int64_t>(heads) * dim, stride = 3 * width, column = static_cast<int64_t>(head) * dim;
         const int before = s.pages ? s.position : 0, keys = before + s.length, padded = round_up(dim, wide);
         const float* q = x + s.row * stride + column;
@@ -9392,7 +9461,7 @@ struct Rows {
         Cache cache;
         cache.keys = scores + tall * scores_row;
         cache.values = cache.keys + scores_row * dim;
-        cache.kv = s.pages ? kv + (static_cast<int64_t>(layer) * 2 * width + column) * page : nullptr;
+        cache.kv = s.pages ? s.kv + (static_cast<int64_t>(layer) * 2 * width + column) * page : nullptr;
         cache.pages = s.pages;
         cache.page_block = static_cast<int64_t>(layers) * 2 * width * page;
         cache.value_offset = width * page;
@@ -9668,8 +9737,8 @@ BABYGPT_INLINE void forward_part(const Work& work, int from, int to, float* spac
         case OpKind::attention:
             for (int i = from; i < to; ++i) {
                 const Sequence& s = run.sequences[static_cast<size_t>(i / op.heads)];
-                R::attention_forward(y, aux, x, s, work.r.kv, op.layer, work.tape.layers, op.heads, op.out / op.heads,
-                                     Dropout(run, work.number), i % op.heads, space);
+                R::attention_forward(y, aux, x, s, op.layer, work.tape.layers, op.heads, op.out / op.heads, Dropout(run, work.number),
+                                     i % op.heads, space);
             }
             return;
         case OpKind::head: {
@@ -9827,7 +9896,8 @@ struct Scratch {
     Scratch(const Kernels& kernels, const Tape& tape) {
         // Logits at a time: in training, W and its gradient are read once a chunk, so that many rows are better than few.
         const int64_t wide = round_up(tape.vocab, column_group), some = int64_t(1) << 18, many = int64_t(1) << 23;
-        const int64_t rows = most<int64_t>(1, tape.training ? most(some / wide, least<int64_t>(many / wide, 192)) : some / wide);
+        const int64_t rows =
+            most<int64_t>(1, tape.training ? most(some / wide, least<int64_t>(many / wide, 192)) : most<int64_t>(some / wide, 8));
         const int64_t chunks = (tape.max_rows + rows - 1) / rows, even = (tape.max_rows + chunks - 1) / chunks;
         chunk = static_cast<int>(least<int64_t>(round_up<int64_t>(even, 12), tape.max_rows));
         logits = round_up<int64_t>(chunk * wide, 16);
@@ -9902,12 +9972,20 @@ struct Walk {
     void multiply(const Product& p, const float* a, const float* b, int diagonal = 0) const {
         const int columns = kernels.tile_columns;
         const int all_panels = (p.columns + columns - 1) / columns;
-        if (p.rows == 1) {  // memory sets the speed: it is best if each thread reads the same weights for every token
+        if (p.rows < 4 && !a && !p.is_symmetric) {  // memory sets the speed: best if each thread reads the same weights for every token
             const int units = (all_panels + 3) / 4, unit = 4 * columns;
             const int64_t worth = most(static_cast<int64_t>(p.depth) * p.columns / least_cost, int64_t(1));
             const int workers = static_cast<int>(least(worth, static_cast<int64_t>(least(threads, units))));
             return parallel(runtime, workers, [&](int i) {
-                kernels.single_row(p, b, i * units / workers * unit, least((i + 1) * units / workers * unit, p.columns));
+                for (int u = i * units / workers; u < (i + 1) * units / workers; ++u) {
+                    Product one = p;
+                    one.rows = 1;
+                    for (int row = 0; row < p.rows; ++row) {
+                        kernels.single_row(one, b, u * unit, least((u + 1) * unit, p.columns));
+                        one.c += p.c_stride, one.a.at += p.a.stride;
+                        if (one.start) one.start += p.start_stride;
+                    }
+                }
             });
         }
         const int row_blocks = (p.rows + row_block - 1) / row_block;
@@ -10031,10 +10109,22 @@ struct Walk {
             product(Product{dx + at, in, there, in, Factor{logits, wide, along}, Factor{w, in, down}, rows, in, out});
             product(Product{dw, in, dw, in, Factor{logits, wide, down}, Factor{x + at, in, down}, out, in, rows});
         }
-        for (size_t i = 0; i < run.sequences.size && r.logits; ++i) {
-            const float* last = x + static_cast<int64_t>(run.sequences[i].row + run.sequences[i].length - 1) * in;
-            float* to = r.logits + static_cast<int64_t>(i) * out;
-            multiply_weights(number, Product{to, out, nullptr, 0, Factor{last, in, along}, Factor{w, in, along}, 1, out, in});
+        // The last rows: those of sequences of one token stand beneath each other, and are done together.
+        const size_t all = run.sequences.size, at_once = static_cast<size_t>(scratch.chunk);
+        for (size_t i = 0, n; i < all; i += n) {
+            const Sequence& s = run.sequences[i];
+            const auto is_next = [&](size_t k) {
+                const Sequence& other = run.sequences[k];
+                return other.length == 1 && other.logits && other.row == s.row + static_cast<int>(k - i);
+            };
+            for (n = 1; s.length == 1 && i + n < all && n < at_once && is_next(i + n);) ++n;
+            if (!s.logits) continue;
+            const float* last = x + static_cast<int64_t>(s.row + s.length - 1) * in;
+            float* to = n == 1 ? s.logits : logits;
+            multiply_weights(number, Product{to, n == 1 ? out : wide, nullptr, 0, Factor{last, in, along}, Factor{w, in, along},
+                                             static_cast<int>(n), out, in});
+            for (size_t k = 0; n > 1 && k < n; ++k)
+                memcpy(run.sequences[i + k].logits, logits + static_cast<int64_t>(k) * wide, static_cast<size_t>(out) * sizeof(float));
         }
     }
 

@@ -37,7 +37,8 @@ template <class T>
 struct Bench {
     Runtime runtime;
     Tape tape{runtime};
-    Array<T> weights{runtime}, gradients{runtime}, lookup{runtime}, activations{runtime}, kv{runtime}, logits{runtime};
+    Array<T> weights{runtime}, gradients{runtime}, lookup{runtime}, activations{runtime};
+    Array<float> kv{runtime}, logits{runtime};
     Block scratch;
     Array<float> packed{runtime};
     Array<double> losses{runtime}, partial{runtime};
@@ -348,10 +349,9 @@ static void talk(Bench<float>& b, const BackendFunctions& backend, const Config&
     for (int i = 0; i < pages; ++i) b.pages[static_cast<size_t>(i)] = pages - 1 - i;
     backend.pack(b.runtime, b.tape, b.r.weights, b.packed.items);
     b.r.packed = b.packed.count ? b.packed.items : nullptr;
-    b.r.kv = b.kv.items, b.r.logits = b.logits.items;
     b.run.sequences.size = 1;
     for (int i = 0; i < length; i += one_by_one ? 1 : length) {
-        b.sequences[0] = Sequence{0, one_by_one ? 1 : length, i, b.pages.items};
+        b.sequences[0] = Sequence{0, one_by_one ? 1 : length, i, b.pages.items, b.kv.items, b.logits.items};
         b.run.rows = b.sequences[0].length, b.run.ids = b.ids.items + i, b.run.targets = b.targets.items + i;
         if (one_by_one) b.r.losses = b.losses.items + i, b.r.ranks = b.ranks.items + i;
         backend.forward(b.runtime, b.tape, b.r, b.run);

@@ -124,13 +124,13 @@ void check_backend(const Golden& golden, Runtime& runtime) {
     take_weights(tape, golden, weights);
     Regions<float> r;
     r.weights = weights.data(), r.activations = activations.data(), r.scratch = scratch.data();
-    r.losses = losses.data(), r.logits = logits.data();
+    r.losses = losses.data();
 
     std::vector<int32_t> ids, targets(rows);
     for (float id : Golden::find(golden.partials, "idx")) ids.push_back(static_cast<int32_t>(id));
     if (!CHECK(ids.size() == rows)) return;
     std::vector<Sequence> sequences;
-    for (int s = 0; s < batch; ++s) sequences.push_back(Sequence{s * context, context, 0, nullptr});
+    for (int s = 0; s < batch; ++s) sequences.push_back(Sequence{s * context, context, 0, nullptr, nullptr, logits.data() + s * vocab});
     Run run;
     run.rows = rows, run.sequences = Span<const Sequence>(sequences.data(), batch), run.ids = ids.data(), run.targets = targets.data();
 

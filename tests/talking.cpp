@@ -363,6 +363,54 @@ TEST(side_by_side, "sessions of one model on several threads would disturb each 
     for (int i = 0; i < 4; ++i) CHECK(said[i] == (i % 2 ? "I am well, thank you." : "This is the inn."));
 }
 
+TEST(several_at_once, "sessions that go on together would say other things than each alone, or a wrong call would lose a token") {
+    for (int variant = 0; variant < 6; ++variant) {
+        Runtime runtime;
+        runtime.backend = variant % 2 ? Backend::cpu : Backend::plain, runtime.threads = variant / 2 + 1;
+        constexpr int count = 70;  // more than are read in one pass
+        Session together[count], alone[count];
+        Session* all[count];
+        SampleConfig configs[count];
+        int32_t said[count], id;
+        for (int i = 0; i < count; ++i) {
+            CHECK_OK(together[i].create(runtime, model()));
+            CHECK_OK(alone[i].create(runtime, model()));
+            all[i] = &together[i];
+            configs[i].seed = static_cast<uint64_t>(i), configs[i].temperature = 1 + 0.01 * i;
+            std::vector<int32_t> prompt;  // of different lengths; some are near the end of the context
+            for (int k = 0; k < (i * 13) % model().config.context + 1; ++k) prompt.push_back((i + k * 7) % model().config.vocab);
+            CHECK_OK(together[i].feed(Span<const int32_t>(prompt.data(), prompt.size())));
+            CHECK_OK(alone[i].feed(Span<const int32_t>(prompt.data(), prompt.size())));
+        }
+        int different = 0;
+        for (int round = 0; round < 5; ++round) {
+            CHECK_OK(next(Span<Session* const>(all, count), Span<const SampleConfig>(configs, count), said));
+            for (int i = 0; i < count; ++i) {
+                CHECK_OK(alone[i].next(configs[i], id));
+                different += id != said[i] || alone[i].position != together[i].position;
+                different += memcmp(alone[i].logits().data, together[i].logits().data, alone[i].logits().size * sizeof(float)) != 0;
+            }
+        }
+        CHECK(different == 0);
+        // The third cannot go on; the first two have said and read a token.
+        const LogitBias wrong{-1, 0.0f};
+        configs[2].bias = Span<const LogitBias>(&wrong, 1);
+        const Status status = next(Span<Session* const>(all, 4), Span<const SampleConfig>(configs, 4), said);
+        CHECK(status.error == Error::invalid_argument && strstr(status.message, "-1"));
+        for (int i = 0; i < 4; ++i) CHECK(together[i].sampled == (i < 2 ? 6u : 5u));
+        CHECK_OK(alone[1].next(configs[1], id));
+        CHECK(id == said[1] && memcmp(alone[1].logits().data, together[1].logits().data, alone[1].logits().size * sizeof(float)) == 0);
+        const auto fails = [&](Span<Session* const> sessions, size_t how_many, Error error) {
+            return next(sessions, Span<const SampleConfig>(configs + 5, how_many), said).error == error;
+        };
+        Session* wrong_ones[] = {all[0], all[0], nullptr};
+        CHECK(fails(Span<Session* const>(wrong_ones, 2), 1, Error::invalid_argument));
+        CHECK(fails(Span<Session* const>(wrong_ones + 1, 2), 1, Error::invalid_argument));
+        CHECK(fails(Span<Session* const>(all, 3), 2, Error::invalid_argument));
+        CHECK_OK(next(Span<Session* const>(), Span<const SampleConfig>(configs, 1), said));
+    }
+}
+
 TEST(kernels_side_by_side, "sessions with different kernels would read each other's packed weights") {
     Runtime best, portable;
     portable.isa = Isa::portable;

@@ -2400,13 +2400,14 @@ int bench(Arguments& in) {
     Common common;
     bool profiled = false;
     string name = "baby", dtype = "f32";
-    int vocab = 96, batch = 8;
+    int vocab = 96, batch = 8, several = 1;
     double seconds = 5;
     bool json = false;
     in.parse(common,
              {{"--preset", "NAME", "(baby)", &name},
               {"--vocab", "N", "(96)", &vocab, 2, 1000000},
               {"--batch", "N", "sequences a training step (8)", &batch, 1, 1e6},
+              {"--sessions", "N", "that generate at once in decode, token by token (1)", &several, 1, 1000},
               {"--seconds", "X", "how long each is measured (5)", &seconds, 0.01, 1e6},
               {"--dtype", "f32|bf16|int8", "of the matrices in prefill and decode; training is in f32 (f32)", &dtype},
               {"--profile", nullptr, "where the time of a training step goes, op by op", &profiled},
@@ -2444,7 +2445,11 @@ int bench(Arguments& in) {
                 .add("ms", time * 1e3)
                 .add("gflops", gflops)
                 .add("ceiling_gflops", ceiling);
-            line.add("percent_of_ceiling", 100 * gflops / ceiling).add("preset", name).add("vocab", vocab).add("batch", batch);
+            line.add("percent_of_ceiling", 100 * gflops / ceiling)
+                .add("preset", name)
+                .add("vocab", vocab)
+                .add("batch", batch)
+                .add("sessions", several);
             line.add("dtype", strcmp(kind, "train") == 0 ? "f32" : dtype);
             line.add("threads", runtime.thread_count()).add("backend", common.backend).add("isa", runtime.isa_name()).print();
         } else {
@@ -2452,6 +2457,7 @@ int bench(Arguments& in) {
                            grouped(int64_t(tokens / time)).c_str(), time * 1e3,
                            strcmp(kind, "train") == 0     ? "a step"
                            : strcmp(kind, "prefill") == 0 ? "a context"
+                           : several > 1                  ? "a round"
                                                           : "a token",
                            gflops, 100 * gflops / ceiling));
         }
@@ -2483,14 +2489,19 @@ int bench(Arguments& in) {
         report("prefill", double(context), time, flops_per_token(config));
     }
     if (what.empty() || what == "decode") {  // a whole context, token by token
-        SampleConfig how;
+        vector<Session> sessions{size_t(several)};
+        vector<Session*> all;
+        vector<SampleConfig> how{size_t(several)};
+        for (Session& one : sessions) must(one.create(runtime, model)), all.push_back(&one), how[all.size() - 1].seed = all.size();
+        vector<int32_t> said(all.size());
         const double time = middle_time(seconds, [&] {
-            session.reset();
-            must(session.feed(Span<const int32_t>(ids.data(), 1)));
-            int32_t id = 0;
-            for (size_t i = 1; i < context; ++i) must(session.next(how, id));
+            for (Session* one : all) one->reset(), must(one->feed(Span<const int32_t>(ids.data(), 1)));
+            for (size_t i = 1; i < context; ++i)
+                if (several == 1) must(sessions[0].next(how[0], said[0]));
+                else
+                    must(next(Span<Session* const>(all.data(), all.size()), Span<const SampleConfig>(how.data(), how.size()), said.data()));
         });
-        report("decode", 1, time / double(context), flops_per_token(config));
+        report("decode", several, time / double(context), flops_per_token(config));
     }
     return 0;
 }
