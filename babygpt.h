@@ -2234,7 +2234,7 @@ struct Tables {
         return true;
     }
     unsigned char classify(uint32_t code) const {
-        return code < classes_end ? classes.items[code / 4] >> code % 4 * 2 & 3 : static_cast<unsigned char>(class_other);
+        return static_cast<unsigned char>(code < classes_end ? classes.items[code / 4] >> code % 4 * 2 & 3 : class_other);
     }
     unsigned char classify(const char* at, const char* end, size_t& length) const {
         const unsigned char c = ascii[static_cast<unsigned char>(*at)];
