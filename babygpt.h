@@ -3413,6 +3413,7 @@ struct Tensor {
     int64_t offset;                    // in elements
     int64_t gradient;                  // in elements; -1: none
     int born, dies;                    // the planner's times of the values ...
+    int again;                         // ... when they are made once more, for a backward pass; -1: never
     int gradient_born, gradient_dies;  // ... and of the gradient
 };
 
@@ -3425,6 +3426,7 @@ struct Op {
     int y = nothing;                // the tensor it writes
     int aux = nothing;              // what its forward leaves for its backward, see chapter 5
     int w = nothing, b = nothing;   // weights: indices into Tape::weights
+    int remakes = nothing;          // the op that makes x once more before this one's backward pass: cheaper than to keep x until then
     int in = 0, out = 0;            // columns of x and of y
     int heads = 0;                  // attention, rope
     Activation activation = Activation::none;
@@ -3575,20 +3577,23 @@ struct Tape {
 
     // ---- planning ----
 
-    // Times: op i runs forward at i and backward at 2n-1-i. A tensor's place is its own from its first write to its last read.
+    // Times: op i runs forward at i and backward at 2n-1-i. A tensor's place is its own from its first write to its last read; but what a
+    // norm or an activation function makes, and only one backward pass reads, is not kept until then, but made once more.
     // The head may write its gradient while it runs forward.
     Status plan(int rows) {
         if (no_memory) return out_of_memory(0);
         max_rows = rows;
         const int n = static_cast<int>(ops.count);
-        for (Tensor& t : tensors) t.born = t.gradient_born = INT32_MAX, t.dies = t.gradient_dies = -1, t.gradient = -1;
+        for (Tensor& t : tensors) t.born = t.gradient_born = INT32_MAX, t.dies = t.gradient_dies = -1, t.gradient = t.again = -1;
         for (int i = 0; i < n; ++i) {
             Op& op = ops[static_cast<size_t>(i)];
             const int back = 2 * n - 1 - i;
             touch(op.x, i), touch(op.x2, i), touch(op.y, i), touch(op.aux, i);
             if (!training) continue;
             touch(op.aux, back);
-            if (backward_reads_x(op)) touch(op.x, back);
+            op.remakes = backward_reads_x(op) && op.kind == OpKind::linear ? cheap_maker(op.x) : nothing;
+            if (op.remakes != nothing) tensors[static_cast<size_t>(op.x)].again = back;
+            else if (backward_reads_x(op)) touch(op.x, back);
             if (backward_reads_y(op)) touch(op.y, back);
             const int writes = op.kind == OpKind::head ? i : back;
             touch_gradient(op.x, writes), touch_gradient(op.x2, writes), touch_gradient(op.y, writes);
@@ -3605,8 +3610,8 @@ struct Tape {
         activation_block = 0;
         for (size_t i = 0; i < tensors.count; ++i) {
             Tensor& t = tensors[i];
-            t.offset = place(i, false, t.born, t.dies);
-            if (t.gradient_dies >= 0) t.gradient = place(i, true, t.gradient_born, t.gradient_dies);
+            t.offset = place(i, false, t.born, t.dies, t.again);
+            if (t.gradient_dies >= 0) t.gradient = place(i, true, t.gradient_born, t.gradient_dies, -1);
         }
         for (const WeightPlan& plan : weights)  // Muon works there once the activations are not needed any more
             if (training && plan.matrices) activation_block = most(activation_block, muon_space(plan));
@@ -3679,8 +3684,19 @@ struct Tape {
         t.gradient_born = least(t.gradient_born, time), t.gradient_dies = most(t.gradient_dies, time);
     }
 
+    // The norm, or linear op with an activation function, whose result this is, where one op reads it; nothing: it has to be kept.
+    int cheap_maker(int tensor_index) const {
+        int maker = nothing, readers = 0;
+        for (size_t i = 0; i < ops.count; ++i) {
+            const Op& op = ops[i];
+            readers += op.x == tensor_index || op.x2 == tensor_index;
+            const bool cheap = op.kind == OpKind::norm || (op.kind == OpKind::linear && op.activation != Activation::none);
+            if (op.y == tensor_index && cheap) maker = static_cast<int>(i);
+        }
+        return readers == 1 ? maker : nothing;
+    }
     // The lowest place that no tensor placed before it needs at the same time.
-    int64_t place(size_t index, bool gradient, int born, int dies) {
+    int64_t place(size_t index, bool gradient, int born, int dies, int again) {
         const int64_t size = elements(tensors[index]);
         int64_t at = 0;
         for (bool moved = true; moved;) {
@@ -3688,9 +3704,11 @@ struct Tape {
             for (size_t i = 0; i <= index; ++i) {
                 const Tensor& t = tensors[i];
                 const int64_t other = elements(t);
-                if ((i < index || gradient) && t.born <= dies && born <= t.dies && at < t.offset + other && t.offset < at + size)
+                const auto meets = [&](int from, int to) { return (from <= dies && born <= to) || (from <= again && again <= to); };
+                if ((i < index || gradient) && (meets(t.born, t.dies) || (t.again >= 0 && meets(t.again, t.again))) &&
+                    at < t.offset + other && t.offset < at + size)
                     at = t.offset + other, moved = true;
-                if (i < index && t.gradient >= 0 && t.gradient_born <= dies && born <= t.gradient_dies && at < t.gradient + other &&
+                if (i < index && t.gradient >= 0 && meets(t.gradient_born, t.gradient_dies) && at < t.gradient + other &&
                     t.gradient < at + size)
                     at = t.gradient + other, moved = true;
             }
@@ -4256,12 +4274,22 @@ void plain_op_forward(const Tape& tape, const Regions<T>& r, const Run& run, int
             return;
     }
 }
+// Once more what the planner did not keep: a norm, or an activation function of what has been kept from before it.
+template <class T>
+void plain_remake(const Tape& tape, const Regions<T>& r, const Run& run, int number) {
+    const Op& op = tape.ops[static_cast<size_t>(number)];
+    if (op.kind == OpKind::norm) return plain_op_forward(tape, r, run, number);
+    const T* before = values(tape, r, op.aux);
+    T* y = values(tape, r, op.y);
+    for (int64_t i = 0; i < static_cast<int64_t>(run.rows) * op.out; ++i) y[i] = activate(before[i], op.activation);
+}
 template <class T>
 void plain_op_backward(const Tape& tape, const Regions<T>& r, const Run& run, int number) {
     const Op& op = tape.ops[static_cast<size_t>(number)];
     const T *x = values(tape, r, op.x), *y = values(tape, r, op.y), *aux = values(tape, r, op.aux), *w = weights(tape, r, op.w);
     T *dx = gradient(tape, r, op.x), *dy = gradient(tape, r, op.y), *dw = weight_gradient(tape, r, op.w),
       *db = weight_gradient(tape, r, op.b);
+    if (op.remakes != nothing) plain_remake(tape, r, run, op.remakes);
     switch (op.kind) {
         case OpKind::embedding:
             return embedding_backward(tape.tied ? r.lookup_gradients : dw, db, dy, run.ids, run.sequences, op.out);
@@ -10075,7 +10103,7 @@ struct Walk {
                 float* before = values(tape, r, op.aux != nothing ? op.aux : op.y);
                 const Product p{before, op.out, b, 0, Factor{x, op.in, along}, Factor{w, op.out, down}, run.rows, op.out, op.in};
                 multiply_weights(number, p);
-                if (op.activation != Activation::none) share_forward(work, run.rows, static_cast<int64_t>(op.out) * 8);
+                if (op.activation != Activation::none) finish_forward(work);
                 return;
             }
             case OpKind::head:
@@ -10085,8 +10113,13 @@ struct Walk {
             case OpKind::rope:
             case OpKind::add:
             case OpKind::dropout:
-                return share_forward(work, run.rows, static_cast<int64_t>(op.out) * 2);
+                return finish_forward(work);
         }
+    }
+    // The rows of an op: all of it, or what comes after its product.
+    void finish_forward(const Work& work) const {
+        const Op& op = tape.ops[static_cast<size_t>(work.number)];
+        share_forward(work, run.rows, static_cast<int64_t>(op.out) * (op.kind == OpKind::linear ? 8 : 2));
     }
 
     // Chunk of rows after chunk of rows; in training the logits turn into their gradients, and those of x and W follow at once.
@@ -10140,6 +10173,7 @@ struct Walk {
             case OpKind::linear: {
                 const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w);
                 float *dx = gradient(tape, r, op.x), *dy = gradient(tape, r, op.y), *dw = weight_gradient(tape, r, op.w);
+                if (op.remakes != nothing) finish_forward(Work{tape, r, run, op.remakes});
                 if (op.activation != Activation::none) share_backward(work, rows, static_cast<int64_t>(op.out) * 8);
                 if (op.b != nothing) share_backward(columns, groups, static_cast<int64_t>(rows) * column_group);
                 product(Product{dw, op.out, dw, op.out, Factor{x, op.in, down}, Factor{dy, op.out, down}, op.in, op.out, rows});
