@@ -3,8 +3,9 @@
 // [CHAPTER 0] Read me
 //
 // What it is.  A whole language model in one file: byte-level BPE, byte and character tokenizers; a GPT-2 type Transformer;
-// training with AdamW or Muon; generation with a KV cache; checkpoints that Python reads (safetensors). It is made for models of up to some ten
-// million parameters on the cores of an ordinary computer, for programs that include it, and for people who want to read how it works.
+// training with AdamW or Muon; generation with a KV cache, from f32, bf16 or int8; checkpoints that Python reads (safetensors). It is
+// made for models of up to some ten million parameters on the cores of an ordinary computer, for programs that include it, and for people
+// who want to read how it works.
 // What it is not.  A runner for large models, or a wrapper around anything: it depends on the C library and the system's threads.
 //
 // Do this.  In exactly one source file:
@@ -407,7 +408,7 @@ struct Config {
     bool bias = true;
     Activation activation = Activation::gelu_tanh;
     Positions positions = Positions::learned;  // rotary: width / heads must be even
-    Dtype dtype = Dtype::f32;
+    Dtype dtype = Dtype::f32;                  // of a model that only talks; training is in f32
 };
 
 // nano, tiny, small, baby, gpt2, gpt2-medium, gpt2-large, gpt2-xl. Leaves vocab alone except for GPT-2's own (50257).
@@ -7200,10 +7201,11 @@ Status summary(Runtime& runtime, const Config& config, int batch, Array<SummaryR
 //               padded with spaces to a multiple of 8 bytes
 //     data      the tensors' bytes, little-endian, one tensor after the other without holes
 //
-// Tensors have Hugging Face's GPT-2 names. The values of the metadata are strings; ours hold JSON:
+// Tensors have Hugging Face's GPT-2 names. After Model::convert the matrices are BF16, or I8 with their scales in a vector: "X" and "X_scale",
+// one for each row of the embeddings and each column of the others. The values of the metadata are strings; ours hold JSON:
 //
 //     babygpt.format_version   1
-//     babygpt.config           what the model is, with the keys of Hugging Face's GPT-2 (and "bias")
+//     babygpt.config           what the model is, with the keys of Hugging Face's GPT-2 (and "bias", "dtype")
 //     babygpt.tokenizer        a tokenizer.json; absent where there is none
 //     babygpt.chat             {"user_turn": ..., "reply_turn": ..., "plain_words": false}; absent where there is none
 //     babygpt.training         {"config": TrainConfig, "state": ...}: only in a resume file, beside the tensors moment1.* and moment2.*
