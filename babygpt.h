@@ -462,7 +462,7 @@ struct Model {
     // Rounds all matrices to what the dtype can hold; vectors stay f32. bf16: 8 significant bits. int8: whole numbers from -127 to 127
     // times a power of two, one for each output of a layer and each token's vector. Files and what sessions read for every token become half as
     // large, or a quarter; `weights` stay floats, and a model computes with them as any other, to the bit. What has been rounded stays so
-    // when converted to f32. Training makes a model f32 again.
+    // when converted to f32. Training makes a model f32 again. Whoever writes to the weights of a converted model converts it again.
     Status convert(Dtype to);
     Status set_chat(Text user_turn, Text reply_turn, bool plain_words = false);
 };
@@ -8278,12 +8278,14 @@ BABYGPT_CALL inline void copy_part(float* to, const float* from, int n) {
     for (int i = 0; i < n; ++i) to[i] = from[i];
 }
 
+#if BABYGPT_X86 && BABYGPT_VECTORS && !defined(__clang__)
 // Bytes 0 to 7, then 8 to 15, of 16 into the upper bytes of 32-bit elements; -128: zero.
 #define BABYGPT_X(byte) -128, -128, -128, byte
 alignas(32) constexpr int8_t int8_places[64] = {BABYGPT_X(0),  BABYGPT_X(1),  BABYGPT_X(2),  BABYGPT_X(3), BABYGPT_X(4),  BABYGPT_X(5),
                                                 BABYGPT_X(6),  BABYGPT_X(7),  BABYGPT_X(8),  BABYGPT_X(9), BABYGPT_X(10), BABYGPT_X(11),
                                                 BABYGPT_X(12), BABYGPT_X(13), BABYGPT_X(14), BABYGPT_X(15)};
 #undef BABYGPT_X
+#endif
 
 // A set of vectors: `width` floats each; `fused` is the width of the fused multiply-add instruction, 0: there is none.
 template <int width_, int fused>
@@ -8302,16 +8304,28 @@ struct Simd : VectorTypes<width_> {
 
     static BABYGPT_INLINE void load(V& v, const float* p) { v = *reinterpret_cast<const Loose*>(p); }
     static BABYGPT_INLINE void store(float* p, const V& v) { *reinterpret_cast<Loose*>(p) = v; }
-#if BABYGPT_VECTORS && BABYGPT_X86
-    // bf16 is the upper half of a float.
+    // bf16 is the upper half of a float. int8: two vectors of them, times int8_unit. (Clang refuses 512 bits in assembly here, and GCC 12
+    // takes such conversions apart; with 256 bits a shuffle into the upper bytes is faster than sign extension.)
+#if defined(__clang__)
+    static constexpr float int8_unit = 1;
+    static BABYGPT_INLINE void load(V& v, const uint16_t* p) {
+        typedef uint16_t Shorts __attribute__((vector_size(2 * width_), aligned(2), may_alias));
+        const U wide = __builtin_convertvector(*reinterpret_cast<const Shorts*>(p), U) << 16;
+        from_bits(v, wide);
+    }
+    static BABYGPT_INLINE void load(V& v, V& w, const int8_t* p) {
+        typedef int8_t Bytes __attribute__((vector_size(width_), aligned(1), may_alias));
+        v = __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), V);
+        w = __builtin_convertvector(*reinterpret_cast<const Bytes*>(p + width_), V);
+    }
+#elif BABYGPT_VECTORS && BABYGPT_X86
+    static constexpr float int8_unit = width_ == 8 ? 0x1p24f : 1;
     static BABYGPT_INLINE void load(V& v, const uint16_t* p) {
         struct __attribute__((may_alias)) Shorts {
             uint16_t each[static_cast<size_t>(width_)];
         };
         __asm__("vpmovzxwd %1, %0\n\tvpslld $16, %0, %0" : "=v"(v) : "m"(*reinterpret_cast<const Shorts*>(p)));
     }
-    // int8, two vectors of them, times int8_unit: with 256 bits a shuffle takes them into the upper bytes faster than sign extension could.
-    static constexpr float int8_unit = width_ == 8 ? 0x1p24f : 1;
     static BABYGPT_INLINE void load(V& v, V& w, const int8_t* p) {
         struct __attribute__((may_alias)) Bytes {
             int8_t each[16];
@@ -10630,6 +10644,7 @@ Status selftest(Runtime& runtime, Array<CheckResult>& results) {
 #endif
 #undef BABYGPT_TRY
 #undef BABYGPT_INLINE
+#undef BABYGPT_CALL
 #undef BABYGPT_X86
 
 #endif  // BABYGPT_IMPLEMENTED
