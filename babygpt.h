@@ -3745,7 +3745,7 @@ BABYGPT_INLINE float madd(float a, float b, float c) { return __builtin_fmaf(a, 
 #else
 // In double the product is exact; the sum is rounded to odd, so that rounding it again, to float, gives the right answer
 // (Boldo & Melquiond 2008). Standing on no instruction, it gives the same bits everywhere.
-BABYGPT_CALL inline float madd(float a, float b, float c) {
+inline float madd(float a, float b, float c) {
     const double product_ = static_cast<double>(a) * static_cast<double>(b), addend = static_cast<double>(c);
     double sum = product_ + addend;
     const double part = sum - product_;

@@ -128,7 +128,7 @@ TEST(numbers_of_fewer_bits, "a model in bf16 or int8 would not say what its roun
             const std::vector<float> said = now;
             double error = 0, size = 0;
             for (size_t i = 0; i < 70; ++i) error += std::pow(said[i] - before[i], 2), size += std::pow(before[i], 2);
-            CHECK(error > 0 && std::sqrt(error / size) < (dtype == Dtype::bf16 ? 0.01 : 0.04));
+            CHECK(error > 0 && std::sqrt(error / size) < (dtype == Dtype::bf16 ? 0.005 : 0.02));
             read(other);
             CHECK(now == said);
             Model floats;  // the same numbers, as floats
