@@ -20,6 +20,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <exception>
 #include <filesystem>
 #include <limits>
@@ -27,6 +28,7 @@
 #include <set>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <type_traits>
 #include <variant>
 #include <vector>
@@ -2361,6 +2363,17 @@ double middle_time(double seconds, const Work& work) {
     return times[times.size() / 2];
 }
 
+double cpu_seconds() {  // of all threads of this process
+#if defined(_WIN32)
+    FILETIME created, ended, system, user;
+    GetProcessTimes(GetCurrentProcess(), &created, &ended, &system, &user);
+    const auto value = [](FILETIME time) { return double(uint64_t(time.dwHighDateTime) << 32 | time.dwLowDateTime); };
+    return (value(system) + value(user)) * 1e-7;
+#else
+    return double(std::clock()) / double(CLOCKS_PER_SEC);
+#endif
+}
+
 // Where the time of a training step goes: one line for each kind of op, forward and backward.
 void show_profile(Runtime& runtime, const Config& config, int batch, double seconds, bool json) {
     const double ceiling = fma_ceiling(runtime, runtime.thread_count());
@@ -2399,33 +2412,52 @@ void show_profile(Runtime& runtime, const Config& config, int batch, double seco
 int bench(Arguments& in) {
     Common common;
     bool profiled = false;
-    string name = "baby", dtype = "f32";
-    int vocab = 96, batch = 8, several = 1;
+    string name = "baby", file, dtype = "f32";
+    int vocab = 96, context_size = 0, width = 0, batch = 8, several = 1;
     double seconds = 5;
     bool json = false;
     in.parse(common,
              {{"--preset", "NAME", "(baby)", &name},
               {"--vocab", "N", "(96)", &vocab, 2, 1000000},
+              {"--context", "N", "the preset with another context", &context_size, 1, 1e6},
+              {"--width", "N", "the preset with another width, in heads of the same size", &width, 1, 1e6},
+              {"--model", "M", "this model, instead of a preset with random weights", &file},
               {"--batch", "N", "sequences a training step (8)", &batch, 1, 1e6},
               {"--sessions", "N", "that generate at once in decode, token by token (1)", &several, 1, 1000},
               {"--seconds", "X", "how long each is measured (5)", &seconds, 0.01, 1e6},
-              {"--dtype", "f32|bf16|int8", "of the matrices in prefill and decode; training is in f32 (f32)", &dtype},
+              {"--dtype", "f32|bf16|int8", "of the matrices in prefill and decode; training is in f32 (the model's own)", &dtype},
               {"--profile", nullptr, "where the time of a training step goes, op by op", &profiled},
               {"--json", nullptr, "one JSON object each", &json}},
              0, 1);
     const string what = in.operands.empty() ? "" : in.operands[0];
-    if (!what.empty() && what != "train" && what != "prefill" && what != "decode")
-        usage("bench '" + what + "': must be train, prefill or decode");
+    if (!what.empty() && what != "train" && what != "prefill" && what != "decode" && what != "idle")
+        usage("bench '" + what + "': must be train, prefill, decode or idle");
     Runtime& runtime = common.runtime;
+    Model model;
     Config config;
-    must_be("--preset", preset(name, config));
-    config.vocab = vocab;
+    if (!file.empty()) {
+        for (const char* option : {"--preset", "--vocab", "--context", "--width"})
+            if (in.has(option)) usage(format("%s belongs to a preset, not to --model", option));
+        must(model.load(runtime, file));
+        config = model.config, name = file, vocab = config.vocab;
+        if (!in.has("--dtype")) dtype = dtype_names[int(config.dtype)];
+    } else {
+        must_be("--preset", preset(name, config));
+        config.vocab = vocab;
+        if (in.has("--context")) config.context = context_size;
+        if (in.has("--width")) {
+            const int head = config.width / config.heads;
+            if (width % head != 0)
+                usage(format("--width '%d': must be a multiple of %d, the size of a head of %s", width, head, name.c_str()));
+            config.heads = width / head, config.width = width;
+        }
+        must_be("--preset " + name, check(config));
+    }
     if (profiled) {
         show_profile(runtime, config, batch, seconds, json);
         return 0;
     }
-    Model model;
-    random_model(runtime, config, model);
+    if (file.empty()) random_model(runtime, config, model);
     uint64_t state = 1;
     vector<int32_t> ids(size_t(batch) * size_t(config.context) + 1);
     for (int32_t& id : ids) {
@@ -2446,8 +2478,10 @@ int bench(Arguments& in) {
                 .add("gflops", gflops)
                 .add("ceiling_gflops", ceiling);
             line.add("percent_of_ceiling", 100 * gflops / ceiling)
-                .add("preset", name)
+                .add(file.empty() ? "preset" : "model", name)
                 .add("vocab", vocab)
+                .add("context", config.context)
+                .add("width", config.width)
                 .add("batch", batch)
                 .add("sessions", several);
             line.add("dtype", strcmp(kind, "train") == 0 ? "f32" : dtype);
@@ -2502,6 +2536,15 @@ int bench(Arguments& in) {
                     must(next(Span<Session* const>(all.data(), all.size()), Span<const SampleConfig>(how.data(), how.size()), said.data()));
         });
         report("decode", several, time / double(context), flops_per_token(config));
+    }
+    if (what.empty() || what == "idle") {  // what a host pays for threads that have nothing to do, right after a token
+        session.reset();
+        must(session.feed(Span<const int32_t>(ids.data(), 1)));
+        const double start = now(), before = cpu_seconds();
+        std::this_thread::sleep_for(std::chrono::duration<double>(std::min(seconds, 1.0)));
+        const double percent = 100 * (cpu_seconds() - before) / (now() - start);
+        if (json) Json().add("bench", "idle").add("percent_of_a_core", percent).add("threads", runtime.thread_count()).print();
+        else put_now(format("%-8s %9.2f %% of a core's time, between two tokens\n", "idle", percent));
     }
     return 0;
 }
@@ -2617,8 +2660,8 @@ const vector<Command> commands = {
     {"attention", "M TEXT [options]", "Which earlier tokens each token looks at.",
      "  babygpt attention m.safetensors 'Kedi mama yer' --layer 1 --svg cat.svg\n", attention},
     {"plot", "LOG.csv... [options]", "Draws the loss curves of logs (train --log).", "  babygpt plot a.csv b.csv --svg curves.svg\n", plot},
-    {"bench", "[train|prefill|decode] [options]", "How fast this machine trains, reads and writes, on random tokens.",
-     "  babygpt bench train --threads 2\n", bench},
+    {"bench", "[train|prefill|decode|idle] [options]", "How fast this machine trains, reads and writes, on random tokens.",
+     "  babygpt bench train --threads 2\n  babygpt bench decode --model story.safetensors --dtype int8\n", bench},
     {"convert", "M --dtype D --out FILE [options]",
      "Rounds a model's matrices to numbers of fewer bits: a smaller file, and replies that come sooner. `babygpt eval` says what it costs.",
      "  babygpt convert m.safetensors --dtype int8 --out small.safetensors\n", convert},
