@@ -4,6 +4,8 @@
 # make test-all   these, and what needs Python, PyTorch, clang or ../shared: says in a line what is not here and is left out
 # make exam       asks the villagers that make run trained 78 questions, each in three spellings
 # make examples   every program in examples/
+# make bench      how fast it is, in turns with PyTorch and llama.cpp where tools/bench/peers.sh installed them (a quarter of an hour;
+#                 make bench options="--pairs 1 'train-*'" takes less; options=--help says what else)
 # make matrix     compilers, standards, flags, hostile macros, leaked names
 # make clean
 #
@@ -33,7 +35,7 @@ programs := $(filter-out $(drivers),$(tests))
 inside := $(patsubst tests/%.cpp,%,$(shell grep -l '^.define BABYGPT_IMPLEMENTATION' tests/*.cpp))
 examples := $(patsubst examples/%.cpp,$(build)/examples/%,$(wildcard examples/*.cpp))
 
-.PHONY: all run test test-all exam examples matrix clean help
+.PHONY: all run test test-all exam examples bench matrix clean help
 all: $(build)/babygpt
 
 $(build)/babygpt.o: babygpt.h Makefile
@@ -48,6 +50,9 @@ $(inside:%=$(build)/tests/%): $(build)/tests/%: tests/%.cpp tests/check.h babygp
 $(filter-out $(inside:%=$(build)/tests/%),$(tests:%=$(build)/tests/%)): $(build)/tests/%: tests/%.cpp tests/check.h $(build)/babygpt.o
 	@mkdir -p $(@D)
 	$(compile) $< $(build)/babygpt.o $(LDFLAGS) -o $@
+$(build)/ceilings: tools/bench/ceilings.cpp
+	@mkdir -p $(@D)
+	$(compile) $< $(LDFLAGS) -o $@
 $(examples): $(build)/examples/%: examples/%.cpp babygpt.h
 	@mkdir -p $(@D)
 	$(compile) $< $(LDFLAGS) -o $@
@@ -61,11 +66,14 @@ run: $(build)/babygpt
 
 test: $(build)/babygpt $(programs:%=$(build)/tests/%)
 	@BABYGPT=$(build)/babygpt sh tests/run.sh $(programs:%=$(build)/tests/%) $(wildcard tests/test_*.sh)
-test-all: $(build)/babygpt $(tests:%=$(build)/tests/%) examples
+test-all: $(build)/babygpt $(build)/ceilings $(tests:%=$(build)/tests/%) examples
 	@BABYGPT=$(build)/babygpt sh tests/run.sh $(programs:%=$(build)/tests/%) '$(build)/tests/tokenizer gpt2_damage 34' $(wildcard tests/test_*.sh tests/test_*.py) \
 	    tests/matrix.sh 'tools/compare_torch.py $(build)/tests/torch_steps' 'tools/compare_tokenizers.py --babygpt $(build)/babygpt'
 exam: $(build)/babygpt
 	python3 tools/village_exam.py $(build)/babygpt $(village)
+
+bench: $(build)/babygpt $(build)/ceilings
+	@python3 tools/bench/bench.py --babygpt $(build)/babygpt --ceilings $(build)/ceilings --folder $(build)/bench $(options)
 
 examples: $(examples)
 matrix:

@@ -4,7 +4,7 @@
 //     g++ -std=c++17 -O2 -pthread tools/bench/ceilings.cpp -o ceilings && ./ceilings
 //
 // The kernels are assembly, so that no compiler and no flag changes what is measured. What a processor or its system lacks is "none".
-// A rate is the best of many windows of about five milliseconds, as a ceiling should be; the middle one stands beside it in --json.
+// A rate is the best of many windows of one or two milliseconds, as a ceiling should be; the middle one stands beside it in --json.
 
 #include <algorithm>
 #include <atomic>
@@ -243,7 +243,8 @@ struct Barrier {
         const int before = phase;
         if (++arrived == count) arrived = 0, ++phase;
         else
-            while (phase == before) std::this_thread::yield();
+            for (int spins = 0; phase == before; ++spins)  // who gives its core away to another program gets it back much later
+                if (spins > 100000) std::this_thread::yield();
     }
 };
 
@@ -284,6 +285,16 @@ Rate measure(Kernel kernel, int threads, size_t bytes, double seconds) {
         if (part >= huge_page) madvise(memory, room, MADV_HUGEPAGE);  // advice: what it refuses is only slower
 #endif
         memset(memory, 1, part);
+        if (me == 0) {  // how much takes a millisecond: of three tries, as this thread may be interrupted
+            for (double time = 0; time < 1e-3; rounds *= 2) {
+                time = 1;
+                for (int i = 0; i < 3; ++i) {
+                    const double before = now();
+                    kernel({memory, part, 2 * rounds});
+                    time = std::min(time, now() - before);
+                }
+            }
+        }
         while (!over) {
             barrier.wait();
             begins[me] = now();
@@ -293,9 +304,7 @@ Rate measure(Kernel kernel, int threads, size_t bytes, double seconds) {
             if (me == 0) {
                 double all = 0;
                 for (double one : done) all += one;
-                const double time = *std::max_element(ends.begin(), ends.end()) - *std::min_element(begins.begin(), begins.end());
-                if (time < 4e-3) rounds *= 2;
-                else windows.push_back(all / time);
+                windows.push_back(all / (*std::max_element(ends.begin(), ends.end()) - *std::min_element(begins.begin(), begins.end())));
                 over = windows.size() >= 3 && now() - start > seconds;
             }
             barrier.wait();

@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""tools/bench cannot rot: the ceilings are measured, the smallest works run one turn without peers, bars are judged as they are meant, and
+what the bench believes about the baby (FLOPs, bytes) is what babygpt says. A few seconds. BABYGPT=build/babygpt python3 tests/test_bench.py
+"""
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.dont_write_bytecode = True
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+BABYGPT = os.path.abspath(os.environ.get("BABYGPT", "build/babygpt"))
+CEILINGS = os.path.join(os.path.dirname(BABYGPT), "ceilings")
+BENCH = os.path.join(ROOT, "tools", "bench", "bench.py")
+spec = importlib.util.spec_from_file_location("bench", BENCH)
+bench = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bench)
+passed = failed = 0
+
+
+def check(what, good):
+    global passed, failed
+    passed, failed = passed + bool(good), failed + (not good)
+    if not good:
+        print("FAILED:", what)
+
+
+def run(*command, **how):
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=100, **how)
+
+
+def lines(result):
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def check_ceilings():
+    result = run(CEILINGS, "--json", "--seconds", "0.001", "--threads", "1,2")
+    check("ceilings ends well: " + result.stderr, result.returncode == 0)
+    found = lines(result)
+    check("each ceiling for one thread and for two", all(a["title"] == b["title"] and (a["threads"], b["threads"]) == (1, 2)
+                                                         for a, b in zip(found[::2], found[1::2])))
+    check("five working sets are read", sum(c["ceiling"] == "read" for c in found) == 10)
+    check("reading takes time, and not too much of it", all(0.01 < c["best"] < 1e5 for c in found if c["ceiling"] == "read"))
+    check("the middle is no more than the best", all(c["best"] is None or 0 < c["middle"] <= c["best"] for c in found))
+    rates = {c["ceiling"]: c["best"] for c in found if c["threads"] == 1 and c["best"] is not None}
+    if "fma256" in rates:  # 256 bit are one or two times 128, as processors are made
+        check("FMA of 256 bit against 128", 0.7 < rates["fma256"] / rates["fma128"] < 3)
+    result = run(CEILINGS, "--json", "--seconds", "0.001", "--only", "read", "--bytes", "1000000", "--threads", "1")
+    check("one working set", [c["bytes"] for c in lines(result)] == [1000000])
+    for words in (["--threads", "0"], ["--seconds", "none"], ["--what"], ["--bytes", "7"]):
+        check(f"ceilings refuses {words}", run(CEILINGS, *words).returncode == 2)
+
+
+def check_bars():
+    bar = bench.Bar(1.35, 0.75, floor=1.1)
+    for ratio, share, held in ((1.4, 0.5, True), (1.2, 0.8, True), (1.2, 0.7, False), (1.0, 0.9, False), (None, 0.8, None), (None, 0.7, None),
+                               (1.2, None, None), (1.4, None, True), (1.0, None, False)):
+        check(f"the lower of 1.35 and 75 %, never below 1.1: {ratio} and {share}", bar.held(1, ratio, share) is held)
+    check("at most", bench.Bar(most=30).held(29, None, None) is True and bench.Bar(most=30).held(31, None, None) is False)
+    check("a share alone", bench.Bar(share=0.6).held(1, None, 0.6) is True and bench.Bar(share=0.6).held(1, None, 0.59) is False)
+    check("a ratio without a peer", bench.Bar(1.5).held(1, None, None) is None)
+    work = bench.Work("a", "b", ours=lambda m: 30.0, unit="ms", peer=lambda m, name: 60.0, peers=["c"], less=True, bar=bench.Bar(1.5))
+    work.turn(None, lambda name: None)
+    check("less is better", work.summary()["ratio"]["median"] == 2 and work.summary()["held"] is True)
+
+    def broken(machine, name):
+        if name == "c":
+            raise bench.Failed("no")
+        return 10.0
+    work = bench.Work("a", "b", ours=lambda m: 30.0, peer=broken, peers=["c", "d"], bound=lambda m: 40, bar=bench.Bar(2, 0.8))
+    work.turn(None, lambda name: None)
+    summary = work.summary()
+    check("the next best peer", summary["peer_name"] == "d" and summary["ratio"]["median"] == 3 and summary["share"]["median"] == 0.75)
+    check("both conditions are shown", "2 \u00d7 \u2713 or 80 % \u2717" in bench.row(summary, work.bar) and "held" in bench.row(summary, work.bar))
+
+
+def check_model():
+    for vocab, context in ((96, 192), (50257, 192), (96, 3072)):
+        info = lines(run(BABYGPT, "info", "--preset", "baby", "--vocab", vocab, "--context", context, "--json"))[0]
+        check("FLOPs of a token", info["flops_per_token"] == bench.forward_flops(vocab, context))
+        check("bytes of a token", info["parameters"] * 4 - context * 384 * 4 == bench.weight_bytes(vocab, 4))
+    check("so many different characters", len(set(bench.characters(50255))) == 50255)
+
+
+def check_bench(folder):
+    common = [sys.executable, BENCH, "--babygpt", BABYGPT, "--ceilings", CEILINGS, "--folder", folder, "--peers", folder, "--seconds", "0.01"]
+    keys = ["decode-96-int8", "start"]
+    result = run(*common, "--pairs", "1", "--json", *keys)
+    check("the bench ends well: " + result.stderr, result.returncode == 0)
+    found = {line["work"]: line for line in lines(result) if "work" in line}
+    check("each work that was asked for, no other", sorted(found) == keys)
+    check("figures", all(work["ours"]["median"] > 0 for work in found.values()))
+    check("no peer", all(work["peer"] is None for work in found.values()) and "left out" in result.stderr)
+    check("a share", 0 < found["decode-96-int8"]["share"]["median"] < 2)
+    check("no such work", run(*common, "strat").returncode == 2)
+    check("no such program", run(*common, "--babygpt", folder, "idle").returncode == 1)
+    if os.name == "posix":
+        child = subprocess.Popen([*common, "--seconds", "60", "--pairs", "1", "idle", "growth-192-384"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                 start_new_session=True)
+        for line in child.stderr:
+            if "growth-192-384: babygpt" in line:
+                break
+        time.sleep(0.2)
+        os.killpg(child.pid, signal.SIGINT)  # as a terminal's Ctrl-C
+        output, errors = child.communicate(timeout=20)
+        check("Ctrl-C ends it: " + errors, child.returncode == 130 and "Traceback" not in errors)
+        check("a table of what there is", "CPU time between two tokens" in output and "\u2264 0.5" in output)
+
+
+check_ceilings()
+check_bars()
+check_model()
+with tempfile.TemporaryDirectory() as where:
+    check_bench(where)
+print(f"{passed} passed, {failed} failed")
+sys.exit(failed > 0)
