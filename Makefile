@@ -4,7 +4,7 @@
 # make test-all   these, and what needs Python, PyTorch, clang or ../shared: says in a line what is not here and is left out
 # make exam       asks the villagers that make run trained 78 questions, each in three spellings
 # make examples   every program in examples/
-# make bench      how fast it is, in turns with PyTorch and llama.cpp where tools/bench/peers.sh installed them (a quarter of an hour;
+# make bench      how fast it is, in turns with PyTorch and llama.cpp where tools/bench/peers.sh installed them (half an hour;
 #                 make bench options="--pairs 1 'train-*'" takes less; options=--help says what else)
 # make matrix     compilers, standards, flags, hostile macros, leaked names
 # make clean

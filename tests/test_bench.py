@@ -5,6 +5,7 @@ what the bench believes about the baby (FLOPs, bytes) is what babygpt says. A fe
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,6 +54,14 @@ def check_ceilings():
     check("one working set", [c["bytes"] for c in lines(result)] == [1000000])
     for words in (["--threads", "0"], ["--seconds", "none"], ["--what"], ["--bytes", "7"]):
         check(f"ceilings refuses {words}", run(CEILINGS, *words).returncode == 2)
+
+
+def check_compilers(folder):
+    for compiler in ("g++", "clang++"):
+        if shutil.which(compiler):
+            build = os.path.join(folder, compiler)
+            result = run("make", "-s", f"CXX={compiler}", "CXXFLAGS=-Werror", f"build={build}", f"{build}/ceilings", cwd=ROOT)
+            check(f"{compiler} has nothing to warn of: {result.stderr}", result.returncode == 0)
 
 
 def check_bars():
@@ -115,6 +124,7 @@ check_ceilings()
 check_bars()
 check_model()
 with tempfile.TemporaryDirectory() as where:
+    check_compilers(where)
     check_bench(where)
 print(f"{passed} passed, {failed} failed")
 sys.exit(failed > 0)

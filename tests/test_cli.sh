@@ -198,6 +198,12 @@ run 1 attention m.safetensors 'You see me here';      says context
 run 2 attention m.safetensors You --layer 5;          says '--layer 5'
 run 0 bench decode --preset nano --seconds 0.05 --json; json; has out '"percent_of_ceiling":'
 run 0 bench train --preset nano --batch 1 --seconds 0.05;  has out 'GFLOP/s'
+run 0 bench prefill --preset nano --context 40 --width 64 --seconds 0.05 --json; json; has out '"context":40,"width":64'
+run 2 bench prefill --preset nano --width 65;         says "--width '65'.*multiple of"
+run 0 bench decode --model m8.safetensors --seconds 0.05 --json; json; has out '"model":"m8.safetensors".*"dtype":"int8"'
+run 2 bench decode --model m.safetensors --vocab 9;   says '--vocab belongs to a preset'
+run 0 bench idle --preset nano --seconds 0.05 --json; json; has out '"percent_of_a_core":[0-9]'
+run 2 bench sleep;                                    says 'must be train, prefill, decode or idle'
 
 # ---- standard output that cannot take it ----
 if [ -w /dev/full ]; then
