@@ -8819,6 +8819,8 @@ struct Products {
                     float* to = is_whole ? c : edge;
                     if (!is_whole) start = edge, start_row = tile_columns;
                     const int64_t c_row = is_whole ? p.c_stride : tile_columns;
+                    const float* next = r + height < rows ? c + height * p.c_stride : p.c + row * p.c_stride + j + tile_columns;
+                    for (int i = 0; i < tile_rows; ++i) prefetch(next + i * p.c_stride);  // where C is larger than the caches
                     if (tall == tile_rows)
                         panel_tile<tile_rows>(p.dtype, to, c_row, start, start_row, from, a_row, a_step, panel, k0, depth);
                     else panel_tile<low_rows>(p.dtype, to, c_row, start, start_row, from, a_row, a_step, panel, k0, depth);
