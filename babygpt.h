@@ -4181,6 +4181,21 @@ void head_logits(To* logits, const T* x, const T* w, int width, int vocab) {
     }
 }
 template <class T>
+T biggest_of(const T* x, int n) {
+    T biggest = x[0];
+    for (int i = 1; i < n; ++i) biggest = most(biggest, x[i]);
+    return biggest;
+}
+// e^((x - biggest) * factor) of each, to `to` (null: nowhere), and their sum.
+template <class T>
+T exponentials(T* to, const T* x, int n, T biggest, T factor) {
+    return sum<T>(n, [&](int i) {
+        const T e = exp_of((x[i] - biggest) * factor);
+        if (to) to[i] = e;
+        return e;
+    });
+}
+template <class T>
 void head_forward(double* losses, int32_t* ranks, T* softmax, const T* x, const T* w, const int32_t* targets, int rows, int width,
                   int vocab, double smoothing, T* logits) {
     for (int row = 0; row < rows; ++row, x += width, softmax += 2) {
@@ -4189,9 +4204,7 @@ void head_forward(double* losses, int32_t* ranks, T* softmax, const T* x, const 
         if (ranks) ranks[row] = 0;
         if (target < 0) continue;
         head_logits(logits, x, w, width, vocab);
-        T biggest = logits[0];
-        for (int v = 1; v < vocab; ++v) biggest = most(biggest, logits[v]);
-        const T total = sum<T>(vocab, [&](int v) { return exp_of(logits[v] - biggest); });
+        const T biggest = biggest_of(logits, vocab), total = exponentials<T>(nullptr, logits, vocab, biggest, 1);
         softmax[0] = biggest, softmax[1] = total;
         losses[row] =
             log_of(static_cast<double>(total)) + static_cast<double>(biggest) - (1 - smoothing) * static_cast<double>(logits[target]);
@@ -4521,6 +4534,9 @@ struct BackendFunctions {
     // AdamW or Muon on every weight; gradients become zero, and the activations' memory serves as space.
     void (*update)(Runtime& runtime, const Tape& tape, const Regions<float>& r, float* weights, float* moment1, float* moment2,
                    const UpdateRule& rule);
+    // Sampling: the largest of n numbers; and e^((x - biggest) * factor) of each, to `to` (null: nowhere), and their sum.
+    float (*biggest)(const float* x, int n);
+    float (*exponentials)(float* to, const float* x, int n, float biggest, float factor);
 };
 const BackendFunctions* find_backend(const Runtime& runtime);  // null: not built into this program
 
@@ -4564,6 +4580,8 @@ inline const BackendFunctions* plain_backend() {
         [](Runtime&, const Tape& tape, const Regions<float>& r, const Run& run) { plain_backward(tape, r, run); },
         &plain_square_sum,
         &plain_update,
+        &biggest_of,
+        &exponentials,
     };
     return &functions;
 }
@@ -6630,12 +6648,10 @@ Span<const float> Session::logits() const {
 
 namespace {
 
-// ln of the sum of e^logits
-double log_sum_exp(const float* logits, int n) {
-    float biggest = logits[0];
-    for (int i = 1; i < n; ++i) biggest = most(biggest, logits[i]);
-    const float total = sum<float>(n, [&](int i) { return exp_of(logits[i] - biggest); });
-    return log_of(static_cast<double>(total)) + static_cast<double>(biggest);
+// log p(id)
+float log_probability(const SessionState& s, int32_t id, int vocab) {
+    const float biggest = s.backend->biggest(s.logits, vocab), total = s.backend->exponentials(nullptr, s.logits, vocab, biggest, 1);
+    return static_cast<float>(static_cast<double>(s.logits[id]) - static_cast<double>(biggest) - log_of(static_cast<double>(total)));
 }
 
 // A heap of candidates, the heaviest (then the smallest id) on top.
@@ -6668,24 +6684,25 @@ struct Heap {
 // sorted: what is e^-40 below the best is left out at once, and only as many are taken from a heap as top_k and top_p need.
 int32_t draw(SessionState& s, const SampleConfig& c, int vocab, uint64_t key) {
     float* l = s.adjusted;
-    int32_t best = 0;
-    for (int32_t i = 1; i < vocab; ++i)
-        if (l[i] > l[best]) best = i;
-    if (!(l[best] >= -bits_as<float>(0x7f7fffffu))) return -1;
-    if (c.temperature <= 0 || !is_finite(l[best])) return best;
-    const float biggest = l[best];
+    const float biggest = s.backend->biggest(l, vocab);
+    if (!(biggest >= -bits_as<float>(0x7f7fffffu))) return -1;
+    if (c.temperature <= 0 || !is_finite(biggest)) {
+        int32_t best = 0;
+        while (l[best] != biggest) ++best;
+        return best;
+    }
     double lowest = -40;
     if (c.min_p > 0 && c.top_p >= 1) lowest = most(lowest, log_of(c.min_p));  // else what it cuts off counts for top_p
     const float cut = static_cast<float>(static_cast<double>(biggest) + lowest * c.temperature),
                 inverse = static_cast<float>(1 / c.temperature);
     int count = 0;
+    for (int32_t i = 0; i < vocab; ++i) {
+        s.candidates[count] = i;
+        count += l[i] >= cut;
+    }
+    s.backend->exponentials(l, l, vocab, biggest, inverse);
     double total = 0;
-    for (int32_t i = 0; i < vocab; ++i)
-        if (l[i] >= cut) {
-            l[i] = exp_of((l[i] - biggest) * inverse);
-            total += static_cast<double>(l[i]);
-            s.candidates[count++] = i;
-        }
+    for (int i = 0; i < count; ++i) total += static_cast<double>(l[s.candidates[i]]);
     const int32_t* chosen = s.candidates;
     const bool fewer = c.top_k > 0 && c.top_k < count;
     if (fewer || c.top_p < 1) {  // popped candidates stand at the end, the heaviest last
@@ -6763,9 +6780,12 @@ void adjust(Session& session, const SampleConfig& c, Text start) {
         for (int i = 0; i < session.position; ++i) s.seen[s.history[i]] &= seen_banned;
     }
     const int known = tokenizer.kind == TokenizerKind::none ? vocab : tokenizer.vocab;  // a padded vocabulary's other ids say nothing
-    for (int32_t i = 0; i < vocab; ++i)
-        if (i >= known || i == tokenizer.unknown || (s.seen[i] & seen_banned) ||
-            (start.size > 0 && !starts_with(tokenizer.bytes(i), start)) || (s.holes && tokenizer.bytes(i).size == 0))
+    for (int32_t i = known; i < vocab; ++i) s.adjusted[i] = never;
+    if (tokenizer.unknown >= 0) s.adjusted[tokenizer.unknown] = never;
+    if (c.banned.size == 0 && start.size == 0 && !s.holes) return;
+    for (int32_t i = 0; i < known; ++i)
+        if ((s.seen[i] & seen_banned) || (start.size > 0 && !starts_with(tokenizer.bytes(i), start)) ||
+            (s.holes && tokenizer.bytes(i).size == 0))
             s.adjusted[i] = never;
 }
 
@@ -6807,7 +6827,7 @@ Status draw_token(Session& session, const SampleConfig& c, Text start, int32_t& 
     for (int32_t i = 0; c.banned.size > 0 && i < vocab; ++i) s.seen[i] = 0;
     if (!found)
         return fail(Error::invalid_argument, "no next token is possible: all are banned, by a bias or as the end of a banned string");
-    if (logprob) *logprob = static_cast<float>(static_cast<double>(s.logits[id]) - log_sum_exp(s.logits, vocab));
+    if (logprob) *logprob = log_probability(s, id, vocab);
     ++session.sampled;
     remember(s, said_by(model.tokenizer, id));
     return Status();
@@ -7041,8 +7061,7 @@ Status Session::score(Text text, Array<int32_t>& ids, Array<float>& logprobs, do
         return out_of_memory(ids.count * sizeof(float));
     sum_of_logprobs = 0;
     for (size_t i = 0; i < ids.count;) {
-        if (i == 0 && state->ready)
-            logprobs[0] = static_cast<float>(static_cast<double>(state->logits[ids[0]]) - log_sum_exp(state->logits, model->config.vocab));
+        if (i == 0 && state->ready) logprobs[0] = log_probability(*state, ids[0], model->config.vocab);
         const int count = static_cast<int>(least(static_cast<size_t>(piece_rows(*this)), ids.count - i));
         make_room(*this, count);
         const bool more = i + static_cast<size_t>(count) < ids.count;
@@ -9247,29 +9266,15 @@ struct Rows {
             }
             const float wanted = logits[target], biggest = biggest_of(logits, vocab);
             if (ranks) ranks[row] = rank(logits, target, vocab);
-            V top, a;
-            Sums sums;
+            V a;
             float all = 0;
             if (smoothing > 0) {
+                Sums sums;
                 sums.clear();
                 for (int i = 0; i < vocab; i += W) get(a, logits + i, vocab - i), add(sums.part[i / W % Set::parts], a, vocab - i);
                 all = sums.total();
             }
-            Set::splat(top, biggest);
-            sums.clear();
-            for (int i = 0; i < vocab; i += 16) {
-                BABYGPT_UNROLL
-                for (int j = 0; j < Set::parts; ++j) {
-                    const int at = i + j * W, left = vocab - at;
-                    if (left <= 0) break;
-                    get(a, logits + at, left);
-                    a = a - top;
-                    Set::exp(a, a);
-                    add(sums.part[j], a, left);
-                    if (gradient) put(logits + at, a, left);
-                }
-            }
-            const float total = sums.total();
+            const float total = exponentials(gradient ? logits : nullptr, logits, vocab, biggest, 1);
             softmax[0] = biggest, softmax[1] = total;
             losses[row] = cross_entropy(total, biggest, wanted, smoothing, all, vocab);
             if (!gradient) continue;
@@ -9283,6 +9288,26 @@ struct Rows {
             }
             logits[target] = logits[target] - static_cast<float>(1 - smoothing);
         }
+    }
+    // exponentials, chapter 5
+    static BABYGPT_INLINE float exponentials(float* to, const float* x, int n, float biggest, float factor) {
+        V top, by, a;
+        Sums sums;
+        sums.clear();
+        Set::splat(top, biggest), Set::splat(by, factor);
+        for (int i = 0; i < n; i += 16) {
+            BABYGPT_UNROLL
+            for (int j = 0; j < Set::parts; ++j) {
+                const int at = i + j * W, left = n - at;
+                if (left <= 0) break;
+                get(a, x + at, left);
+                a = (a - top) * by;
+                Set::exp(a, a);
+                add(sums.part[j], a, left);
+                if (to) put(to + at, a, left);
+            }
+        }
+        return sums.total();
     }
     static BABYGPT_INLINE float biggest_of(const float* x, int n) {
         float best = x[0];
@@ -9875,6 +9900,8 @@ struct Kernels {
     void (*forward)(const Work& work, int from, int to, float* space);
     void (*backward)(const Work& work, int from, int to, float* space);
     void (*update)(const Update& u, int from, int to);
+    float (*biggest)(const float* x, int n);
+    float (*exponentials)(float* to, const float* x, int n, float biggest, float factor);
     double (*ceiling)(int64_t rounds, float* result);
 };
 
@@ -9896,6 +9923,10 @@ struct Kernels {
         target static void forward(const Work& work, int from, int to, float* space) { forward_part<Set>(work, from, to, space); }   \
         target static void backward(const Work& work, int from, int to, float* space) { backward_part<Set>(work, from, to, space); } \
         target static void update(const Update& u, int from, int to) { update_part<Set>(u, from, to); }                              \
+        target static float biggest(const float* x, int n) { return Rows<Set>::biggest_of(x, n); }                                   \
+        target static float exponentials(float* to, const float* x, int n, float biggest, float factor) {                            \
+            return Rows<Set>::exponentials(to, x, n, biggest, factor);                                                               \
+        }                                                                                                                            \
         target static double ceiling(int64_t rounds, float* result) { return Products<Set>::ceiling(rounds, result); }               \
         static constexpr Kernels table = {name,                                                                                      \
                                           Products<Set>::tile_rows,                                                                  \
@@ -9909,6 +9940,8 @@ struct Kernels {
                                           &forward,                                                                                  \
                                           &backward,                                                                                 \
                                           &update,                                                                                   \
+                                          &biggest,                                                                                  \
+                                          &exponentials,                                                                             \
                                           &ceiling};                                                                                 \
     };
 
@@ -10305,7 +10338,8 @@ struct Fast {
     static void update(Runtime& runtime, const Tape& tape, const Regions<float>& r, float* w, float* m, float* v, const UpdateRule& rule) {
         Walk(kernels, runtime, tape, r, Run()).update(w, m, v, rule);
     }
-    static constexpr BackendFunctions functions = {&scratch, &packed, &pack, &forward, &backward, &square_sum, &update};
+    static constexpr BackendFunctions functions = {
+        &scratch, &packed, &pack, &forward, &backward, &square_sum, &update, kernels.biggest, kernels.exponentials};
 };
 
 // ---- which kernels does this machine get? --------------------------------------------------------------------------------
