@@ -1274,10 +1274,10 @@ inline Pool* pool_of(Runtime& runtime) {
 
 // The pool is made by the first create() of an object that computes, so that a step or a token never allocates.
 inline void start_pool(Runtime& runtime) {
-    if (pool_of(runtime) || runtime.parallel || runtime.thread_count() == 1) return;
+    if (pool_of(runtime) || runtime.parallel || least(runtime.thread_count(), core_count()) == 1) return;
     Pool* pool = create<Pool>(runtime);
     if (!pool) return;  // alone, then
-    pool->start(runtime.thread_count() - 1);
+    pool->start(least(runtime.thread_count(), core_count()) - 1);  // more would take turns, and wait for whom the system has stopped
 #if defined(_MSC_VER)
     const bool first = !InterlockedCompareExchangePointer(&runtime.pool, pool, nullptr);
 #else
