@@ -1276,7 +1276,7 @@ inline Pool* pool_of(Runtime& runtime) {
 inline void start_pool(Runtime& runtime) {
     if (pool_of(runtime) || runtime.parallel || least(runtime.thread_count(), core_count()) == 1) return;
     Pool* pool = create<Pool>(runtime);
-    if (!pool) return;  // alone, then
+    if (!pool) return;                                             // alone, then
     pool->start(least(runtime.thread_count(), core_count()) - 1);  // more would take turns, and wait for whom the system has stopped
 #if defined(_MSC_VER)
     const bool first = !InterlockedCompareExchangePointer(&runtime.pool, pool, nullptr);
@@ -4706,7 +4706,6 @@ struct ModelState {
 
 namespace {
 
-// Takes memory for a config's weights, all zero, and names them.
 // The scales of a matrix in int8, one for each of its rows, or each of its columns.
 Status int8_scales(const Weight& weight, const float* w, Array<float>& scales) {
     if (!scales.resize(static_cast<size_t>(weight.scaled_rows ? weight.rows : weight.cols)))
@@ -4720,7 +4719,8 @@ Status int8_scales(const Weight& weight, const float* w, Array<float>& scales) {
     for (float& scale : scales) scale = int8_scale(scale);
     return Status();
 }
-Status allocate_weights(Runtime& runtime, Model& model, const Config& config) {
+// Takes memory for a config's weights, all zero or only what is between them, and names them.
+Status allocate_weights(Runtime& runtime, Model& model, const Config& config, bool zero) {
     BABYGPT_TRY(check(config));
     Tape tape(runtime);
     BABYGPT_TRY(record(tape, config, 1, false, 0));
@@ -4733,9 +4733,11 @@ Status allocate_weights(Runtime& runtime, Model& model, const Config& config) {
         if (!state->names.push(plan.weight)) return out_of_memory(sizeof(Weight));
     state->plans = static_cast<Array<WeightPlan>&&>(tape.weights);
     size_t bytes;
-    if (!product(tape.weight_block, sizeof(float), bytes) || !state->weights.take(runtime, bytes, true))
+    if (!product(tape.weight_block, sizeof(float), bytes) || !state->weights.take(runtime, bytes, zero))
         return out_of_memory(static_cast<uint64_t>(tape.weight_block) * sizeof(float));
     model.weights = reinterpret_cast<float*>(state->weights.memory);
+    for (const Weight& weight : state->names)
+        for (int64_t i = weight.rows * weight.cols; i % 16 != 0; ++i) model.weights[weight.offset + i] = 0;
     model.block = tape.weight_block;
     model.parameters = tape.parameters;
     model.names = Span<Weight>(state->names.items, state->names.count);
@@ -4785,7 +4787,7 @@ Status Model::create(Runtime& from, const Config& wanted, Tokenizer&& taken, uin
     if (full.vocab < taken.vocab) return fail(Error::mismatch, "vocab is ", full.vocab, ", but the tokenizer has ", taken.vocab, " ids");
     Tokenizer kept = static_cast<Tokenizer&&>(taken);  // it may be this model's own
     *this = Model();
-    BABYGPT_TRY(allocate_weights(from, *this, full));
+    BABYGPT_TRY(allocate_weights(from, *this, full, true));
     tokenizer = static_cast<Tokenizer&&>(kept);
     for (size_t t = 0; t < state->plans.count; ++t) {
         const WeightPlan& plan = state->plans[t];
@@ -7844,33 +7846,56 @@ inline float float_from(Stored type, uint16_t half) {
     return bits_as<float>(sign | ((rest << 13) + more_exponent));
 }
 
+// Reads a tensor in pieces of whole rows, and lets threads turn them into floats: f(thread, row, its bytes). (A new block's pages are made
+// when they are first written to, which takes as long as the reading: so threads share that too.)
+constexpr int reading_threads = 16;
+template <class F>
+Status read_rows(Runtime& runtime, const Checkpoint& c, const StoredTensor& tensor, int64_t rows, const F& f) {
+    const int64_t row_bytes = static_cast<int64_t>(tensor.end - tensor.begin) / rows;
+    const int64_t some = least(most(int64_t(1), (int64_t(1) << 20) / row_bytes), rows),
+                  threads = least(runtime.thread_count(), reading_threads);
+    Array<char> piece(runtime);
+    if (!piece.resize(static_cast<size_t>(some * row_bytes))) return out_of_memory(static_cast<uint64_t>(some * row_bytes));
+    for (int64_t row = 0; row < rows; row += some) {
+        const int64_t count = least(some, rows - row);
+        BABYGPT_TRY(c.source.read(c.data + tensor.begin + static_cast<uint64_t>(row * row_bytes), piece.items,
+                                  static_cast<size_t>(count * row_bytes)));
+        parallel(runtime, static_cast<int>(threads), [&](int thread) {
+            for (int64_t i = thread * count / threads; i < (thread + 1) * count / threads; ++i)
+                f(thread, row + i, piece.items + i * row_bytes);
+        });
+    }
+    return Status();
+}
+
 // A matrix in int8. as_converted becomes false where the scales are not what Model::convert makes of the numbers.
 Status read_int8(Runtime& runtime, const Checkpoint& c, const Weight& weight, const StoredTensor& tensor, const StoredTensor& scales,
                  float* to, bool& as_converted) {
     Array<float> scale(runtime);
-    Array<unsigned char> biggest(runtime);
-    const size_t features = static_cast<size_t>(scales_of(weight).cols);
-    if (!scale.resize(features) || !biggest.resize(features)) return out_of_memory(features * sizeof(float));
-    memset(biggest.items, 0, features);
+    Array<unsigned char> seen(runtime);  // for each thread and feature: all magnitudes, or-ed, whose highest bit is that of the largest
+    const size_t features = static_cast<size_t>(scales_of(weight).cols), cols = static_cast<size_t>(weight.cols);
+    if (!scale.resize(features) || !seen.resize(reading_threads * features)) return out_of_memory(reading_threads * features);
     BABYGPT_TRY(c.source.read(c.data + scales.begin, scale.items, scales.end - scales.begin));
-    int8_t piece[8192];
-    size_t row = 0, col = 0;
-    const size_t cols = static_cast<size_t>(weight.cols);
-    for (uint64_t at = tensor.begin; at < tensor.end; at += sizeof piece) {
-        const size_t bytes = static_cast<size_t>(least<uint64_t>(sizeof piece, tensor.end - at));
-        BABYGPT_TRY(c.source.read(c.data + at, piece, bytes));
-        for (size_t i = 0; i < bytes;) {
-            const size_t start = weight.scaled_rows ? row : col, step = weight.scaled_rows ? 0 : 1, end = least(bytes, i + cols - col);
-            col = (col + end - i) % cols, row += col == 0;
-            for (size_t feature = start; i < end; ++i, feature += step) {
-                const int value = piece[i];
-                *to++ = static_cast<float>(value) * scale[feature];
-                biggest[feature] = static_cast<unsigned char>(most<int>(biggest[feature], value < 0 ? -value : value));
-            }
+    BABYGPT_TRY(read_rows(runtime, c, tensor, weight.rows, [&](int thread, int64_t row, const char* bytes) {
+        unsigned char* mine = seen.items + static_cast<size_t>(thread) * features;
+        float* out = to + static_cast<size_t>(row) * cols;
+        int magnitude = 0;
+        for (size_t i = 0; i < cols; ++i) {
+            const size_t feature = weight.scaled_rows ? static_cast<size_t>(row) : i;
+            const int value = static_cast<signed char>(bytes[i]);
+            out[i] = static_cast<float>(value) * scale[feature];
+            magnitude |= value < 0 ? -value : value;
+            if (weight.scaled_rows) continue;
+            mine[i] = static_cast<unsigned char>(mine[i] | magnitude);
+            magnitude = 0;
         }
+        if (weight.scaled_rows) mine[row] = static_cast<unsigned char>(magnitude);
+    }));
+    for (size_t i = 0; i < features; ++i) {
+        int magnitude = 0;
+        for (size_t thread = 0; thread < reading_threads; ++thread) magnitude |= seen[thread * features + i];
+        as_converted = as_converted && magnitude < 128 && scale[i] == int8_scale(static_cast<float>(magnitude) * scale[i]);
     }
-    for (size_t i = 0; i < features; ++i)
-        as_converted = as_converted && biggest[i] < 128 && scale[i] == int8_scale(static_cast<float>(biggest[i]) * scale[i]);
     return Status();
 }
 
@@ -7891,13 +7916,13 @@ Status read_tensors(Runtime& runtime, const Checkpoint& c, Text prefix, Span<con
             BABYGPT_TRY(c.source.read(c.data + tensor->begin, to, tensor->end - tensor->begin));
             continue;
         }
-        uint16_t piece[4096];
-        for (uint64_t at = tensor->begin; at < tensor->end;) {
-            const uint64_t bytes = least<uint64_t>(sizeof piece, tensor->end - at);
-            BABYGPT_TRY(c.source.read(c.data + at, piece, bytes));
-            for (uint64_t i = 0; i < bytes / 2; ++i) *to++ = float_from(tensor->type, piece[i]);
-            at += bytes;
-        }
+        BABYGPT_TRY(read_rows(runtime, c, *tensor, weight.rows, [&](int, int64_t row, const char* bytes) {
+            for (int64_t i = 0; i < weight.cols; ++i) {
+                uint16_t half;
+                memcpy(&half, bytes + 2 * i, sizeof half);
+                to[row * weight.cols + i] = float_from(tensor->type, half);
+            }
+        }));
     }
     return Status();
 }
@@ -7929,7 +7954,8 @@ Status load_model(Runtime& runtime, ByteSource& source, Model& result) {
     }
     if (model.tokenizer.vocab > c.config.vocab)
         return c.bad(": its tokenizer has ", model.tokenizer.vocab, " ids, but vocab_size is ", c.config.vocab);
-    BABYGPT_TRY(allocate_weights(runtime, model, c.config));
+    BABYGPT_TRY(allocate_weights(runtime, model, c.config, false));
+    start_pool(runtime);
     BABYGPT_TRY(read_chat(runtime, c, model.chat));
     bool as_converted;
     BABYGPT_TRY(read_tensors(runtime, c, "", model.names, model.weights, as_converted));
