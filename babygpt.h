@@ -8769,9 +8769,11 @@ struct Products {
     }
 
     // rows x columns of C: c[r][j] = start[r][j] + sum over k < depth of a[r * a_row + k * a_step] * b[k * b_row + j], a chain; start null: 0.
+    // Meanwhile it fetches what is needed next: at every k from `next` on, in steps; null: nothing.
     template <int rows, int columns, class E>
     static BABYGPT_INLINE void tile(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a, int64_t a_row,
-                                    int64_t a_step, const E* b, int64_t b_row, int depth, const float* scale = nullptr) {
+                                    int64_t a_step, const E* b, int64_t b_row, int depth, const float* scale = nullptr,
+                                    const E* next = nullptr, int64_t next_step = 0) {
         constexpr int vectors = columns / Set::width;
         V sum[static_cast<size_t>(rows)][static_cast<size_t>(vectors)], right[static_cast<size_t>(vectors)], left;
         V by;
@@ -8785,6 +8787,7 @@ struct Products {
             }
         }
         for (int k = 0; k < depth; ++k, a += a_step, b += b_row) {
+            if (next) prefetch(next), next += next_step;
             BABYGPT_UNROLL
             for (int j = 0; j < vectors; ++j) {
                 if constexpr (sizeof(E) > 1) Set::load(right[j], b + j * Set::width);
@@ -8807,20 +8810,27 @@ struct Products {
         }
     }
 
-    // A whole tile, with a panel of any dtype from k0 on.
+    // A whole tile, with a panel of any dtype from k0 on. `next`: the panel that will be needed after this one, of which it fetches a share; null: none.
+    struct Next {
+        const float* panel;
+        int64_t from, step;  // in elements
+    };
+    template <int rows, class E>
+    static BABYGPT_INLINE void panel_tile(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a, int64_t a_row,
+                                          int64_t a_step, const float* panel, const Next& next, int k0, int depth) {
+        const int64_t from = static_cast<int64_t>(k0) * tile_columns;
+        tile<rows, tile_columns>(c, c_row, start, start_row, a, a_row, a_step, elements<E>(panel) + from, tile_columns, depth, panel,
+                                 next.panel ? elements<E>(next.panel) + from + next.from : nullptr, next.step);
+    }
     template <int rows>
     static BABYGPT_INLINE void panel_tile(Dtype dtype, float* c, int64_t c_row, const float* start, int64_t start_row, const float* a,
-                                          int64_t a_row, int64_t a_step, const float* panel, int k0, int depth) {
-        constexpr int columns = tile_columns;
-        const int64_t from = static_cast<int64_t>(k0) * columns;
+                                          int64_t a_row, int64_t a_step, const float* panel, const Next& next, int k0, int depth) {
         if constexpr (Set::is_narrow) {
             if (dtype == Dtype::bf16)
-                return tile<rows, columns>(c, c_row, start, start_row, a, a_row, a_step, elements<uint16_t>(panel) + from, columns, depth);
-            if (dtype == Dtype::int8)
-                return tile<rows, columns>(c, c_row, start, start_row, a, a_row, a_step, elements<int8_t>(panel) + from, columns, depth,
-                                           panel);
+                return panel_tile<rows, uint16_t>(c, c_row, start, start_row, a, a_row, a_step, panel, next, k0, depth);
+            if (dtype == Dtype::int8) return panel_tile<rows, int8_t>(c, c_row, start, start_row, a, a_row, a_step, panel, next, k0, depth);
         }
-        tile<rows, columns>(c, c_row, start, start_row, a, a_row, a_step, panel + from, columns, depth);
+        panel_tile<rows, float>(c, c_row, start, start_row, a, a_row, a_step, panel, next, k0, depth);
     }
     // How many rows the tile has that begins where `left` rows are left: for a few sessions, or at the end, a low one may waste less.
     static constexpr int low_rows = Set::calls ? tile_rows : 4;
@@ -8864,11 +8874,14 @@ struct Products {
                     float* to = is_whole ? c : edge;
                     if (!is_whole) start = edge, start_row = tile_columns;
                     const int64_t c_row = is_whole ? p.c_stride : tile_columns;
-                    const float* next = r + height < rows ? c + height * p.c_stride : p.c + row * p.c_stride + j + tile_columns;
-                    for (int i = 0; i < tile_rows; ++i) prefetch(next + i * p.c_stride);  // where C is larger than the caches
+                    const float* below = r + height < rows ? c + height * p.c_stride : p.c + row * p.c_stride + j + tile_columns;
+                    for (int i = 0; i < tile_rows; ++i) prefetch(below + i * p.c_stride);  // where C is larger than the caches
+                    // Many rows hide the fetching of one panel, and another one would take the first cache from what they need.
+                    const Next next = {rows < row_block ? panel + apart : nullptr, r * depth / rows * tile_columns,
+                                       most(1, height * tile_columns / rows)};
                     if (tall == tile_rows)
-                        panel_tile<tile_rows>(p.dtype, to, c_row, start, start_row, from, a_row, a_step, panel, k0, depth);
-                    else panel_tile<low_rows>(p.dtype, to, c_row, start, start_row, from, a_row, a_step, panel, k0, depth);
+                        panel_tile<tile_rows>(p.dtype, to, c_row, start, start_row, from, a_row, a_step, panel, next, k0, depth);
+                    else panel_tile<low_rows>(p.dtype, to, c_row, start, start_row, from, a_row, a_step, panel, next, k0, depth);
                     for (int i = 0; i < height && !is_whole; ++i)
                         memcpy(c + i * p.c_stride, edge + i * tile_columns, static_cast<size_t>(columns) * sizeof(float));
                 }
