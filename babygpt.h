@@ -394,25 +394,41 @@ Status ngram_baseline(Runtime& runtime, Data& training, Data& validation, int vo
 
 // ---- Config and Model -------------------------------------------------------------------------------------------------
 
-enum class Activation : int32_t { none, gelu, gelu_tanh };  // gelu: with erf (Hendrycks & Gimpel 2016)
-enum class Positions : int32_t { learned, rotary };         // GPT-2's vectors, added to the tokens'; or RoPE (Su et al. 2021)
-enum class Dtype : int32_t { f32, bf16, int8 };             // of the numbers in a model's matrices: Model::convert
+enum class Architecture : int32_t { gpt2, llama };                      // whose names and layout the tensors have
+enum class Activation : int32_t { none, gelu, gelu_tanh, relu, silu };  // gelu: with erf (Hendrycks & Gimpel 2016); silu: x sigmoid(x)
+enum class Norm : int32_t { layer, rms };                               // layer norm (Ba et al. 2016), RMSNorm (Zhang & Sennrich 2019)
+enum class Dtype : int32_t { f32, bf16, int8 };                         // of the numbers in a model's matrices: Model::convert
+// GPT-2's vectors, added to the tokens'; RoPE (Su et al. 2021); sines and cosines (Vaswani et al. 2017).
+enum class Positions : int32_t { learned, rotary, sinusoidal, none };
 
+// A decoder. As it is: GPT-2's. preset_architecture makes it Llama's; what lies between may be chosen field by field.
 struct Config {
+    Architecture architecture = Architecture::gpt2;
     int layers = 4;
     int heads = 4;
+    int kv_heads = 0;  // of keys and values, a divisor of heads: each serves a group of queries (Ainslie et al. 2023); 0: as many as heads
     int width = 128;
+    int hidden = 0;  // width of the feed-forward part; 0: 4 * width, where it is gated 8/3 of it, up to a multiple of 32
     int context = 128;
     int vocab = 0;     // 0: the tokenizer's
     bool tied = true;  // the output head shares the embedding's matrix
-    bool bias = true;
+    bool bias = true;  // of linear layers and layer norms; an RMSNorm has none
     Activation activation = Activation::gelu_tanh;
+    bool gated =
+        false;  // one half of the hidden layer, activated, multiplies the other (Shazeer 2020): SwiGLU with silu, GeGLU with gelu_tanh
+    Norm norm = Norm::layer;
+    bool norm_after = false;  // each sub-layer's addition is normalized, as in Vaswani et al. 2017, not its input, as in GPT-2
+    double norm_epsilon = 1e-5;
     Positions positions = Positions::learned;  // rotary: width / heads must be even
+    double rope_base = 10000;                  // rotary: the slowest angle's wavelength in positions is about 2 pi times that
     Dtype dtype = Dtype::f32;                  // of a model that only talks; training is in f32
 };
 
-// nano, tiny, small, baby, gpt2, gpt2-medium, gpt2-large, gpt2-xl. Leaves vocab alone except for GPT-2's own (50257).
+// nano, tiny, small, baby, gpt2, gpt2-medium, gpt2-large, gpt2-xl: how large. Leaves vocab alone except for GPT-2's own (50257).
 Status preset(Text name, Config& config);
+// gpt2: learned positions, layer norm, GELU, biases, a tied head. llama (Touvron et al. 2023): rotary positions, RMSNorm, SwiGLU, no biases,
+// an untied head. Leaves the size alone.
+Status preset_architecture(Text name, Config& config);
 Status check(const Config& config);  // says which field is wrong, and what it may be
 
 // How a conversation is written: the text before the user's turn and before the model's. One line a turn.
@@ -425,9 +441,9 @@ struct Chat {
 };
 
 struct Weight {          // one named tensor inside Model::weights, row-major
-    char name[56];       // Hugging Face's GPT-2 name, e.g. "h.0.attn.c_attn.weight"
+    char name[56];       // Hugging Face's, e.g. GPT-2's "h.0.attn.c_attn.weight", Llama's "model.layers.0.self_attn.q_proj.weight"
     int64_t offset;      // in floats
-    int64_t rows, cols;  // a vector has rows 1; Conv1D orientation: (in, out)
+    int64_t rows, cols;  // a vector has rows 1; GPT-2's matrices are (in, out), as Conv1D has them, Llama's (out, in), as Linear has them
     bool decay;          // 2-D: weight decay applies
     bool is_vector;
     bool scaled_rows;  // in int8 each row has a scale (a token's vector), not each column (an output of a layer)
@@ -439,7 +455,7 @@ struct Model {
     Config config;
     Tokenizer tokenizer;
     Chat chat;
-    float* weights = nullptr;  // `parameters` floats, zero-padded to whole cache lines between tensors
+    float* weights = nullptr;  // `parameters` floats; tensors of one product (Llama's q, k, v) adjoin, others begin on a cache line
     int64_t parameters = 0;    // without the padding
     int64_t block = 0;         // floats in the block
     Span<Weight> names;
@@ -677,7 +693,7 @@ double fma_ceiling(Runtime& runtime, int threads);  // GFLOP/s of a register-onl
 
 struct ProfileRow {  // one op in a training step, forward or backward
     char op[48];
-    char kind[16];   // embedding, norm, linear, attention, add, dropout, head, update
+    char kind[16];   // embedding, waves, norm, linear, gate, rope, attention, add, dropout, head, update
     bool backward;   // head: both in its forward row
     double seconds;  // the mean of several steps
     double flops;    // useful ones: 2 for a multiply-add; attention causal, nothing computed anew
@@ -3400,10 +3416,10 @@ size_t Utf8Stream::finish(char* out) {
 namespace babygpt {
 namespace {
 
-enum class OpKind : int32_t { embedding, norm, linear, rope, attention, add, dropout, head };
+enum class OpKind : int32_t { embedding, waves, norm, linear, gate, rope, attention, add, dropout, head };
 
 inline const char* op_name(OpKind kind) {
-    static constexpr const char* names[] = {"embedding", "norm", "linear", "rope", "attention", "add", "dropout", "head"};
+    static constexpr const char* names[] = {"embedding", "waves", "norm", "linear", "gate", "rope", "attention", "add", "dropout", "head"};
     return names[static_cast<int>(kind)];
 }
 
@@ -3429,17 +3445,28 @@ struct Op {
     int w = nothing, b = nothing;   // weights: indices into Tape::weights
     int remakes = nothing;          // the op that makes x once more before this one's backward pass: cheaper than to keep x until then
     int in = 0, out = 0;            // columns of x and of y
-    int heads = 0;                  // attention, rope
+    int heads = 0, kv_heads = 0;    // attention, rope
+    bool centred = false;           // norm: takes the mean off
     Activation activation = Activation::none;
     bool adds_to_dx = false;  // some later op has already written a gradient of x (x2): add to it, do not set it
     bool adds_to_dx2 = false;
+    int dim() const { return in / (heads + 2 * kv_heads); }  // attention, rope: columns of a head
 };
 
-// A weight as an architecture declares it: the public record, and how it starts.
+// A weight as an architecture declares it: the public record, and how it starts. Several tensors may make one weight, one below the other:
+// then the record is that of the whole, and Tape::names has one for each.
 struct WeightPlan {
     Weight weight;
     double deviation;  // of the normal distribution; 0: zeros; -1: ones
-    int matrices;      // side by side in it that Muon keeps apart; 0: it leaves this weight to AdamW
+    int matrices;      // in it that Muon keeps apart; 0: it leaves this weight to AdamW
+    int outputs[3];    // of each of these: so many columns, or rows where ...
+    bool output_rows;  // ... the layout is Tape::output_rows
+};
+
+// One of the tensors that make a weight: what it is called, and for how many outputs it stands.
+struct Slice {
+    const char* name;
+    int outputs;
 };
 
 // One sequence of a run: `length` rows from `row` on, which stand at `position` and after in their text.
@@ -3493,21 +3520,26 @@ struct Tape {
     Array<Tensor> tensors;
     Array<Op> ops;
     Array<WeightPlan> weights;
-    Array<float> rotations;    // rope: [context][2][dim / 2], the cosines and sines of each position's angles
+    Array<Weight> names;       // of the tensors in them, in this order
+    Array<float> waves;        // of each position: rope: [context][2][dim / 2], cosines and sines; waves: [context][width]
     int64_t weight_block = 0;  // elements of the weights region
     int64_t parameters = 0;
     int max_rows = 0;
     int64_t activation_block = 0;  // elements of the activations region
     int layer = -1;                // recording: the block we are in
-    int layers = 0, heads = 0, width = 0, vocab = 0, context = 0;
+    const char* block = "h.";      // recording: what stands before a layer's number in names
+    int layers = 0, width = 0, vocab = 0, context = 0;
+    int kv_width = 0;          // columns of the keys, and of the values
+    bool output_rows = false;  // the matrices of linear ops have a row for each output, not a column
     Dtype dtype = Dtype::f32;  // running: what the matrices' numbers are
     bool tied = false;
     bool training = false;  // plan gradients, and keep what backward reads
     double dropout = 0;
     double epsilon = 1e-5;  // of the norms
+    double rope_base = 10000;
     bool no_memory = false;
 
-    explicit Tape(Runtime& from) : runtime(&from), tensors(from), ops(from), weights(from), rotations(from) {}
+    explicit Tape(Runtime& from) : runtime(&from), tensors(from), ops(from), weights(from), names(from), waves(from) {}
 
     // ---- recording: each call appends one op and returns the tensor that it writes ----
 
@@ -3518,37 +3550,58 @@ struct Tape {
         if (position_name) op.b = declare(position_name, "", context, width, 0.02, false);
         return finish(op, "embedding", width);
     }
-    int norm(const char* name, int x, bool bias) {
+    // Adds sines and cosines of the position to x, which grows by sqrt(width). In place: x itself is the result.
+    int add_waves(int x) { return in_place(start(OpKind::waves, x)); }
+    int norm(const char* name, int x, bool bias, Norm kind = Norm::layer) {
         Op op = start(OpKind::norm, x);
+        op.centred = kind == Norm::layer;
         op.w = declare(name, ".weight", 1, op.in, -1, true);
         if (bias) op.b = declare(name, ".bias", 1, op.in, 0, true);
         op.aux = tensor(name, ".statistics", 2);
         return finish(op, name, op.in);
     }
     int linear(const char* name, int x, int out, bool bias, Activation activation, double deviation) {
+        const Slice whole{name, out};
+        return linear(name, x, Span<const Slice>(&whole, 1), bias, activation, deviation);
+    }
+    // Several parts (of which output_rows must be set) are computed as one product, beside each other.
+    int linear(const char* name, int x, Span<const Slice> parts, bool bias, Activation activation, double deviation) {
         Op op = start(OpKind::linear, x);
-        op.w = declare(name, ".weight", op.in, out, deviation, false);
-        if (!no_memory) weights[static_cast<size_t>(op.w)].matrices = 1, weights[static_cast<size_t>(op.w)].weight.scaled_rows = false;
-        if (bias) op.b = declare(name, ".bias", 1, out, 0, true);
+        int out = 0;
+        for (const Slice& part : parts) out += part.outputs;
+        op.w =
+            output_rows ? declare(parts, ".weight", out, op.in, deviation, false) : declare(parts, ".weight", op.in, out, deviation, false);
+        if (!no_memory) {
+            weights[static_cast<size_t>(op.w)].weight.scaled_rows = names[names.count - 1].scaled_rows = output_rows;
+            for (size_t i = 0; i < parts.size; ++i) keep_apart(op.w, i, parts[i].outputs);
+        }
+        if (bias) op.b = declare(parts, ".bias", 1, out, 0, true);
         op.activation = activation;
         if (training && activation != Activation::none) op.aux = tensor(name, ".before", out);
         return finish(op, name, out);
     }
-    // Turns the queries and keys in x by angles that grow with the position. In place: x itself is the result.
-    int rope(int x, int count) {
-        Op op = start(OpKind::rope, x);
-        op.heads = count, op.out = op.in, op.y = x;
-        if (!no_memory && (!ops.push(op) || (rotations.count == 0 && !fill_rotations(op.in / 3 / count)))) no_memory = true;
-        return x;
+    // y = activation(the left half of x) * the right half
+    int gate(const char* name, int x, Activation activation) {
+        Op op = start(OpKind::gate, x);
+        op.activation = activation;
+        keep_apart(x, {op.in / 2, op.in / 2, 0});
+        return finish(op, name, op.in / 2);
     }
-    // x holds queries, keys and values beside each other. Causal: a token sees itself and what stands before it.
-    int attention(const char* name, int x, int count) {
+    // Turns the queries and keys in x by angles that grow with the position. In place: x itself is the result.
+    int rope(int x, int heads, int kv_heads = 0) {
+        Op op = start(OpKind::rope, x);
+        op.heads = heads, op.kv_heads = kv_heads ? kv_heads : heads;
+        return in_place(op);
+    }
+    // x holds queries (for all heads), keys and values (for kv_heads; 0: as many) beside each other. Causal: a token sees itself and what
+    // stands before it.
+    int attention(const char* name, int x, int heads, int kv_heads = 0) {
         Op op = start(OpKind::attention, x);
-        for (const Op& maker : ops)
-            if (maker.y == x && maker.kind == OpKind::linear) weights[static_cast<size_t>(maker.w)].matrices = 3;
-        op.heads = count;
-        op.aux = tensor(name, ".softmax", 2 * count);
-        return finish(op, name, op.in / 3);
+        op.heads = heads, op.kv_heads = kv_heads ? kv_heads : heads;
+        kv_width = op.dim() * op.kv_heads;
+        keep_apart(x, {op.in - 2 * kv_width, kv_width, kv_width});
+        op.aux = tensor(name, ".softmax", 2 * heads);
+        return finish(op, name, op.in - 2 * kv_width);
     }
     int add(const char* name, int a, int b) {
         Op op = start(OpKind::add, a);
@@ -3572,16 +3625,20 @@ struct Tape {
     // ---- what the ops declare: which values does an op's backward read? ----
 
     static bool backward_reads_x(const Op& op) {
-        return op.kind == OpKind::norm || op.kind == OpKind::linear || op.kind == OpKind::attention || op.kind == OpKind::head;
+        return op.kind == OpKind::norm || op.kind == OpKind::linear || op.kind == OpKind::gate || op.kind == OpKind::attention ||
+               op.kind == OpKind::head;
     }
     static bool backward_reads_y(const Op& op) { return op.kind == OpKind::attention; }
 
     // ---- planning ----
 
     // Times: op i runs forward at i and backward at 2n-1-i. A tensor's place is its own from its first write to its last read; but what a
-    // norm or an activation function makes, and only one backward pass reads, is not kept until then, but made once more.
-    // The head may write its gradient while it runs forward.
+    // norm, a gate or an activation function makes, and only one backward pass reads, is not kept until then, but made once more.
+    // The head may write its gradient while it runs forward. rows 0: it will not run, only the weights are of interest.
     Status plan(int rows) {
+        for (const Op& op : ops)
+            if (rows > 0 && !no_memory && (op.kind == OpKind::rope || op.kind == OpKind::waves) && waves.count == 0)
+                no_memory = !fill_waves(op);
         if (no_memory) return out_of_memory(0);
         max_rows = rows;
         const int n = static_cast<int>(ops.count);
@@ -3619,7 +3676,9 @@ struct Tape {
         return Status();
     }
     static int64_t muon_space(const WeightPlan& plan) {
-        const int64_t side = least(plan.weight.rows, plan.weight.cols / plan.matrices);
+        const int64_t in = plan.output_rows ? plan.weight.cols : plan.weight.rows;
+        int64_t side = 0;
+        for (int i = 0; i < plan.matrices; ++i) side = most(side, least<int64_t>(in, plan.outputs[i]));
         return 5 * round_up(side * side, static_cast<int64_t>(16));
     }
     int64_t elements(const Tensor& t) const { return round_up(static_cast<int64_t>(max_rows) * t.cols, static_cast<int64_t>(16)); }
@@ -3630,7 +3689,7 @@ struct Tape {
     int shared_embedding() const { return tied ? ops[0].w : nothing; }
     int64_t lookup_block() const { return tied ? round_up(static_cast<int64_t>(vocab) * width, static_cast<int64_t>(16)) : 0; }
     // Floats of one KV page.
-    int64_t kv_page_block() const { return static_cast<int64_t>(layers) * 2 * width * kv_page; }
+    int64_t kv_page_block() const { return static_cast<int64_t>(layers) * 2 * kv_width * kv_page; }
 
  private:
     Op start(OpKind kind, int x) {
@@ -3648,9 +3707,25 @@ struct Tape {
         if (!no_memory && !ops.push(op)) no_memory = true;
         return op.y;
     }
-    bool fill_rotations(int dim);  // chapter 5, which knows cosines
+    int in_place(Op op) {
+        op.out = op.in, op.y = op.x;
+        if (!no_memory && !ops.push(op)) no_memory = true;
+        return op.y;
+    }
+    bool fill_waves(const Op& op);  // chapter 5, which knows cosines
+    // What Muon finds in a weight: its matrix number i has so many outputs.
+    void keep_apart(int weight, size_t i, int outputs) {
+        WeightPlan& plan = weights[static_cast<size_t>(weight)];
+        plan.matrices = static_cast<int>(i) + 1, plan.outputs[i] = outputs;
+    }
+    // The same of the weight that made x, where it is one tensor.
+    void keep_apart(int x, const int (&outputs)[3]) {
+        for (const Op& maker : ops)
+            if (!no_memory && maker.y == x && maker.kind == OpKind::linear && weights[static_cast<size_t>(maker.w)].matrices == 1)
+                for (size_t i = 0; i < 3 && outputs[i] > 0; ++i) keep_apart(maker.w, i, outputs[i]);
+    }
     void full_name(Line line, const char* name, const char* suffix) const {
-        if (layer >= 0) line.put("h."), line.put(layer), line.put(".");
+        if (layer >= 0) line.put(block), line.put(layer), line.put(".");
         line.put(name);
         line.put(suffix);
     }
@@ -3662,12 +3737,25 @@ struct Tape {
         return no_memory ? 0 : static_cast<int>(tensors.count) - 1;
     }
     int declare(const char* name, const char* suffix, int rows, int cols, double deviation, bool is_vector) {
+        const Slice whole{name, 0};
+        return declare(Span<const Slice>(&whole, 1), suffix, rows, cols, deviation, is_vector);
+    }
+    // Several parts divide the rows of a matrix, or a vector.
+    int declare(Span<const Slice> parts, const char* suffix, int rows, int cols, double deviation, bool is_vector) {
         WeightPlan plan{};
-        full_name(Line(plan.weight.name, sizeof plan.weight.name), name, suffix);
         plan.weight.offset = weight_block;
         plan.weight.rows = rows, plan.weight.cols = cols;
         plan.weight.is_vector = is_vector, plan.weight.decay = plan.weight.scaled_rows = !is_vector;
         plan.deviation = deviation;
+        plan.output_rows = output_rows;
+        Weight one = plan.weight;
+        for (const Slice& part : parts) {
+            full_name(Line(one.name, sizeof one.name), part.name, suffix);
+            if (parts.size > 1) (is_vector ? one.cols : one.rows) = part.outputs;
+            if (no_memory || !names.push(one)) no_memory = true;
+            one.offset += one.rows * one.cols;
+        }
+        full_name(Line(plan.weight.name, sizeof plan.weight.name), parts[0].name, suffix);
         const int64_t size = static_cast<int64_t>(rows) * cols;
         parameters += size;
         weight_block += round_up(size, static_cast<int64_t>(16));
@@ -3685,13 +3773,13 @@ struct Tape {
         t.gradient_born = least(t.gradient_born, time), t.gradient_dies = most(t.gradient_dies, time);
     }
 
-    // The norm, or linear op with an activation function, whose result this is, where one op reads it; nothing: it has to be kept.
+    // The norm, gate, or linear op with an activation function, whose result this is, where one op reads it; nothing: it has to be kept.
     int cheap_maker(int tensor_index) const {
         int maker = nothing, readers = 0;
         for (size_t i = 0; i < ops.count; ++i) {
             const Op& op = ops[i];
             readers += op.x == tensor_index || op.x2 == tensor_index;
-            const bool cheap = op.kind == OpKind::norm || (op.kind == OpKind::linear && op.activation != Activation::none);
+            const bool cheap = op.kind == OpKind::norm || op.activation != Activation::none;
             if (op.y == tensor_index && cheap) maker = static_cast<int>(i);
         }
         return readers == 1 ? maker : nothing;
@@ -3872,28 +3960,45 @@ void embedding_backward(T* dtoken, T* dposition, const T* dy, const int32_t* ids
             }
 }
 
+// ---- sinusoidal positions (Vaswani et al. 2017, sections 3.4 and 3.5): x = x sqrt(width) + waves[position] ---------------------
+
+// waves[p]: the sine of p / 10000^(2i / width) in column 2i, its cosine in column 2i + 1. backward: dx = dx sqrt(width).
+template <class T>
+void add_waves(T* x, const float* waves, Span<const Sequence> sequences, int width, bool backward) {
+    const T factor = root(static_cast<T>(width));
+    for (const Sequence& s : sequences)
+        for (int i = 0; i < s.length; ++i) {
+            const float* wave = waves + static_cast<int64_t>(s.position + i) * width;
+            T* row = x + static_cast<int64_t>(s.row + i) * width;
+            for (int c = 0; c < width; ++c) row[c] = backward ? row[c] * factor : madd(row[c], factor, static_cast<T>(wave[c]));
+        }
+}
+
 // ---- layer norm (Ba, Kiros & Hinton 2016): y = (x - mean) / sqrt(variance + epsilon) * w + b -----------------------------
 
-// statistics: [rows][2], the mean and 1 / sqrt(variance + epsilon). b may be null.
+// RMSNorm (Zhang & Sennrich 2019) is the same with 0 for the mean. statistics: [rows][2], the mean and 1 / sqrt(variance + epsilon). b may
+// be null.
 template <class T>
-void norm_forward(T* y, T* statistics, const T* x, const T* w, const T* b, int rows, int n, double epsilon) {
+void norm_forward(T* y, T* statistics, const T* x, const T* w, const T* b, int rows, int n, double epsilon, bool centred) {
     for (int row = 0; row < rows; ++row, x += n, y += n, statistics += 2) {
-        const T mean = sum<T>(n, [&](int i) { return x[i]; }) / static_cast<T>(n);
-        const auto centred = [&](int i) { return x[i] - mean; };
-        const T variance = dot_lanes<T>(n, centred, centred) / static_cast<T>(n);
+        const T mean = centred ? sum<T>(n, [&](int i) { return x[i]; }) / static_cast<T>(n) : static_cast<T>(0);
+        const auto off = [&](int i) { return x[i] - mean; };
+        const T variance = dot_lanes<T>(n, off, off) / static_cast<T>(n);
         const T scale = static_cast<T>(1) / root(variance + static_cast<T>(epsilon));
         for (int i = 0; i < n; ++i) y[i] = b ? madd((x[i] - mean) * scale, w[i], b[i]) : (x[i] - mean) * scale * w[i];
         statistics[0] = mean, statistics[1] = scale;
     }
 }
 // With h = (x - mean) * scale and g = dy * w:  dx = scale * (g - mean(g) - h * mean(g * h)),  dw = sum over rows of dy * h,  db = sum of dy.
+// Where the mean was not taken off, mean(g) is not either.
 template <class T>
-void norm_backward(T* dx, T* dw, T* db, const T* dy, const T* x, const T* statistics, const T* w, int rows, int n, bool adds) {
+void norm_backward(T* dx, T* dw, T* db, const T* dy, const T* x, const T* statistics, const T* w, int rows, int n, bool centred,
+                   bool adds) {
     for (int row = 0; row < rows; ++row, x += n, dy += n, dx += n, statistics += 2) {
         const T mean = statistics[0], scale = statistics[1];
         const auto h = [&](int i) { return (x[i] - mean) * scale; };
         const auto g = [&](int i) { return dy[i] * w[i]; };
-        const T mean_g = sum<T>(n, g) / static_cast<T>(n);
+        const T mean_g = centred ? sum<T>(n, g) / static_cast<T>(n) : static_cast<T>(0);
         const T mean_gh = dot_lanes<T>(n, g, h) / static_cast<T>(n);
         for (int i = 0; i < n; ++i) {
             const T d = scale * madd(-h(i), mean_gh, g(i) - mean_g);
@@ -3935,9 +4040,11 @@ T activate(T x, Activation activation) {
         const T u = x * madd(static_cast<T>(gelu_b), x * x, static_cast<T>(gelu_a));
         return x / (static_cast<T>(1) + exp_of(-u));
     }
+    if (activation == Activation::silu) return x / (static_cast<T>(1) + exp_of(-x));
+    if (activation == Activation::relu) return x > static_cast<T>(0) ? x : static_cast<T>(0);
     return x;
 }
-// Its derivative. gelu: P(x) + x p(x). gelu_tanh, with s = sigmoid(u): s + x s (1 - s) u'.
+// Its derivative. gelu: P(x) + x p(x). gelu_tanh, with s = sigmoid(u): s + x s (1 - s) u'. silu: the same with u = x. relu: 0 at 0.
 template <class T>
 T activate_derivative(T x, Activation activation) {
     if (activation == Activation::gelu) {
@@ -3951,36 +4058,65 @@ T activate_derivative(T x, Activation activation) {
         const T slope = madd(static_cast<T>(3 * gelu_b), x * x, static_cast<T>(gelu_a));
         return madd(x * s * (static_cast<T>(1) - s), slope, s);
     }
+    if (activation == Activation::silu) {
+        const T s = static_cast<T>(1) / (static_cast<T>(1) + exp_of(-x));
+        return madd(x * s, static_cast<T>(1) - s, s);
+    }
+    if (activation == Activation::relu) return static_cast<T>(x > static_cast<T>(0) ? 1 : 0);
     return static_cast<T>(1);
 }
 
-// ---- linear: y = activation(x W + b), W [in][out] ----------------------------------------------------------------------
+// ---- gated activation (Shazeer 2020): y = activation(g) u, where g and u are the halves of a row of x ------------------------
+
+template <class T>
+void gate_forward(T* y, const T* x, int rows, int n, Activation activation) {
+    for (int row = 0; row < rows; ++row, x += 2 * n, y += n)
+        for (int i = 0; i < n; ++i) y[i] = activate(x[i], activation) * x[n + i];
+}
+// dg = dy u activation'(g),  du = dy activation(g)
+template <class T>
+void gate_backward(T* dx, const T* dy, const T* x, int rows, int n, Activation activation, bool adds) {
+    for (int row = 0; row < rows; ++row, x += 2 * n, dx += 2 * n, dy += n)
+        for (int i = 0; i < n; ++i) {
+            const T dg = dy[i] * x[n + i] * activate_derivative(x[i], activation), du = dy[i] * activate(x[i], activation);
+            dx[i] = adds ? dx[i] + dg : dg;
+            dx[n + i] = adds ? dx[n + i] + du : du;
+        }
+}
+
+// ---- linear: y = activation(x W + b), W [in][out], or stored with output_rows as [out][in] -----------------------------------
 
 // before: [rows][out], x W + b; may be null where no backward pass follows. b may be null.
 template <class T>
-void linear_forward(T* y, T* before, const T* x, const T* w, const T* b, int rows, int in, int out, Activation activation) {
+void linear_forward(T* y, T* before, const T* x, const T* w, const T* b, int rows, int in, int out, bool output_rows,
+                    Activation activation) {
+    const int64_t next_in = output_rows ? 1 : out, next_out = output_rows ? in : 1;
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t o = 0; o < out; ++o) {
             T s = b ? b[o] : static_cast<T>(0);
-            for (int64_t i = 0; i < in; ++i) s = madd(x[row * in + i], w[i * out + o], s);
+            for (int64_t i = 0; i < in; ++i) s = madd(x[row * in + i], w[i * next_in + o * next_out], s);
             if (before) before[row * out + o] = s;
             y[row * out + o] = activate(s, activation);
         }
 }
 // dy becomes the gradient before the activation, in place; then db = sum over rows of dy, dW = x^T dy, dx = dy W^T.
 template <class T>
-void linear_backward(T* dx, T* dw, T* db, T* dy, const T* before, const T* x, const T* w, int rows, int in, int out, Activation activation,
-                     bool adds) {
+void linear_backward(T* dx, T* dw, T* db, T* dy, const T* before, const T* x, const T* w, int rows, int in, int out, bool output_rows,
+                     Activation activation, bool adds) {
+    const int64_t next_in = output_rows ? 1 : out, next_out = output_rows ? in : 1;
     if (activation != Activation::none)
         for (int64_t i = 0; i < static_cast<int64_t>(rows) * out; ++i) dy[i] = dy[i] * activate_derivative(before[i], activation);
     for (int64_t row = 0; row < rows; ++row) {
         for (int64_t o = 0; o < out; ++o)
             if (db) db[o] = db[o] + dy[row * out + o];
         for (int64_t i = 0; i < in; ++i)
-            for (int64_t o = 0; o < out; ++o) dw[i * out + o] = madd(x[row * in + i], dy[row * out + o], dw[i * out + o]);
+            for (int64_t o = 0; o < out; ++o) {
+                T& d = dw[i * next_in + o * next_out];
+                d = madd(x[row * in + i], dy[row * out + o], d);
+            }
         for (int64_t i = 0; i < in; ++i) {
             T s = adds ? dx[row * in + i] : static_cast<T>(0);
-            for (int64_t o = 0; o < out; ++o) s = madd(dy[row * out + o], w[i * out + o], s);
+            for (int64_t o = 0; o < out; ++o) s = madd(dy[row * out + o], w[i * next_in + o * next_out], s);
             dx[row * in + i] = s;
         }
     }
@@ -4028,33 +4164,38 @@ void dropout_backward(T* dx, const T* dy, const Dropout& drop, int rows, int n, 
 // ---- rotary positions, RoPE (Su et al. 2021) ---------------------------------------------------------------------------
 
 // Pair i of a head's query or key, the elements i and i + dim / 2, is a point in the plane; at position p it is turned by the angle
-// p * 10000^(-2i / dim). So the product of a query and a key depends on how far they are apart, not on where they stand. Turning back by
-// the same angle is the backward pass.
-constexpr double rope_base = 10000;
+// p * base^(-2i / dim), base 10000. So the product of a query and a key depends on how far they are apart, not on where they stand. Turning
+// back by the same angle is the backward pass.
 
-inline bool Tape::fill_rotations(int dim) {
-    const int half = dim / 2;
+// The cosines and sines of rope, or of the op waves: the same angles, but beside each other.
+inline bool Tape::fill_waves(const Op& op) {
+    const bool beside = op.kind == OpKind::waves;
+    const int dim = beside ? op.in : op.dim(), half = dim / 2;
     size_t count;
-    if (!product(context, dim, count) || !rotations.resize(count)) return false;
-    for (int i = 0; i < half; ++i) {
-        const double half_turns = exp_of(-log_of(rope_base) * 2 * i / dim) / 3.14159265358979323846;  // a position
+    if (!product(context, dim, count) || !waves.resize(count)) return false;
+    for (int i = 0; 2 * i < dim; ++i) {
+        const double half_turns = exp_of(-log_of(beside ? 10000.0 : rope_base) * 2 * i / dim) / 3.14159265358979323846;  // a position
         for (int p = 0; p < context; ++p) {
-            float* rotation = rotations.items + static_cast<int64_t>(p) * dim;
-            rotation[i] = static_cast<float>(cos_pi(p * half_turns));
-            rotation[half + i] = static_cast<float>(cos_pi(p * half_turns + 1.5));  // the sine
+            float* wave = waves.items + static_cast<int64_t>(p) * dim;
+            const float cosine = static_cast<float>(cos_pi(p * half_turns)), sine = static_cast<float>(cos_pi(p * half_turns + 1.5));
+            if (!beside) wave[i] = cosine, wave[half + i] = sine;
+            else {
+                wave[2 * i] = sine;
+                if (2 * i + 1 < dim) wave[2 * i + 1] = cosine;
+            }
         }
     }
     return true;
 }
-// x: [rows][3 * heads * dim], of which the queries and keys turn; sign -1: back.
+// x: [rows][(heads + 2 * kv_heads) * dim], of which the queries and keys turn; sign -1: back.
 template <class T>
-void rope(T* x, const float* rotations, Span<const Sequence> sequences, int heads, int dim, int sign) {
+void rope(T* x, const float* waves, Span<const Sequence> sequences, int heads, int kv_heads, int dim, int sign) {
     const int half = dim / 2;
     for (const Sequence& s : sequences)
         for (int i = 0; i < s.length; ++i) {
-            const float *cosine = rotations + static_cast<int64_t>(s.position + i) * dim, *sine = cosine + half;
-            T* row = x + static_cast<int64_t>(s.row + i) * 3 * heads * dim;
-            for (int head = 0; head < 2 * heads; ++head, row += dim)
+            const float *cosine = waves + static_cast<int64_t>(s.position + i) * dim, *sine = cosine + half;
+            T* row = x + static_cast<int64_t>(s.row + i) * (heads + 2 * kv_heads) * dim;
+            for (int head = 0; head < heads + kv_heads; ++head, row += dim)
                 for (int k = 0; k < half; ++k) {
                     const T a = row[k], b = row[half + k], c = static_cast<T>(cosine[k]),
                             d = static_cast<T>(sign) * static_cast<T>(sine[k]);
@@ -4066,37 +4207,39 @@ void rope(T* x, const float* rotations, Span<const Sequence> sequences, int head
 
 // ---- causal multi-head attention (Vaswani et al. 2017) -----------------------------------------------------------------
 
-// x: [rows][3 * heads * dim], each row its queries, keys, values. For query i and the keys k <= i of its sequence, in each head:
+// x: [rows][(heads + 2 * kv_heads) * dim], each row its queries, keys, values; head h reads the keys and values of kv head
+// h / (heads / kv_heads) (grouped queries: Ainslie et al. 2023). For query i and the keys k <= i of its sequence, in each head:
 //   s[k] = q . k[k] / sqrt(dim),  p = softmax(s),  y = sum over k of p[k] * v[k]   (with dropout on p)
 // softmax: [rows][heads][2], max(s) and sum of e^(s - max): enough to make p again. With a KV cache (sequence.pages), the new keys and values
 // are first stored in their pages, and the keys before them come from there. scratch: [context] for s.
 template <class T>
-void attention_forward(T* y, T* softmax, const T* x, const Sequence& s, int layer, int layers, int heads, int dim, const Dropout& drop,
-                       T* scratch) {
-    const int64_t width = static_cast<int64_t>(heads) * dim, stride = 3 * width;
+void attention_forward(T* y, T* softmax, const T* x, const Sequence& s, int layer, int layers, int heads, int kv_heads, int dim,
+                       const Dropout& drop, T* scratch) {
+    const int64_t width = static_cast<int64_t>(heads) * dim, kv_width = static_cast<int64_t>(kv_heads) * dim, stride = width + 2 * kv_width;
     const T scale = static_cast<T>(1) / root(static_cast<T>(dim));
     const auto page = [&](int position, int which) {
-        return s.kv + ((static_cast<int64_t>(s.pages[position / kv_page]) * layers + layer) * 2 + which) * width * kv_page;
+        return s.kv + ((static_cast<int64_t>(s.pages[position / kv_page]) * layers + layer) * 2 + which) * kv_width * kv_page;
     };
     if (s.pages)
         for (int i = 0; i < s.length; ++i)
-            for (int64_t c = 0; c < width; ++c) {
+            for (int64_t c = 0; c < kv_width; ++c) {
                 const int at = (s.position + i) % kv_page;
-                page(s.position + i, 0)[c * kv_page + at] = static_cast<float>(x[(s.row + i) * stride + width + c]);
-                page(s.position + i, 1)[(c / dim * kv_page + at) * dim + c % dim] =
-                    static_cast<float>(x[(s.row + i) * stride + 2 * width + c]);
+                const T* row = x + (s.row + i) * stride + width;
+                page(s.position + i, 0)[c * kv_page + at] = static_cast<float>(row[c]);
+                page(s.position + i, 1)[(c / dim * kv_page + at) * dim + c % dim] = static_cast<float>(row[kv_width + c]);
             }
     for (int i = 0; i < s.length; ++i)
         for (int head = 0; head < heads; ++head) {
-            const int64_t row = s.row + i, column = static_cast<int64_t>(head) * dim;
+            const int64_t row = s.row + i, column = static_cast<int64_t>(head) * dim, kv_head = head / (heads / kv_heads),
+                          kv_column = kv_head * dim;
             const int keys = (s.pages ? s.position : 0) + i + 1;
             const auto key = [&](int k, int d) {
-                return s.pages ? static_cast<T>(page(k, 0)[(column + d) * kv_page + k % kv_page])
-                               : x[(s.row + k) * stride + width + column + d];
+                return s.pages ? static_cast<T>(page(k, 0)[(kv_column + d) * kv_page + k % kv_page])
+                               : x[(s.row + k) * stride + width + kv_column + d];
             };
             const auto value = [&](int k, int d) {
-                return s.pages ? static_cast<T>(page(k, 1)[(head * kv_page + k % kv_page) * dim + d])
-                               : x[(s.row + k) * stride + 2 * width + column + d];
+                return s.pages ? static_cast<T>(page(k, 1)[(kv_head * kv_page + k % kv_page) * dim + d])
+                               : x[(s.row + k) * stride + width + kv_width + kv_column + d];
             };
             T biggest = 0;
             for (int k = 0; k < keys; ++k) {
@@ -4122,15 +4265,16 @@ void attention_forward(T* y, T* softmax, const T* x, const Sequence& s, int laye
 }
 // With p as above, f the dropout's factors and D = dy . y (which is sum over k of p dp):
 //   dv[k] += f p dy,   dp = f (dy . v[k]),   ds = p (dp - D) / sqrt(dim),   dq = sum over k of ds k[k],   dk[k] += ds q
+// Head after head: so are the sums of dk and dv where several heads share them.
 template <class T>
-void attention_backward(T* dx, const T* dy, const T* y, const T* softmax, const T* x, const Sequence& s, int heads, int dim,
+void attention_backward(T* dx, const T* dy, const T* y, const T* softmax, const T* x, const Sequence& s, int heads, int kv_heads, int dim,
                         const Dropout& drop, bool adds) {
-    const int64_t width = static_cast<int64_t>(heads) * dim, stride = 3 * width;
+    const int64_t width = static_cast<int64_t>(heads) * dim, kv_width = static_cast<int64_t>(kv_heads) * dim, stride = width + 2 * kv_width;
     const T scale = static_cast<T>(1) / root(static_cast<T>(dim));
     for (int64_t i = 0; i < s.length * stride && !adds; ++i) dx[s.row * stride + i] = 0;
-    for (int i = 0; i < s.length; ++i)
-        for (int head = 0; head < heads; ++head) {
-            const int64_t row = s.row + i, column = static_cast<int64_t>(head) * dim;
+    for (int head = 0; head < heads; ++head)
+        for (int i = 0; i < s.length; ++i) {
+            const int64_t row = s.row + i, column = static_cast<int64_t>(head) * dim, kv_column = head / (heads / kv_heads) * dim;
             const T *q = x + row * stride + column, *out = y + row * width + column, *dout = dy + row * width + column;
             T* dq = dx + row * stride + column;
             const T biggest = softmax[(row * heads + head) * 2], inverse = static_cast<T>(1) / softmax[(row * heads + head) * 2 + 1];
@@ -4138,8 +4282,8 @@ void attention_backward(T* dx, const T* dy, const T* y, const T* softmax, const 
             const T D = dot_lanes<T>(
                 dim, [&](int d) { return dout[d]; }, [&](int d) { return out[d]; });
             for (int k = 0; k <= i; ++k) {
-                const T *key = x + (s.row + k) * stride + width + column, *value = key + width;
-                T *dkey = dx + (s.row + k) * stride + width + column, *dvalue = dkey + width;
+                const T *key = x + (s.row + k) * stride + width + kv_column, *value = key + kv_width;
+                T *dkey = dx + (s.row + k) * stride + width + kv_column, *dvalue = dkey + kv_width;
                 T score = 0, dp = 0;
                 for (int d = 0; d < dim; ++d) score = madd(q[d], key[d], score);
                 for (int d = 0; d < dim; ++d) dp = madd(dout[d], value[d], dp);
@@ -4267,18 +4411,22 @@ void plain_op_forward(const Tape& tape, const Regions<T>& r, const Run& run, int
         case OpKind::embedding:
             return embedding_forward(y, w, b, run.ids, run.sequences, op.out);
         case OpKind::norm:
-            return norm_forward(y, aux, x, w, b, run.rows, op.in, tape.epsilon);
+            return norm_forward(y, aux, x, w, b, run.rows, op.in, tape.epsilon, op.centred);
+        case OpKind::waves:
+            return add_waves(y, tape.waves.items, run.sequences, op.in, false);
         case OpKind::linear:
-            return linear_forward(y, aux, x, w, b, run.rows, op.in, op.out, op.activation);
+            return linear_forward(y, aux, x, w, b, run.rows, op.in, op.out, tape.output_rows, op.activation);
+        case OpKind::gate:
+            return gate_forward(y, x, run.rows, op.out, op.activation);
         case OpKind::rope:
-            return rope(y, tape.rotations.items, run.sequences, op.heads, op.in / 3 / op.heads, 1);
+            return rope(y, tape.waves.items, run.sequences, op.heads, op.kv_heads, op.dim(), 1);
         case OpKind::dropout:
             return dropout_forward(y, x, Dropout(run, number), run.rows, op.in);
         case OpKind::add:
             return add_forward(y, x, values(tape, r, op.x2), static_cast<int64_t>(run.rows) * op.in);
         case OpKind::attention:
             for (const Sequence& s : run.sequences)
-                attention_forward(y, aux, x, s, op.layer, tape.layers, op.heads, op.out / op.heads, Dropout(run, number), r.scratch);
+                attention_forward(y, aux, x, s, op.layer, tape.layers, op.heads, op.kv_heads, op.dim(), Dropout(run, number), r.scratch);
             return;
         case OpKind::head:
             if (run.targets)
@@ -4288,11 +4436,11 @@ void plain_op_forward(const Tape& tape, const Regions<T>& r, const Run& run, int
             return;
     }
 }
-// Once more what the planner did not keep: a norm, or an activation function of what has been kept from before it.
+// Once more what the planner did not keep: a norm, a gate, or an activation function of what has been kept from before it.
 template <class T>
 void plain_remake(const Tape& tape, const Regions<T>& r, const Run& run, int number) {
     const Op& op = tape.ops[static_cast<size_t>(number)];
-    if (op.kind == OpKind::norm) return plain_op_forward(tape, r, run, number);
+    if (op.kind != OpKind::linear) return plain_op_forward(tape, r, run, number);
     const T* before = values(tape, r, op.aux);
     T* y = values(tape, r, op.y);
     for (int64_t i = 0; i < static_cast<int64_t>(run.rows) * op.out; ++i) y[i] = activate(before[i], op.activation);
@@ -4308,18 +4456,22 @@ void plain_op_backward(const Tape& tape, const Regions<T>& r, const Run& run, in
         case OpKind::embedding:
             return embedding_backward(tape.tied ? r.lookup_gradients : dw, db, dy, run.ids, run.sequences, op.out);
         case OpKind::norm:
-            return norm_backward(dx, dw, db, dy, x, aux, w, run.rows, op.in, op.adds_to_dx);
+            return norm_backward(dx, dw, db, dy, x, aux, w, run.rows, op.in, op.centred, op.adds_to_dx);
+        case OpKind::waves:
+            return add_waves(dx, tape.waves.items, run.sequences, op.in, true);
         case OpKind::linear:
-            return linear_backward(dx, dw, db, dy, aux, x, w, run.rows, op.in, op.out, op.activation, op.adds_to_dx);
+            return linear_backward(dx, dw, db, dy, aux, x, w, run.rows, op.in, op.out, tape.output_rows, op.activation, op.adds_to_dx);
+        case OpKind::gate:
+            return gate_backward(dx, dy, x, run.rows, op.out, op.activation, op.adds_to_dx);
         case OpKind::rope:
-            return rope(dx, tape.rotations.items, run.sequences, op.heads, op.in / 3 / op.heads, -1);
+            return rope(dx, tape.waves.items, run.sequences, op.heads, op.kv_heads, op.dim(), -1);
         case OpKind::dropout:
             return dropout_backward(dx, dy, Dropout(run, number), run.rows, op.in, op.adds_to_dx);
         case OpKind::add:
             return add_backward(dx, gradient(tape, r, op.x2), dy, static_cast<int64_t>(run.rows) * op.in, op.adds_to_dx, op.adds_to_dx2);
         case OpKind::attention:
             for (const Sequence& s : run.sequences)
-                attention_backward(dx, dy, y, aux, x, s, op.heads, op.out / op.heads, Dropout(run, number), op.adds_to_dx);
+                attention_backward(dx, dy, y, aux, x, s, op.heads, op.kv_heads, op.dim(), Dropout(run, number), op.adds_to_dx);
             return;
         case OpKind::head:
             return head_backward(dx, dw, aux, x, w, run.targets, run.rows, op.in, op.out, run.label_smoothing, op.adds_to_dx, r.scratch);
@@ -4455,9 +4607,10 @@ inline void muon_momentum(float* w, float* m, float* g, int64_t n, const Muon& a
 //   P = a I + b G + c G^2,   Q = P Q,   G = P G P,
 // five times, brings all eigenvalues of G near to 1. But for u all matrices are square and small, and polynomials of G: so they are
 // symmetric, of which half is computed, and commute.
-// `by` is PlainProducts, or a backend's own. space: Tape::muon_space.
+// `by` is PlainProducts, or a backend's own. space: Tape::muon_space. output_rows: it is w's rows that are outputs: `in` of them.
 template <class By>
-void muon_step(float* w, const float* u, int in, int out, int64_t stride, float step_size, float* space, const By& by) {
+void muon_step(float* w, const float* u, int in, int out, int64_t stride, float step_size, float* space, const By& by,
+               bool output_rows = false) {
     constexpr int rounds = 5;
     constexpr float a = 3.4445f, b = -4.7750f, c = 2.0315f;
     const bool is_wide = in <= out;
@@ -4492,18 +4645,24 @@ void muon_step(float* w, const float* u, int in, int out, int64_t stride, float 
         multiply(other, p, g, nullptr);
         multiply(g, other, p, nullptr);
     }
-    const double longer = out > in ? root(static_cast<double>(out) / in) : 1;
+    const double outputs = output_rows ? in : out, inputs = output_rows ? out : in;
+    const double longer = outputs > inputs ? root(outputs / inputs) : 1;
     by.scale(p, q, size, static_cast<float>(-static_cast<double>(step_size) * longer / root(trace)));
     const Factor scaled{p, n, along}, columns{u, stride, is_wide ? down : along};
     if (is_wide) by.product(Product{w, stride, w, stride, scaled, columns, in, out, in});
     else by.product(Product{w, stride, w, stride, columns, scaled, in, out, out});
 }
-// The matrices that stand side by side in a weight.
+// The matrices that stand side by side, or one below the other, in a weight.
 template <class By>
 void muon_steps(const WeightPlan& plan, float* w, const float* u, const Muon& muon, float* space, const By& by) {
-    const int64_t cols = plan.weight.cols, out = cols / plan.matrices;
-    for (int64_t from = 0; from < cols; from += out)
-        muon_step(w + from, u + from, static_cast<int>(plan.weight.rows), static_cast<int>(out), cols, muon.step_size, space, by);
+    const int rows = static_cast<int>(plan.weight.rows), cols = static_cast<int>(plan.weight.cols);
+    for (int i = 0; i < plan.matrices; ++i) {
+        const int outputs = plan.outputs[i];
+        if (plan.output_rows) muon_step(w, u, outputs, cols, cols, muon.step_size, space, by, true);
+        else muon_step(w, u, rows, outputs, cols, muon.step_size, space, by);
+        const int64_t next = plan.output_rows ? static_cast<int64_t>(outputs) * cols : outputs;
+        w += next, u += next;
+    }
 }
 
 // ---- the update ----------------------------------------------------------------------------------------------------------
@@ -4596,42 +4755,70 @@ inline const BackendFunctions* plain_backend() {
 namespace babygpt {
 namespace {
 
-// GPT-2 (Radford et al. 2019): a decoder with learned positions and the norm before each sub-layer. Weights start as normal(0.02); what
-// adds to the residual stream is divided by sqrt(2 * layers), so that the stream's variance does not grow with depth. Dropout stands
-// after the embedding, on attention's probabilities and before each addition. With rotary positions (GPT-NeoX, Black et al. 2022) queries
-// and keys are turned instead of vectors added.
-void record_gpt(Tape& t, const Config& c) {
+// A decoder: GPT-2 (Radford et al. 2019), Llama (Touvron et al. 2023), and what lies between. Weights start as normal(0.02); what adds to the
+// residual stream is divided by sqrt(2 * layers), so that the stream's variance does not grow with depth. Dropout stands after the
+// embedding, on attention's probabilities and before each addition. Of two names the first is Hugging Face's for GPT-2, whose matrices are
+// (in, out), the second that for Llama, whose are (out, in), queries, keys and values apart.
+void record_decoder(Tape& t, const Config& c) {
+    const bool llama = c.architecture == Architecture::llama;
+    const auto name = [&](const char* gpt2, const char* other) { return llama ? other : gpt2; };
+    const auto norm = [&](const char* which, int x) { return t.norm(which, x, c.bias && c.norm == Norm::layer, c.norm); };
+    const auto linear = [&](const char* which, int x, int out, Activation activation, double deviation) {
+        return t.linear(which, x, out, c.bias, activation, deviation);
+    };
     const double into_stream = 0.02 / root(2.0 * c.layers);
-    t.layer = -1;
-    t.dtype = c.dtype;
-    const bool rotary = c.positions == Positions::rotary;
-    int x = t.embedding("wte.weight", rotary ? nullptr : "wpe.weight");
+    const int kv_width = c.width / c.heads * c.kv_heads;
+    const Slice qkv[] = {{"self_attn.q_proj", c.width}, {"self_attn.k_proj", kv_width}, {"self_attn.v_proj", kv_width}};
+    const Slice gate_up[] = {{"mlp.gate_proj", c.hidden}, {"mlp.up_proj", c.hidden}};
+    const char *norm_1 = name("ln_1", "input_layernorm"), *norm_2 = name("ln_2", "post_attention_layernorm");
+    t.block = name("h.", "model.layers.");
+    t.output_rows = llama;
+
+    const char* positions = name("wpe.weight", "model.embed_positions.weight");
+    int x = t.embedding(name("wte.weight", "model.embed_tokens.weight"), c.positions == Positions::learned ? positions : nullptr);
+    if (c.positions == Positions::sinusoidal) x = t.add_waves(x);
     x = t.drop("embedding.drop", x);
     for (t.layer = 0; t.layer < c.layers; ++t.layer) {
-        int h = t.norm("ln_1", x, c.bias);
-        h = t.linear("attn.c_attn", h, 3 * c.width, c.bias, Activation::none, 0.02);
-        if (rotary) h = t.rope(h, c.heads);
-        h = t.attention("attn", h, c.heads);
-        h = t.linear("attn.c_proj", h, c.width, c.bias, Activation::none, into_stream);
+        int h = c.norm_after ? x : norm(norm_1, x);
+        h = llama ? t.linear("self_attn.qkv", h, qkv, c.bias, Activation::none, 0.02)
+                  : linear("attn.c_attn", h, c.width + 2 * kv_width, Activation::none, 0.02);
+        if (c.positions == Positions::rotary) h = t.rope(h, c.heads, c.kv_heads);
+        h = t.attention(name("attn", "self_attn"), h, c.heads, c.kv_heads);
+        h = linear(name("attn.c_proj", "self_attn.o_proj"), h, c.width, Activation::none, into_stream);
         h = t.drop("attn.drop", h);
         x = t.add("attn.add", x, h);
-        h = t.norm("ln_2", x, c.bias);
-        h = t.linear("mlp.c_fc", h, 4 * c.width, c.bias, c.activation, 0.02);
-        h = t.linear("mlp.c_proj", h, c.width, c.bias, Activation::none, into_stream);
+        if (c.norm_after) x = norm(norm_1, x);
+
+        h = c.norm_after ? x : norm(norm_2, x);
+        if (!c.gated) h = linear(name("mlp.c_fc", "mlp.up_proj"), h, c.hidden, c.activation, 0.02);
+        else {
+            h = llama ? t.linear("mlp.gate_up", h, gate_up, c.bias, Activation::none, 0.02)
+                      : linear("mlp.c_fc", h, 2 * c.hidden, Activation::none, 0.02);
+            h = t.gate("mlp.gate", h, c.activation);
+        }
+        h = linear(name("mlp.c_proj", "mlp.down_proj"), h, c.width, Activation::none, into_stream);
         h = t.drop("mlp.drop", h);
         x = t.add("mlp.add", x, h);
+        if (c.norm_after) x = norm(norm_2, x);
     }
     t.layer = -1;
-    x = t.norm("ln_f", x, c.bias);
+    if (!c.norm_after) x = norm(name("ln_f", "model.norm"), x);
     t.head("lm_head.weight", x);
+}
+
+// With numbers for what 0 stands for.
+Config complete(Config c) {
+    if (c.kv_heads == 0) c.kv_heads = c.heads;
+    if (c.hidden == 0) c.hidden = c.gated ? round_up(c.width * 8 / 3, 32) : 4 * c.width;
+    return c;
 }
 
 // The tape of a config, planned for `rows` tokens at once.
 Status record(Tape& tape, const Config& config, int rows, bool training, double dropout) {
-    tape.layers = config.layers, tape.heads = config.heads, tape.width = config.width, tape.vocab = config.vocab,
-    tape.context = config.context;
+    tape.layers = config.layers, tape.width = config.width, tape.vocab = config.vocab, tape.context = config.context;
     tape.tied = config.tied, tape.training = training, tape.dropout = dropout;
-    record_gpt(tape, config);
+    tape.epsilon = config.norm_epsilon, tape.rope_base = config.rope_base;
+    record_decoder(tape, complete(config));
     return tape.plan(rows);
 }
 
@@ -4662,30 +4849,64 @@ Status preset(Text name, Config& config) {
                 "'; there are nano, tiny, small, baby, gpt2, gpt2-medium, gpt2-large and gpt2-xl");
 }
 
-Status check(const Config& c) {
+Status preset_architecture(Text name, Config& config) {
+    const bool llama = equal(name, Text("llama"));
+    if (!llama && !equal(name, Text("gpt2")))
+        return fail(Error::invalid_argument, "there is no architecture '", name, "'; there are gpt2 and llama");
+    const Config plain;
+    config.architecture = llama ? Architecture::llama : Architecture::gpt2;
+    config.kv_heads = config.hidden = 0;
+    config.tied = config.bias = !llama;
+    config.activation = llama ? Activation::silu : plain.activation;
+    config.gated = llama;
+    config.norm = llama ? Norm::rms : Norm::layer;
+    config.norm_after = false;
+    config.norm_epsilon = plain.norm_epsilon, config.rope_base = plain.rope_base;
+    config.positions = llama ? Positions::rotary : Positions::learned;
+    return Status();
+}
+
+Status check(const Config& config) {
     const auto within = [](const char* name, int value, int low, int high) {
         if (value >= low && value <= high) return Status();
         return fail(Error::invalid_argument, name, " is ", value, ", but must be from ", low, " to ", high);
     };
-    BABYGPT_TRY(within("layers", c.layers, 1, 1000));
-    BABYGPT_TRY(within("heads", c.heads, 1, 1024));
-    BABYGPT_TRY(within("width", c.width, 1, 65536));
+    const auto among = [](const char* name, auto value, auto last, Text words) {
+        const int32_t number = static_cast<int32_t>(value);
+        return number >= 0 && number <= static_cast<int32_t>(last) ? Status() : fail(Error::invalid_argument, name, " must be ", words);
+    };
+    BABYGPT_TRY(within("layers", config.layers, 1, 1000));
+    BABYGPT_TRY(within("heads", config.heads, 1, 1024));
+    BABYGPT_TRY(within("width", config.width, 1, 65536));
+    const Config c = complete(config);
+    BABYGPT_TRY(within("kv_heads", c.kv_heads, 1, c.heads));
+    BABYGPT_TRY(within("hidden", c.hidden, 1, 1000000));
     BABYGPT_TRY(within("context", c.context, 1, 65536));
     BABYGPT_TRY(within("vocab", c.vocab, 1, 10000000));
     if (c.width % c.heads != 0) return fail(Error::invalid_argument, "width is ", c.width, ", but must be a multiple of heads, ", c.heads);
-    if (c.activation != Activation::gelu && c.activation != Activation::gelu_tanh)
-        return fail(Error::invalid_argument, "activation must be gelu or gelu_tanh");
-    if (c.positions != Positions::learned && c.positions != Positions::rotary)
-        return fail(Error::invalid_argument, "positions must be learned or rotary");
+    if (c.heads % c.kv_heads != 0)
+        return fail(Error::invalid_argument, "heads is ", c.heads, ", but must be a multiple of kv_heads, ", c.kv_heads);
+    BABYGPT_TRY(among("architecture", c.architecture, Architecture::llama, "gpt2 or llama"));
+    BABYGPT_TRY(among("activation", c.activation, Activation::silu, "gelu, gelu_tanh, relu or silu"));
+    BABYGPT_TRY(among("norm", c.norm, Norm::rms, "layer or rms"));
+    BABYGPT_TRY(among("positions", c.positions, Positions::none, "learned, rotary, sinusoidal or none"));
+    if (c.activation == Activation::none) return fail(Error::invalid_argument, "activation must be gelu, gelu_tanh, relu or silu");
+    if (!(c.norm_epsilon > 0 && c.norm_epsilon < 1))
+        return fail(Error::invalid_argument, "norm_epsilon is ", c.norm_epsilon, ", but must be above 0 and below 1");
+    if (!(c.rope_base >= 1 && c.rope_base <= 1e12))
+        return fail(Error::invalid_argument, "rope_base is ", c.rope_base, ", but must be from 1 to 1e12");
+    if (c.positions != Positions::rotary && c.rope_base != Config().rope_base)
+        return fail(Error::invalid_argument, "rope_base is ", c.rope_base, ", but it means something only with rotary positions");
     if (c.positions == Positions::rotary && c.width / c.heads % 2 != 0)
         return fail(Error::invalid_argument, "width / heads is ", c.width / c.heads, ", but rotary positions need an even number");
     return Status();
 }
 
-double flops_per_token(const Config& c) {
-    const double width = c.width, linear = c.layers * 12.0 * width * width, attention = c.layers * width * (c.context + 1),
-                 head = width * c.vocab;
-    return 2 * (linear + attention + head);
+double flops_per_token(const Config& config) {
+    const Config c = complete(config);
+    const double width = c.width, kv_width = width / c.heads * c.kv_heads, into_hidden = (c.gated ? 2.0 : 1.0) * c.hidden;
+    const double linear = width * (2 * width + 2 * kv_width + into_hidden + c.hidden), attention = width * (c.context + 1);
+    return 2 * (c.layers * (linear + attention) + width * c.vocab);
 }
 
 // ---- the model -----------------------------------------------------------------------------------------------------------
@@ -4723,14 +4944,13 @@ Status int8_scales(const Weight& weight, const float* w, Array<float>& scales) {
 Status allocate_weights(Runtime& runtime, Model& model, const Config& config, bool zero) {
     BABYGPT_TRY(check(config));
     Tape tape(runtime);
-    BABYGPT_TRY(record(tape, config, 1, false, 0));
+    BABYGPT_TRY(record(tape, config, 0, false, 0));
     ModelState* state = create<ModelState>(runtime, runtime);
     if (!state) return out_of_memory(sizeof(ModelState));
     model.state = state;
     model.runtime = &runtime;
-    model.config = config;
-    for (const WeightPlan& plan : tape.weights)
-        if (!state->names.push(plan.weight)) return out_of_memory(sizeof(Weight));
+    model.config = complete(config);
+    state->names = static_cast<Array<Weight>&&>(tape.names);
     state->plans = static_cast<Array<WeightPlan>&&>(tape.weights);
     size_t bytes;
     if (!product(tape.weight_block, sizeof(float), bytes) || !state->weights.take(runtime, bytes, zero))
@@ -6057,7 +6277,7 @@ inline void lay_out(Layout& layout, TrainerState& s, Trainer* trainer, int batch
 // Bytes that a tape's own records take.
 inline uint64_t record_bytes(const Tape& tape) {
     return tape.tensors.capacity * sizeof(Tensor) + tape.ops.capacity * sizeof(Op) + tape.weights.capacity * sizeof(WeightPlan) +
-           tape.rotations.capacity * sizeof(float);
+           tape.names.capacity * sizeof(Weight) + tape.waves.capacity * sizeof(float);
 }
 
 Status check_batch(int batch, int context) {
@@ -7106,7 +7326,7 @@ Status Session::attention(int layer, Array<float>& probabilities) {
     state->backend->forward(*runtime, tape, r, run);
     for (const Op& op : tape.ops) {
         if (op.kind != OpKind::attention || op.layer != layer) continue;
-        const int64_t n = position, width = op.out, dim = op.out / op.heads;
+        const int64_t n = position, width = op.out, dim = op.dim(), stride = op.in;
         const float *x = values(tape, r, op.x), *softmax = values(tape, r, op.aux);
         const float scale = 1 / root(static_cast<float>(dim));
         probabilities = Array<float>(*runtime);
@@ -7117,8 +7337,8 @@ Status Session::attention(int layer, Array<float>& probabilities) {
             for (int64_t i = 0; i < n; ++i)
                 for (int64_t k = 0; k <= i; ++k) {
                     float score = 0;
-                    for (int64_t d = 0; d < dim; ++d)
-                        score = madd(x[i * 3 * width + head * dim + d], x[k * 3 * width + width + head * dim + d], score);
+                    const float *query = x + i * stride + head * dim, *key = x + k * stride + width + head / (op.heads / op.kv_heads) * dim;
+                    for (int64_t d = 0; d < dim; ++d) score = madd(query[d], key[d], score);
                     const float* m = softmax + (i * op.heads + head) * 2;
                     probabilities[static_cast<size_t>((head * n + i) * n + k)] = exp_of(score * scale - m[0]) / m[1];
                 }
@@ -7139,13 +7359,10 @@ Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, in
     int64_t weight_block;
     {  // the model's own
         Tape tape(runtime);
-        BABYGPT_TRY(record(tape, config, 1, false, 0));
+        BABYGPT_TRY(record(tape, config, 0, false, 0));
         weight_block = tape.weight_block;
-        Array<Weight> names(runtime);
-        for (const WeightPlan& plan : tape.weights)
-            if (!names.push(plan.weight)) return out_of_memory(sizeof(Weight));
         memory.weights = static_cast<uint64_t>(weight_block) * sizeof(float);
-        memory.records = sizeof(ModelState) + tape.weights.capacity * sizeof(WeightPlan) + names.capacity * sizeof(Weight);
+        memory.records = sizeof(ModelState) + tape.weights.capacity * sizeof(WeightPlan) + tape.names.capacity * sizeof(Weight);
     }
     Layout layout;
     const auto activations = [&](const Tape& tape) {
@@ -7188,7 +7405,7 @@ Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, in
 Status summary(Runtime& runtime, const Config& config, int batch, Array<SummaryRow>& rows) {
     BABYGPT_TRY(check(config));
     Tape tape(runtime);
-    BABYGPT_TRY(record(tape, config, 1, false, 0));
+    BABYGPT_TRY(record(tape, config, 0, false, 0));
     rows = Array<SummaryRow>(runtime);
     BABYGPT_TRY(check_batch(batch, config.context));
     const int64_t tokens = static_cast<int64_t>(batch) * config.context;
@@ -7222,11 +7439,11 @@ Status summary(Runtime& runtime, const Config& config, int batch, Array<SummaryR
 //               padded with spaces to a multiple of 8 bytes
 //     data      the tensors' bytes, little-endian, one tensor after the other without holes
 //
-// Tensors have Hugging Face's GPT-2 names. After Model::convert the matrices are BF16, or I8 with their scales in a vector: "X" and "X_scale",
+// Tensors have Hugging Face's names for GPT-2 or Llama. After Model::convert the matrices are BF16, or I8 with their scales in a vector: "X" and "X_scale",
 // one for each row of the embeddings and each column of the others. The values of the metadata are strings; ours hold JSON:
 //
 //     babygpt.format_version   1
-//     babygpt.config           what the model is, with the keys of Hugging Face's GPT-2 (and "bias", "dtype")
+//     babygpt.config           what the model is, with the keys of Hugging Face's GPT-2 or Llama (and "bias", "dtype", and others of ours)
 //     babygpt.tokenizer        a tokenizer.json; absent where there is none
 //     babygpt.chat             {"user_turn": ..., "reply_turn": ..., "plain_words": false}; absent where there is none
 //     babygpt.training         {"config": TrainConfig, "state": ...}: only in a resume file, beside the tensors moment1.* and moment2.*
@@ -7303,8 +7520,14 @@ struct Word {
     E value;
     const char* text;
 };
-constexpr Word<Activation> activation_words[] = {{Activation::gelu, "gelu"}, {Activation::gelu_tanh, "gelu_new"}};
-constexpr Word<Positions> position_words[] = {{Positions::learned, "absolute"}, {Positions::rotary, "rotary"}};
+// Of several words for one value the first is written.
+constexpr Word<Activation> activation_words[] = {{Activation::gelu, "gelu"}, {Activation::gelu_tanh, "gelu_new"},
+                                                 {Activation::relu, "relu"}, {Activation::gelu_tanh, "gelu_pytorch_tanh"},
+                                                 {Activation::silu, "silu"}, {Activation::silu, "swish"}};
+constexpr Word<Positions> position_words[] = {
+    {Positions::learned, "absolute"}, {Positions::rotary, "rotary"}, {Positions::sinusoidal, "sinusoidal"}, {Positions::none, "none"}};
+constexpr Word<Norm> norm_words[] = {{Norm::layer, "layer"}, {Norm::rms, "rms"}};
+constexpr Word<Architecture> architecture_words[] = {{Architecture::gpt2, "gpt2"}, {Architecture::llama, "llama"}};
 constexpr Word<Dtype> dtype_words[] = {{Dtype::f32, "float32"}, {Dtype::bf16, "bfloat16"}, {Dtype::int8, "int8"}};
 constexpr Word<Optimizer> optimizer_words[] = {{Optimizer::adamw, "adamw"}, {Optimizer::muon, "muon"}};
 constexpr Word<Schedule> schedule_words[] = {
@@ -7329,6 +7552,8 @@ bool append_word(Array<char>& to, const Word<E> (&words)[N], E value) {
 }
 bool append_value(Array<char>& to, Activation value) { return append_word(to, activation_words, value); }
 bool append_value(Array<char>& to, Positions value) { return append_word(to, position_words, value); }
+bool append_value(Array<char>& to, Norm value) { return append_word(to, norm_words, value); }
+bool append_value(Array<char>& to, Architecture value) { return append_word(to, architecture_words, value); }
 bool append_value(Array<char>& to, Dtype value) { return append_word(to, dtype_words, value); }
 bool append_value(Array<char>& to, Optimizer value) { return append_word(to, optimizer_words, value); }
 bool append_value(Array<char>& to, Schedule value) { return append_word(to, schedule_words, value); }
@@ -7371,6 +7596,7 @@ bool read_value(Json& json, uint64_t& value) {
 bool read_value(Json& json, bool& value) { return json.boolean(value); }
 bool read_value(Json& json, double& value) {
     Text text;
+    if (json.peek() == JsonType::number) return json.number(value);
     return read_plain(json, text) && (parse_hex(text, value) || json.reject("expected a hexadecimal number such as \"0x1.8p+3\""));
 }
 template <class E, size_t N>
@@ -7382,26 +7608,42 @@ bool read_word(Json& json, const Word<E> (&words)[N], E& value, const char* othe
     return json.reject(otherwise);
 }
 bool read_value(Json& json, Activation& value) { return read_word(json, activation_words, value, "this activation function is not known"); }
-bool read_value(Json& json, Positions& value) { return read_word(json, position_words, value, "positions must be absolute or rotary"); }
+bool read_value(Json& json, Positions& value) {
+    return read_word(json, position_words, value, "positions must be absolute, rotary, sinusoidal or none");
+}
+bool read_value(Json& json, Norm& value) { return read_word(json, norm_words, value, "norm must be layer or rms"); }
+bool read_value(Json& json, Architecture& value) {
+    return read_word(json, architecture_words, value, "the only model_type known are \"gpt2\" and \"llama\"");
+}
 bool read_value(Json& json, Dtype& value) { return read_word(json, dtype_words, value, "dtype must be float32, bfloat16 or int8"); }
 bool read_value(Json& json, Optimizer& value) { return read_word(json, optimizer_words, value, "this optimizer is not known"); }
 bool read_value(Json& json, Schedule& value) { return read_word(json, schedule_words, value, "this schedule is not known"); }
 
 // ---- records: the fields of what we store, listed once for writing, reading and comparing ------------------------------
 
-// f(key in the file, name in the program, member)
+// f(key in the file, name in the program, member). The keys are those of Hugging Face's GPT-2 or Llama, and some of our own.
 template <class F>
-void each_field(const Config*, const F& f) {
-    f("n_layer", "layers", &Config::layers);
-    f("n_head", "heads", &Config::heads);
-    f("n_embd", "width", &Config::width);
-    f("n_positions", "context", &Config::context);
+void each_field(const Config* c, const F& f) {
+    const bool llama = c->architecture == Architecture::llama;
+    const auto key = [&](const char* gpt2, const char* other) { return llama ? other : gpt2; };
+    f("model_type", "architecture", &Config::architecture);
+    f(key("n_layer", "num_hidden_layers"), "layers", &Config::layers);
+    f(key("n_head", "num_attention_heads"), "heads", &Config::heads);
+    f(key("n_embd", "hidden_size"), "width", &Config::width);
+    f(key("n_positions", "max_position_embeddings"), "context", &Config::context);
     f("vocab_size", "vocab", &Config::vocab);
     f("tie_word_embeddings", "tied", &Config::tied);
-    f("bias", "bias", &Config::bias);
-    f("activation_function", "activation", &Config::activation);
+    f(key("bias", "attention_bias"), "bias", &Config::bias);
+    f(key("activation_function", "hidden_act"), "activation", &Config::activation);
     f("position_embedding_type", "positions", &Config::positions);
     f("dtype", "dtype", &Config::dtype);
+    f(key("layer_norm_epsilon", "rms_norm_eps"), "norm_epsilon", &Config::norm_epsilon);
+    f("num_key_value_heads", "kv_heads", &Config::kv_heads);
+    f(key("n_inner", "intermediate_size"), "hidden", &Config::hidden);
+    f("gated", "gated", &Config::gated);
+    f("norm", "norm", &Config::norm);
+    f("norm_after", "norm_after", &Config::norm_after);
+    f("rope_theta", "rope_base", &Config::rope_base);
 }
 template <class F>
 void each_field(const TrainConfig*, const F& f) {
@@ -7467,19 +7709,27 @@ bool read_field(Json& json, Record& record, uint64_t& seen) {
     });
     return found;
 }
-// What files of the first kind lack; it then has its default.
-inline bool added_later(const char* key) {
-    static constexpr const char* later[] = {"position_embedding_type", "dtype", "optimizer", "muon_lr"};
-    for (const char* name : later)
+template <size_t N>
+bool is_one_of(const char* key, const char* const (&names)[N]) {
+    for (const char* name : names)
         if (equal(Text(key), Text(name))) return true;
     return false;
+}
+// What GPT-2 does not have; where a GPT-2 model does not either, it is not written.
+constexpr const char* beyond_gpt2[] = {"num_key_value_heads", "n_inner", "gated", "norm", "norm_after", "rope_theta"};
+// What files of the first kind, or other people's, may lack; it then has its default.
+inline bool is_optional(const char* key) {
+    static constexpr const char* names[] = {
+        "position_embedding_type", "dtype",      "optimizer",          "muon_lr",     "model_type", "tie_word_embeddings", "bias",
+        "attention_bias",          "hidden_act", "layer_norm_epsilon", "rms_norm_eps"};
+    return is_one_of(key, names) || is_one_of(key, beyond_gpt2);
 }
 template <class Record>
 Status all_seen(const Record& record, uint64_t seen, Text where) {
     uint64_t bit = 1;
     const char* missing = nullptr;
     each_field(&record, [&](const char* key, const char*, auto) {
-        if (!missing && !(seen & bit) && !added_later(key)) missing = key;
+        if (!missing && !(seen & bit) && !is_optional(key)) missing = key;
         bit <<= 1;
     });
     return missing ? fail(Error::bad_file, "'", where, "' lacks '", missing, "'") : Status();
@@ -7752,24 +8002,69 @@ Status read_metadata(Runtime& runtime, const Checkpoint& c, Text name, Array<cha
 
 // ---- is it what its config says? ---------------------------------------------------------------------------------------
 
-// A GPT-2 config of Hugging Face's. Keys that are not ours may be there, where they say nothing against it.
+// A GPT-2 or Llama config of Hugging Face's. null is as good as no key. Keys that are not ours may be there, where they say nothing against it.
 Status parse_config(Runtime& runtime, Text text, Text where, Config& config) {
+    for (Json json(runtime, text); json.enter_object();) {  // its architecture decides what the other keys are
+        while (json.next_key()) json.key_is("model_type") ? read_value(json, config.architecture) : json.skip();
+        BABYGPT_TRY(json.finish(where));
+        break;
+    }
+    const bool llama = config.architecture == Architecture::llama;
+    if (llama) {
+        BABYGPT_TRY(preset_architecture("llama", config));
+        config.norm_epsilon = 1e-6;
+    }
     Json json(runtime, text);
     uint64_t seen = 0;
+    int head_dim = 0;
+    bool mlp_bias = false, has_mlp_bias = false;
+    const auto must_be = [&](bool wanted, const char* why) {
+        bool value = wanted;
+        if (json.boolean(value) && value != wanted) json.reject(why);
+    };
     for (json.enter_object(); json.next_key();) {
-        Text other;
-        double epsilon = 0;
-        if (read_field(json, config, seen)) continue;
-        if (json.key_is("model_type")) {
-            if (read_plain(json, other) && !equal(other, "gpt2")) json.reject("the only model_type known is \"gpt2\"");
-        } else if (json.key_is("layer_norm_epsilon")) {
-            if (json.number(epsilon) && epsilon != 1e-5) json.reject("the only layer_norm_epsilon known is 1e-05");
-        } else json.skip();
+        if (json.peek() == JsonType::null) json.skip();
+        else if (read_field(json, config, seen)) continue;
+        else if (json.key_is("head_dim")) read_value(json, head_dim);
+        else if (json.key_is("mlp_bias")) has_mlp_bias = json.boolean(mlp_bias);
+        else if (json.key_is("rope_scaling")) json.reject("rope_scaling is not supported");
+        else if (json.key_is("rope_parameters")) {
+            Text type("default");
+            for (json.enter_object(); json.next_key();) {
+                if (json.key_is("rope_theta")) json.number(config.rope_base);
+                else if (json.key_is("rope_type")) read_plain(json, type);
+                else json.skip();
+            }
+            if (!equal(type, "default")) json.reject("the only rope_type supported is \"default\"");
+        } else if (json.key_is("scale_attn_weights")) must_be(true, "scale_attn_weights must be true");
+        else if (json.key_is("scale_attn_by_inverse_layer_idx")) must_be(false, "scale_attn_by_inverse_layer_idx is not supported");
+        else if (json.key_is("add_cross_attention")) must_be(false, "add_cross_attention is not supported");
+        else json.skip();
     }
     BABYGPT_TRY(json.finish(where));
     BABYGPT_TRY(all_seen(config, seen, where));
-    const Status status = check(config);
-    return status.ok() ? status : fail(Error::bad_file, "'", where, "': ", Text(status.message));
+    Status status = check(config);
+    if (status.ok() && head_dim && int64_t(head_dim) * config.heads != config.width)
+        status = fail(Error::unsupported, "head_dim is ", head_dim, ", but only hidden_size / num_attention_heads is supported");
+    if (status.ok() && has_mlp_bias && mlp_bias != config.bias)
+        status = fail(Error::unsupported, "mlp_bias and attention_bias differ, which is not supported");
+    if (!status.ok()) return fail(Error::bad_file, "'", where, "': ", Text(status.message));
+    if (config.hidden == 0) config.hidden = 4 * config.width;  // GPT-2's
+    config = complete(config);
+    return Status();
+}
+
+// The members of such a config. Numbers are decimals, as Python writes them.
+bool append_config(Array<char>& to, const Config& config) {
+    const bool llama = config.architecture == Architecture::llama;
+    Config gpt2;
+    gpt2.kv_heads = config.heads, gpt2.hidden = config.gated ? -1 : 4 * config.width;
+    bool good = append(to, "\"architectures\":[") && append_value(to, Text(llama ? "LlamaForCausalLM" : "GPT2LMHeadModel")) && to.push(']');
+    each_field(&config, [&](const char* key, const char*, auto member) {
+        if (!good || (!llama && is_one_of(key, beyond_gpt2) && config.*member == gpt2.*member)) return;
+        good = append_key(to, key) && append_shown(to, config.*member);
+    });
+    return good && (!llama || append_member(to, "mlp_bias", config.bias));
 }
 
 // The scales of a matrix that is stored in int8, as a tensor of their own.
@@ -7821,12 +8116,12 @@ Status open_checkpoint(Runtime& runtime, Checkpoint& c, bool moments) {
     if (c.tensors.count / 6 < static_cast<size_t>(c.config.layers))
         return c.bad(" has ", c.tensors.count, " tensors, too few for the ", c.config.layers, " layers of its config");
     Tape tape(runtime);
-    BABYGPT_TRY(record(tape, c.config, 1, false, 0));
+    BABYGPT_TRY(record(tape, c.config, 0, false, 0));
     const StoredTensor *found, *scales;
-    for (const WeightPlan& plan : tape.weights) {
-        BABYGPT_TRY(find_tensor(c, "", plan.weight, found, &scales));
-        if (moments) BABYGPT_TRY(find_tensor(c, "moment1.", plan.weight, found, &scales));
-        if (moments) BABYGPT_TRY(find_tensor(c, "moment2.", plan.weight, found, &scales));
+    for (const Weight& weight : tape.names) {
+        BABYGPT_TRY(find_tensor(c, "", weight, found, &scales));
+        if (moments) BABYGPT_TRY(find_tensor(c, "moment1.", weight, found, &scales));
+        if (moments) BABYGPT_TRY(find_tensor(c, "moment2.", weight, found, &scales));
     }
     for (const StoredTensor& tensor : c.tensors) {
         const bool moment = starts_with(tensor.name, "moment1.") || starts_with(tensor.name, "moment2.");
@@ -8007,8 +8302,7 @@ Status build_header(const Model& model, Span<const Section> sections, Text train
     Runtime& runtime = *model.runtime;
     to = Array<char>(runtime);
     Array<char> config(runtime), tokenizer(runtime), chat(runtime);
-    bool good = append(config, "{\"architectures\":[\"GPT2LMHeadModel\"]") && append_member(config, "model_type", Text("gpt2"));
-    good = good && append_fields(config, model.config) && append(config, ",\"layer_norm_epsilon\":1e-05}");
+    bool good = config.push('{') && append_config(config, model.config) && config.push('}');
     if (model.tokenizer.kind != TokenizerKind::none) BABYGPT_TRY(model.tokenizer.save_memory(tokenizer));
     if (!model.chat.empty()) {
         good = good && chat.push('{') && append_member(chat, "user_turn", view(model.chat.user_turn));
@@ -8966,11 +9260,12 @@ struct Products {
 //
 // Everything that is not a product of matrices with weights, for a set of vectors. Each function does a part of an op of chapter 5, so
 // that threads can share it, and takes what that op takes:
-//   rows [r0, r1):       embedding_forward, norm_forward, norm_backward_rows, rope, dropout_forward, dropout_backward, head_rows
+//   rows [r0, r1):       embedding_forward, add_waves, norm_forward, norm_backward_rows, gate_forward, gate_backward, rope, dropout_forward,
+//                        dropout_backward, head_rows
 //   columns [c0, c1), all rows in order (threads best take multiples of 16 columns):
 //                        embedding_backward, norm_backward_columns, bias_backward
 //   any n elements:      activation_forward, activation_backward, add_forward, add_backward, adamw, square_sum, fold
-//   one head of one sequence: attention_forward, attention_backward
+//   one kv head of one sequence, with the heads that it serves: attention_forward, attention_backward
 // Pointers are those of the whole tensors, except where a function says otherwise. No alignment is asked for.
 
 namespace babygpt {
@@ -9063,20 +9358,20 @@ struct Rows {
     // ---- norm ----
 
     static BABYGPT_INLINE void norm_forward(float* y, float* statistics, const float* x, const float* w, const float* b, int n,
-                                            double epsilon, int r0, int r1) {
+                                            double epsilon, bool centred, int r0, int r1) {
         x += static_cast<int64_t>(r0) * n, y += static_cast<int64_t>(r0) * n, statistics += static_cast<int64_t>(r0) * 2;
         for (int row = r0; row < r1; ++row, x += n, y += n, statistics += 2) {
             V a, c, means, scales;
             Sums sums;
             sums.clear();
-            for (int i = 0; i < n; i += 16) {
+            for (int i = 0; i < n && centred; i += 16) {
                 BABYGPT_UNROLL
                 for (int j = 0; j < Set::parts; ++j) {
                     const int at = i + j * W, left = n - at;
                     if (left > 0) get(a, x + at, left), add(sums.part[j], a, left);
                 }
             }
-            const float mean = sums.total() / static_cast<float>(n);
+            const float mean = sums.total() / static_cast<float>(n);  // 0 where there is no sum
             Set::splat(means, mean);
             sums.clear();
             for (int i = 0; i < n; i += 16) {
@@ -9102,7 +9397,7 @@ struct Rows {
         }
     }
     static BABYGPT_INLINE void norm_backward_rows(float* dx, const float* dy, const float* x, const float* statistics, const float* w,
-                                                  int n, bool adds, int r0, int r1) {
+                                                  int n, bool centred, bool adds, int r0, int r1) {
         const int64_t start = static_cast<int64_t>(r0) * n;
         x += start, dy += start, dx += start, statistics += static_cast<int64_t>(r0) * 2;
         for (int row = r0; row < r1; ++row, x += n, dy += n, dx += n, statistics += 2) {
@@ -9120,7 +9415,8 @@ struct Rows {
                     add(sums.part[j], g, left), add_product(products.part[j], g, h, left);
                 }
             }
-            Set::splat(mean_g, sums.total() / static_cast<float>(n)), Set::splat(mean_gh, products.total() / static_cast<float>(n));
+            Set::splat(mean_g, centred ? sums.total() / static_cast<float>(n) : 0.0f);
+            Set::splat(mean_gh, products.total() / static_cast<float>(n));
             for (int i = 0; i < n; i += W) {
                 get(g, dy + i, n - i), get(a, w + i, n - i), get(h, x + i, n - i);
                 Set::mul(g, g, a), h = (h - mean) * scale, h = -h;
@@ -9196,44 +9492,117 @@ struct Rows {
         Set::fma(slope, b, square, a);
         Set::fma(y, x * s * (one - s), slope, s);
     }
+    // Of all elements, y = activation(x) or its derivative there.
+    static BABYGPT_INLINE void activate(V& y, const V& x, Activation activation) {
+        if (activation == Activation::gelu_tanh) gelu_tanh(y, x);
+        else if (activation == Activation::silu) {
+            V d, one;
+            Set::splat(one, 1.0f);
+            d = -x;
+            Set::exp(d, d);
+            y = x / (one + d);
+        } else if (activation == Activation::relu) {
+            V none;
+            Set::splat(none, 0);
+            y = x > none ? x : none;
+        } else {
+            typename Set::Lanes lane;
+            Set::store(lane, x);
+            for (int i = 0; i < W; ++i) lane[i] = babygpt::activate(lane[i], activation);
+            Set::load(y, lane);
+        }
+    }
+    static BABYGPT_INLINE void activate_derivative(V& y, const V& x, Activation activation) {
+        V s, one;
+        Set::splat(one, 1.0f);
+        if (activation == Activation::gelu_tanh) gelu_tanh_derivative(y, x);
+        else if (activation == Activation::silu) {
+            s = -x;
+            Set::exp(s, s);
+            s = one / (one + s);
+            Set::fma(y, x * s, one - s, s);
+        } else if (activation == Activation::relu) {
+            Set::splat(s, 0);
+            y = x > s ? one : s;
+        } else {
+            typename Set::Lanes lane;
+            Set::store(lane, x);
+            for (int i = 0; i < W; ++i) lane[i] = babygpt::activate_derivative(lane[i], activation);
+            Set::load(y, lane);
+        }
+    }
     // y may be `before`.
     static BABYGPT_INLINE void activation_forward(float* y, const float* before, int64_t n, Activation activation) {
-        if (activation == Activation::gelu_tanh) {
-            for (int64_t i = 0; i < n; i += W) {
-                const int left = static_cast<int>(least(n - i, static_cast<int64_t>(W)));
-                V v;
-                get(v, before + i, left), gelu_tanh(v, v), put(y + i, v, left);
-            }
-        } else
-            for (int64_t i = 0; i < n; ++i) y[i] = activate(before[i], activation);
+        for (int64_t i = 0; i < n; i += W) {
+            const int left = static_cast<int>(least(n - i, static_cast<int64_t>(W)));
+            V v;
+            get(v, before + i, left), activate(v, v, activation), put(y + i, v, left);
+        }
     }
     // dy = dy * derivative
     static BABYGPT_INLINE void activation_backward(float* dy, const float* before, int64_t n, Activation activation) {
-        if (activation == Activation::gelu_tanh) {
-            for (int64_t i = 0; i < n; i += W) {
-                const int left = static_cast<int>(least(n - i, static_cast<int64_t>(W)));
-                V v, d;
-                get(v, before + i, left), get(d, dy + i, left);
-                gelu_tanh_derivative(v, v);
-                d = d * v;
-                put(dy + i, d, left);
+        for (int64_t i = 0; i < n; i += W) {
+            const int left = static_cast<int>(least(n - i, static_cast<int64_t>(W)));
+            V v, d;
+            get(v, before + i, left), get(d, dy + i, left);
+            activate_derivative(v, v, activation);
+            d = d * v;
+            put(dy + i, d, left);
+        }
+    }
+    static BABYGPT_INLINE void gate_forward(float* y, const float* x, int n, Activation activation, int r0, int r1) {
+        for (int64_t row = r0; row < r1; ++row)
+            for (int i = 0; i < n; i += W) {
+                const float* from = x + row * 2 * n + i;
+                V g, u;
+                get(g, from, n - i), get(u, from + n, n - i);
+                activate(g, g, activation);
+                u = g * u;
+                put(y + row * n + i, u, n - i);
             }
-        } else if (activation != Activation::none)
-            for (int64_t i = 0; i < n; ++i) dy[i] = dy[i] * activate_derivative(before[i], activation);
+    }
+    static BABYGPT_INLINE void gate_backward(float* dx, const float* dy, const float* x, int n, Activation activation, bool adds, int r0,
+                                             int r1) {
+        for (int64_t row = r0; row < r1; ++row)
+            for (int i = 0; i < n; i += W) {
+                const float* from = x + row * 2 * n + i;
+                float* to = dx + row * 2 * n + i;
+                V g, u, d, slope;
+                get(g, from, n - i), get(u, from + n, n - i), get(d, dy + row * n + i, n - i);
+                activate_derivative(slope, g, activation), activate(g, g, activation);
+                Set::mul(u, d * u, slope), Set::mul(d, d, g);
+                if (adds) get(g, to, n - i), u = g + u, get(g, to + n, n - i), d = g + d;
+                put(to, u, n - i), put(to + n, d, n - i);
+            }
     }
 
-    // ---- rotary positions ----
+    // ---- positions ----
 
-    static BABYGPT_INLINE void rope(float* x, const float* rotations, Span<const Sequence> sequences, int heads, int dim, int sign, int r0,
-                                    int r1) {
+    static BABYGPT_INLINE void add_waves(float* x, const float* waves, Span<const Sequence> sequences, int width, bool backward, int r0,
+                                         int r1) {
+        V factor, v, wave;
+        Set::splat(factor, static_cast<float>(width));
+        Set::sqrt(factor, factor);
+        for (const Sequence& s : sequences)
+            for (int i = most(r0, s.row); i < least(r1, s.row + s.length); ++i)
+                for (int c = 0; c < width; c += W) {
+                    float* at = x + static_cast<int64_t>(i) * width + c;
+                    get(v, at, width - c), get(wave, waves + static_cast<int64_t>(s.position + i - s.row) * width + c, width - c);
+                    if (backward) v = v * factor;
+                    else Set::fma(v, v, factor, wave);
+                    put(at, v, width - c);
+                }
+    }
+    static BABYGPT_INLINE void rope(float* x, const float* waves, Span<const Sequence> sequences, int heads, int kv_heads, int dim,
+                                    int sign, int r0, int r1) {
         const int half = dim / 2;
         V signs;
         Set::splat(signs, static_cast<float>(sign));
         for (const Sequence& s : sequences)
             for (int i = most(r0, s.row); i < least(r1, s.row + s.length); ++i) {
-                const float* cosine = rotations + static_cast<int64_t>(s.position + i - s.row) * dim;
-                float* row = x + static_cast<int64_t>(i) * 3 * heads * dim;
-                for (int head = 0; head < 2 * heads; ++head, row += dim)
+                const float* cosine = waves + static_cast<int64_t>(s.position + i - s.row) * dim;
+                float* row = x + static_cast<int64_t>(i) * (heads + 2 * kv_heads) * dim;
+                for (int head = 0; head < heads + kv_heads; ++head, row += dim)
                     for (int k = 0; k < half; k += W) {
                         const int left = half - k;
                         V a, b, c, d, u, v;
@@ -9562,57 +9931,62 @@ struct Rows {
     };
 
     static BABYGPT_INLINE void attention_forward(float* y, float* softmax, const float* x, const Sequence& s, int layer, int layers,
-                                                 int heads, int dim, const Dropout& drop, int head, float* scratch) {
-        const int64_t width = static_cast<int64_t>(heads) * dim, stride = 3 * width, column = static_cast<int64_t>(head) * dim;
-        const int before = s.pages ? s.position : 0, keys = before + s.length, padded = round_up(dim, wide);
-        const float* q = x + s.row * stride + column;
+                                                 int heads, int kv_heads, int dim, const Dropout& drop, int kv_head, float* scratch) {
+        const int64_t width = static_cast<int64_t>(heads) * dim, kv_width = static_cast<int64_t>(kv_heads) * dim,
+                      stride = width + 2 * kv_width, kv_column = static_cast<int64_t>(kv_head) * dim;
+        const int before = s.pages ? s.position : 0, keys = before + s.length, padded = round_up(dim, wide), group = heads / kv_heads;
+        const float* new_keys = x + s.row * stride + width + kv_column;
         float *queries = scratch, *out = queries + tall * dim, *scores = out + tall * padded, inverse[static_cast<size_t>(tall)];
         const int64_t scores_row = round_up(keys, page);
         Cache cache;
         cache.keys = scores + tall * scores_row;
         cache.values = cache.keys + scores_row * dim;
-        cache.kv = s.pages ? s.kv + (static_cast<int64_t>(layer) * 2 * width + column) * page : nullptr;
+        cache.kv = s.pages ? s.kv + (static_cast<int64_t>(layer) * 2 * kv_width + kv_column) * page : nullptr;
         cache.pages = s.pages;
-        cache.page_block = static_cast<int64_t>(layers) * 2 * width * page;
-        cache.value_offset = width * page;
+        cache.page_block = static_cast<int64_t>(layers) * 2 * kv_width * page;
+        cache.value_offset = kv_width * page;
         cache.dim = dim, cache.row = padded;
         cache.copied = !s.pages || padded != dim;  // a tile reads whole vectors
         for (int i = 0, n; i < s.length; i += n) {
             const int at = (before + i) % page;
             n = least(page - at, s.length - i);
-            const float* from = q + i * stride + width;
+            const float* from = new_keys + i * stride;
             transpose(cache.key_page((before + i) / page) + at, page, from, stride, n, dim);
-            if (s.pages) copy_rows(cache.value_page((before + i) / page) + at * dim, dim, from + width, stride, n, dim, dim);
+            if (s.pages) copy_rows(cache.value_page((before + i) / page) + at * dim, dim, from + kv_width, stride, n, dim, dim);
         }
-        if (!s.pages) copy_rows(cache.values, padded, q + 2 * width, stride, s.length, dim, padded);
+        if (!s.pages) copy_rows(cache.values, padded, new_keys + kv_width, stride, s.length, dim, padded);
         else if (cache.copied)
             for (int64_t k = 0; k < keys; k += page) {
                 const int n = static_cast<int>(least(static_cast<int64_t>(page), keys - k));
                 copy_rows(cache.values + k * padded, padded, cache.value_page(static_cast<int>(k) / page), dim, n, dim, padded);
             }
 
-        for (int i = 0, n; i < s.length; i += n) {
-            n = least(tall, s.length - i);
-            if (n <= 2) n = 1;  // one by one
-            copy_rows(queries, dim, q + i * stride, stride, n, dim, dim);
-            for (int j = n * dim; j < tall * dim && n > 1; ++j) queries[j] = 0;
-            if (n == 1) scores_of<1>(scores, scores_row, queries, cache, before + i + n);
-            else scores_of<tall>(scores, scores_row, queries, cache, before + i + n);
-            for (int r = 0; r < n; ++r) {
-                float* statistics = softmax + (static_cast<int64_t>(s.row + i + r) * heads + head) * 2;
-                softmax_row(scores + r * scores_row, before + i + r + 1, dim, drop, s.row + i + r, head, statistics);
-                inverse[r] = 1.0f / statistics[1];
-            }
-            if (n == 1) mix_values<1>(out, scores, scores_row, cache, before + i + 1, n);
-            else mix_values<tall>(out, scores, scores_row, cache, before + i + 1, n);
-            for (int r = 0; r < n; ++r) {
-                float* to = y + (s.row + i + r) * width + column;
-                V v, scale;
-                Set::splat(scale, inverse[r]);
-                for (int d = 0; d < dim; d += W) {
-                    Set::load(v, out + r * padded + d);
-                    v = v * scale;
-                    put(to + d, v, dim - d);
+        for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+            const int64_t column = static_cast<int64_t>(head) * dim;
+            const float* q = x + s.row * stride + column;
+            for (int i = 0, n; i < s.length; i += n) {
+                n = least(tall, s.length - i);
+                if (n <= 2) n = 1;  // one by one
+                copy_rows(queries, dim, q + i * stride, stride, n, dim, dim);
+                for (int j = n * dim; j < tall * dim && n > 1; ++j) queries[j] = 0;
+                if (n == 1) scores_of<1>(scores, scores_row, queries, cache, before + i + n);
+                else scores_of<tall>(scores, scores_row, queries, cache, before + i + n);
+                for (int r = 0; r < n; ++r) {
+                    float* statistics = softmax + (static_cast<int64_t>(s.row + i + r) * heads + head) * 2;
+                    softmax_row(scores + r * scores_row, before + i + r + 1, dim, drop, s.row + i + r, head, statistics);
+                    inverse[r] = 1.0f / statistics[1];
+                }
+                if (n == 1) mix_values<1>(out, scores, scores_row, cache, before + i + 1, n);
+                else mix_values<tall>(out, scores, scores_row, cache, before + i + 1, n);
+                for (int r = 0; r < n; ++r) {
+                    float* to = y + (s.row + i + r) * width + column;
+                    V v, scale;
+                    Set::splat(scale, inverse[r]);
+                    for (int d = 0; d < dim; d += W) {
+                        Set::load(v, out + r * padded + d);
+                        v = v * scale;
+                        put(to + d, v, dim - d);
+                    }
                 }
             }
         }
@@ -9681,11 +10055,21 @@ struct Rows {
             tile<rows, columns>(out + c, cache.row, p + k, p_row, 1, cache.value(k) + c, cache.row, least(run, keys - k), k == 0);
     }
 
-    // This head's part of dx.
+    // These heads' part of dx, head after head.
     static BABYGPT_INLINE void attention_backward(float* dx, const float* dy, const float* y, const float* softmax, const float* x,
-                                                  const Sequence& s, int heads, int dim, const Dropout& drop, bool adds, int head,
-                                                  float* scratch) {
-        const int64_t width = static_cast<int64_t>(heads) * dim, stride = 3 * width, column = static_cast<int64_t>(head) * dim;
+                                                  const Sequence& s, int heads, int kv_heads, int dim, const Dropout& drop, bool adds,
+                                                  int kv_head, float* scratch) {
+        const int group = heads / kv_heads;
+        for (int i = 0; i < group; ++i)
+            head_backward(dx, dy, y, softmax, x, s, heads, kv_heads, dim, drop, adds, adds || i > 0, kv_head * group + i, kv_head, scratch);
+    }
+    // kv_adds: to the gradients of keys and values.
+    static BABYGPT_INLINE void head_backward(float* dx, const float* dy, const float* y, const float* softmax, const float* x,
+                                             const Sequence& s, int heads, int kv_heads, int dim, const Dropout& drop, bool adds,
+                                             bool kv_adds, int head, int kv_head, float* scratch) {
+        const int64_t width = static_cast<int64_t>(heads) * dim, kv_width = static_cast<int64_t>(kv_heads) * dim,
+                      stride = width + 2 * kv_width, column = static_cast<int64_t>(head) * dim;
+        const int64_t to_keys = width - column + static_cast<int64_t>(kv_head) * dim;  // from this head's queries
         const int n = s.length, rows = round_up(n, block), padded = round_up(dim, wide);
         float *q = scratch, *dout = q + rows * padded, *dq = dout + rows * padded, *D = dq + rows * padded;  // of the sequence
         float *k = D + rows, *kt = k + block * padded, *vt = kt + block * dim, *dk = vt + block * dim,
@@ -9703,12 +10087,12 @@ struct Rows {
 
         for (int k0 = 0; k0 < n; k0 += block) {
             const int keys = least(block, n - k0);
-            const float *key = x + k0 * stride + width, *value = key + width;
-            float *dkey = dx + k0 * stride + width, *dvalue = dkey + width;
+            const float *key = x + k0 * stride + to_keys, *value = key + kv_width;
+            float *dkey = dx + k0 * stride + to_keys, *dvalue = dkey + kv_width;
             copy_rows(k, padded, key, stride, keys, dim, padded);
             for (int which = 0; which < 2; ++which) {  // keys, values: one text, so that it is compiled once
                 transpose(which ? vt : kt, block, which ? value : key, stride, keys, dim);
-                start_rows(which ? dv : dk, padded, which ? dvalue : dkey, stride, keys, dim, adds);
+                start_rows(which ? dv : dk, padded, which ? dvalue : dkey, stride, keys, dim, kv_adds);
             }
             for (int q0 = k0; q0 < n; q0 += block) {
                 const int queries = least(block, n - q0);
@@ -9835,20 +10219,24 @@ BABYGPT_INLINE void forward_part(const Work& work, int from, int to, float* spac
         case OpKind::embedding:
             return R::embedding_forward(y, w, b, run.ids, run.sequences, op.out, from, to);
         case OpKind::norm:
-            return R::norm_forward(y, aux, x, w, b, op.in, work.tape.epsilon, from, to);
+            return R::norm_forward(y, aux, x, w, b, op.in, work.tape.epsilon, op.centred, from, to);
+        case OpKind::waves:
+            return R::add_waves(y, work.tape.waves.items, run.sequences, op.in, false, from, to);
         case OpKind::linear:
             return R::activation_forward(y + first, (aux ? aux : y) + first, count, op.activation);
+        case OpKind::gate:
+            return R::gate_forward(y, x, op.out, op.activation, from, to);
         case OpKind::rope:
-            return R::rope(y, work.tape.rotations.items, run.sequences, op.heads, op.in / 3 / op.heads, 1, from, to);
+            return R::rope(y, work.tape.waves.items, run.sequences, op.heads, op.kv_heads, op.dim(), 1, from, to);
         case OpKind::dropout:
             return R::dropout_forward(y, x, Dropout(run, work.number), op.in, from, to);
         case OpKind::add:
             return R::add_forward(y + first, x + first, values(work.tape, work.r, op.x2) + first, count);
         case OpKind::attention:
             for (int i = from; i < to; ++i) {
-                const Sequence& s = run.sequences[static_cast<size_t>(i / op.heads)];
-                R::attention_forward(y, aux, x, s, op.layer, work.tape.layers, op.heads, op.out / op.heads, Dropout(run, work.number),
-                                     i % op.heads, space);
+                const Sequence& s = run.sequences[static_cast<size_t>(i / op.kv_heads)];
+                R::attention_forward(y, aux, x, s, op.layer, work.tape.layers, op.heads, op.kv_heads, op.dim(), Dropout(run, work.number),
+                                     i % op.kv_heads, space);
             }
             return;
         case OpKind::head: {
@@ -9877,12 +10265,16 @@ BABYGPT_INLINE void backward_part(const Work& work, int from, int to, float* spa
             return R::embedding_backward(tape.tied ? work.r.lookup_gradients : dw, db, dy, run.ids, run.sequences, op.out, column, end);
         case OpKind::norm:
             if (work.by_columns) return R::norm_backward_columns(dw, db, dy, x, aux, run.rows, op.in, column, end);
-            return R::norm_backward_rows(dx, dy, x, aux, w, op.in, op.adds_to_dx, from, to);
+            return R::norm_backward_rows(dx, dy, x, aux, w, op.in, op.centred, op.adds_to_dx, from, to);
+        case OpKind::waves:
+            return R::add_waves(dx, tape.waves.items, run.sequences, op.in, true, from, to);
         case OpKind::linear:
             if (work.by_columns) return R::bias_backward(db, dy, run.rows, op.out, column, end);
             return R::activation_backward(dy + first, aux + first, count, op.activation);
+        case OpKind::gate:
+            return R::gate_backward(dx, dy, x, op.out, op.activation, op.adds_to_dx, from, to);
         case OpKind::rope:
-            return R::rope(dx, tape.rotations.items, run.sequences, op.heads, op.in / 3 / op.heads, -1, from, to);
+            return R::rope(dx, tape.waves.items, run.sequences, op.heads, op.kv_heads, op.dim(), -1, from, to);
         case OpKind::dropout:
             return R::dropout_backward(dx, dy, Dropout(run, work.number), op.in, op.adds_to_dx, from, to);
         case OpKind::add:
@@ -9890,9 +10282,9 @@ BABYGPT_INLINE void backward_part(const Work& work, int from, int to, float* spa
             return R::add_backward(dx2 + first, dy + first, count, op.adds_to_dx2);
         case OpKind::attention:
             for (int i = from; i < to; ++i) {
-                const Sequence& s = run.sequences[static_cast<size_t>(i / op.heads)];
-                R::attention_backward(dx, dy, y, aux, x, s, op.heads, op.out / op.heads, Dropout(run, work.number), op.adds_to_dx,
-                                      i % op.heads, space);
+                const Sequence& s = run.sequences[static_cast<size_t>(i / op.kv_heads)];
+                R::attention_backward(dx, dy, y, aux, x, s, op.heads, op.kv_heads, op.dim(), Dropout(run, work.number), op.adds_to_dx,
+                                      i % op.kv_heads, space);
             }
             return;
         case OpKind::head:
@@ -10024,7 +10416,7 @@ struct Scratch {
         a_panels = tape.training ? 1 << 19 : 0;
         slot = 16;
         for (const Op& op : tape.ops)
-            if (op.kind == OpKind::attention) slot = most(slot, kernels.attention_scratch(tape.context, op.out / op.heads, tape.training));
+            if (op.kind == OpKind::attention) slot = most(slot, kernels.attention_scratch(tape.context, op.dim(), tape.training));
     }
 };
 
@@ -10167,12 +10559,19 @@ struct Walk {
         return (op.out + kernels.tile_columns - 1) / kernels.tile_columns * kernels.panel_floats(dtype, op.in);
     }
 
-    // Heads of sequences, and the multiply-adds of one of the products that each takes.
-    int attention_units(const Op& op) const { return static_cast<int>(run.sequences.size) * op.heads; }
+    // The matrix of a linear op or a head as the right factor of x W, and of dy W^T; `from`: of the weights or a copy of them.
+    static Factor forward_factor(const Tape& tape, const Op& op, const float* w) {
+        return op.kind == OpKind::head || tape.output_rows ? Factor{w, op.in, along} : Factor{w, op.out, down};
+    }
+    Factor backward_factor(const Op& op, const float* w) const {
+        return tape.output_rows ? Factor{w, op.in, down} : Factor{w, op.out, along};
+    }
+    // KV heads of sequences, and the multiply-adds of one of the products that each takes.
+    int attention_units(const Op& op) const { return static_cast<int>(run.sequences.size) * op.kv_heads; }
     int64_t attention_cost(const Op& op) const {
         int64_t pairs = 0;
         for (const Sequence& s : run.sequences) pairs += static_cast<int64_t>(s.length) * ((s.length + 1) / 2 + (s.pages ? s.position : 0));
-        return pairs / static_cast<int64_t>(most(run.sequences.size, size_t(1))) * (op.out / op.heads);
+        return pairs / static_cast<int64_t>(most(run.sequences.size, size_t(1))) * (op.out / op.kv_heads);
     }
     // With the weights packed before, or here.
     void multiply_weights(int number, Product p) const {
@@ -10191,7 +10590,7 @@ struct Walk {
                 return share_forward(work, attention_units(op), attention_cost(op) * 2);
             case OpKind::linear: {
                 float* before = values(tape, r, op.aux != nothing ? op.aux : op.y);
-                const Product p{before, op.out, b, 0, Factor{x, op.in, along}, Factor{w, op.out, down}, run.rows, op.out, op.in};
+                const Product p{before, op.out, b, 0, Factor{x, op.in, along}, forward_factor(tape, op, w), run.rows, op.out, op.in};
                 multiply_weights(number, p);
                 if (op.activation != Activation::none) finish_forward(work);
                 return;
@@ -10199,7 +10598,9 @@ struct Walk {
             case OpKind::head:
                 return head(number);
             case OpKind::embedding:
+            case OpKind::waves:
             case OpKind::norm:
+            case OpKind::gate:
             case OpKind::rope:
             case OpKind::add:
             case OpKind::dropout:
@@ -10209,7 +10610,7 @@ struct Walk {
     // The rows of an op: all of it, or what comes after its product.
     void finish_forward(const Work& work) const {
         const Op& op = tape.ops[static_cast<size_t>(work.number)];
-        share_forward(work, run.rows, static_cast<int64_t>(op.out) * (op.kind == OpKind::linear ? 8 : 2));
+        share_forward(work, run.rows, static_cast<int64_t>(op.out) * (op.activation != Activation::none ? 8 : 2));
     }
 
     // Chunk of rows after chunk of rows; in training the logits turn into their gradients, and those of x and W follow at once.
@@ -10266,8 +10667,10 @@ struct Walk {
                 if (op.remakes != nothing) finish_forward(Work{tape, r, run, op.remakes});
                 if (op.activation != Activation::none) share_backward(work, rows, static_cast<int64_t>(op.out) * 8);
                 if (op.b != nothing) share_backward(columns, groups, static_cast<int64_t>(rows) * column_group);
-                product(Product{dw, op.out, dw, op.out, Factor{x, op.in, down}, Factor{dy, op.out, down}, op.in, op.out, rows});
-                product(Product{dx, op.in, op.adds_to_dx ? dx : nullptr, op.in, Factor{dy, op.out, along}, Factor{w, op.out, along}, rows,
+                const Factor from_x{x, op.in, down}, from_dy{dy, op.out, down};
+                product(tape.output_rows ? Product{dw, op.in, dw, op.in, from_dy, from_x, op.out, op.in, rows}
+                                         : Product{dw, op.out, dw, op.out, from_x, from_dy, op.in, op.out, rows});
+                product(Product{dx, op.in, op.adds_to_dx ? dx : nullptr, op.in, Factor{dy, op.out, along}, backward_factor(op, w), rows,
                                 op.in, op.out});
                 return;
             }
@@ -10276,6 +10679,9 @@ struct Walk {
                 return share_backward(work, rows, static_cast<int64_t>(op.out) * 4);
             case OpKind::embedding:
                 return share_backward(columns, groups, static_cast<int64_t>(rows) * column_group * 2);
+            case OpKind::gate:
+                return share_backward(work, rows, static_cast<int64_t>(op.out) * 16);
+            case OpKind::waves:
             case OpKind::rope:
             case OpKind::add:
             case OpKind::dropout:
@@ -10307,7 +10713,7 @@ struct Walk {
             const int64_t size = packed_size(kernels, tape.dtype, op);
             if (size == 0) continue;
             const float* w = weights + tape.weight(op.w).offset;
-            const Factor factor = op.kind == OpKind::head ? Factor{w, op.in, along} : Factor{w, op.out, down};
+            const Factor factor = forward_factor(tape, op, w);
             parallel(runtime, (op.out + columns - 1) / columns, [&](int i) {
                 kernels.pack_b(to + i * kernels.panel_floats(tape.dtype, op.in), factor, i * columns, op.in, op.out, tape.dtype);
             });
@@ -10631,8 +11037,10 @@ struct SelfTest {
                 difference = most(difference, is_finite(off) ? off < 0 ? -off : off : 1e300);
                 reference = most(reference, slope < 0 ? -slope : slope);
             }
-            BABYGPT_TRY(
-                report(difference / reference, 1e-6, "gradient of ", plan.weight.name, config.tied ? ", erf" : ", tanh, untied, rotary"));
+            BABYGPT_TRY(report(difference / reference, 1e-6, "gradient of ", plan.weight.name,
+                               config.tied    ? ", erf"
+                               : config.gated ? ""
+                                              : ", tanh, untied, rotary"));
         }
         return Status();
     }
@@ -10662,10 +11070,12 @@ struct SelfTest {
     }
 
     // The same on every machine and compiler, with any flags, number of threads and instruction set.
-    Status bits(Positions positions, Optimizer optimizer, uint64_t golden) {
+    Status bits(const char* architecture, Positions positions, Optimizer optimizer, uint64_t golden) {
         constexpr int batch = 3, context = 13, steps = 5;
         Config config;
+        BABYGPT_TRY(preset_architecture(architecture, config));
         config.layers = 2, config.heads = 2, config.width = 20, config.context = context, config.positions = positions;
+        if (config.gated) config.kv_heads = 1;
         TrainConfig how;
         how.batch = batch, how.steps = steps, how.dropout = 0.1, how.optimizer = optimizer;
         Tokenizer tokenizer;
@@ -10686,7 +11096,7 @@ struct SelfTest {
         char digits[17] = {};
         for (int i = 0; i < 16; ++i) digits[i] = "0123456789abcdef"[hash >> (60 - 4 * i) & 15];
         return report(hash == golden ? 0 : 1, 0, "bits of a model after ", steps, " steps",
-                      optimizer == Optimizer::muon ? " of Muon: " : ": ", digits);
+                      optimizer == Optimizer::muon ? " of Muon, " : ", ", architecture, ": ", digits);
     }
 };
 
@@ -10702,9 +11112,13 @@ Status selftest(Runtime& runtime, Array<CheckResult>& results) {
     BABYGPT_TRY(test.gradients(config));
     config.tied = false, config.activation = Activation::gelu_tanh, config.positions = Positions::rotary, config.width = 8;
     BABYGPT_TRY(test.gradients(config));
+    BABYGPT_TRY(preset_architecture("llama", config));
+    config.kv_heads = 1, config.hidden = 3;
+    BABYGPT_TRY(test.gradients(config));
     BABYGPT_TRY(test.backend());
-    BABYGPT_TRY(test.bits(Positions::learned, Optimizer::adamw, 0xac013e181805d245u));
-    return test.bits(Positions::rotary, Optimizer::muon, 0x3d916449051abd6du);
+    BABYGPT_TRY(test.bits("gpt2", Positions::learned, Optimizer::adamw, 0xac013e181805d245u));
+    BABYGPT_TRY(test.bits("gpt2", Positions::rotary, Optimizer::muon, 0x3d916449051abd6du));
+    return test.bits("llama", Positions::rotary, Optimizer::muon, 0xe59e3743c54be807u);
 }
 
 }  // namespace babygpt

@@ -145,6 +145,9 @@ struct Shape {
     Activation activation;
     double dropout, smoothing;
     Positions positions = Positions::learned;
+    Architecture architecture = Architecture::gpt2;
+    int kv_heads = 0;
+    bool gated = false, norm_after = false;
 };
 constexpr int thread_counts[] = {1, 2, 3, 7};
 constexpr Shape shapes[] = {
@@ -157,11 +160,17 @@ constexpr Shape shapes[] = {
     {2, 4, 20, 31, 6, 17, true, true, Activation::gelu_tanh, 0, 0},
     {2, 3, 102, 40, 2, 19, true, true, Activation::gelu_tanh, 0.1, 0, Positions::rotary},
     {1, 6, 384, 97, 2, 33, true, false, Activation::gelu_tanh, 0, 0, Positions::rotary},
+    {2, 6, 36, 40, 2, 19, false, false, Activation::silu, 0.1, 0, Positions::rotary, Architecture::llama, 2, true},
+    {1, 6, 384, 97, 2, 37, true, true, Activation::silu, 0, 0, Positions::rotary, Architecture::llama, 3, true},
+    {2, 4, 20, 31, 3, 17, false, true, Activation::gelu_tanh, 0, 0.1, Positions::sinusoidal, Architecture::llama, 1, true, true},
+    {2, 3, 51, 31, 3, 17, true, true, Activation::relu, 0.1, 0, Positions::none, Architecture::gpt2, 1, false, true},
+    {1, 4, 36, 31, 2, 9, false, true, Activation::gelu, 0, 0, Positions::learned, Architecture::gpt2, 2, true},
 };
 Config config_of(const Shape& s) {
     Config c;
     c.layers = s.layers, c.heads = s.heads, c.width = s.width, c.vocab = s.vocab, c.context = s.length + 3, c.tied = s.tied,
-    c.bias = s.bias, c.activation = s.activation, c.positions = s.positions;
+    c.bias = s.bias, c.activation = s.activation, c.positions = s.positions, c.architecture = s.architecture, c.kv_heads = s.kv_heads,
+    c.gated = s.gated, c.norm_after = s.norm_after, c.norm = s.architecture == Architecture::llama ? Norm::rms : Norm::layer;
     return c;
 }
 
@@ -271,10 +280,10 @@ TEST(close_to_double, "the fast backend computes something else than the mathema
     }
 }
 
-static void compare_updates(const UpdateRule& rule) {
+static void compare_updates(const UpdateRule& rule, const Shape& shape) {
     Set sets[4];
     const int count = instruction_sets(sets);
-    const Config config = config_of(shapes[3]);
+    const Config config = config_of(shape);
     Bench<float> plain(config, 1, 3, true, 1, 0, 0, nullptr);
     Array<float> m(plain.runtime), v(plain.runtime);
     const auto moments = [&](Array<float>& first, Array<float>& second) {
@@ -310,8 +319,8 @@ static void compare_updates(const UpdateRule& rule) {
 }
 
 TEST(update, "the optimizer's step differs between the backends") {
-    compare_updates(some_rule(false));
-    compare_updates(some_rule(true));
+    for (const Shape& shape : {shapes[3], shapes[9]})  // of GPT-2's type and Llama's
+        for (bool uses_muon : {false, true}) compare_updates(some_rule(uses_muon), shape);
 }
 
 TEST(muon, "Muon's step does not go equally far in all directions, or is not the momentum's") {

@@ -143,7 +143,10 @@ bool same_tensors(const Model& a, const Model& b) {
 
 bool same_config(const Config& a, const Config& b) {
     return a.layers == b.layers && a.heads == b.heads && a.width == b.width && a.context == b.context && a.vocab == b.vocab &&
-           a.tied == b.tied && a.bias == b.bias && a.activation == b.activation && a.positions == b.positions;
+           a.tied == b.tied && a.bias == b.bias && a.activation == b.activation && a.positions == b.positions &&
+           a.architecture == b.architecture && a.norm == b.norm && a.norm_after == b.norm_after && a.gated == b.gated &&
+           a.norm_epsilon == b.norm_epsilon && a.rope_base == b.rope_base && (a.kv_heads == b.kv_heads || !a.kv_heads || !b.kv_heads) &&
+           (a.hidden == b.hidden || !a.hidden || !b.hidden);
 }
 
 std::string text_of(const Tokenizer& tokenizer) {
@@ -243,6 +246,13 @@ TEST(round_trip, "a model that was saved would not come back as it was") {
         config.positions = variant & 8 ? Positions::rotary : Positions::learned;
         config.layers = 1 + variant % 3, config.heads = 2;
         config.tied = variant & 1, config.bias = variant & 2, config.activation = variant & 4 ? Activation::gelu : Activation::gelu_tanh;
+        if (variant % 5 == 1) {
+            CHECK_OK(preset_architecture("llama", config));
+            config.kv_heads = 1, config.hidden = 3, config.norm_epsilon = 3e-6, config.rope_base = 500000, config.bias = variant & 2;
+        }
+        if (variant % 5 == 2) config.gated = true, config.norm = Norm::rms, config.norm_after = variant & 1, config.norm_epsilon = 0.1;
+        if (variant % 5 == 3)
+            config.positions = variant & 8 ? Positions::none : Positions::sinusoidal, config.hidden = 5, config.kv_heads = 1;
         Model model, from_file, from_memory;
         if (!make(host.runtime, config, model)) return;
         const std::string bytes = saved(model);
@@ -537,9 +547,9 @@ TEST(wrong_files, "a file that is not what it should be would be taken, or refus
     changed("\\\"n_embd\\\":4", "\\\"n_embd\\\":65536", "wte.weight");
     changed("\\\"n_embd\\\":4,", "", "lacks 'n_embd'");
     changed("\\\"n_embd\\\":4,", "\\\"n_embd\\\":4,\\\"n_embd\\\":4,", "twice");
-    changed("gelu_new", "relu", "activation function");
+    changed("gelu_new", "mish", "activation function");
     changed("\\\"gpt2\\\"", "\\\"bert\\\"", "model_type");
-    changed("1e-05", "1e-06", "layer_norm_epsilon");
+    changed("1e-05", "0", "norm_epsilon is 0");
     changed("\\\"tie_word_embeddings\\\":true", "\\\"tie_word_embeddings\\\":false", "lacks the tensor 'lm_head.weight'");
     changed("\\\"bias\\\":true", "\\\"bias\\\":false", "which its config does not know");
     changed("\\\"user_turn\\\":", "\\\"user_turn\\\"", "babygpt.chat");
@@ -605,10 +615,11 @@ TEST(cut_files, "a file that was cut short would crash or be taken for a model")
         if (!cut(larger, next_random(random) % larger.size())) return;
 }
 
-void load_mutations(Dtype dtype) {
+void load_mutations(Dtype dtype, const char* architecture) {
     Host host;
     Model model;
     Config config = small_config();
+    CHECK_OK(preset_architecture(architecture, config));
     config.dtype = dtype;
     if (!make(host.runtime, config, model)) return;
     const std::string file = saved(model);
@@ -664,8 +675,9 @@ void load_mutations(Dtype dtype) {
 }
 
 TEST(mutated_files, "a damaged file could crash, hang or take all memory") {
-    load_mutations(Dtype::f32);
-    load_mutations(Dtype::int8);
+    load_mutations(Dtype::f32, "gpt2");
+    load_mutations(Dtype::int8, "gpt2");
+    load_mutations(Dtype::f32, "llama");
 }
 
 TEST(large_claims, "a small file could make the reader allocate or work without end") {

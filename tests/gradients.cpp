@@ -122,6 +122,7 @@ void check_op(const char* what, int width, int vocab, const std::vector<int>& le
 }
 const std::vector<int> shapes[] = {{1}, {5}, {1, 4, 2}, {7, 7}};
 const int widths[] = {1, 3, 18};
+const Activation activations[] = {Activation::none, Activation::gelu, Activation::gelu_tanh, Activation::relu, Activation::silu};
 
 }  // namespace
 
@@ -134,15 +135,45 @@ TEST(embedding, "tokens or positions would learn from the wrong rows") {
 TEST(norm, "layer norm's gradient would be wrong") {
     for (const auto& lengths : shapes)
         for (int width : widths)
-            for (bool bias : {false, true}) check_op("norm", width, 5, lengths, [&](Tape& t, int x) { t.norm("n", x, bias); });
+            for (bool bias : {false, true})
+                for (Norm kind : {Norm::layer, Norm::rms})
+                    check_op("norm", width, 5, lengths, [&](Tape& t, int x) { t.norm("n", x, bias, kind); });
 }
 TEST(linear, "a matrix, a bias or an activation would learn wrongly") {
     for (const auto& lengths : shapes)
         for (int width : widths)
             for (int out : {1, 2, 17})
                 for (bool bias : {false, true})
-                    for (Activation activation : {Activation::none, Activation::gelu, Activation::gelu_tanh})
-                        check_op("linear", width, 5, lengths, [&](Tape& t, int x) { t.linear("l", x, out, bias, activation, 0.02); });
+                    for (Activation activation : activations)
+                        for (bool output_rows : {false, true})
+                            check_op("linear", width, 5, lengths, [&](Tape& t, int x) {
+                                t.output_rows = output_rows;
+                                t.linear("l", x, out, bias, activation, 0.02);
+                            });
+}
+TEST(linear_of_several, "queries, keys and values, or gate and up, would learn into each other's matrices") {
+    for (const auto& lengths : shapes)
+        for (bool bias : {false, true})
+            check_op("linear of three", 3, 5, lengths, [&](Tape& t, int x) {
+                const Slice slices[] = {{"q", 4}, {"k", 1}, {"v", 3}};
+                t.output_rows = true;
+                t.linear("qkv", x, slices, bias, Activation::none, 0.02);
+                const Weight &k = t.names[t.names.count - 2 - 3 * bias], &whole = t.weights[2].weight;
+                CHECK(!strcmp(k.name, "k.weight") && k.rows == 1 && k.cols == 3 && k.offset == whole.offset + 12 && k.scaled_rows);
+                CHECK(whole.rows == 8 && t.weights[2].matrices == 3 && t.weights[2].outputs[2] == 3);
+            });
+}
+TEST(gate, "one half of a gated layer would not learn what the other lets through") {
+    for (const auto& lengths : shapes)
+        for (int width : {2, 6, 36})
+            for (Activation activation : activations)
+                check_op("gate", width, 5, lengths, [&](Tape& t, int x) { t.gate("g", x, activation); });
+}
+TEST(waves, "the embedding would not grow by what its gradient grows by") {
+    for (const auto& lengths : shapes)
+        for (int width : widths)
+            check_op(
+                "waves", width, 5, lengths, [](Tape& t, int x) { t.norm("n", t.add_waves(x), true); }, 0, 0, width == 3 ? 5 : 0);
 }
 TEST(attention, "queries, keys or values would learn wrongly, or look into the future or into another sequence") {
     for (const auto& lengths : shapes)
@@ -151,6 +182,14 @@ TEST(attention, "queries, keys or values would learn wrongly, or look into the f
                 for (double dropout : {0.0, 0.4})
                     check_op(
                         "attention", 3 * heads * dim, 6, lengths, [&](Tape& t, int x) { t.attention("a", x, heads); }, dropout);
+}
+TEST(grouped_queries, "keys and values that several heads share would learn from one of them only") {
+    for (const auto& lengths : shapes)
+        for (int kv_heads : {1, 2})
+            for (double dropout : {0.0, 0.4})
+                check_op(
+                    "grouped queries", (4 + 2 * kv_heads) * 2, 6, lengths,
+                    [&](Tape& t, int x) { t.attention("a", t.rope(x, 4, kv_heads), 4, kv_heads); }, dropout);
 }
 TEST(rope, "queries and keys would not be turned back by the angle that they were turned by") {
     for (const auto& lengths : shapes)
@@ -190,6 +229,14 @@ TEST(tensors_read_twice, "an op would overwrite the gradient that another reader
         const int a = t.attention("a", x, 2);
         t.add("s", a, t.linear("l", x, 2, true, Activation::none, 0.02));
     });
+    check_op("attention(x) + linear(x), shared keys", 8, 5, lengths, [](Tape& t, int x) {
+        const int a = t.attention("a", x, 2, 1);
+        t.add("s", a, t.linear("l", x, 4, true, Activation::none, 0.02));
+    });
+    check_op("gate(x) + linear(x)", 6, 5, lengths, [](Tape& t, int x) {
+        const int gate = t.gate("g", x, Activation::silu);
+        t.add("s", gate, t.linear("l", x, 3, true, Activation::none, 0.02));
+    });
     check_op("(x + n) + n", 3, 5, lengths, [](Tape& t, int x) {
         const int n = t.norm("n", x, true);
         t.add("t", t.add("s", x, n), n);
@@ -226,6 +273,17 @@ TEST(models, "ops that are right alone would be joined wrongly: the model could 
                 check_model("two layers", config_of(2, 2, 6, 5, tied, bias, activation), {7, 1, 3});
                 check_model("width 3, 3 heads, dropout and smoothing", config_of(1, 3, 3, 4, tied, bias, activation), {2, 5}, 0.3, 0.1);
             }
+    for (Architecture architecture : {Architecture::gpt2, Architecture::llama})
+        for (Norm norm : {Norm::layer, Norm::rms})
+            for (Positions positions : {Positions::learned, Positions::rotary, Positions::sinusoidal, Positions::none})
+                for (Activation activation : {Activation::relu, Activation::gelu_tanh, Activation::silu}) {
+                    const int n = static_cast<int>(norm) + static_cast<int>(positions) + static_cast<int>(activation);
+                    Config c = config_of(2, 4, 8, 5, n % 2 == 0, n % 3 == 0, activation);
+                    c.architecture = architecture, c.norm = norm, c.positions = positions, c.gated = n % 4 < 2;
+                    c.norm_after = n % 5 == 0, c.kv_heads = n % 3 == 1 ? 2 : n % 3 == 2 ? 1 : 4, c.hidden = 3, c.norm_epsilon = 1e-3;
+                    if (positions == Positions::rotary) c.rope_base = 100;
+                    check_model("combination", c, {7, 1, 3}, n % 7 == 0 ? 0.2 : 0);
+                }
     check_model("one of everything", config_of(1, 1, 1, 1, true, true, Activation::gelu_tanh), {1});
     check_model("one token, one sequence", config_of(2, 1, 5, 3, false, true, Activation::gelu_tanh), {1});
     check_model("a vocabulary of one", config_of(1, 2, 4, 1, true, true, Activation::gelu), {4, 2});

@@ -67,12 +67,15 @@ TEST(cache_is_the_full_pass, "a token read alone would give other bits than a to
     Runtime own;
     Config config;
     config.layers = 2, config.heads = 3, config.width = 42, config.context = 64, config.vocab = 90, config.positions = Positions::rotary;
-    Model rotary;
+    Model rotary, llama;
     CHECK_OK(rotary.create(own, config, Tokenizer()));
-    for (int variant = 0; variant < 16; ++variant) {
-        if (variant == 8) CHECK_OK(rotary.convert(Dtype::bf16));
-        if (variant == 12) CHECK_OK(rotary.convert(Dtype::int8));
-        const Model& m = variant >= 4 ? rotary : model();
+    CHECK_OK(preset_architecture("llama", config));
+    config.kv_heads = 1;
+    CHECK_OK(llama.create(own, config, Tokenizer()));
+    for (int variant = 0; variant < 28; ++variant) {
+        if (variant % 12 == 8) CHECK_OK(rotary.convert(Dtype::bf16)), CHECK_OK(llama.convert(Dtype::bf16));
+        if (variant % 12 == 0 && variant) CHECK_OK(rotary.convert(Dtype::int8)), CHECK_OK(llama.convert(Dtype::int8));
+        const Model& m = variant < 4 ? model() : variant % 8 < 4 ? rotary : llama;
         int32_t ids[60];
         for (int i = 0; i < 60; ++i) ids[i] = (i * 37 + i * i) % m.config.vocab;
         const Backend backend = variant & 1 ? Backend::cpu : Backend::plain;
@@ -324,10 +327,10 @@ TEST(scores, "a score would not be the sum of the model's log-probabilities") {
     CHECK(strange < known - 20);
 }
 
-TEST(attention_rows, "attention would not be a probability over what came before") {
+static void check_attention(const Model& m) {
     Runtime runtime;
     Session session;
-    CHECK_OK(session.create(runtime, model()));
+    CHECK_OK(session.create(runtime, m));
     const int32_t ids[] = {5, 9, 12, 7, 9};
     CHECK_OK(session.feed(ids));
     Array<float> p;
@@ -343,6 +346,16 @@ TEST(attention_rows, "attention would not be a probability over what came before
             CHECK(fabs(sum - 1) < 1e-5);
         }
     CHECK(session.attention(2, p).error == Error::invalid_argument);
+}
+TEST(attention_rows, "attention would not be a probability over what came before") {
+    check_attention(model());
+    Runtime runtime;
+    Config config = model().config;
+    Model llama;
+    CHECK_OK(preset_architecture("llama", config));
+    config.kv_heads = 1;
+    CHECK_OK(llama.create(runtime, config, Tokenizer()));
+    check_attention(llama);
 }
 
 TEST(side_by_side, "sessions of one model on several threads would disturb each other") {

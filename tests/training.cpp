@@ -20,6 +20,13 @@ static Config tiny_config() {
     return config;
 }
 
+static Config tiny_llama() {
+    Config config = tiny_config();
+    CHECK_OK(preset_architecture("llama", config));
+    config.heads = 4, config.kv_heads = 2, config.hidden = 21;
+    return config;
+}
+
 static TrainConfig tiny_run(int64_t steps) {
     TrainConfig how;
     how.batch = 4, how.steps = steps, how.lr = 3e-3, how.warmup = 5, how.evaluate_every = 1000;
@@ -229,20 +236,20 @@ struct Counter {
     }
 };
 
-TEST(memory, "memory_needed would be a guess, or a step or a token would allocate") {
+static void check_memory(const Config& config) {
     Counter counter;
     Runtime runtime;
     runtime.threads = 1;
     counter.attach(runtime);
     {
         Memory training, running;
-        CHECK_OK(memory_needed(runtime, tiny_config(), Purpose::training, 4, training));
-        CHECK_OK(memory_needed(runtime, tiny_config(), Purpose::running, 1, running));
+        CHECK_OK(memory_needed(runtime, config, Purpose::training, 4, training));
+        CHECK_OK(memory_needed(runtime, config, Purpose::running, 1, running));
         Data data;
         CHECK_OK(data.create(runtime, Span<const int32_t>(some_ids(500), 500)));
         const size_t others = counter.in_use;
         Model model;
-        CHECK_OK(model.create(runtime, tiny_config(), Tokenizer()));
+        CHECK_OK(model.create(runtime, config, Tokenizer()));
         {
             Trainer trainer;
             CHECK_OK(trainer.create(runtime, model, tiny_run(10), data));
@@ -266,6 +273,10 @@ TEST(memory, "memory_needed would be a guess, or a step or a token would allocat
         CHECK(counter.in_use - others <= running.total() && counter.in_use - others + 4096 > running.total());
     }
     CHECK(counter.in_use == 0);
+}
+TEST(memory, "memory_needed would be a guess, or a step or a token would allocate") {
+    check_memory(tiny_config());
+    check_memory(tiny_llama());
 }
 
 TEST(out_of_memory, "an allocation that fails would crash or leak") {

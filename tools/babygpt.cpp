@@ -1136,10 +1136,31 @@ struct Lock {
 #endif
 };
 
+const char* const architecture_help = "the fields and names of GPT-2 or Llama; the options below change single ones (gpt2)";
+const char* const architecture_names[] = {"gpt2", "llama"};
+const char* const activation_names[] = {"none", "gelu", "gelu_tanh", "relu", "silu"};
+const char* const position_names[] = {"learned", "rotary", "sinusoidal", "none"};
+const char* const norm_names[] = {"layer", "rms"};
+
+// "swiglu" for silu that is gated
+string activation_name(const Config& c) {
+    if (!c.gated) return activation_names[int(c.activation)];
+    if (c.activation == Activation::silu) return "swiglu";
+    if (c.activation == Activation::gelu_tanh) return "geglu";
+    return string("gated ") + activation_names[int(c.activation)];
+}
+template <class E, size_t N>
+E named(const char* option, const string& name, const char* const (&names)[N]) {
+    for (size_t i = 0; i < N; ++i)
+        if (name == names[i]) return E(i);
+    usage(format("%s '%s' is not known", option, name.c_str()));
+}
+
 struct TrainOptions {
     string out, tokenizer, preset_name = "tiny", schedule = "cosine", validation, user_turn, reply_turn, log, plot, cache,
-                           activation = "gelu_tanh", positions = "learned", optimizer = "adamw";
-    bool resume = false, overwrite = false, untie = false, no_bias = false, no_counting = false, json = false, plain_words = false;
+                           architecture = "gpt2", activation, norm, positions, optimizer = "adamw";
+    bool resume = false, overwrite = false, untie = false, tie = false, no_bias = false, no_counting = false, json = false,
+         plain_words = false;
     double epochs = 0, time = 0, validation_fraction = 0.1;
     int64_t stop_at = 0, save_every = 0;
     Config shape;
@@ -1171,14 +1192,22 @@ struct TrainOptions {
                vector<Option>{
                    {nullptr, nullptr, "The model"},
                    {"--preset", "NAME", "nano, tiny, small, baby, gpt2, gpt2-medium, gpt2-large, gpt2-xl (tiny)", &preset_name},
+                   {"--arch", "gpt2|llama", architecture_help, &architecture},
                    {"--layers", "N", "blocks of attention and feed-forward", &shape.layers, 1, 1000},
                    {"--heads", "N", "of attention in a block", &shape.heads, 1, 1000},
+                   {"--kv-heads", "N", "of keys and values, each for a group of heads (as many as heads)", &shape.kv_heads, 1, 1000},
                    {"--width", "N", "a multiple of the heads", &shape.width, 1, 1e6},
+                   {"--hidden", "N", "width of the feed-forward part (4 times --width; gated, 8/3 of it)", &shape.hidden, 1, 1e6},
                    {"--context", "N", "how many tokens it sees at once", &shape.context, 1, 1e6},
-                   {"--untie", nullptr, "the output head gets a matrix of its own", &untie},
-                   {"--no-bias", nullptr, "no biases", &no_bias},
-                   {"--activation", "gelu|gelu_tanh", "(gelu_tanh)", &activation},
-                   {"--positions", "learned|rotary", "rotary (RoPE) learns faster; learned is GPT-2's (learned)", &positions},
+                   {"--untie", nullptr, "the output head gets a matrix of its own, as Llama's has", &untie},
+                   {"--tie", nullptr, "the output head shares the embedding's matrix, as GPT-2's does", &tie},
+                   {"--no-bias", nullptr, "no biases, as in Llama", &no_bias},
+                   {"--activation", "gelu|gelu_tanh|relu|silu|swiglu|geglu", "swiglu and geglu are gated (gelu_tanh; Llama's: swiglu)",
+                    &activation},
+                   {"--norm", "layer|rms", "(layer; Llama's: rms)", &norm},
+                   {"--norm-after", nullptr, "after each sub-layer's addition, as in the first Transformer, not before", &shape.norm_after},
+                   {"--positions", "learned|rotary|sinusoidal|none",
+                    "rotary (RoPE) learns faster; learned is GPT-2's (learned; Llama's: rotary)", &positions},
                    {nullptr, nullptr, "Learning"},
                    {"--steps", "N", "the total, and the schedule's horizon", &learning.steps, 1, 1e15},
                    {"--epochs", "N", "times through the text instead", &epochs, 1e-9, 1e9},
@@ -1238,13 +1267,13 @@ const char* const schedules[] = {"cosine", "linear", "constant", "wsd"};
 void check_agreement(const Arguments& in, const TrainOptions& o, const Model& model, const TrainConfig& stored) {
     const Config& shape = model.config;
     if (in.has("--preset")) {
-        Config named = shape;
-        must_be("--preset", preset(o.preset_name, named));
-        if (in.has("--layers")) named.layers = shape.layers;
-        if (in.has("--heads")) named.heads = shape.heads;
-        if (in.has("--width")) named.width = shape.width;
-        if (in.has("--context") || shape.context < named.context) named.context = shape.context;  // a very short text made it less
-        if (named.layers != shape.layers || named.heads != shape.heads || named.width != shape.width || named.context != shape.context)
+        Config wanted = shape;
+        must_be("--preset", preset(o.preset_name, wanted));
+        if (in.has("--layers")) wanted.layers = shape.layers;
+        if (in.has("--heads")) wanted.heads = shape.heads;
+        if (in.has("--width")) wanted.width = shape.width;
+        if (in.has("--context") || shape.context < wanted.context) wanted.context = shape.context;  // a very short text made it less
+        if (wanted.layers != shape.layers || wanted.heads != shape.heads || wanted.width != shape.width || wanted.context != shape.context)
             contradicts("--preset", o.preset_name,
                         format("%d layers, %d heads, width %d, context %d", shape.layers, shape.heads, shape.width, shape.context));
     }
@@ -1253,9 +1282,15 @@ void check_agreement(const Arguments& in, const TrainOptions& o, const Model& mo
     agree(in, "--width", o.shape.width, shape.width);
     agree(in, "--context", o.shape.context, shape.context);
     agree(in, "--untie", o.untie, !shape.tied);
+    agree(in, "--tie", o.tie, shape.tied);
     agree(in, "--no-bias", o.no_bias, !shape.bias);
-    agree(in, "--activation", o.activation, string(shape.activation == Activation::gelu ? "gelu" : "gelu_tanh"));
-    agree(in, "--positions", o.positions, string(shape.positions == Positions::rotary ? "rotary" : "learned"));
+    agree(in, "--arch", o.architecture, string(architecture_names[int(shape.architecture)]));
+    agree(in, "--kv-heads", o.shape.kv_heads, shape.kv_heads);
+    agree(in, "--hidden", o.shape.hidden, shape.hidden);
+    agree(in, "--activation", o.activation, activation_name(shape));
+    agree(in, "--norm", o.norm, string(norm_names[int(shape.norm)]));
+    agree(in, "--norm-after", o.shape.norm_after, shape.norm_after);
+    agree(in, "--positions", o.positions, string(position_names[int(shape.positions)]));
     agree(in, "--batch", o.learning.batch, stored.batch);
     agree(in, "--accumulate", o.learning.accumulate, stored.accumulate);
     agree(in, "--steps", o.learning.steps, stored.steps);
@@ -1341,16 +1376,25 @@ Config choose_shape(const Arguments& in, Training& t) {
     const TrainOptions& o = t.options;
     Config shape;
     must_be("--preset", preset(o.preset_name, shape));
+    must_be("--arch", preset_architecture(o.architecture, shape));
     shape.vocab = t.tokenizer.vocab;
     if (in.has("--layers")) shape.layers = o.shape.layers;
     if (in.has("--heads")) shape.heads = o.shape.heads;
     if (in.has("--width")) shape.width = o.shape.width;
     if (in.has("--context")) shape.context = o.shape.context;
     else if (t.data.tokens <= uint64_t(shape.context)) shape.context = int(t.data.tokens) - 1;  // a very short text
-    shape.tied = !o.untie;
-    shape.bias = !o.no_bias;
-    shape.activation = o.activation == "gelu" ? Activation::gelu : Activation::gelu_tanh;
-    shape.positions = o.positions == "rotary" ? Positions::rotary : Positions::learned;
+    if (in.has("--kv-heads")) shape.kv_heads = o.shape.kv_heads;
+    if (in.has("--hidden")) shape.hidden = o.shape.hidden;
+    if (o.untie || o.tie) shape.tied = o.tie;
+    if (o.no_bias) shape.bias = false;
+    if (in.has("--activation")) {
+        shape.gated = o.activation == "swiglu" || o.activation == "geglu";
+        const string plain = !shape.gated ? o.activation : o.activation == "swiglu" ? "silu" : "gelu_tanh";
+        shape.activation = named<Activation>("--activation", plain, activation_names);
+    }
+    if (in.has("--norm")) shape.norm = named<Norm>("--norm", o.norm, norm_names);
+    shape.norm_after = o.shape.norm_after;
+    if (in.has("--positions")) shape.positions = named<Positions>("--positions", o.positions, position_names);
     must_be("the model's shape", check(shape));
     if (t.data.windows(shape.context) == 0)
         error(format("the training text has %lld tokens, too few for --context %d; give a smaller --context or more text",
@@ -2128,12 +2172,13 @@ Dtype dtype_named(const string& name) { return name == "int8" ? Dtype::int8 : na
 
 int info(Arguments& in) {
     Common common;
-    string name;
+    string name, architecture = "gpt2";
     Config shape;
     int batch = 1;
     bool json = false;
     in.parse(common,
              {{"--preset", "NAME", "a preset instead of a model file", &name},
+              {"--arch", "gpt2|llama", "the preset's architecture (gpt2)", &architecture},
               {"--vocab", "N", "the preset's vocabulary (96, GPT-2's own for gpt2...)", &shape.vocab, 1, 1e8},
               {"--context", "N", "the preset with another context", &shape.context, 1, 1e6},
               {"--batch", "N", "sequences at once (1)", &batch, 1, 1e6},
@@ -2143,13 +2188,14 @@ int info(Arguments& in) {
     Model model;
     Config config;
     if (name.empty()) {
-        for (const char* option : {"--vocab", "--context"})
+        for (const char* option : {"--vocab", "--context", "--arch"})
             if (in.has(option)) usage(format("%s belongs to --preset", option));
         must(model.load(common.runtime, in.operands[0]));
         config = model.config;
     } else {
         config.vocab = 0;
         must_be("--preset", preset(name, config));
+        must_be("--arch", preset_architecture(architecture, config));
         if (in.has("--vocab")) config.vocab = shape.vocab;
         else if (config.vocab == 0) config.vocab = 96;
         if (in.has("--context")) config.context = shape.context;
@@ -2163,9 +2209,8 @@ int info(Arguments& in) {
     int64_t parameters = 0, multiply_adds = 0;
     for (const SummaryRow& row : rows) parameters += row.parameters, multiply_adds += row.multiply_adds;
     const char* kinds[] = {"none", "byte", "char", "bpe"};
-    const char* activations[] = {"none", "gelu", "gelu_tanh"};
-    const char* activation = activations[int(config.activation)];
-    const char* positions = config.positions == Positions::rotary ? "rotary" : "learned";
+    const string activation = activation_name(config);
+    const char *positions = position_names[int(config.positions)], *norm = norm_names[int(config.norm)];
     if (json) {
         string table;
         for (const SummaryRow& row : rows) {
@@ -2184,6 +2229,8 @@ int info(Arguments& in) {
             .add("context", config.context)
             .add("vocab", config.vocab);
         line.add("tied", config.tied).add("bias", config.bias).add("activation", activation).add("positions", positions);
+        line.add("architecture", architecture_names[int(config.architecture)]).add("norm", norm).add("norm_after", config.norm_after);
+        line.add("kv_heads", config.kv_heads ? config.kv_heads : config.heads).add("hidden", config.hidden);
         line.add("dtype", dtype_names[int(config.dtype)]).add("batch", batch);
         line.add("parameters", parameters).add("multiply_adds", multiply_adds).add("flops_per_token", flops_per_token(config));
         line.raw("memory_to_train", memory_json(training)).raw("memory_to_run", memory_json(running)).raw("table", "[" + table + "]");
@@ -2204,9 +2251,12 @@ int info(Arguments& in) {
     put_line(rule);
     put_line(row_text("total", "", grouped(parameters), grouped(multiply_adds), ""));
     put_line("");
-    put_line(format("%d layers, %d heads, width %d, context %d, vocabulary %d, %s head, %s, %s, %s positions, %s", config.layers,
-                    config.heads, config.width, config.context, config.vocab, config.tied ? "tied" : "untied",
-                    config.bias ? "biases" : "no biases", activation, positions, dtype_names[int(config.dtype)]));
+    put_line(
+        format("%s, %d layers, %d heads (%d of keys and values), width %d, context %d, vocabulary %d, %s head, %s, %s, %s norm %s, %s "
+               "positions, %s",
+               architecture_names[int(config.architecture)], config.layers, config.heads, config.kv_heads ? config.kv_heads : config.heads,
+               config.width, config.context, config.vocab, config.tied ? "tied" : "untied", config.bias ? "biases" : "no biases",
+               activation.c_str(), norm, config.norm_after ? "after" : "before", positions, dtype_names[int(config.dtype)]));
     if (name.empty()) {
         put_line(format("tokenizer %s%s", kinds[int(model.tokenizer.kind)], model.chat.empty() ? "; no chat template" : ""));
         if (!model.chat.empty())
@@ -2412,12 +2462,13 @@ void show_profile(Runtime& runtime, const Config& config, int batch, double seco
 int bench(Arguments& in) {
     Common common;
     bool profiled = false;
-    string name = "baby", file, dtype = "f32";
+    string name = "baby", file, architecture = "gpt2", dtype = "f32";
     int vocab = 96, context_size = 0, width = 0, batch = 8, several = 1;
     double seconds = 5;
     bool json = false;
     in.parse(common,
              {{"--preset", "NAME", "(baby)", &name},
+              {"--arch", "gpt2|llama", "(gpt2)", &architecture},
               {"--vocab", "N", "(96)", &vocab, 2, 1000000},
               {"--context", "N", "the preset with another context", &context_size, 1, 1e6},
               {"--width", "N", "the preset with another width, in heads of the same size", &width, 1, 1e6},
@@ -2436,13 +2487,15 @@ int bench(Arguments& in) {
     Model model;
     Config config;
     if (!file.empty()) {
-        for (const char* option : {"--preset", "--vocab", "--context", "--width"})
+        for (const char* option : {"--preset", "--arch", "--vocab", "--context", "--width"})
             if (in.has(option)) usage(format("%s belongs to a preset, not to --model", option));
         must(model.load(runtime, file));
         config = model.config, name = file, vocab = config.vocab;
+        architecture = config.architecture == Architecture::llama ? "llama" : "gpt2";
         if (!in.has("--dtype")) dtype = dtype_names[int(config.dtype)];
     } else {
         must_be("--preset", preset(name, config));
+        must_be("--arch", preset_architecture(architecture, config));
         config.vocab = vocab;
         if (in.has("--context")) config.context = context_size;
         if (in.has("--width")) {
@@ -2466,8 +2519,8 @@ int bench(Arguments& in) {
     }
     const double ceiling = fma_ceiling(runtime, runtime.thread_count());
     if (!json)
-        put_line(format("%s, vocabulary %d; %s %s, %d threads; FMA ceiling %.0f GFLOP/s", name.c_str(), vocab, common.backend.c_str(),
-                        runtime.isa_name(), runtime.thread_count(), ceiling));
+        put_line(format("%s (%s), vocabulary %d; %s %s, %d threads; FMA ceiling %.0f GFLOP/s", name.c_str(), architecture.c_str(), vocab,
+                        common.backend.c_str(), runtime.isa_name(), runtime.thread_count(), ceiling));
     const auto report = [&](const char* kind, double tokens, double time, double flops) {
         const double gflops = tokens / time * flops / 1e9;
         if (json) {
@@ -2479,6 +2532,7 @@ int bench(Arguments& in) {
                 .add("ceiling_gflops", ceiling);
             line.add("percent_of_ceiling", 100 * gflops / ceiling)
                 .add(file.empty() ? "preset" : "model", name)
+                .add("architecture", architecture)
                 .add("vocab", vocab)
                 .add("context", config.context)
                 .add("width", config.width)
