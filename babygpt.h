@@ -470,10 +470,15 @@ struct Model {
 
     // Fresh weights as GPT-2's (normal 0.02, residual projections divided by sqrt(2*layers)). Takes the tokenizer over.
     Status create(Runtime& runtime, const Config& config, Tokenizer&& tokenizer, uint64_t seed = 1);
-    Status load(Runtime& runtime, Text path);  // a checkpoint (safetensors)
-    Status load_memory(Runtime& runtime, Text bytes);
-    Status save(Text path) const;  // temporary file, sync, rename, sync of the folder
+    // A checkpoint (safetensors); llama2.c's .bin; or a folder of Hugging Face's with config.json and model.safetensors, in one or several
+    // pieces, of type gpt2 or llama: then also the tokenizer that lies there, where there is one. Other people's models become f32.
+    Status load(Runtime& runtime, Text path);
+    Status load_memory(Runtime& runtime, Text bytes);  // a checkpoint or a .bin
+    Status save(Text path) const;                      // a checkpoint: temporary file, sync, rename, sync of the folder
     Status save_memory(Array<char>& bytes) const;
+    // For other people's programs; what these cannot express is an error that says so. The folder must be there; transformers loads it.
+    Status save_huggingface(Text folder) const;
+    Status save_llama2c(Text path) const;
     const Weight* find(Text name) const;  // null: no such tensor
     // Rounds all matrices to what the dtype can hold; vectors stay f32. bf16: 8 significant bits. int8: whole numbers from -127 to 127
     // times a power of two, one for each output of a layer and each token's vector. Files and what sessions read for every token become half as
@@ -4956,8 +4961,8 @@ Status allocate_weights(Runtime& runtime, Model& model, const Config& config, bo
     if (!product(tape.weight_block, sizeof(float), bytes) || !state->weights.take(runtime, bytes, zero))
         return out_of_memory(static_cast<uint64_t>(tape.weight_block) * sizeof(float));
     model.weights = reinterpret_cast<float*>(state->weights.memory);
-    for (const Weight& weight : state->names)
-        for (int64_t i = weight.rows * weight.cols; i % 16 != 0; ++i) model.weights[weight.offset + i] = 0;
+    for (const WeightPlan& plan : state->plans)
+        for (int64_t i = plan.weight.rows * plan.weight.cols; i % 16 != 0; ++i) model.weights[plan.weight.offset + i] = 0;
     model.block = tape.weight_block;
     model.parameters = tape.parameters;
     model.names = Span<Weight>(state->names.items, state->names.count);
@@ -7448,7 +7453,8 @@ Status summary(Runtime& runtime, const Config& config, int batch, Array<SummaryR
 //     babygpt.chat             {"user_turn": ..., "reply_turn": ..., "plain_words": false}; absent where there is none
 //     babygpt.training         {"config": TrainConfig, "state": ...}: only in a resume file, beside the tensors moment1.* and moment2.*
 //
-// In this order: values as JSON, reading a header, checking it against its config, writing, then Model's and Trainer's calls.
+// In this order: values as JSON, reading a header, checking it against its config, other people's files, writing, then Model's and Trainer's
+// calls.
 //
 // Reading trusts nothing. A length is compared with the file's size before it is used, every tensor's shape with the config before the
 // weights get their memory. All memory that reading a file takes, added up, is less than 100 times the file's size and 256 KiB more.
@@ -7820,7 +7826,10 @@ struct StoredTensor {
     int dimensions;
     bool wanted;          // by the config
     int64_t shape[2];     // the first two
-    uint64_t begin, end;  // in the data
+    uint64_t begin, end;  // in the data, which ...
+    uint64_t data;        // ... begins at this byte of ...
+    ByteSource* source;   // ... this file
+    Status read(uint64_t at, void* to, uint64_t bytes) const { return source->read(data + at, to, bytes); }
 };
 struct StoredValue {  // of the metadata
     Text name;
@@ -7835,6 +7844,7 @@ struct Checkpoint {
     Array<StoredTensor> tensors;
     uint64_t data = 0;  // where the tensors' bytes begin
     Config config;
+    char folder[128];  // its name, where the tensors lie in several files
     template <class... Parts>
     Status bad(const Parts&... parts) const {
         return fail(Error::bad_file, "'", source.name, "'", parts...);
@@ -7962,7 +7972,7 @@ Status read_header(Runtime& runtime, Checkpoint& c) {
         }
         StoredTensor tensor{};
         uint64_t elements;
-        tensor.name = keep(json.key);
+        tensor.name = keep(json.key), tensor.data = c.data, tensor.source = &source;
         if (!read_tensor_entry(json, tensor, elements)) continue;
         size_t wanted;
         if (tensor.end < tensor.begin || !product(elements, stored_size(tensor.type), wanted) || tensor.end - tensor.begin != wanted)
@@ -8003,7 +8013,8 @@ Status read_metadata(Runtime& runtime, const Checkpoint& c, Text name, Array<cha
 // ---- is it what its config says? ---------------------------------------------------------------------------------------
 
 // A GPT-2 or Llama config of Hugging Face's. null is as good as no key. Keys that are not ours may be there, where they say nothing against it.
-Status parse_config(Runtime& runtime, Text text, Text where, Config& config) {
+// `foreign`: of another program, where "dtype" is about the file.
+Status parse_config(Runtime& runtime, Text text, Text where, Config& config, bool foreign = false) {
     for (Json json(runtime, text); json.enter_object();) {  // its architecture decides what the other keys are
         while (json.next_key()) json.key_is("model_type") ? read_value(json, config.architecture) : json.skip();
         BABYGPT_TRY(json.finish(where));
@@ -8023,7 +8034,7 @@ Status parse_config(Runtime& runtime, Text text, Text where, Config& config) {
         if (json.boolean(value) && value != wanted) json.reject(why);
     };
     for (json.enter_object(); json.next_key();) {
-        if (json.peek() == JsonType::null) json.skip();
+        if (json.peek() == JsonType::null || (foreign && json.key_is("dtype"))) json.skip();
         else if (read_field(json, config, seen)) continue;
         else if (json.key_is("head_dim")) read_value(json, head_dim);
         else if (json.key_is("mlp_bias")) has_mlp_bias = json.boolean(mlp_bias);
@@ -8095,23 +8106,8 @@ Status find_tensor(const Checkpoint& c, Text prefix, const Weight& weight, const
     return c.bad(": the tensor '", Text((*scales)->name), "' must be F32");
 }
 
-// Header, version, config, and a tensor for every weight of the config. No other tensors but the moments of a resume file.
-Status open_checkpoint(Runtime& runtime, Checkpoint& c, bool moments) {
-    BABYGPT_TRY(read_header(runtime, c));
-    const Text name = c.source.name;
-    Array<char> version(runtime), text(runtime);
-    BABYGPT_TRY(read_metadata(runtime, c, "babygpt.format_version", version));
-    BABYGPT_TRY(read_metadata(runtime, c, "babygpt.config", text));
-    const char* missing = version.count == 0 ? "babygpt.format_version" : text.count == 0 ? "babygpt.config" : nullptr;
-    if (missing)
-        return fail(Error::unsupported, "'", name, "' is a safetensors file, but not one of babygpt: its metadata lack '", missing,
-                    "'; files of other programs must be converted first");
-    const Words known(BABYGPT_FORMAT_VERSION);
-    if (!equal(view(version), known))
-        return fail(Error::unsupported, "'", name, "' has the format version ", Shown(view(version)), ", but this program knows only ",
-                    Text(known));
-    BABYGPT_TRY(parse_config(runtime, view(text), Words("babygpt.config of ", name), c.config));
-
+// A tensor for every weight of the config. No other tensors but the moments of a resume file.
+Status match_tensors(Runtime& runtime, Checkpoint& c, bool moments) {
     // The tape knows the weights by name. A layer has six at least; so the tape is in proportion to the header.
     if (c.tensors.count / 6 < static_cast<size_t>(c.config.layers))
         return c.bad(" has ", c.tensors.count, " tensors, too few for the ", c.config.layers, " layers of its config");
@@ -8131,6 +8127,25 @@ Status open_checkpoint(Runtime& runtime, Checkpoint& c, bool moments) {
     return Status();
 }
 
+// Header, version, config and tensors.
+Status open_checkpoint(Runtime& runtime, Checkpoint& c, bool moments) {
+    BABYGPT_TRY(read_header(runtime, c));
+    const Text name = c.source.name;
+    Array<char> version(runtime), text(runtime);
+    BABYGPT_TRY(read_metadata(runtime, c, "babygpt.format_version", version));
+    BABYGPT_TRY(read_metadata(runtime, c, "babygpt.config", text));
+    const char* missing = version.count == 0 ? "babygpt.format_version" : text.count == 0 ? "babygpt.config" : nullptr;
+    if (missing)
+        return fail(Error::unsupported, "'", name, "' is a safetensors file, but not one of babygpt: its metadata lack '", missing,
+                    "'; of Hugging Face's models, name the folder");
+    const Words known(BABYGPT_FORMAT_VERSION);
+    if (!equal(view(version), known))
+        return fail(Error::unsupported, "'", name, "' has the format version ", Shown(view(version)), ", but this program knows only ",
+                    Text(known));
+    BABYGPT_TRY(parse_config(runtime, view(text), Words("babygpt.config of ", name), c.config));
+    return match_tensors(runtime, c, moments);
+}
+
 // ---- reading tensors -------------------------------------------------------------------------------------------------
 
 inline float float_from(Stored type, uint16_t half) {
@@ -8145,7 +8160,7 @@ inline float float_from(Stored type, uint16_t half) {
 // when they are first written to, which takes as long as the reading: so threads share that too.)
 constexpr int reading_threads = 16;
 template <class F>
-Status read_rows(Runtime& runtime, const Checkpoint& c, const StoredTensor& tensor, int64_t rows, const F& f) {
+Status read_rows(Runtime& runtime, const StoredTensor& tensor, int64_t rows, const F& f) {
     const int64_t row_bytes = static_cast<int64_t>(tensor.end - tensor.begin) / rows;
     const int64_t some = least(most(int64_t(1), (int64_t(1) << 20) / row_bytes), rows),
                   threads = least(runtime.thread_count(), reading_threads);
@@ -8153,8 +8168,8 @@ Status read_rows(Runtime& runtime, const Checkpoint& c, const StoredTensor& tens
     if (!piece.resize(static_cast<size_t>(some * row_bytes))) return out_of_memory(static_cast<uint64_t>(some * row_bytes));
     for (int64_t row = 0; row < rows; row += some) {
         const int64_t count = least(some, rows - row);
-        BABYGPT_TRY(c.source.read(c.data + tensor.begin + static_cast<uint64_t>(row * row_bytes), piece.items,
-                                  static_cast<size_t>(count * row_bytes)));
+        BABYGPT_TRY(
+            tensor.read(tensor.begin + static_cast<uint64_t>(row * row_bytes), piece.items, static_cast<uint64_t>(count * row_bytes)));
         parallel(runtime, static_cast<int>(threads), [&](int thread) {
             for (int64_t i = thread * count / threads; i < (thread + 1) * count / threads; ++i)
                 f(thread, row + i, piece.items + i * row_bytes);
@@ -8164,14 +8179,14 @@ Status read_rows(Runtime& runtime, const Checkpoint& c, const StoredTensor& tens
 }
 
 // A matrix in int8. as_converted becomes false where the scales are not what Model::convert makes of the numbers.
-Status read_int8(Runtime& runtime, const Checkpoint& c, const Weight& weight, const StoredTensor& tensor, const StoredTensor& scales,
-                 float* to, bool& as_converted) {
+Status read_int8(Runtime& runtime, const Weight& weight, const StoredTensor& tensor, const StoredTensor& scales, float* to,
+                 bool& as_converted) {
     Array<float> scale(runtime);
     Array<unsigned char> seen(runtime);  // for each thread and feature: all magnitudes, or-ed, whose highest bit is that of the largest
     const size_t features = static_cast<size_t>(scales_of(weight).cols), cols = static_cast<size_t>(weight.cols);
     if (!scale.resize(features) || !seen.resize(reading_threads * features)) return out_of_memory(reading_threads * features);
-    BABYGPT_TRY(c.source.read(c.data + scales.begin, scale.items, scales.end - scales.begin));
-    BABYGPT_TRY(read_rows(runtime, c, tensor, weight.rows, [&](int thread, int64_t row, const char* bytes) {
+    BABYGPT_TRY(scales.read(scales.begin, scale.items, scales.end - scales.begin));
+    BABYGPT_TRY(read_rows(runtime, tensor, weight.rows, [&](int thread, int64_t row, const char* bytes) {
         unsigned char* mine = seen.items + static_cast<size_t>(thread) * features;
         float* out = to + static_cast<size_t>(row) * cols;
         int magnitude = 0;
@@ -8204,14 +8219,14 @@ Status read_tensors(Runtime& runtime, const Checkpoint& c, Text prefix, Span<con
         float* to = block + weight.offset;
         as_converted = as_converted && (weight.is_vector || c.config.dtype == Dtype::f32 || tensor->type == stored_as(c.config.dtype));
         if (tensor->type == Stored::int8) {
-            BABYGPT_TRY(read_int8(runtime, c, weight, *tensor, *scales, to, as_converted));
+            BABYGPT_TRY(read_int8(runtime, weight, *tensor, *scales, to, as_converted));
             continue;
         }
         if (tensor->type == Stored::f32) {
-            BABYGPT_TRY(c.source.read(c.data + tensor->begin, to, tensor->end - tensor->begin));
+            BABYGPT_TRY(tensor->read(tensor->begin, to, tensor->end - tensor->begin));
             continue;
         }
-        BABYGPT_TRY(read_rows(runtime, c, *tensor, weight.rows, [&](int, int64_t row, const char* bytes) {
+        BABYGPT_TRY(read_rows(runtime, *tensor, weight.rows, [&](int, int64_t row, const char* bytes) {
             for (int64_t i = 0; i < weight.cols; ++i) {
                 uint16_t half;
                 memcpy(&half, bytes + 2 * i, sizeof half);
@@ -8238,7 +8253,188 @@ Status read_chat(Runtime& runtime, const Checkpoint& c, Chat& chat) {
     return json.finish(Words("babygpt.chat of ", c.source.name));
 }
 
+// ---- other people's models -------------------------------------------------------------------------------------------
+
+// llama2.c's first format: seven numbers of 32 bits, then floats: the tensors below, each of all layers, in this order. Its queries and keys
+// are turned in pairs of neighbours, ours in pairs half a head apart: their rows change places.
+struct Llama2c {
+    int32_t width, hidden, layers, heads, kv_heads, vocab, context;  // vocab below 0: the head is not the embedding's matrix
+    static constexpr uint64_t start = 7 * sizeof(int32_t);
+    uint64_t table_floats() const {  // cosines and sines, which no program reads any more
+        return static_cast<uint64_t>(context) * static_cast<uint64_t>(width / heads / 2 * 2);
+    }
+    // f(weight, dim): rows of its matrices change places within `dim` rows, 0: they do not. Between the last two, skip(floats).
+    template <class F, class G>
+    Status each(const Model& model, const F& f, const G& skip) const {
+        const int dim = width / heads;
+        const auto one = [&](int layer, const char* name, int turned) {
+            const Words whole("model.layers.", layer, ".", name, ".weight");
+            const Weight* weight = model.find(layer < 0 ? Text(name) : Text(whole));
+            return weight ? f(*weight, turned) : fail(Error::unsupported, "the model has no tensor '", Text(name), "'");
+        };
+        static constexpr const char* names[] = {"input_layernorm",  "self_attn.q_proj", "self_attn.k_proj",
+                                                "self_attn.v_proj", "self_attn.o_proj", "post_attention_layernorm",
+                                                "mlp.gate_proj",    "mlp.down_proj",    "mlp.up_proj"};
+        BABYGPT_TRY(one(-1, "model.embed_tokens.weight", 0));
+        for (size_t i = 0; i < 9; ++i)
+            for (int layer = 0; layer < layers; ++layer) BABYGPT_TRY(one(layer, names[i], i == 1 || i == 2 ? dim : 0));
+        BABYGPT_TRY(one(-1, "model.norm.weight", 0));
+        BABYGPT_TRY(skip(table_floats()));
+        return vocab > 0 ? Status() : one(-1, "lm_head.weight", 0);
+    }
+    // Row number `row` of theirs among ours.
+    static int64_t place(int64_t row, int dim) { return dim ? row / dim * dim + row % dim % 2 * (dim / 2) + row % dim / 2 : row; }
+};
+
+// Whether these bytes are such a file: the numbers make sense and the size is theirs exactly.
+bool is_llama2c(ByteSource& source, Llama2c& header, Config& config) {
+    if (source.size < Llama2c::start || !source.read(0, &header, Llama2c::start).ok()) return false;
+    const Llama2c& h = header;
+    if (h.vocab == INT32_MIN || !preset_architecture("llama", config).ok()) return false;
+    config.width = h.width, config.hidden = h.hidden, config.layers = h.layers, config.heads = h.heads, config.kv_heads = h.kv_heads;
+    config.vocab = h.vocab < 0 ? -h.vocab : h.vocab, config.context = h.context, config.tied = h.vocab > 0;
+    if (h.hidden < 1 || h.kv_heads < 1 || !check(config).ok()) return false;
+    const uint64_t width = static_cast<uint64_t>(h.width),
+                   kv_width = width / static_cast<uint64_t>(h.heads) * static_cast<uint64_t>(h.kv_heads);
+    const uint64_t layer = 2 * width + 2 * width * width + 2 * width * kv_width + 3 * width * static_cast<uint64_t>(h.hidden);
+    const uint64_t matrices = static_cast<uint64_t>(config.vocab) * width * (config.tied ? 1 : 2);
+    const uint64_t floats = static_cast<uint64_t>(h.layers) * layer + matrices + width + h.table_floats();
+    return source.size == Llama2c::start + floats * sizeof(float);
+}
+
+Status load_llama2c(Runtime& runtime, ByteSource& source, const Llama2c& header, const Config& config, Model& result) {
+    Model model;
+    BABYGPT_TRY(allocate_weights(runtime, model, config));
+    uint64_t at = Llama2c::start;
+    BABYGPT_TRY(header.each(
+        model,
+        [&](const Weight& weight, int dim) {
+            const uint64_t bytes = static_cast<uint64_t>(weight.cols) * sizeof(float);
+            Status status;
+            for (int64_t row = 0; row < weight.rows && status.ok(); ++row, at += bytes)
+                status = source.read(at, model.weights + weight.offset + Llama2c::place(row, dim) * weight.cols, bytes);
+            return status;
+        },
+        [&](uint64_t floats) { return at += floats * sizeof(float), Status(); }));
+    result = static_cast<Model&&>(model);
+    return Status();
+}
+
+// One file of a model that is stored in several.
+struct Shard {
+    File file;
+    ByteSource source;
+    Checkpoint checkpoint;
+    Shard* next = nullptr;
+    explicit Shard(Runtime& runtime) : file(runtime), source(file), checkpoint(runtime, source) {}
+};
+struct Shards {
+    Runtime& runtime;
+    Shard* first = nullptr;
+    explicit Shards(Runtime& from) : runtime(from) {}
+    Shards(const Shards&) = delete;
+    Shards& operator=(const Shards&) = delete;
+    ~Shards() {
+        while (first) {
+            Shard* const next = first->next;
+            destroy(runtime, first);
+            first = next;
+        }
+    }
+    Status open(Text path) {
+        Shard* const shard = create<Shard>(runtime, runtime);
+        if (!shard) return out_of_memory(sizeof(Shard));
+        shard->next = first, first = shard;
+        BABYGPT_TRY(shard->source.open(path));
+        return read_header(runtime, shard->checkpoint);
+    }
+};
+
+// The files that an index names, each once: {"weight_map": {"wte.weight": "model-00001-of-00002.safetensors", ...}}.
+Status open_shards(Runtime& runtime, Text folder, Text index, Shards& shards) {
+    Array<char> text(runtime);
+    BABYGPT_TRY(read_file(runtime, index, text));
+    const Words where("model.safetensors.index.json of ", folder);
+    Array<StoredValue> files(runtime);
+    Json json(runtime, view(text));
+    for (json.enter_object(); json.next_key();) {
+        if (!json.key_is("weight_map")) {
+            json.skip();
+            continue;
+        }
+        for (json.enter_object(); json.next_key();) {
+            StoredValue file{};
+            if (!read_plain(json, file.name)) break;
+            for (const char c : file.name)
+                if (c == '/' || c == '\\' || c == ':') json.reject("expected the name of a file in the same folder");
+            if (file.name.size == 0 || file.name.size > 200) json.reject("expected the name of a file in the same folder");
+            if (files.count && equal(files[files.count - 1].name, file.name)) continue;
+            if (!files.push(file)) return out_of_memory(files.count * sizeof file);
+        }
+    }
+    BABYGPT_TRY(json.finish(where));
+    (void)sort_by_name(files);
+    for (size_t i = 0; i < files.count; ++i) {
+        if (i && equal(files[i].name, files[i - 1].name)) continue;
+        const Words slash("/", files[i].name);
+        const Path path(folder, slash);
+        if (!path.fits) return fail(Error::cannot_open, "the path of '", Text(slash), "' is too long");
+        BABYGPT_TRY(shards.open(Text(path.text)));
+    }
+    return files.count ? Status() : fail(Error::bad_file, "'", Text(where), "' names no file");
+}
+
+// What such a file may hold beside the weights: masks and angles that follow from the config, and a tied head once more.
+bool is_idle(const Config& config, Text name) {
+    return ends_with(name, ".attn.bias") || ends_with(name, ".attn.masked_bias") || ends_with(name, ".rotary_emb.inv_freq") ||
+           (config.tied && equal(name, Text("lm_head.weight")));
+}
+
+// config: of folder/config.json
+Status load_huggingface(Runtime& runtime, Text folder, Text config, Model& result) {
+    Shards shards(runtime);
+    ByteSource whole{Text()};
+    Checkpoint c(runtime, whole);
+    Line(c.folder, sizeof c.folder).put(Shown(folder));
+    whole.name = Text(c.folder);
+    BABYGPT_TRY(parse_config(runtime, config, Words("config.json of ", folder), c.config, true));
+    const Path single(folder, "/model.safetensors"), index(folder, "/model.safetensors.index.json");
+    if (!index.fits) return fail(Error::cannot_open, "the path of the folder is too long");
+    Status status = shards.open(Text(single.text));
+    if (status.error == Error::cannot_open) {
+        status = open_shards(runtime, folder, Text(index.text), shards);
+        if (status.error == Error::cannot_open)
+            return fail(Error::cannot_open, "'", whole.name,
+                        "' has no model.safetensors that can be opened, in one piece or several: ", Text(status.message));
+    }
+    BABYGPT_TRY(status);
+    for (const Shard* shard = shards.first; shard; shard = shard->next)
+        for (StoredTensor tensor : shard->checkpoint.tensors) {
+            const Text prefix("transformer.");
+            if (c.config.architecture == Architecture::gpt2 && starts_with(tensor.name, prefix))
+                tensor.name = Text(tensor.name.data + prefix.size, tensor.name.size - prefix.size);
+            if (!is_idle(c.config, tensor.name) && !c.tensors.push(tensor)) return out_of_memory(c.tensors.count * sizeof tensor);
+        }
+    const StoredTensor* twice = sort_by_name(c.tensors);
+    if (twice) return c.bad(" has two tensors '", Shown(twice->name), "'");
+    BABYGPT_TRY(match_tensors(runtime, c, false));
+    Model model;
+    status = model.tokenizer.load(runtime, folder);
+    if (status.error != Error::cannot_open) BABYGPT_TRY(status);  // there need not be one
+    if (model.tokenizer.vocab > c.config.vocab)
+        return c.bad(": its tokenizer has ", model.tokenizer.vocab, " ids, but vocab_size is ", c.config.vocab);
+    BABYGPT_TRY(allocate_weights(runtime, model, c.config));
+    bool as_converted;
+    BABYGPT_TRY(read_tensors(runtime, c, "", model.names, model.weights, as_converted));
+    result = static_cast<Model&&>(model);
+    return Status();
+}
+
+// Of bytes that are either our checkpoint or a .bin.
 Status load_model(Runtime& runtime, ByteSource& source, Model& result) {
+    Llama2c header;
+    Config config;
+    if (is_llama2c(source, header, config)) return load_llama2c(runtime, source, header, config, result);
     Checkpoint c(runtime, source);
     Model model;
     BABYGPT_TRY(open_checkpoint(runtime, c, false));
@@ -8268,7 +8464,8 @@ Status load_model(Runtime& runtime, ByteSource& source, Model& result) {
 struct Section {
     const char* prefix;
     const float* values;
-    Dtype dtype;  // of the matrices
+    Dtype dtype;           // of the matrices
+    bool foreign = false;  // for other programs: none of our metadata, and the head has no prefix
     Dtype of(const Weight& weight) const { return weight.is_vector ? Dtype::f32 : dtype; }
 };
 
@@ -8310,10 +8507,13 @@ Status build_header(const Model& model, Span<const Section> sections, Text train
         good = good && append_member(chat, "plain_words", model.chat.plain_words) && chat.push('}');
     }
     good = good && to.resize(8) && append(to, "{\"__metadata__\":{\"format\":\"pt\"");
-    good = good && append_member(to, "babygpt.format_version", Text(Words(BABYGPT_FORMAT_VERSION)));
-    good = good && append_member(to, "babygpt.config", view(config));
-    if (tokenizer.count) good = good && append_member(to, "babygpt.tokenizer", view(tokenizer));
-    if (chat.count) good = good && append_member(to, "babygpt.chat", view(chat));
+    const bool ours = !sections[0].foreign;
+    if (ours) {
+        good = good && append_member(to, "babygpt.format_version", Text(Words(BABYGPT_FORMAT_VERSION)));
+        good = good && append_member(to, "babygpt.config", view(config));
+    }
+    if (tokenizer.count && ours) good = good && append_member(to, "babygpt.tokenizer", view(tokenizer));
+    if (chat.count && ours) good = good && append_member(to, "babygpt.chat", view(chat));
     if (training.size) good = good && append_member(to, "babygpt.training", training);
     good = good && to.push('}');
     uint64_t offset = 0;
@@ -8321,7 +8521,8 @@ Status build_header(const Model& model, Span<const Section> sections, Text train
         for (const Weight& weight : model.names) {
             const auto entry = [&](const Weight& tensor, Stored type) {
                 const uint64_t bytes = static_cast<uint64_t>(tensor.rows * tensor.cols) * stored_size(type);
-                good = good && append_key(to, Words(Text(section.prefix), Text(tensor.name)));
+                const bool bare = section.foreign && equal(Text(tensor.name), Text("lm_head.weight"));
+                good = good && append_key(to, Words(Text(bare ? "" : section.prefix), Text(tensor.name)));
                 good = good && append(to, "{\"dtype\":") && append_word(to, stored_words, type) && append(to, ",\"shape\":[");
                 if (!tensor.is_vector) good = good && append_value(to, tensor.rows) && to.push(',');
                 good = good && append_value(to, tensor.cols) && append(to, "],\"data_offsets\":[") && append_value(to, offset);
@@ -8428,6 +8629,13 @@ Status check_resume(const Trainer& t, const Checkpoint& c, const TrainConfig& co
 
 Status Model::load(Runtime& from, Text path) {
     const FloatMode mode;
+    const Path inside(path, "/config.json");  // is it a folder?
+    if (inside.fits && path.size) {
+        Array<char> json(from);
+        const Status status = read_file(from, Text(inside.text), json);
+        if (status.ok()) return load_huggingface(from, path, view(json), *this);
+        if (status.error != Error::cannot_open) return status;
+    }
     File file(from);
     ByteSource source(file);
     BABYGPT_TRY(source.open(path));
@@ -8452,6 +8660,61 @@ Status Model::save_memory(Array<char>& bytes) const {
             return bytes.append(static_cast<const char*>(from), count) ? Status() : out_of_memory(bytes.count + count);
         }));
     return Status();
+}
+
+Status Model::save_huggingface(Text folder) const {
+    if (!weights) return fail(Error::invalid_argument, "an empty model cannot be saved to '", folder, "'");
+    const bool llama = config.architecture == Architecture::llama;
+    const char* other = config.norm_after                                                      ? "norms after additions"
+                        : config.norm != (llama ? Norm::rms : Norm::layer)                     ? "this norm"
+                        : config.gated != llama                                                ? "a feed-forward part of this kind"
+                        : config.positions != (llama ? Positions::rotary : Positions::learned) ? "positions of this kind"
+                        : !llama && (!config.bias || config.kv_heads != config.heads)          ? "grouped queries, or no biases"
+                                                                                               : nullptr;
+    if (other)
+        return fail(Error::unsupported, "Hugging Face's ", llama ? "Llama" : "GPT-2", " has not ", other, ": save it as a checkpoint");
+    const Path path(folder, "/model.safetensors"), config_path(folder, "/config.json"), tokenizer_path(folder, "/tokenizer.json");
+    if (!path.fits || !tokenizer_path.fits || !config_path.fits) return fail(Error::cannot_write, "the path of the folder is too long");
+    Config floats = config;
+    if (config.dtype == Dtype::int8) floats.dtype = Dtype::f32;
+    Array<char> json(*runtime);
+    if (!json.push('{') || !append_config(json, floats) || !append(json, "}\n")) return out_of_memory(json.count);
+    const Section sections[] = {{llama ? "" : "transformer.", weights, floats.dtype, true}};
+    BABYGPT_TRY(save_checkpoint(*this, sections, Text(), Text(path.text)));
+    if (tokenizer.kind != TokenizerKind::none) BABYGPT_TRY(tokenizer.save(Text(tokenizer_path.text)));
+    return write_atomically(*runtime, Text(config_path.text),
+                            [&](File& file) { return file.write(json.items, static_cast<int64_t>(json.count)); });
+}
+
+Status Model::save_llama2c(Text path) const {
+    if (!weights) return fail(Error::invalid_argument, "an empty model cannot be saved to '", path, "'");
+    Config wanted = config;
+    BABYGPT_TRY(preset_architecture("llama", wanted));
+    if (config.architecture != Architecture::llama || config.norm != wanted.norm || !config.gated || config.norm_after || config.bias ||
+        config.activation != wanted.activation || config.positions != wanted.positions || config.rope_base != wanted.rope_base ||
+        config.norm_epsilon != wanted.norm_epsilon)
+        return fail(Error::unsupported, "llama2.c knows only Llama's architecture, with norm_epsilon 1e-05 and rope_base 10000");
+    const Llama2c header{config.width,  config.hidden,   config.layers,
+                         config.heads,  config.kv_heads, config.tied ? config.vocab : -config.vocab,
+                         config.context};
+    return write_atomically(*runtime, path, [&](File& file) {
+        BABYGPT_TRY(file.write(&header, static_cast<int64_t>(Llama2c::start)));
+        return header.each(
+            *this,
+            [&](const Weight& weight, int dim) {
+                Status status;
+                for (int64_t row = 0; row < weight.rows && status.ok(); ++row)
+                    status = file.write(weights + weight.offset + Llama2c::place(row, dim) * weight.cols,
+                                        weight.cols * static_cast<int64_t>(sizeof(float)));
+                return status;
+            },
+            [&](uint64_t floats) {
+                const float none = 0;
+                Status status;
+                for (uint64_t i = 0; i < floats && status.ok(); ++i) status = file.write(&none, sizeof none);
+                return status;
+            });
+    });
 }
 
 Status Trainer::save(Text path) const {

@@ -699,6 +699,160 @@ TEST(large_claims, "a small file could make the reader allocate or work without 
     CHECK(!loaded.load_memory(host.runtime, with_header("{\"a\":{\"shape\":" + deep, "")).ok());
 }
 
+// ---- other people's files --------------------------------------------------------------------------------------------
+
+namespace {
+
+// A model of two layers, of a type that other programs know.
+Config foreign_config(const char* architecture) {
+    Config config = small_config();
+    CHECK_OK(preset_architecture(architecture, config));
+    config.layers = 2, config.heads = 2, config.hidden = 6, config.vocab = 7;
+    if (config.gated) config.width = 8, config.kv_heads = 1;
+    return config;
+}
+bool make_foreign(Host& host, const Config& config, Model& model) { return CHECK_OK(model.create(host.runtime, config, Tokenizer(), 5)); }
+
+// The same model with its tensors in two files, and an index.
+void split(std::map<std::string, std::string>& files) {
+    const std::string file = files["f/model.safetensors"], header = header_of(file), data = data_of(file);
+    const size_t middle = header.find("},\"", header.size() / 2) + 1;
+    const std::string key = "\"data_offsets\":[";
+    std::string rest = header.substr(middle + 1);
+    const size_t cut = std::stoul(rest.substr(rest.find(key) + key.size()));
+    std::string second = "{";
+    for (size_t at = 0, next; (next = rest.find(key, at)) != std::string::npos;) {
+        next += key.size();
+        size_t end = 0;
+        const size_t from = std::stoul(rest.substr(next), &end), comma = next + end + 1, to = std::stoul(rest.substr(comma));
+        second += rest.substr(at, next - at) + std::to_string(from - cut) + "," + std::to_string(to - cut) + "]";
+        at = rest.find(']', comma) + 1;
+        if (rest.find(key, at) == std::string::npos) second += "}}";
+    }
+    files["f/a.safetensors"] = with_header(header.substr(0, middle) + "}", data.substr(0, cut));
+    files["f/b.safetensors"] = with_header(second, data.substr(cut));
+    files["f/model.safetensors.index.json"] =
+        "{\"metadata\":{},\"weight_map\":{\"x\":\"a.safetensors\",\"y\":\"b.safetensors\",\"z\":\"a.safetensors\"}}";
+    files.erase("f/model.safetensors");
+}
+
+}  // namespace
+
+TEST(huggingface_folders, "a model would not come back from Hugging Face's form as it was, or damage in it would crash or be taken") {
+    for (const char* architecture : {"gpt2", "llama"})
+        for (const bool tied : {true, false}) {
+            Host host;
+            Config config = foreign_config(architecture);
+            config.tied = tied;
+            Model model, loaded;
+            if (!make_foreign(host, config, model)) return;
+            CHECK_OK(model.save_huggingface("f"));
+            CHECK(host.files.size() == 2);
+            CHECK_OK(loaded.load(host.runtime, "f"));
+            CHECK(same(model, loaded));
+            // In two pieces, of which one is cut or missing.
+            split(host.files);
+            Model pieces;
+            CHECK_OK(pieces.load(host.runtime, "f"));
+            CHECK(same(model, pieces));
+            const std::map<std::string, std::string> whole = host.files;
+            for (const char* name : {"f/config.json", "f/model.safetensors.index.json", "f/a.safetensors", "f/b.safetensors"}) {
+                const std::string& file = whole.at(name);
+                const size_t step = file.size() > 600 ? 7 : 1;
+                for (size_t size = 0; size + 2 < file.size(); size += step) {
+                    host.files[name] = file.substr(0, size);
+                    Model cut;
+                    const Status status = cut.load(host.runtime, "f");
+                    if (!CHECK(!status.ok() && status.message[0] && !cut.weights)) return;
+                }
+                host.files = whole;
+                host.files.erase(name);
+                Model absent;
+                CHECK(!absent.load(host.runtime, "f").ok());
+                host.files = whole;
+                uint64_t random = 77;
+                for (int round = 0; round < 1500; ++round) {
+                    std::string& bytes = host.files[name] = file;
+                    for (uint64_t edits = 1 + next_random(random) % 3; edits > 0; --edits) {
+                        const size_t at = next_random(random) % bytes.size();
+                        if (next_random(random) % 2) bytes[at] = "0123456789{}[]\",:\\-e"[next_random(random) % 20];
+                        else bytes.erase(at, next_random(random) % 9);
+                        if (bytes.empty()) bytes = "x";
+                    }
+                    Model damaged;
+                    host.start_counting();
+                    const Status status = damaged.load(host.runtime, "f");
+                    if (!CHECK(status.ok() == (damaged.weights != nullptr)) || !CHECK(status.ok() || status.message[0]) ||
+                        !CHECK(host.total < 4 * memory_bound(whole.at("f/a.safetensors").size() + bytes.size())))
+                        return;
+                }
+                host.files = whole;
+            }
+            CHECK(host.open_files == 0);
+        }
+}
+
+TEST(huggingface_configs, "a config that means another model would be taken for one that we know") {
+    Host host;
+    Model model;
+    if (!make_foreign(host, foreign_config("llama"), model)) return;
+    CHECK_OK(model.save_huggingface("f"));
+    const std::string config = host.files["f/config.json"];
+    const auto loads = [&](const char* from, const char* to, const char* complaint) {
+        host.files["f/config.json"] = replaced(config, from, to);
+        Model loaded;
+        const Status status = loaded.load(host.runtime, "f");
+        if (complaint) CHECK(!status.ok() && strstr(status.message, complaint));
+        else CHECK_OK(status);
+        return loaded.config;
+    };
+    loads("{", "{\"rope_scaling\":null,\"head_dim\":4,\"pad_token_id\":null,", nullptr);
+    loads("{", "{\"rope_scaling\":{\"type\":\"linear\"},", "rope_scaling");
+    loads("{", "{\"head_dim\":2,", "head_dim is 2");
+    loads("\"mlp_bias\":false", "\"mlp_bias\":true", "mlp_bias");
+    loads("\"llama\"", "\"mistral\"", "model_type");
+    loads("\"silu\"", "\"mish\"", "activation function");
+    loads("\"dtype\":\"float32\"", "\"dtype\":\"float16\"", nullptr);
+    CHECK(loads("\"rope_theta\":10000", "\"rope_theta\":500000.0", nullptr).rope_base == 500000);
+    CHECK(loads("\"rope_theta\":10000", "\"rope_parameters\":{\"rope_type\":\"default\",\"rope_theta\":77.0}", nullptr).rope_base == 77);
+    loads("{", "{\"rope_parameters\":{\"rope_type\":\"yarn\"},", "rope_type");
+    loads("\"intermediate_size\":6,", "", "lacks 'intermediate_size'");
+    Config other = foreign_config("llama");
+    other.norm_after = true;
+    Model unusual;
+    if (make_foreign(host, other, unusual)) CHECK(!unusual.save_huggingface("g").ok() && !unusual.save_llama2c("g.bin").ok());
+}
+
+TEST(llama2c_files, "a model would not come back from llama2.c's form as it was, or a damaged file would crash") {
+    for (const bool tied : {true, false}) {
+        Host host;
+        Config config = foreign_config("llama");
+        config.tied = tied;
+        Model model, loaded;
+        if (!make_foreign(host, config, model)) return;
+        CHECK_OK(model.save_llama2c("m.bin"));
+        const std::string file = host.files["m.bin"];
+        CHECK_OK(loaded.load(host.runtime, "m.bin"));
+        CHECK(same(model, loaded));
+        for (size_t size = 0; size < file.size(); ++size) {
+            const std::vector<char> exact(file.data(), file.data() + size);
+            Model cut;
+            if (!CHECK(!cut.load_memory(host.runtime, Text(exact.data(), exact.size())).ok())) return;
+        }
+        uint64_t random = 3;
+        for (int round = 0; round < 20000; ++round) {
+            std::string bytes = file;
+            for (uint64_t edits = 1 + next_random(random) % 2; edits > 0; --edits)
+                bytes[next_random(random) % (next_random(random) % 4 ? 28 : bytes.size())] = static_cast<char>(next_random(random));
+            Model damaged;
+            host.start_counting();
+            const Status status = damaged.load_memory(host.runtime, bytes);
+            if (!CHECK(status.ok() == (damaged.weights != nullptr)) || !CHECK(host.total < memory_bound(bytes.size()))) return;
+        }
+        CHECK(host.open_files == 0);
+    }
+}
+
 // ---- the resume file -------------------------------------------------------------------------------------------------
 
 TEST(resume_is_exact, "training that was resumed would go another way than training that was never stopped") {

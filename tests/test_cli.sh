@@ -183,6 +183,23 @@ run 0 convert m.safetensors --dtype int8 --out m8.safetensors;  has out 'm8.safe
 run 1 convert m.safetensors --dtype bf16 --out m8.safetensors;  says 'm8.safetensors exists.*--overwrite'
 run 0 convert m8.safetensors --dtype int8 --out again.safetensors --json; json; has out '"dtype":"int8"'
 same 'int8 again is the same' m8.safetensors again.safetensors
+run 2 convert m.safetensors;                                      says 'convert needs OUT'
+run 0 convert m.safetensors hf/;                                  has out 'Hugging Face folder from a babygpt checkpoint; gpt2'
+run 0 convert hf back.safetensors --json; json;                   has out '"read":"Hugging Face folder"'
+run 0 compare m.safetensors back.safetensors
+run 1 convert m.safetensors m.bin;                                says 'only Llama'
+run 0 train a.txt --out l.safetensors --arch llama --kv-heads 1 --layers 2 --heads 2 --width 8 --context 8 --batch 2 --threads 1 --steps 3
+run 0 info l.safetensors;                                         has out 'llama, 2 layers, 2 heads (1 of keys and values).*swiglu, rms norm'
+run 0 info l.safetensors;                                         has out 'model.layers.1.self_attn.qkv'
+run 1 train a.txt --out l.safetensors --resume --arch gpt2;       says '--arch "gpt2" contradicts.*llama'
+run 2 train a.txt --out x --heads 4 --kv-heads 3 --width 8 --steps 3; says 'multiple of kv_heads, 3'
+run 0 convert l.safetensors l.bin;                                has out 'llama2.c file from a babygpt checkpoint; llama'
+run 0 convert l.bin l2.safetensors
+run 0 compare l.safetensors l2.safetensors
+run 0 convert l2.safetensors lhf;                                 has lhf/config.json '"model_type":"llama"'
+run 0 convert lhf l3.safetensors
+run 0 compare l.safetensors l3.safetensors
+run 1 convert l.bin lhf;                                          says 'lhf exists.*--overwrite'
 run 2 convert m.safetensors --dtype int4 --out x.safetensors;   says 'f32.*bf16.*int8'
 run 2 convert m.safetensors --out x.safetensors;                says '--dtype'
 run 0 info m8.safetensors --json; json;     has out '"dtype":"int8"'

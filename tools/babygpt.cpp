@@ -2603,26 +2603,75 @@ int bench(Arguments& in) {
     return 0;
 }
 
+enum class Form { checkpoint, folder, llama2c };
+const char* const form_names[] = {"babygpt checkpoint", "Hugging Face folder", "llama2.c file"};
+
+// Of a file to read, by content; of one to write, by name.
+Form form_of(const string& path, bool reading) {
+    std::error_code ignored;
+    if (reading) return fs::is_directory(path_of(path), ignored) ? Form::folder : is_checkpoint(path) ? Form::checkpoint : Form::llama2c;
+    if (ends_with(path, ".bin")) return Form::llama2c;
+    const bool is_folder = fs::is_directory(path_of(path), ignored) || ends_with(path, "/") || path_of(path).extension().empty();
+    return is_folder ? Form::folder : Form::checkpoint;
+}
+uint64_t bytes_in(const string& path) {
+    std::error_code ignored;
+    if (!fs::is_directory(path_of(path), ignored)) return fs::file_size(path_of(path), ignored);
+    uint64_t sum = 0;
+    for (const auto& file : fs::directory_iterator(path_of(path), ignored))
+        if (file.is_regular_file(ignored)) sum += file.file_size(ignored);
+    return sum;
+}
+
 int convert(Arguments& in) {
     Common common;
     string dtype, out;
     bool overwrite = false, json = false;
     in.parse(common,
              {{"--dtype", "f32|bf16|int8", "bf16: half the bytes; int8: a quarter; f32: as they are", &dtype},
-              {"--out", "FILE", "the model file that is written", &out},
-              {"--overwrite", nullptr, "although --out exists", &overwrite},
+              {"--out", "OUT", "what is written, where OUT does not stand behind IN", &out},
+              {"--overwrite", nullptr, "although OUT exists", &overwrite},
               {"--json", nullptr, "one JSON object", &json}},
-             1, 1);
-    if (dtype.empty() || out.empty()) usage("convert needs --dtype f32|bf16|int8 and --out FILE");
-    if (!overwrite && exists(out)) error(out + " exists; replace it with --overwrite, or choose another --out");
+             1, 2);
+    if (in.operands.size() == 2 && !out.empty()) usage("say OUT only once");
+    if (in.operands.size() == 2) out = in.operands[1];
+    if (out.empty()) usage("convert needs OUT: M.safetensors, M.bin (llama2.c's) or a folder (Hugging Face's); see convert --help");
+    const string& from = in.operands[0];
+    const Form read = form_of(from, true), written = form_of(out, false);
+    if (dtype.empty() && read == written)
+        usage("convert from one " + string(form_names[int(read)]) + " to another needs --dtype f32|bf16|int8");
+    const bool is_there = exists(written == Form::folder ? out + "/config.json" : out);
+    if (!overwrite && is_there) error(out + " exists; replace it with --overwrite, or choose another --out");
     Model model;
-    must(model.load(common.runtime, in.operands[0]));
-    const auto before = fs::file_size(path_of(in.operands[0]));  // it may be replaced
-    must(model.convert(dtype_named(dtype)));
-    must(model.save(out));
-    const auto after = fs::file_size(path_of(out));
-    if (json) Json().add("out", out).add("dtype", dtype).add("bytes", uint64_t(after)).add("bytes_before", uint64_t(before)).print();
-    else put_line(format("%s: %s in %s (%s before)", out.c_str(), bytes_text(after).c_str(), dtype.c_str(), bytes_text(before).c_str()));
+    must(model.load(common.runtime, from));
+    const uint64_t before = bytes_in(from);  // it may be replaced
+    if (!dtype.empty()) must(model.convert(dtype_named(dtype)));
+    dtype = dtype_names[int(model.config.dtype)];
+    if (written == Form::folder) {
+        std::error_code failed;
+        fs::create_directories(path_of(out), failed);
+        if (failed) error(out + ": the folder cannot be made: " + failed.message());
+        must(model.save_huggingface(out));
+    } else must(written == Form::llama2c ? model.save_llama2c(out) : model.save(out));
+    const uint64_t after = bytes_in(out);
+    const char* architecture = architecture_names[int(model.config.architecture)];
+    if (json)
+        Json()
+            .add("out", out)
+            .add("dtype", dtype)
+            .add("bytes", after)
+            .add("bytes_before", before)
+            .add("read", form_names[int(read)])
+            .add("wrote", form_names[int(written)])
+            .add("architecture", architecture)
+            .print();
+    else {
+        put_line(format("%s: %s in %s (%s before)", out.c_str(), bytes_text(after).c_str(), dtype.c_str(), bytes_text(before).c_str()));
+        put_line(format("a %s from a %s; %s, %s parameters, %s", form_names[int(written)], form_names[int(read)], architecture,
+                        grouped(model.parameters).c_str(),
+                        model.tokenizer.kind == TokenizerKind::none ? "no tokenizer" : "with its tokenizer"));
+        if (written == Form::llama2c && model.tokenizer.kind != TokenizerKind::none) note("a llama2.c file has no room for the tokenizer");
+    }
     return 0;
 }
 
@@ -2716,9 +2765,13 @@ const vector<Command> commands = {
     {"plot", "LOG.csv... [options]", "Draws the loss curves of logs (train --log).", "  babygpt plot a.csv b.csv --svg curves.svg\n", plot},
     {"bench", "[train|prefill|decode|idle] [options]", "How fast this machine trains, reads and writes, on random tokens.",
      "  babygpt bench train --threads 2\n  babygpt bench decode --model story.safetensors --dtype int8\n", bench},
-    {"convert", "M --dtype D --out FILE [options]",
-     "Rounds a model's matrices to numbers of fewer bits: a smaller file, and replies that come sooner. `babygpt eval` says what it costs.",
-     "  babygpt convert m.safetensors --dtype int8 --out small.safetensors\n", convert},
+    {"convert", "IN OUT [options]",
+     "From one kind of file to another: checkpoints (.safetensors), folders of Hugging Face's (GPT-2 and Llama), llama2.c's .bin. IN is "
+     "told by its content, OUT by its name. With --dtype it rounds the matrices to numbers of fewer bits: a smaller file, and replies that "
+     "come sooner (`babygpt eval` says what it costs).",
+     "  babygpt convert stories260K.bin stories.safetensors\n  babygpt convert m.safetensors folder/\n"
+     "  babygpt convert m.safetensors --dtype int8 --out small.safetensors\n",
+     convert},
     {"compare", "A B [options]", "The first tensor at which two checkpoints differ, and by how much. Exit status 0: the same bits, 1: not.",
      "  babygpt compare a.safetensors b.safetensors\n", compare},
     {"selftest", "[options]", "Gradient checks and golden numbers of this very program.", "", selftest},
