@@ -8287,19 +8287,23 @@ struct Llama2c {
 };
 
 // Whether these bytes are such a file: the numbers make sense and the size is theirs exactly.
-bool is_llama2c(ByteSource& source, Llama2c& header, Config& config) {
-    if (source.size < Llama2c::start || !source.read(0, &header, Llama2c::start).ok()) return false;
+Status is_llama2c(ByteSource& source, Llama2c& header, Config& config, bool& is) {
+    is = false;
+    if (source.size < Llama2c::start) return Status();
+    BABYGPT_TRY(source.read(0, &header, Llama2c::start));
+    BABYGPT_TRY(preset_architecture("llama", config));
     const Llama2c& h = header;
-    if (h.vocab == INT32_MIN || !preset_architecture("llama", config).ok()) return false;
+    if (h.vocab == INT32_MIN) return Status();
     config.width = h.width, config.hidden = h.hidden, config.layers = h.layers, config.heads = h.heads, config.kv_heads = h.kv_heads;
     config.vocab = h.vocab < 0 ? -h.vocab : h.vocab, config.context = h.context, config.tied = h.vocab > 0;
-    if (h.hidden < 1 || h.kv_heads < 1 || !check(config).ok()) return false;
+    if (h.hidden < 1 || h.kv_heads < 1 || !check(config).ok()) return Status();
     const uint64_t width = static_cast<uint64_t>(h.width),
                    kv_width = width / static_cast<uint64_t>(h.heads) * static_cast<uint64_t>(h.kv_heads);
     const uint64_t layer = 2 * width + 2 * width * width + 2 * width * kv_width + 3 * width * static_cast<uint64_t>(h.hidden);
     const uint64_t matrices = static_cast<uint64_t>(config.vocab) * width * (config.tied ? 1 : 2);
     const uint64_t floats = static_cast<uint64_t>(h.layers) * layer + matrices + width + h.table_floats();
-    return source.size == Llama2c::start + floats * sizeof(float);
+    is = source.size == Llama2c::start + floats * sizeof(float);
+    return Status();
 }
 
 Status load_llama2c(Runtime& runtime, ByteSource& source, const Llama2c& header, const Config& config, Model& result) {
@@ -8434,7 +8438,9 @@ Status load_huggingface(Runtime& runtime, Text folder, Text config, Model& resul
 Status load_model(Runtime& runtime, ByteSource& source, Model& result) {
     Llama2c header;
     Config config;
-    if (is_llama2c(source, header, config)) return load_llama2c(runtime, source, header, config, result);
+    bool is;
+    BABYGPT_TRY(is_llama2c(source, header, config, is));
+    if (is) return load_llama2c(runtime, source, header, config, result);
     Checkpoint c(runtime, source);
     Model model;
     BABYGPT_TRY(open_checkpoint(runtime, c, false));
