@@ -8212,6 +8212,7 @@ Status read_int8(Runtime& runtime, const Weight& weight, const StoredTensor& ten
 // Every weight, or moment, from its place in the file to its place in the block.
 // as_converted: whether Model::convert would change nothing.
 Status read_tensors(Runtime& runtime, const Checkpoint& c, Text prefix, Span<const Weight> names, float* block, bool& as_converted) {
+    start_pool(runtime);
     as_converted = true;
     for (const Weight& weight : names) {
         const StoredTensor *tensor, *scales;
@@ -8308,7 +8309,7 @@ Status is_llama2c(ByteSource& source, Llama2c& header, Config& config, bool& is)
 
 Status load_llama2c(Runtime& runtime, ByteSource& source, const Llama2c& header, const Config& config, Model& result) {
     Model model;
-    BABYGPT_TRY(allocate_weights(runtime, model, config));
+    BABYGPT_TRY(allocate_weights(runtime, model, config, false));
     uint64_t at = Llama2c::start;
     BABYGPT_TRY(header.each(
         model,
@@ -8427,7 +8428,7 @@ Status load_huggingface(Runtime& runtime, Text folder, Text config, Model& resul
     if (status.error != Error::cannot_open) BABYGPT_TRY(status);  // there need not be one
     if (model.tokenizer.vocab > c.config.vocab)
         return c.bad(": its tokenizer has ", model.tokenizer.vocab, " ids, but vocab_size is ", c.config.vocab);
-    BABYGPT_TRY(allocate_weights(runtime, model, c.config));
+    BABYGPT_TRY(allocate_weights(runtime, model, c.config, false));
     bool as_converted;
     BABYGPT_TRY(read_tensors(runtime, c, "", model.names, model.weights, as_converted));
     result = static_cast<Model&&>(model);
@@ -8452,7 +8453,6 @@ Status load_model(Runtime& runtime, ByteSource& source, Model& result) {
     if (model.tokenizer.vocab > c.config.vocab)
         return c.bad(": its tokenizer has ", model.tokenizer.vocab, " ids, but vocab_size is ", c.config.vocab);
     BABYGPT_TRY(allocate_weights(runtime, model, c.config, false));
-    start_pool(runtime);
     BABYGPT_TRY(read_chat(runtime, c, model.chat));
     bool as_converted;
     BABYGPT_TRY(read_tensors(runtime, c, "", model.names, model.weights, as_converted));
