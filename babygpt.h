@@ -8028,7 +8028,7 @@ Status parse_config(Runtime& runtime, Text text, Text where, Config& config, boo
     Json json(runtime, text);
     uint64_t seen = 0;
     int head_dim = 0;
-    bool mlp_bias = false, has_mlp_bias = false;
+    bool mlp_bias = false;
     const auto must_be = [&](bool wanted, const char* why) {
         bool value = wanted;
         if (json.boolean(value) && value != wanted) json.reject(why);
@@ -8037,7 +8037,7 @@ Status parse_config(Runtime& runtime, Text text, Text where, Config& config, boo
         if (json.peek() == JsonType::null || (foreign && json.key_is("dtype"))) json.skip();
         else if (read_field(json, config, seen)) continue;
         else if (json.key_is("head_dim")) read_value(json, head_dim);
-        else if (json.key_is("mlp_bias")) has_mlp_bias = json.boolean(mlp_bias);
+        else if (json.key_is("mlp_bias")) json.boolean(mlp_bias);
         else if (json.key_is("rope_scaling")) json.reject("rope_scaling is not supported");
         else if (json.key_is("rope_parameters")) {
             Text type("default");
@@ -8057,7 +8057,7 @@ Status parse_config(Runtime& runtime, Text text, Text where, Config& config, boo
     Status status = check(config);
     if (status.ok() && head_dim && int64_t(head_dim) * config.heads != config.width)
         status = fail(Error::unsupported, "head_dim is ", head_dim, ", but only hidden_size / num_attention_heads is supported");
-    if (status.ok() && has_mlp_bias && mlp_bias != config.bias)
+    if (status.ok() && llama && mlp_bias != config.bias)
         status = fail(Error::unsupported, "mlp_bias and attention_bias differ, which is not supported");
     if (!status.ok()) return fail(Error::bad_file, "'", where, "': ", Text(status.message));
     if (config.hidden == 0) config.hidden = 4 * config.width;  // GPT-2's

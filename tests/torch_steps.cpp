@@ -17,14 +17,17 @@ static int report(const Status& status) {
 int main(int count, char** words) {
     if (count < 3) return report(Status()), 2;
     const int variant = atoi(words[2]);
-    const bool second = variant == 1;
+    const bool second = variant == 1, llama = variant == 4 || variant == 5;
     Runtime runtime;
     Config config;
+    if (report(preset_architecture(llama ? "llama" : "gpt2", config))) return 1;
     config.layers = 2, config.heads = 4, config.width = 64, config.context = 32;
-    config.tied = !second, config.bias = !second, config.activation = second ? Activation::gelu : Activation::gelu_tanh;
-    config.positions = variant == 2 ? Positions::rotary : Positions::learned;
+    if (second) config.tied = config.bias = false, config.activation = Activation::gelu;
+    if (variant == 2) config.positions = Positions::rotary;
+    if (llama) config.kv_heads = 2;
+    if (variant == 6) config.positions = Positions::sinusoidal, config.norm_after = true, config.activation = Activation::relu;
     TrainConfig how;
-    how.optimizer = variant == 3 ? Optimizer::muon : Optimizer::adamw;
+    how.optimizer = variant == 3 || variant == 5 ? Optimizer::muon : Optimizer::adamw;
     how.batch = 4, how.accumulate = 2, how.steps = 100, how.lr = 3e-3, how.warmup = 10;
 
     Tokenizer tokenizer;

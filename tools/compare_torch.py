@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Trains the same two-layer GPT from the same weights on the same batches here and in PyTorch, and compares the loss of 100 steps.
+"""Trains the same two-layer model from the same weights on the same batches here and in PyTorch, and compares the loss of 100 steps.
 
     make build/tests/torch_steps && python3 tools/compare_torch.py build/tests/torch_steps
 
 build/tests/torch_steps makes the weights, saves them as safetensors, and prints its losses and learning rates; this file reads the weights
-and does the same steps. The variants: GPT-2 as it is; an untied head, no biases, erf-GELU; rotary positions; and Muon for the matrices.
+and does the same steps. The variants: GPT-2 as it is; an untied head, no biases, erf-GELU; rotary positions; Muon for the matrices; Llama's type
+with grouped queries, by AdamW and by Muon; sinusoidal positions, ReLU and norms after the additions.
 """
 import json
 import math
@@ -83,10 +84,46 @@ class Muon:
             update = w.grad.lerp(momentum, 0.95)
             parts = update.chunk(3 if "c_attn" in name else 1, 1)
             w.mul_(1 - lr * WEIGHT_DECAY)
-            w.sub_(torch.cat([orthogonal(p) * max(1, p.shape[1] / p.shape[0]) ** 0.5 for p in parts], 1), alpha=lr)
+            in_, out = w.shape[1] if "model.layers." in name else w.shape[0], parts[0].shape[0 if "model.layers." in name else 1]
+            w.sub_(torch.cat([orthogonal(p) * max(1, out / in_) ** 0.5 for p in parts], 1), alpha=lr)
 
 
-def loss_of(w, ids, targets, approximate):
+def loss_of_llama(w, ids, targets):
+    def norm(x, name):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * w[name + ".weight"]
+
+    def linear(x, name):
+        return F.linear(x, w[name + ".weight"])
+
+    def heads(x):
+        return x.view(BATCH, CONTEXT, -1, WIDTH // HEADS).transpose(1, 2)
+
+    x = w["model.embed_tokens.weight"][ids]
+    mask = torch.full((CONTEXT, CONTEXT), -math.inf).triu(1)
+    for layer in range(LAYERS):
+        h = f"model.layers.{layer}."
+        y = norm(x, h + "input_layernorm")
+        q, k, v = (heads(linear(y, h + f"self_attn.{which}_proj")) for which in "qkv")
+        q, k = rotated(q), rotated(k)
+        k, v = (t.repeat_interleave(HEADS // t.shape[1], 1) for t in (k, v))
+        y = F.softmax(q @ k.transpose(2, 3) / math.sqrt(WIDTH // HEADS) + mask, -1) @ v
+        x = x + linear(y.transpose(1, 2).reshape(BATCH, CONTEXT, WIDTH), h + "self_attn.o_proj")
+        y = norm(x, h + "post_attention_layernorm")
+        x = x + linear(F.silu(linear(y, h + "mlp.gate_proj")) * linear(y, h + "mlp.up_proj"), h + "mlp.down_proj")
+    logits = linear(norm(x, "model.norm"), "lm_head")
+    return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.flatten())
+
+
+def waves():
+    angle = torch.arange(CONTEXT)[:, None] * 10000.0 ** (-torch.arange(0, WIDTH, 2) / WIDTH)
+    return torch.stack([angle.sin(), angle.cos()], -1).view(CONTEXT, WIDTH)
+
+
+def loss_of(w, ids, targets, variant):
+    if variant in (4, 5):
+        return loss_of_llama(w, ids, targets)
+    after = variant == 6  # Vaswani et al. 2017
+
     def norm(x, name):
         return F.layer_norm(x, (WIDTH,), w[name + ".weight"], w.get(name + ".bias"), 1e-5)
 
@@ -94,18 +131,27 @@ def loss_of(w, ids, targets, approximate):
         y = x @ w[name + ".weight"]
         return y + w[name + ".bias"] if name + ".bias" in w else y
 
-    x = w["wte.weight"][ids] + w.get("wpe.weight", 0)
+    def activation(x):
+        return F.relu(x) if after else F.gelu(x, approximate="none" if variant == 1 else "tanh")
+
+    def sub_layer(x, name, f):
+        return norm(x + f(x), name) if after else x + f(norm(x, name))
+
+    x = w["wte.weight"][ids] + w.get("wpe.weight", 0) if not after else w["wte.weight"][ids] * WIDTH**0.5 + waves()
     mask = torch.full((CONTEXT, CONTEXT), -math.inf).triu(1)
     for layer in range(LAYERS):
         h = f"h.{layer}."
-        q, k, v = linear(norm(x, h + "ln_1"), h + "attn.c_attn").view(BATCH, CONTEXT, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
-        if "wpe.weight" not in w:
-            q, k = rotated(q), rotated(k)
-        y = F.softmax(q @ k.transpose(2, 3) / math.sqrt(WIDTH // HEADS) + mask, -1) @ v
-        x = x + linear(y.transpose(1, 2).reshape(BATCH, CONTEXT, WIDTH), h + "attn.c_proj")
-        y = F.gelu(linear(norm(x, h + "ln_2"), h + "mlp.c_fc"), approximate=approximate)
-        x = x + linear(y, h + "mlp.c_proj")
-    logits = norm(x, "ln_f") @ w.get("lm_head.weight", w["wte.weight"]).T
+
+        def attention(x):
+            q, k, v = linear(x, h + "attn.c_attn").view(BATCH, CONTEXT, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
+            if variant == 2:
+                q, k = rotated(q), rotated(k)
+            y = F.softmax(q @ k.transpose(2, 3) / math.sqrt(WIDTH // HEADS) + mask, -1) @ v
+            return linear(y.transpose(1, 2).reshape(BATCH, CONTEXT, WIDTH), h + "attn.c_proj")
+
+        x = sub_layer(x, h + "ln_1", attention)
+        x = sub_layer(x, h + "ln_2", lambda x: linear(activation(linear(x, h + "mlp.c_fc")), h + "mlp.c_proj"))
+    logits = (x if after else norm(x, "ln_f")) @ w.get("lm_head.weight", w["wte.weight"]).T
     return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.flatten())
 
 
@@ -115,9 +161,10 @@ def compare(driver, variant):
         lines = subprocess.run([driver, path, str(variant)], check=True, stdout=subprocess.PIPE, text=True).stdout.split("\n")
         w = read_safetensors(path)
     ours = [tuple(map(float, line.split())) for line in lines if line]
-    assert len(ours) == 100 and ("lm_head.weight" in w) == (variant == 1) and ("ln_f.bias" in w) == (variant != 1)
-    assert ("wpe.weight" in w) == (variant != 2)
-    muon = Muon([(name, t) for name, t in w.items() if variant == 3 and t.dim() == 2 and name.startswith("h.")])
+    assert len(ours) == 100 and ("lm_head.weight" in w) == (variant in (1, 4, 5)) and ("ln_f.bias" in w) == (variant in (0, 2, 3))
+    assert ("wpe.weight" in w) == (variant in (0, 1, 3))
+    blocks = ("h.", "model.layers.")
+    muon = Muon([(name, t) for name, t in w.items() if variant in (3, 5) and t.dim() == 2 and name.startswith(blocks)])
     theirs = {name for name, _, _ in muon.matrices}
     groups = [{"params": [t for name, t in w.items() if t.dim() == 2 and name not in theirs], "weight_decay": WEIGHT_DECAY},
               {"params": [t for t in w.values() if t.dim() < 2], "weight_decay": 0.0}]
@@ -128,19 +175,20 @@ def compare(driver, variant):
             group["lr"] = lr
         for t in w.values():
             t.grad = None
-        loss = loss_of(w, ids, targets, "none" if variant == 1 else "tanh")
+        loss = loss_of(w, ids, targets, variant)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(w.values()), CLIP)
         optimizer.step()
         muon.step(MUON_LR * lr / LR)
         first, last = first or loss.item(), loss.item()
-        if not abs(loss.item() - our_loss) <= worst:
-            worst, where = abs(loss.item() - our_loss), step + 1
-    print(f"variant {variant}: loss {first:.4f} to {last:.4f}; it differs from PyTorch {torch.__version__}'s by at most {worst:.2g} (step {where})")
+        difference = abs(our_loss / loss.item() - 1)
+        if not difference <= worst:
+            worst, where = difference, step + 1
+    print(f"variant {variant}: loss {first:.4f} to {last:.4f}; relative to PyTorch {torch.__version__}'s it differs by at most {worst:.2g} (step {where})")
     return worst <= LIMIT
 
 
 torch.set_num_threads(2)
-good = [compare(sys.argv[1] if len(sys.argv) > 1 else "build/tests/torch_steps", variant) for variant in range(4)]
+good = [compare(sys.argv[1] if len(sys.argv) > 1 else "build/tests/torch_steps", variant) for variant in range(7)]
 print(f"{sum(good)} passed, {len(good) - sum(good)} failed")
 sys.exit(0 if all(good) else 1)

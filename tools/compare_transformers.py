@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""Small random models of Llama and GPT-2 type that transformers writes, in one file, in several, and in bf16: read here, written as a folder,
+read by transformers again. Both ways the logits must be the same, and what both say without chance.
+
+    python3 tools/compare_transformers.py --babygpt build/babygpt
+"""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+try:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, logging
+except ImportError:
+    print("skipped: PyTorch and transformers are not both here")
+    sys.exit(0)
+
+LIMIT = 1e-5  # max |difference| / max |reference|
+babygpt = sys.argv[sys.argv.index("--babygpt") + 1] if "--babygpt" in sys.argv else "build/babygpt"
+VOCAB = 256  # bytes: the model can be asked for the log-probabilities of a text
+TEXT = "".join(chr(32 + i * 7 % 90) for i in range(40))
+
+
+def models():
+    common = {"vocab_size": VOCAB, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2}
+    for tied in (False, True):
+        yield LlamaForCausalLM(LlamaConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
+                                           max_position_embeddings=64, rope_theta=5e4, tie_word_embeddings=tied, **common))
+    yield GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=3, n_head=4, n_positions=64, n_inner=100, **common))
+
+
+def ask(*words, text=""):
+    lines = subprocess.run([babygpt, *words], input=text, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(lines) if "--json" in words else None
+
+
+def compare(model, pieces, dtype):
+    model.eval()
+    with tempfile.TemporaryDirectory() as folder:
+        theirs, ours, back = (os.path.join(folder, name) for name in ("theirs", "ours.safetensors", "back"))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype).float()
+        model.to(dtype).save_pretrained(theirs, max_shard_size="60KB" if pieces else "5GB", safe_serialization=True)
+        with open(os.path.join(theirs, "tokenizer.json"), "w") as file:
+            file.write('{"babygpt":{"kind":"bytes"}}')
+        ask("convert", theirs, ours)
+        ask("convert", ours, back)
+        # As floats: `to` would round the angles of the positions, too.
+        model, again = (type(model).from_pretrained(path, torch_dtype=torch.float32).eval() for path in (theirs, back))
+        ids = torch.tensor([list(TEXT.encode())])
+        with torch.no_grad():
+            wanted, exported = (m(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0] for m in (model, again))
+            said = model.generate(ids[:, :8], do_sample=False, max_new_tokens=30, pad_token_id=0, eos_token_id=VOCAB)[0, 8:].tolist()
+        scored = torch.tensor(ask("score", ours, "--json", text=TEXT)["logprobs"][1:])
+        written = ask("generate", ours, "--json", "--prompt", TEXT[:8], "--temperature", "0", "--tokens", "30")["ids"]
+    worst_in, worst_out = ((x - wanted).abs().max().item() / wanted.abs().max().item() for x in (scored, exported))
+    good = worst_in <= LIMIT and worst_out <= LIMIT and written == said
+    print(f"{type(model).__name__}, {'several files' if pieces else 'one file'}, {dtype}: relative error in {worst_in:.2g}, out {worst_out:.2g}, "
+          f"{'the same' if written == said else 'OTHER'} greedy tokens")
+    return good
+
+
+logging.set_verbosity_error()
+torch.manual_seed(0)
+good = [compare(model, pieces, dtype) for model in models() for pieces, dtype in ((False, torch.float32), (True, torch.float32), (False, torch.bfloat16))]
+print(f"{sum(good)} passed, {len(good) - sum(good)} failed")
+sys.exit(0 if all(good) else 1)
