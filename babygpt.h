@@ -2,7 +2,7 @@
 //
 // [CHAPTER 0] Read me
 //
-// What it is.  A whole language model in one file: byte-level BPE, byte and character tokenizers; a GPT-2 type Transformer;
+// What it is.  A whole language model in one file: byte-level BPE, byte and character tokenizers; Transformers of GPT-2's and Llama's type;
 // training with AdamW or Muon; generation with a KV cache, from f32, bf16 or int8; checkpoints that Python reads (safetensors). It is
 // made for models of up to some ten million parameters on the cores of an ordinary computer, for programs that include it, and for people
 // who want to read how it works.

@@ -792,6 +792,38 @@ TEST(huggingface_folders, "a model would not come back from Hugging Face's form 
         }
 }
 
+TEST(foreign_allocations_fail, "too little memory or a failing disk would crash or leak while other people's files are read and written") {
+    Host host;
+    Model model;
+    if (!make_foreign(host, foreign_config("llama"), model)) return;
+    CHECK_OK(model.save_huggingface("f"));
+    CHECK_OK(model.save_llama2c("m.bin"));
+    split(host.files);
+    const std::map<std::string, std::string> whole = host.files;
+    const int64_t blocks = host.blocks;
+    for (const char* path : {"f", "m.bin"})
+        for (int what = 0; what < 2; ++what)
+            for (int64_t n = 1;; ++n) {
+                Model loaded;
+                host.start_counting();
+                (what ? host.fail_read : host.fail_allocation) = n;
+                const Status status = loaded.load(host.runtime, path);
+                const bool reached = (what ? host.reads : host.allocations) >= n;
+                if (!CHECK(status.ok() == !reached && status.ok() == (loaded.weights != nullptr) && host.open_files == 0) || !reached)
+                    break;
+            }
+    for (const char* path : {"f", "m.bin"})
+        for (int what = 0; what < 2; ++what)
+            for (int64_t n = 1;; ++n) {
+                host.start_counting();
+                (what ? host.fail_call : host.fail_allocation) = n;
+                const Status status = strcmp(path, "f") ? model.save_llama2c(path) : model.save_huggingface(path);
+                const bool reached = (what ? host.calls : host.allocations) >= n;
+                if (!CHECK(status.ok() == !reached && host.open_files == 0) || !reached) break;
+            }
+    CHECK(host.blocks == blocks && host.files.at("m.bin") == whole.at("m.bin"));
+}
+
 TEST(huggingface_configs, "a config that means another model would be taken for one that we know") {
     Host host;
     Model model;
