@@ -258,7 +258,7 @@ struct Array {
 
 // ---- Tokenizer: text <-> ids ------------------------------------------------------------------------------------------
 
-enum class TokenizerKind : int32_t { none, bytes, characters, bpe };
+enum class TokenizerKind : int32_t { none, bytes, characters, bpe, wordpiece, sentencepiece };
 
 struct Corpus;  // below
 
@@ -273,6 +273,9 @@ Status parse_tokenizer(Text text, TokenizerConfig& config);
 // bytes:      id = byte value, vocab 256.
 // characters: ids in the order of code points, "\n" always among them; the last id stands for any character not seen in training.
 // bpe:        byte-level BPE with GPT-2's pre-tokenization.
+// wordpiece:  BERT's. encode adds no [CLS] or [SEP]. decode joins words by blanks (none before . , ! ?), as BERT's decoder does.
+// sentencepiece: a .model file of type unigram or BPE. encode adds no <s> or </s>; decode leaves control pieces out.
+// The last two are loaded, not trained. They change the text: small letters are Unicode's, not Turkish (I gives i; see chapter 3).
 // Bytes and bpe: decode(encode(x)) == x for any bytes whatever. Read-only once filled: any number of threads may use it.
 struct Tokenizer {
     TokenizerKind kind = TokenizerKind::none;
@@ -291,10 +294,12 @@ struct Tokenizer {
     // Learns from the training part of a corpus, or from a text. Ties: higher count first, then smaller (left id, right id).
     Status train(Runtime& runtime, const TokenizerConfig& config, Corpus& corpus);
     Status train(Runtime& runtime, const TokenizerConfig& config, Text text);
-    // A tokenizer.json, a .tiktoken file, vocab.bpe or encoder.json (the other one beside it), a folder of these, or "byte".
+    // A tokenizer.json (bpe or wordpiece), a .tiktoken file, vocab.bpe or encoder.json (the other one beside it), BERT's vocab.txt, a
+    // SentencePiece .model, llama2.c's tok512.bin, a folder of these, or "byte". A vocab.txt does not say whether it tells capital from
+    // small letters: the path must, with "uncased" or "cased" in it or after it ("vocab.txt:uncased").
     Status load(Runtime& runtime, Text path);
     Status load_memory(Runtime& runtime, Text json);  // a tokenizer.json
-    Status save(Text path) const;                     // as tokenizer.json
+    Status save(Text path) const;                     // as tokenizer.json; a sentencepiece one as .model where the path ends so
     Status save_memory(Array<char>& json) const;
     Status copy(Runtime& runtime, const Tokenizer& from);
 
@@ -2095,7 +2100,7 @@ constexpr char white_ranges[] = "jesaDwaBaaIHjaDPnkBdbfaBvaFXwa";
 constexpr uint32_t classes_end = 205744;  // from here on everything is `class_other`
 
 // Two bits a character: 50 KiB.
-inline void mark_ranges(unsigned char* classes, const char* ranges, CharClass mark) {
+inline void mark_ranges(unsigned char* classes, const char* ranges, unsigned mark) {
     uint32_t code = 0, value = 0;
     for (bool take = false; *ranges; ++ranges) {
         const bool last_digit = *ranges >= 'a';
@@ -2105,6 +2110,155 @@ inline void mark_ranges(unsigned char* classes, const char* ranges, CharClass ma
         for (; take && code < end; ++code) classes[code / 4] = static_cast<unsigned char>(classes[code / 4] | mark << code % 4 * 2);
         code = end, value = 0, take = !take;
     }
+}
+
+// ---- BERT's characters -------------------------------------------------------------------------------------------------
+
+// What BERT's clean-up and cutting make of a character (tools/bert_tables.py; the punctuation is that of Unicode 8, as in Hugging Face's
+// library, with all of ASCII's signs). The two maps are runs of pairs: the gap from the last code, how many more than one, the step of the
+// codes, the step of the targets, and how far the first target is from the last one (doubled; plus one: below it). Target 0: no character.
+enum WordClass : unsigned char { word_plain, word_white, word_punctuation, word_removed };  // white and removed: removed
+constexpr char removed_ranges[] = "aicbbrDrBgnaCAkfwaHkaBxaGLiaDAqeBaeBxebjCUOeJMdCHbaJpcbaGIxaCNCkdHWxh";
+constexpr char punctuation_ranges[] =
+    "BhokgBafBadBiafadakbdadaBBaaiaRyfBpbBzabacacaBsbubbbnacbCwdDyaBrnIzcCcoBfaKbbkaOtaBDraDmakbGmobaBldCtaCweebEhfGpaXoiFvaXwbBsbDacCtbG"
+    "bcbcBlkMbbIibEygbfGqgFzdCheCkbCmhlaBFwxitbmblBebobYjdBdbBPtnDbbBfjPnvCldBgbBDjdbbEiaFnBubsRecejclqamaDuaDmaBRYgbKjcDvakaElfOqdDibBoc"
+    "baBxbBvaDtmqbEudEwbqbJpaBEUsbIajwBibnbaeabbFtcbfbdkbdbBacbaBbababgPucZsaBwaPyaBCpaHraBfaKmiBmaEigCogDldBTygEfbbdEwdBwbDbedanabcDkfEd"
+    "aUuaJqwEbcJocEZxeBAMzbFdaCneiaBEVaaLIle";
+constexpr char accent_map[] =
+    "HkfbaFacbbcebcbaabdbaicbbbkbdbaaddbambabaidfbaqcbbcebcbaabdbaicbbbkbdbaaddbambbcaibabaEjbabaCmbabaCnbabaCmbabaCnbabaCmbabaCjbabaCmba"
+    "baCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaClbabaCmdabaClbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCjbabaCmbabaCnbabaCmba"
+    "baCnbabaCmbabaCnbabaCmbabaClbabaCmdabaClbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCneabacbabaCmbabaClbabaCmcabaClbabaCmbabaCnbab"
+    "aCmbabaCnbabaCmfabaCjbabaCmbabaCnbabaCmbabaCnbabaCmeabaClbabaCmbabaCnbabaCmbabaCnbabaCmdabaChbabaCmbabaCnbabaCmbabaCnbabaCmbabaClbab"
+    "aCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaClbabaCmbabaCnbabaCmdabaClbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbab"
+    "aCmbabaCjbabaCmbabaCjbabaCmbbbbCnbabaCmbabaCnbabaCmbabaCnbabaCmBiabaDjbabaCmoabaCbbabaCmBdabaEbbabaCmbabaBxbabaCmbabaCbbabaCmbabaCbb"
+    "abaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmcabaEbbabaCmbabaCnbabaCmbabaHubabaCmdabaMhbabaCmbabaCfbabaCmbabaCfbabaCmbabaCnb"
+    "abaCmbabaZgbabaQwbabaBQneabaCtbabaCmdabaBzbabaCmbabaDnbabaCmbabaHubabaCmbabaBdbabaCmbabaOdbabaCmbabaCnbabaCmbabaCfbabaCmbabaCnbabaCm"
+    "babaCfbabaCmbabaCnbabaCmbabaCbbabaCmbabaCnbabaCmbabaChbabaCmbabaCnbabaCmbabaChbabaCmbabaCnbabaCmbabaCrbabaCmbabaClbabaCmdabaDlbabaCm"
+    "habaDbbabaCmbabaCfbabaCmbabaBtbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaBtbabaCmHxEhbaJjfabaCBqkabaBXdhabaIkbabaCFibabaCEfbcbcCE"
+    "mcabamcabambabaibabaBgBaabaCnbabaybabaybcbcibabayBaabazbabaybabanbabambabaifbbasBsbbaFecabafeabaBbfabaBobabafbabawlabaxBgabaCmxbbahc"
+    "abafeabaCsfabaCfbabafbabawybbbDumebaDJvCgabaDCmbabaCmoabaCzbabaCmbabaCnbabaCmdabaCdbabaCmdbbbMobabaPbbabaCmbabaClbabaCmdabaClbabaCmb"
+    "abaCnbabaCmbabaCbbabaCmdbbbNcbabaOnbabaCmbabaDhbabaCmbabaCnbabaCmbabaCnbabaCmbabaCfbabaCmdabaCfbabaCmFwBsbaDGpcbcaabbcaabbcaaCvkbaai"
+    "bbaERebabaCobabaCpbabaCsBlubaETxrabaaDcabaFEocabaBprabaBidgbaFEjdfbaadbbaacdbaaBkabaaBfBabaaDokbaaChibaaBjdbaacibaaccbaacebaaBscbaaF"
+    "gBfbaaBnabaGYiiabaqdabaggbcaGZffhbaafabaaegbaabcbbGWwbabakbbbbkbabasbabaidbbaGYxBeabaaChabaafdbaahabaHKoaabatbabasaabaBgbabaHLvpbbbH"
+    "HqcabaBadbbaHItBebbaaBxabaHSudabamgabaHThfbbaafbbaadcbaaeabaaibbbHQqbabakdabaBesbbaHSheabaambbaaCgabaafebaacbbaafabaavbbaaBeabaaChab"
+    "aadbcaabcbaaeabaIOcdabaaaabatbabasaabaBgbabaIPjjabaagbbbILefbbaILhBfabaasabaITwaabaFiBsabaIZfkabaIXwaabarbabasaabatbabaqaabaBibabaIZ"
+    "fBzabaaCkcbaagcbaacdbaaibbaambbaaBeabaaChabaadabaababaJSsgabaJStbbbbJSscbbaBpaabaBmbbbaJStvbbaaBeabaaCmdbaagabaKBkaabarbabasaabatbab"
+    "aqaabaBibabaKCtvbbaaDzabaaicbaacabaaebcaKMsaabavbabauaabavbabauaabamDfabaKNfdgbaanhbaaDvabaadfbaacbbaamfbaaCxbbaaBcccaakabaLOmkabauf"
+    "abakfabakfabaknabaCdinbaLOjcebaacbbaagkbaacBjbaakabaaDsabaMFyhdbaMFzcfbaacbbaadbbaaBabbaafcbaardbaaoabaadbbaahabaaqabaaBBccbaaBKlcba"
+    "aBecbaaBebbaaBfbbaaCnbbaacgbaajabaadkbaakabaaBucbaaGaabaaEpcbaafbbaakabaahcbaaImbbaadabaaChbcaabfbaacbcaadhbaahjbaadabaaBxnbaaCpdbaa"
+    "dabaUMcaabaDscabaDpaabaDocabaDlaabaDkcabaDhaabaDgcabaDdaabaDceabaCvaabaCuBibcaUPvbdbaababaUPubabaUPvbabaUPudabasaabatbabauaabavbabaU"
+    "PvbabaUPuBoibaUPvnbbaaBhdbaadbbaaccbaaCfbcaababaaebcaabbbaaChhbaadbbaaFxcbaacmbaacgbaafabaahabaaebbaaHrCbbaahdbaababaFababaCmbabaClb"
+    "abaCmbabaCnbabaCmbabaCnbabaCmbabaClbabaCmbabaClbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaClbabaCmbabaCnbabaCmbabaCnb"
+    "abaCmbabaCnbabaCmbabaCnbabaCmbabaClbabaCmbabaClbabaCmbabaClbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaClbabaCmbabaCnb"
+    "abaCmbabaCjbabaCmbabaCnbabaCmbabaCnbabaCmbabaClbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaClbabaCmbabaCnbabaCmbabaCnbabaCmbabaClb"
+    "abaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaClbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaClbabaCmbabaCnbabaCmbabaCjbabaCmbabaCnb"
+    "abaCmbabaCnbabaCmbabaCnbabaCmbabaClbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaClbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnb"
+    "abaCmbabaClbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaClbabaCmbabaCnbabaCmbabaClbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnb"
+    "abaCmbabaCnbabaCmbabaClbabaCmbabaCnbabaCmbabaClbabaCmbabaClbabaCmbabaCnbabaCmbabaCnbabaCmbabaBlbabaybbbcgcabaUefabaYnbabaCmbabaCnbab"
+    "aCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCfbab"
+    "aCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCfbabaCmbabaCnbabaCmbabaCbbabaCmbabaCnbab"
+    "aCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCbbab"
+    "aCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmbabaCfbabaCmbabaCnbabaCmbabaCnbabaCmbabaCnbabaCmhhbaCLkbh"
+    "baCnbfbaCudfbaCndhbaCqbhbaCnbhbaCqbhbaCnbfbaCydfbaCndhbaCycdcaCnbhbaCubhbaCnbbbaqbbbaibbbaebbbaebbbambbbambbbaidhbaBxbhbaCnbhbaCybhb"
+    "aCnbhbaDwbhbaCnbebaqcbbaabebaCncabaDcdabaCIlbcbaCIgcbbaabbbaCrbcbaebcbaVImbdbaVFxdbbaabdbaCnccbaVNebdbaVJvbbbajbbbaibdbaCnbabajbbbaC"
+    "GpbabaFpdcbaCPecbbaabbbaDhbcbaubabaCGhdbbbXSmHzmbaYGlfabaaelbaaCcabaCUceabaCOjbabavEhbbcZFytabaeBfabaEqbabaibabafCbabaDufabakdabagyb"
+    "ccBwBbabaBudabaodabaecabagxabaZUlcabaZWilabaBpbbbcZUxbbbbZWmdbbbBadbbbghbbbgdbbbodbbbgBjabaCcbbbbmbabaeBxbbbDrbbbbBohdbbCmCibbbKCkCX"
+    "uabaDXxUlcbaBGMdFmabaaDtBfbaaVjdbaaBflccBKPadcccghbbaocbbagcbbagcbbagcbbagxabaEdfbbaBKOreabaBKViolccBcdcccghbbaocbbagcbbagcbbagcbbag"
+    "xabaEdddbbFqeabawBSMjabaBLCtfjbaaBhbbaaDdbbaaKnabaaeabaafabaaBabbaaGcabaaBcrbaaCbhbaaBakbaaBvcbaaBxabaaddbaadabaaBpabaaCqfbaadbbaadb"
+    "baanabaajabaaBwabaaCabcaabbbaadbbaagbbaacabaaBrbbaajabaaJfabaadabaafabaaBDExabaECGmbabaBCHdbabaBEEmbabaBNpbabaWSdbabaYSlbabaEIgbbbaC"
+    "FJababaCBGhbabaBQUqbabaBTRhbabaCVybabaGOybabaPMsbabaGXkbabaFCmbabaBDebabaYmbabaFTmbabaBDFfbabaCJababaCVsbabaCHmbabaMKkbabaJZmbabaGLy"
+    "babaCFDnbabaDTmbabaRVybabaFJqbabaPFgbabaSDmbabaBXCfbabaOCkbabaQOybabaCSsbabaBDGhbabaXNqbabaETqbabaBFHzbabaGHmbabaEUobabaEFsbabaWPgba"
+    "baBXLpbabaBRebabaWsbabaNOmbabaEPibabaFMobabaDRibabaGXgbabaEOobabaGqbabaFTebabaHAkbabaDFmbabaBYcbabaBCJdbabaSsbabaDDibabaERibabaLNyba"
+    "baIScbabaOXfbabaBLVzbabaERababaWGebabaDDcbabaKRxbabaEWebabaPDgbabaHTababaBVBjbabaCRsbabaKJqbabaCWkbabaXubabaKSebabaUibabaSGebabaBZCt"
+    "babaBIQkbabaBJJjbabaBhbabaBENwbabaCTobabaEScbabaOAqbabaIHvbabaBEVjbabaFLubabaYZobabaBUAtbabaKJkbabaDEcbabaOTebabaBLqbabaBAAlbabaBCSe"
+    "babaBFGbbabaMBkbabaNIvbabaXHmbabaFOjbabaRYababaBFItbabaDMsbabaXFibabaKBobabaEVqbabaXLhbabaBBGebabaBAQjbabaHFxbabaYEgbabaXRvbabaNLyba"
+    "baBDIlbabaCBubabaHkbabaRFkbabaPLsbabaEEybabaGJebabaFHqbabaBVPtbabaZqbabaDYgbabaEDubabaFEwbabaHTibabaGYqbabaVPmbabaDPibabaDEgbabaEgba"
+    "baCFSpbabaPHebabaDOkbabaBBFibabaBLBpbabaCJgbabaIqbabaBZgbabaHZmbabaBQibabaCMababaDZmbabaDEababaBWwbabaLDubabaHThbabaIMsbabaCKcbabaBX"
+    "JzbabaKubabaBPkbabaVGgbabaSEebabaBLobabaBHGdbabaXcbabaCRkbabaGFmbabaMOebabaGRbbabaBBSdbabaGDebabaDTcbabaBJybabaBUybabaOVsbabaOcbabaI"
+    "MkbabaNgbabaNPcbabaDPsbabaGibabaQababaCCYtbabaBFXubabaSFcbabaDUubabaBOUhbabaNXnbabaBTwbabaIKebabaGgbabaHCebabaDIwbabaFXobabaDJsbabaL"
+    "EababaISmbabaLKsbabaBRExbabaBKCibabaBZGdbabaPWmbabaJgbabaEAmbabaBAsbabaECwbabaZwbabaCImbabaDNmbabaURsbabaCBTbbabaMRybabaBNPsbabaCBGl"
+    "babaJUqbabaMTebabaZEubabaBKBvbabaBHybabaFEkbabaIRgbabaBANebabaBZUhbabaBLkbabaGIebabaHIqbabaYgbabaBAqbabaDFmbabaFKkbabaBKqbabaHGwbaba"
+    "HBwbabaBkbabaGTqbabaDWebabaBZFzbabaUVebabaUEdbabaWMwbabaCCubabaNEibabaMQcbabaEIibabaBSybabaBPRtbabaESebabaPGcbabaFKdbabaGobabaBCmbab"
+    "aHLlbabaBQlbabaUGsbabaBTXhbabaBNTcbabaBLCrbabaDzbabaJOobabaDEgbabaTSgbabaZGdbabaNIobabaEWjbabaBEScbabaFGpbabaKPubabaJRhbabaBGJhbabaK"
+    "HjbabaDKqdabaBZgcabaKRsdabaPPlbabaZFsbabaCTkbabaBWebabaCqbabaobabaDgbabaWOkbabaUDtbabaCHacabaEUscabaDSmdabaDZkbabaPeeabaGAmbabaBabab"
+    "aDkbabaDLobabaJSvbabaELebabaCBUxbabaYcbabaHwbabaBDgbabaCcbabaIkbabaBTgbabaIcbabaHobabaBKibabaIababaCVobabaubabaDDsbabaQibabaCybabaHs"
+    "babaCOgbabaLibabaNmbabaBMmbabaDTkbabaMobabaUibabaBTgbabaOobabaBMsbabaDJibabaNibabawbabadbabaqbabambabaobbbbDsbabaNsbabaFababaYobabaB"
+    "RkbabaBqbabaEibabaXmbabaLibabaBLobbbaKubabaBKubabaDPababaKibabaBBybabaEibabaBFobabaEcbabaCAubabaKababaFBibabaVwbabaEqbabaBQGjbabaOBL"
+    "ababaNBYrdabaBNIzbabaCScbabaFzbabaBLpbabaBIwbabaEobabaZebabaDybabaBZybabaFpbabaFgbabaFqbabaBWqbabaGwbabaLebabaBgbabaUubabaPgbabaCUeb"
+    "abaobabaLcbabaFgbabaXababaJcbabaFlbabaKibabaDpbabaLgbabaFcbabaBEubabaGubabaEebabaUababaWababaMobabaibabaEobabaDDmbabaFababaBEcbabaBF"
+    "obabaBhbabaGsbabaTkbabaZwbabaESobabaEDhbabaJkbabaJmbabaZebabaLmbabaEcbbbcRkbabaNebabaBibabaBybabaGqbabavbabaBEmbabaBLibabaUwbabaOkba"
+    "baRgbabaLubabaZkbabaPibabaCNababaMcbabaCRsbabaBJcbabaFibabaBgbabaWwbabaEkbabaDnbabaEebabahbabaBjbabaFwbabaGgbabaBDkbabaBRcbabaYebaba"
+    "WsbabaRababaDBgbabaHybabaIwbabaKgbabaCubabaybabaDsbabaCDybabaDLkbabaLLKubabanbabaITubabaORXhbabaDKgbabaCobabaPLMebabaHZibabaZTubabaN"
+    "ZFtbabaFuCqabaEMKxbabaELfbabaENcldbatbcbaBzbfbbccebbecbccebbcccbbcccbdbbcbabaBrbabajbabaubabasBAopbaEMbrpbaaBLmabaaItabaaFuebaaCMhcb"
+    "aacbbaagdbaaBpcbaafabaaGkbbaaBYhabaaCdobaaCfcbaazbccHYMcpabauidbaHYNbdbbaaCscbaaBlebaachbaaClabaanbbaaCbibaamcbaaDvcbaadbcaababaaGma"
+    "baaehbaawbbaaChabaaeabaalabaIAMwaabatbabasaabaBgBagbaIAOdeebaaMhfbaacabaabbbaIBPiaabatcabasaabaibbbaIBPrcbbaaJfdbaafabaICIyaabatbaba"
+    "uaabavbbbaICIhcbbaaBcbbaaDihbaadbcaababaaEdbcaadfbaacabaaDycbaaddbaacebaaBFSvebaaCigbaaBQvdbaaBDEpbbaaHWiabaNOLqaabaBcbabaBbaabaBaba"
+    "baBbaabaBaaabasbabaBtaabaBaaabaubabaBvaabaBaaabawbabaBxaabaBaaabaybabaBzaabaBaaabaBadcbaNONtshbaadgbaaBfdbaaoabaNOTeaabaGnbabaGoaaba"
+    "GpbabaGmaabaGnaabasbabaFwaabaGpaabasbabaFuaabaGnaabaubabaFuaabaGpaabauFacbaNONnCYeCcbaafBxbaajabaapabaaxebaacobaaFJdgbaaDYRyabaCHGsb"
+    "abalbabasbabaMRJubabaMQNtbabaGababaBababaFmbabaJgbabaCkbabaGababaBxbabaVJfbabaNOQybabaMSYdbabaobabaBgbabaBmbabaMRYwbabaNNSxbabaVSuba"
+    "baCybabaMSAubabaMSAbbabaBababaCEbbabaCEqbabasbabaQUKababaQUFdbabaBcbabaWBxbabaWGebabawbabaDkbabakbabaWGrbbbcWMubabaCcbabaBsbbbbwbaba"
+    "BibabaDwbabaqbabasbabaBybbbcubbbaababaMUGobabaLYIrbabaVSfbabaBqbabaMUXcbabaMUWfbabambabaBqbabaLsbabaHxbabaBgbabaCmbabaEmbabaGmbabaCa"
+    "babaFebabaBgbbbaCobabaBqbabaBkbabaqbabaBebabaBAebabaUzbabaVababaPhbabaCsbabaDJfbabaFFybabaWfbabaCybabaBybabaKbbabaMwbabadbabaJmbabaM"
+    "YLsbabaMYGjbabakbabaBebabaBobabaqbabaEybabaMZGmbabaFcbabaMZAzbabaDqbabaybabaGdbabaKybabaBAWnbabaBcbabaBBHwbbbaEebabaNAFkbabaMZVfbaba"
+    "BqbabaBebabaybabaNARibabaNAQlbabaobabaCNababaCKxbabaBBTjbabaBBYcbabaBcbabaGibabaDzbabaNCIobabaNBUpbabaNBUsbabaNBRlbabahbabaBibbbbHub"
+    "abaBCOlbabaBCQmbabaDibabaBqbabaDkbabaBCUxbabaOGMcbabaOGKdbabaBCYibabagbabagbabaBobabaQXWybabaQXSzbbbaNEMwbabaMDZlbbbaBAKtbabaBDBjbab"
+    "aOTFebabaBJSebabaOZRdbabasbabaBDEvbabaBDIkbabaDybabaubabaCqbabaKmbabaBDTnbabaCjbabaBDXgbabaNGBgbabaNFXjbabaJybbbcibabafbabaDobabaBob"
+    "abaCubabaBdbabawbabaDqbabaBobabaibabaCababawbabaFcbabaGmbabaCsbabaJobabaNHEmbabaNHFzbabaFbbabaIibabaCcbabaHmbabaNHKsbabaNHFzbabaHfba"
+    "baCfbabaBFKxbabaBFZqbabaBqbabaCkbabaCzbabaBFVzbabaBGMobabaCgbabaNJJgbabaNJAdbabaVibabaNnbabaBGSnbabaBGYababaBGZjbabaCvbabaREqbabagba"
+    "baQFubabaHtbabaTTibabaBUBxbabaBASababaibabambabaEsbabaxbabaNKTcbabaOSCjbabaBHWcbabaJbbabaPubabaDybabaNKIqbabaNKHzbabaIpbabaSwbabaBIL"
+    "jbabaBIOwbabaHmbabaFmbabaOqbabaNKKcbabaNKGfbabaBJKxbabaBJQgbabaNLOmbabaNLKpbabaBJQbbabaBJSibabaDmbbbbCcbabaNMOababaWJdbabaWRmbabaNML"
+    "dbabaNNTsbabaNNLbbabaBcbabaHxbabaNmbabaDcbabaEkbabaEfbabaDcbabaBebabaBababaNNDibabaNNJpbabaTibabaEwbabaBLHnbabaBLOqbabajbabaNNMababa"
+    "NOBxbabaBCsbabaNNKababaDsbabaNNGzbabaIwbabaCdbabahbabaBMGxbabaBMKmbabaDybabanbabaEebabaLUIybabaLTXhbabaNOHgbabaNOApbabaNOZubabaNOPbb"
+    "abaBababaCcbabaNQGmbabaNQCvbabaBqbabaNQYibabaRebabaNQXxbabaBibabaBOBfbabaBODebbbaBOChbabaBOOsbabaBqbabaBqbabaBobabaFibabaBORfbabaBOY"
+    "cbabaNSUmbabaNSSnbabaNSZobabaNSVtbabaMMHybabaMLVrbabaNURqbabaBubabaKubabaPKDdbabaybabaBPPobabaNVAcbabadbabaDababaCabbbbNVBvbabaababa"
+    "DibabaBPSlbabaBPXkbabaBPWlbabaGebabaPMPababaNWJvbabaEubabaEybabaBQJbbabaPNXebabaNXDpbabaNXMmbabaDibabaNXLlbabaHcbabaBQZhbabaBRFubaba"
+    "ubabakbabaNYYcbbbaXababaNZIxbabaBRCzbabaPRFubabaNZMhbabagbabaBRQzbabaPRTibabaNZIbbabaBSCbbabaBSDsbabalbabaCgbabaOBMababaOBElbabaBSFt"
+    "babaBSNkbabaEobabaFebabaBSTfbabaPVGababaCkbabaPVFpbabaPVQubabaOCCtbabaOCKmbabaOCIlbabaHubabawbabaODFmbabaFqbabaODEdbabaODOibabaODNdb"
+    "abaMRKwbabaOLIjbabaBUCobabaGgbabaBUErbabaBUJebabaBDExbabaPHPkbabaBcbabaBNMrbabasbabaMQKtbabagbabaKHwbabaCEYxbabaBVBwbabanbabaBkbabaB"
+    "KHpbbbcBKJcbabaubabaDebabaOFWmbabaOFWpbabaEibabaFkbabaFsbabaKrbabaLwbabaDgbabaIqbabaUbbbbcJebabaBgbabaOFWubabaXubabaLpbabaQBVpbbbcBW"
+    "HwbabaCsbabaOKRwbabaOKLxbabaOGYybabaQDLvbabaibabaQDVsbabaWgbabaQERfbabaBXDybabaybbbcwbabaEybabaCpbabaKibabaDlbabaLqbabaGhbabaFebabaC"
+    "cbabaBXTnbabaBYAmbabaCmbabaBYAjbabaBYHqbabagbabaOKEibabaOJVlbabaobabaBYMtbabaBYOwbabaCLVbbabaQXGobabaOebabaQKEbbabasbabaBZKcbabaFyba"
+    "baMcbabaPqbabaOLXubabaOLRfbabaBsbabaGybabaHcbabaOMZgbabaDMGtbabaLAMdbabaBfbabaEababaLBAababaLAInbabaHsbabaOQRkbabaCcbabaOPStbabaHeba"
+    "baCmbabaOQHubabaOQHbbabaVybbbbMgbabaHdbabaBDibabaCebabaORQwbabaOQOdbabaCFNxbabaCFRgbabaOROababaQWZbbabaCGFqbabaBRFvbabaBRNebabaOTIyb"
+    "abaQkbabaRABxbabaqbabaCGQmbabaOUWybabaRBIvbabaRBTobbbaOVElbabaCibabaOVYgbabaOVKbbabaCGVvbabaCHBgbabaJsbabaCcbabaEqbabaCHFtbabaRFXsba"
+    "baOXWvbabaXgbabaOobabaCITbbabaCkbabaCIYubabaPAJmbabaRJHlbabaRJLqbabaUkbabaKcbabaPASbbabaCJQxbabaCJVqbabakbabaobabaubabaobabaCwbabaPC"
+    "XuBPDApJfbaTTNl";
+constexpr char small_letter_map[] =
+    "CnzbbHmDywbbHwcgbbeBixccgcabaPhaabaBZoccccBKbdhccgdwccgcabaJhbcccJmeabaQkbbccQbcabaPybabaPtcbbbPwbabaPrdabaGgbbbcJobabaPncabaPwbabag"
+    "cabambabadbabaPzeabaQmbabagcabagbcccQjcabaQwbabaQrcabaQwdabaQncabaQwbabaQrcbbbQubbccQpcabaQybabaQteabaiibbascbbagcbbagchccediccgdbba"
+    "icabaecabaHlbabaDgbtccEmcabaJzciccKgiabaBFYybabaBFYhcabaMnbabaBGKudabaBFXxcabaOzbabaUkbabagbeccFjLebccWieabaijabaJohbcbFnbbbbccbcbCg"
+    "babaccqbbChcibbeBkabayjlccegabaEhdabaEycabanbabasdcbbJxbpbbQgbBfbbDrBxqccBkkBaccucabaBgbgccBbdBvccgdBlbbDwEHeBlbbBDXkcabaegabamBBvDb"
+    "bbDRQkbfbbEKYxDGmabaGMkhBqbbIWzdcbbgMjCwccJWekabaWNdcBvccWOakhbbcjfbbslhbbwjhbbsjfbbsmdccyjhbbszhbbByjhbbsjhbbsjbbbsbbbbFbbabaFcmdbb"
+    "FbbabaGambbbBabbbbHbnbbbIcbbbbHzbabaIembbbIlbbbbgbabaJcLmabaVIreabaCOjbabaJkhabaYOgBupbbCquabakBFnzbbCMyCSvBvbbFNiBxabaecabaBFUjbaba"
+    "UNcbabaULtdcccBFTmcabaBFXfbabaCmbbbcCpcabaBFXqdabagjbbbBFZjbBxccBGAcjbccsfabakBTYkwccDNWuunccBoFggccKmeBeccilbccwcabaEANvbeccEAOafab"
+    "akcabaEVChdbccEVCqejccicabaEVElbabavbabakbabawbabafcabaEababaBvbabaBsbabaEXUibhccCThcabaDrbabaEVArbabaUMqbbccEASacabaEVHdbhccEVHicab"
+    "aEVXxzabaEVZyBHAizbbCODaBVaBnbbDQqFhBjbbKoGbkbbMacobbecgbbecbbbeCQdBybbFIeGcvbbJsEGpBfbbINeBGJxBfbbCMTuCnybbEqBUIaBhbbDOQo";
+
+struct CharPair {
+    uint32_t code, to;
+};
+inline bool read_map(const char* text, Array<CharPair>& map) {
+    const auto number = [&] {
+        uint32_t value = 0;
+        for (; *text < 'a'; ++text) value = (value + static_cast<uint32_t>(*text - 'A')) * 26;
+        return value + static_cast<uint32_t>(*text++ - 'a');
+    };
+    for (CharPair pair = {0, 0}; *text;) {
+        pair.code += number();
+        const uint32_t more = number(), step = number(), up = number(), change = number();
+        pair.to += change & 1 ? 0 - change / 2 : change / 2;
+        if (!map.push(pair)) return false;
+        for (uint32_t i = 0; i < more; ++i) {
+            pair.code += step, pair.to += up;
+            if (!map.push(pair)) return false;
+        }
+    }
+    return true;
+}
+// BERT stands each of these alone. (The gap at U+2B820 is the reference library's.)
+inline bool is_chinese(uint32_t c) {
+    return (c >= 0x4e00 && c <= 0x9fff) || (c >= 0x3400 && c <= 0x4dbf) || (c >= 0xf900 && c <= 0xfaff) || (c >= 0x20000 && c <= 0x2a6df) ||
+           (c >= 0x2a700 && c <= 0x2b81f) || (c >= 0x2b920 && c <= 0x2ceaf) || (c >= 0x2f800 && c <= 0x2fa1f);
 }
 
 // ---- hash tables and heaps -----------------------------------------------------------------------------------------------
@@ -2220,6 +2374,7 @@ struct Tables {
         int32_t left, right, result;
     };
     Runtime& runtime;
+    TokenizerKind kind = TokenizerKind::none;
     Array<char> text;
     Array<Token> tokens;      // by id
     Array<int32_t> specials;  // ids, in the order of their names' bytes
@@ -2235,8 +2390,38 @@ struct Tables {
     int32_t byte_ids[256] = {};
     Array<unsigned char> classes;
     unsigned char ascii[256] = {};  // classes again, one a byte
+    // wordpiece: tokens that begin a word have a blank before it, those that go on with one ("##") are bare
+    bool lower_case = false, strip_accents = false;
+    Array<CharPair> accents, small_letters;  // by code; a code that has several characters comes again for each
+    int32_t unknown = -1;
+    // sentencepiece: the blank that the file writes as U+2581 is a blank here
+    Array<char> proto;                   // the file
+    Array<unsigned char> piece_kinds;    // by id
+    Array<double> scores;                // by id; log probabilities where `unigram`, else the higher, the sooner merged
+    Array<int32_t> pieces, user_pieces;  // ids in the order of their bytes: what text is cut into; what is cut out before all else
+    bool unigram = false, byte_fallback = false;
+    bool add_dummy_prefix = true, remove_extra_whitespaces = true, escape_whitespaces = true, treat_whitespace_as_suffix = false;
+    float unknown_score = 0;
+    size_t charsmap = 0, charsmap_size = 0;  // in `proto`: a double array, and what it leads to
+    size_t unknown_surface = 0;              // what `unknown` is decoded to, in `text` after the tokens
 
-    explicit Tables(Runtime& r) : runtime(r), text(r), tokens(r), specials(r), codes(r), merges(r), pairs(r), words(r), classes(r) {}
+    explicit Tables(Runtime& r)
+        : runtime(r),
+          text(r),
+          tokens(r),
+          specials(r),
+          codes(r),
+          merges(r),
+          pairs(r),
+          words(r),
+          classes(r),
+          accents(r),
+          small_letters(r),
+          proto(r),
+          piece_kinds(r),
+          scores(r),
+          pieces(r),
+          user_pieces(r) {}
 
     Text bytes(int32_t id) const {
         const Token& token = tokens[static_cast<size_t>(id)];
@@ -2419,28 +2604,60 @@ struct Encoder {
     }
 };
 
-// The special token with the longest name that `text` begins with, or -1. Byte by byte, halving narrows the sorted names down.
-inline int32_t special_at(const Tables& tables, Text text) {
-    size_t low = 0, high = tables.specials.count;
-    int32_t found = -1;
-    for (size_t depth = 0; low < high; ++depth) {
-        if (tables.bytes(tables.specials[low]).size == depth) found = tables.specials[low++];
-        if (depth == text.size) break;
-        // The names in [low, high) share their first `depth` bytes; keep those that go on with the text's next byte.
-        const auto narrow = [&](unsigned byte) {
-            size_t from = low, to = high;
-            while (from < to) {
-                const size_t middle = from + (to - from) / 2;
-                if (static_cast<unsigned char>(tables.bytes(tables.specials[middle])[depth]) < byte) from = middle + 1;
-                else to = middle;
-            }
-            return from;
-        };
-        const unsigned byte = static_cast<unsigned char>(text[depth]);
-        high = narrow(byte + 1);
-        low = narrow(byte);
+// Tokens in the order of their bytes, of which a text's bytes, one after another, leave fewer and fewer: halving narrows them down.
+struct Prefixes {
+    const Tables& tables;
+    const Array<int32_t>& sorted;
+    size_t low = 0, high, depth = 0;
+    Prefixes(const Tables& t, const Array<int32_t>& ids) : tables(t), sorted(ids), high(ids.count) {}
+    // The tokens in [low, high) share their first `depth` bytes; keeps those that go on with this one.
+    bool step(char next) {
+        const unsigned byte = static_cast<unsigned char>(next);
+        if (low < high && tables.bytes(sorted[low]).size == depth) ++low;
+        high = first_from(byte + 1);
+        low = first_from(byte);
+        return ++depth, low < high;
     }
+    size_t first_from(unsigned byte) const {
+        size_t from = low, to = high;
+        while (from < to) {
+            const size_t middle = from + (to - from) / 2;
+            if (static_cast<unsigned char>(tables.bytes(sorted[middle])[depth]) < byte) from = middle + 1;
+            else to = middle;
+        }
+        return from;
+    }
+    int32_t token() const { return low < high && tables.bytes(sorted[low]).size == depth ? sorted[low] : -1; }
+};
+// The longest of the sorted tokens that `text` begins with, or -1.
+inline int32_t longest_at(const Tables& tables, const Array<int32_t>& sorted, Text text) {
+    int32_t found = -1;
+    Prefixes prefixes(tables, sorted);
+    for (size_t i = 0; i < text.size && prefixes.step(text[i]); ++i)
+        if (prefixes.token() >= 0) found = prefixes.token();
     return found;
+}
+// Puts ids in the order of their bytes.
+inline bool sort_tokens(const Tables& tables, Array<int32_t>& ids) {
+    struct Item {
+        Text bytes;
+        int32_t id;
+        bool operator<(const Item& other) const {
+            const int order = memcmp(bytes.data, other.bytes.data, least(bytes.size, other.bytes.size));
+            return order < 0 || (order == 0 && bytes.size < other.bytes.size);
+        }
+    };
+    Array<Item> heap(tables.runtime);
+    for (const int32_t id : ids)
+        if (!heap_push(heap, Item{tables.bytes(id), id})) return false;
+    for (int32_t& id : ids) id = heap_pop(heap).id;
+    return true;
+}
+// The ids of the special tokens, sorted by name.
+inline Status collect_specials(Tables& tables) {
+    for (size_t i = 0; i < tables.tokens.count; ++i)
+        if (tables.tokens[i].special && !tables.specials.push(static_cast<int32_t>(i))) return out_of_memory(i);
+    return sort_tokens(tables, tables.specials) ? Status() : out_of_memory(tables.specials.count);
 }
 
 // Everything that follows from the tokens and the merges. The tokens' bytes all differ, except where one of the two is special.
@@ -2451,6 +2668,7 @@ inline Status finish_bpe(Tables& tables) {
         const Tables::Merge& m = tables.merges[i];
         if (!tables.pairs.insert(mix(pair_key(m.left, m.right)), i)) return out_of_memory(tables.merges.count);
     }
+    BABYGPT_TRY(collect_specials(tables));
     // A word that is a token may be looked up whole where merging its bytes gives that token. (Not worth finding out for very long ones.)
     tables.words = HashIndex(tables.runtime);
     tables.longest = 0;
@@ -2460,17 +2678,7 @@ inline Status finish_bpe(Tables& tables) {
         const Tables::Token& token = tables.tokens[i];
         if (token.size == 0) continue;
         const Text word = tables.bytes(static_cast<int32_t>(i));
-        if (token.special) {
-            size_t at = tables.specials.count;
-            if (!tables.specials.push(0)) return out_of_memory(at);
-            const auto after = [&](Text a, Text b) {
-                const int order = memcmp(a.data, b.data, least(a.size, b.size));
-                return order > 0 || (order == 0 && a.size > b.size);
-            };
-            for (; at > 0 && after(tables.bytes(tables.specials[at - 1]), word); --at) tables.specials[at] = tables.specials[at - 1];
-            tables.specials[at] = static_cast<int32_t>(i);
-            continue;
-        }
+        if (token.special) continue;
         bool whole = tables.whole_words_first;
         if (!whole && word.size <= 1024) {
             ids.count = 0;
@@ -2483,6 +2691,314 @@ inline Status finish_bpe(Tables& tables) {
     }
     return Status();
 }
+
+// ---- WordPiece -------------------------------------------------------------------------------------------------------------
+
+// BERT's (Devlin et al. 2019, tokenization.py; Wu et al. 2016): control characters go, Chinese characters and punctuation stand alone,
+// accents are stripped (canonical decomposition without the marks, Mn) and letters made small; a word is cut into the longest token that it
+// begins with, again and again, and is [UNK] as a whole where none fits or it has more than 100 characters. Small letters are Unicode's
+// own, not Turkish: I gives i, and so does U+0130, whose dot is an accent; U+0131 stays. Without stripping U+0130 gives i and U+0307.
+struct WordPieceEncoder {
+    const Tables& tables;
+    Array<int32_t>& out;
+    Array<char> word;    // a blank, then what has been gathered
+    size_t letters = 0;  // characters of it
+    size_t unknown = 0;  // characters of words that had no tokens
+    WordPieceEncoder(const Tables& t, Array<int32_t>& ids, Runtime& runtime) : tables(t), out(ids), word(runtime) {}
+
+    bool encode(Text text) {
+        if (!word.push(' ')) return false;
+        for (size_t i = 0, length; i < text.size; i += length) {
+            uint32_t c = decode_utf8(text.data + i, text.end(), length);
+            if (c == not_utf8) c = 0xfffd;
+            if (word_class(c) == word_removed) continue;
+            const bool alone = is_chinese(c);
+            if ((alone && !end_word()) || !strip(c) || (alone && !end_word())) return false;
+        }
+        return end_word();
+    }
+    unsigned word_class(uint32_t c) const {
+        if (c < classes_end) return tables.classes.items[c / 4] >> c % 4 * 2 & 3;
+        return c == 0xe0001 || (c >= 0xe0020 && c <= 0xe007f) || (c >= 0xf0000 && (c & 0xffff) < 0xfffe) ? word_removed : word_plain;
+    }
+    static size_t find(const Array<CharPair>& map, uint32_t c) {
+        size_t low = 0, high = map.count;
+        while (low < high) {
+            const size_t middle = (low + high) / 2;
+            if (map.items[middle].code < c) low = middle + 1;
+            else high = middle;
+        }
+        return low < map.count && map.items[low].code == c ? low : map.count;
+    }
+    bool strip(uint32_t c) {
+        if (!tables.strip_accents || c < 0x80) return lower(c);
+        if (c >= 0xac00 && c < 0xd7a4) {  // Hangul syllables are put together by arithmetic (Unicode 3.12)
+            const uint32_t s = c - 0xac00;
+            return lower(0x1100 + s / 588) && lower(0x1161 + s % 588 / 28) && (s % 28 == 0 || lower(0x11a7 + s % 28));
+        }
+        size_t at = find(tables.accents, c);
+        if (at == tables.accents.count) return lower(c);
+        for (; at < tables.accents.count && tables.accents[at].code == c; ++at)
+            if (tables.accents[at].to && !lower(tables.accents[at].to)) return false;
+        return true;
+    }
+    bool lower(uint32_t c) {
+        size_t at = tables.lower_case ? find(tables.small_letters, c) : tables.small_letters.count;
+        if (at == tables.small_letters.count) return add(c);
+        for (; at < tables.small_letters.count && tables.small_letters[at].code == c; ++at)
+            if (!add(tables.small_letters[at].to)) return false;
+        return true;
+    }
+    bool add(uint32_t c) {
+        const unsigned kind = word_class(c);
+        if (kind == word_white) return end_word();
+        const bool alone = kind == word_punctuation;
+        return (!alone || end_word()) && append_utf8(word, c) && (++letters, !alone || end_word());
+    }
+    bool end_word() {
+        const size_t first = out.count;
+        bool known = letters <= 100;
+        for (size_t at = 0, end; at < word.count && letters > 0 && known; at = end) {
+            int32_t id = -1;
+            for (end = least(word.count, at + tables.longest); end > at && id < 0; end -= id < 0)
+                id = tables.find_word(Text(word.items + at, end - at));
+            known = id >= 0;
+            if (known && !out.push(id)) return false;
+        }
+        if (!known) {
+            out.count = first, unknown += letters;
+            if (!out.push(tables.unknown)) return false;
+        }
+        return word.count = 1, letters = 0, true;
+    }
+};
+
+// ---- SentencePiece ---------------------------------------------------------------------------------------------------------
+
+enum PieceKind : unsigned char { piece_none, piece_normal, piece_unknown, piece_control, piece_user, piece_unused, piece_byte };
+
+constexpr char blank_symbol[] = "\xe2\x96\x81";  // U+2581, which files write for a blank
+
+// Kudo & Richardson 2018: the text is normalised, blanks included, and cut without regard to words: by the most probable way (unigram,
+// Kudo 2018), or by merging neighbours (BPE).
+struct PieceEncoder {
+    struct Node {  // unigram: the best way to cut the text up to here ends with piece `id`, which begins at `start`
+        float score;
+        int32_t id;
+        size_t start;
+    };
+    struct Symbol {
+        size_t start, size;
+        size_t before, after;
+        bool fixed;  // a user-defined piece, which nothing is merged with
+    };
+    struct Pair {
+        double score;
+        size_t left, right, size;
+        int32_t id;
+        bool operator<(const Pair& other) const { return score != other.score ? score > other.score : left < other.left; }
+    };
+    struct Part {
+        size_t start, size;
+    };
+    static constexpr size_t none = ~size_t(0);
+    const Tables& tables;
+    Array<int32_t>& out;
+    Array<char> text;  // normalised
+    Array<Node> nodes;
+    Array<Symbol> symbols;
+    Array<Pair> queue;
+    Array<size_t> cuts;  // of unused pieces: how long the left part was
+    Array<Part> parts;
+    size_t unknown = 0;
+    PieceEncoder(const Tables& t, Array<int32_t>& ids, Runtime& runtime)
+        : tables(t), out(ids), text(runtime), nodes(runtime), symbols(runtime), queue(runtime), cuts(runtime), parts(runtime) {}
+
+    bool encode(Text given) {
+        if (given.size == 0) return true;
+        if (!normalize(given)) return false;
+        return tables.unigram ? most_probable() : merge();
+    }
+
+    // ---- normalisation ----
+    // The text that the first characters of `input` become, and how many bytes they are.
+    Text normalized_prefix(Text input, size_t& taken) const {
+        if (tables.user_pieces.count) {  // as they stand in the file, where a blank is no blank
+            Prefixes prefixes(tables, tables.user_pieces);
+            int32_t found = -1;
+            for (size_t i = 0; i < input.size;) {
+                const bool symbol = tables.escape_whitespaces && starts_with(Text(input.data + i, input.size - i), blank_symbol);
+                if ((input[i] == ' ' && tables.escape_whitespaces) || !prefixes.step(symbol ? ' ' : input[i])) break;
+                i += symbol ? 3 : 1;
+                if (prefixes.token() >= 0) found = prefixes.token(), taken = i;
+            }
+            if (found >= 0) return Text(input.data, taken);
+        }
+        Text replacement;
+        if (tables.charsmap_size && mapped(input, taken, replacement)) return replacement;
+        if (decode_utf8(input.data, input.end(), taken) == not_utf8) return taken = 1, Text("\xef\xbf\xbd");
+        return Text(input.data, taken);
+    }
+    // The double array (Aoe 1989, as in Yata's Darts-clone): a node's unit says where its children begin; a child is at that place with its
+    // label flipped in, and its unit holds the label. Every place is checked, the file being a stranger's.
+    bool mapped(Text input, size_t& taken, Text& replacement) const {
+        const char* const units = tables.proto.items + tables.charsmap + 4;
+        const uint32_t bytes = load_little(units - 4), count = bytes / 4;
+        const auto unit = [&](uint32_t at) { return at < count ? load_little(units + size_t(4) * at) : 0x80000000u; };
+        const auto children = [](uint32_t u) { return u >> 10 << ((u & (1u << 9)) >> 6); };
+        uint32_t at = children(unit(0));
+        bool found = false;
+        for (size_t i = 0; i < input.size; ++i) {
+            const uint32_t label = static_cast<unsigned char>(input[i]), u = unit(at ^= label);
+            if ((u & 0x800000ffu) != label) break;
+            at ^= children(u);
+            if (!(u >> 8 & 1)) continue;
+            const uint32_t place = unit(at) & 0x7fffffffu;
+            const size_t texts = tables.charsmap_size - 4 - bytes;
+            if (place >= texts) continue;
+            const char* const start = units + bytes + place;
+            const char* const end = static_cast<const char*>(memchr(start, 0, texts - place));
+            replacement = Text(start, end ? static_cast<size_t>(end - start) : texts - place);
+            taken = i + 1, found = true;
+        }
+        return found;
+    }
+    static uint32_t load_little(const char* from) {
+        const unsigned char* s = reinterpret_cast<const unsigned char*>(from);
+        return s[0] | static_cast<uint32_t>(s[1]) << 8 | static_cast<uint32_t>(s[2]) << 16 | static_cast<uint32_t>(s[3]) << 24;
+    }
+    bool normalize(Text input) {
+        size_t at = 0, taken = 0;
+        const auto rest = [&] { return Text(input.data + at, input.size - at); };
+        text.count = 0;
+        if (tables.remove_extra_whitespaces)
+            for (; at < input.size && equal(normalized_prefix(rest(), taken), " "); at += taken) {
+            }
+        if (at == input.size) return true;
+        if (tables.add_dummy_prefix && !tables.treat_whitespace_as_suffix && !text.push(' ')) return false;
+        bool after_blank = tables.remove_extra_whitespaces;
+        for (; at < input.size; at += taken) {
+            Text piece = normalized_prefix(rest(), taken);
+            while (after_blank && starts_with(piece, " ")) piece = Text(piece.data + 1, piece.size - 1);
+            if (piece.size) after_blank = ends_with(piece, " ") && tables.remove_extra_whitespaces;
+            for (size_t i = 0; i < piece.size; ++i) {
+                const bool symbol = tables.escape_whitespaces && starts_with(Text(piece.data + i, piece.size - i), blank_symbol);
+                if (!text.push(symbol ? ' ' : piece[i])) return false;
+                if (symbol) i += 2;
+            }
+        }
+        while (tables.remove_extra_whitespaces && text.count && text[text.count - 1] == ' ') --text.count;
+        return !tables.add_dummy_prefix || !tables.treat_whitespace_as_suffix || text.push(' ');
+    }
+    size_t character(size_t at) const {  // its bytes; a charsmap may have brought in what is no UTF-8
+        static const char lengths[] = "\1\1\1\1\1\1\1\1\1\1\1\1\2\2\3\4";
+        return least(static_cast<size_t>(lengths[static_cast<unsigned char>(text[at]) >> 4]), text.count - at);
+    }
+    size_t characters(size_t at, size_t end) const {
+        size_t count = 0;
+        for (; at < end; at += character(at)) ++count;
+        return count;
+    }
+
+    // ---- unigram ----
+    bool most_probable() {
+        if (!nodes.resize(0) || !nodes.resize(text.count + 1)) return false;
+        for (size_t i = 1; i <= text.count; ++i) nodes[i].start = none;
+        for (size_t start = 0, length; start < text.count; start += length) {
+            length = character(start);
+            const float here = nodes[start].score;
+            bool single = false;  // a piece covers just this character
+            Prefixes prefixes(tables, tables.pieces);
+            for (size_t end = start; end < text.count && prefixes.step(text[end]);) {
+                const int32_t id = prefixes.token();
+                ++end;
+                if (id < 0 || tables.piece_kinds[static_cast<size_t>(id)] == piece_unused) continue;
+                single |= end - start == length;
+                offer(nodes[end], static_cast<float>(tables.scores[static_cast<size_t>(id)]) + here, id, start);
+            }
+            if (!single) offer(nodes[start + length], tables.unknown_score + here, tables.unknown, start);
+        }
+        parts.count = 0;
+        for (size_t end = text.count; end > 0; end = nodes[end].start)
+            if (!parts.push(Part{end, 0})) return false;
+        bool after_unknown = false;
+        for (size_t i = parts.count; i > 0; --i) {
+            const Node& node = nodes[parts[i - 1].start];
+            if (!emit(node.id, node.start, parts[i - 1].start, after_unknown)) return false;
+        }
+        return true;
+    }
+    // Sums are of floats, as in the reference, where they decide between ways that are equally probable.
+    static void offer(Node& node, float score, int32_t id, size_t start) {
+        if (node.start == none || score > node.score) node = Node{score, id, start};
+    }
+    // Unknown characters are their bytes, or one unknown token for a run of them.
+    bool emit(int32_t id, size_t start, size_t end, bool& after_unknown) {
+        const bool is_unknown = id == tables.unknown, again = is_unknown && after_unknown;
+        after_unknown = is_unknown;
+        if (!is_unknown) return out.push(id);
+        if (!tables.byte_fallback) return unknown += characters(start, end), again || out.push(id);
+        for (; start < end; ++start) {  // a blank stands for its symbol
+            const Text bytes = text[start] == ' ' && tables.escape_whitespaces ? Text(blank_symbol) : Text(text.items + start, 1);
+            for (const char c : bytes)
+                if (!out.push(tables.byte_ids[static_cast<unsigned char>(c)])) return false;
+        }
+        return true;
+    }
+
+    // ---- BPE ----
+    int32_t find(size_t start, size_t size) const { return size <= tables.longest ? tables.find_word(Text(text.items + start, size)) : -1; }
+    bool merge() {
+        symbols.count = queue.count = 0;
+        for (size_t at = 0; at < text.count;) {
+            const int32_t user =
+                tables.user_pieces.count ? longest_at(tables, tables.user_pieces, Text(text.items + at, text.count - at)) : -1;
+            const size_t size = user >= 0 ? tables.bytes(user).size : character(at), n = symbols.count;
+            if (!symbols.push(Symbol{at, size, n - 1, n + 1, user >= 0})) return false;
+            at += size;
+        }
+        if (symbols.count == 0) return true;
+        symbols[symbols.count - 1].after = none;
+        for (size_t i = 0; i + 1 < symbols.count; ++i)
+            if (!note(i, i + 1)) return false;
+        while (queue.count) {
+            const Pair pair = heap_pop(queue);
+            Symbol &left = symbols[pair.left], &right = symbols[pair.right];
+            if (left.size == 0 || right.size == 0 || left.size + right.size != pair.size) continue;
+            left.size = pair.size, right.size = 0;
+            left.after = right.after;
+            if (right.after != none) symbols[right.after].before = pair.left;
+            if (!note(left.before, pair.left) || !note(pair.left, left.after)) return false;
+        }
+        bool after_unknown = false;
+        for (size_t i = 0; i != none; i = symbols[i].after) {
+            parts.count = 0;
+            if (!parts.push(Part{symbols[i].start, symbols[i].size})) return false;
+            while (parts.count) {  // an unused piece falls back into the two that made it
+                const Part part = parts[--parts.count];
+                const int32_t id = find(part.start, part.size);
+                const size_t cut = id >= 0 && cuts.count && tables.piece_kinds[static_cast<size_t>(id)] == piece_unused
+                                       ? cuts[static_cast<size_t>(id)]
+                                       : 0;
+                if (cut == 0) {
+                    if (!emit(id < 0 ? tables.unknown : id, part.start, part.start + part.size, after_unknown)) return false;
+                } else if (!parts.push(Part{part.start + cut, part.size - cut}) || !parts.push(Part{part.start, cut})) return false;
+            }
+        }
+        return true;
+    }
+    bool note(size_t left, size_t right) {
+        if (left == none || right == none || symbols[left].fixed || symbols[right].fixed) return true;
+        const size_t size = symbols[left].size + symbols[right].size;
+        const int32_t id = find(symbols[left].start, size);
+        if (id < 0) return true;
+        if (tables.piece_kinds[static_cast<size_t>(id)] == piece_unused) {
+            if (cuts.count == 0 && !cuts.resize(tables.tokens.count)) return false;
+            cuts[static_cast<size_t>(id)] = symbols[left].size;
+        }
+        return heap_push(queue, Pair{tables.scores[static_cast<size_t>(id)], left, right, size, id});
+    }
+};
 
 // ---- learning the merges ---------------------------------------------------------------------------------------------------
 
@@ -2671,7 +3187,72 @@ inline bool symbols_to_bytes(Text symbols, Array<char>& bytes, bool& enough_memo
     return true;
 }
 
-// Fills the tables of a byte-level BPE tokenizer from one of the files that others write. Messages name the file.
+// RFC 4648. False: this is not base 64, or memory ran out.
+inline bool decode_base64(Text text, Array<char>& bytes, bool& enough_memory) {
+    uint32_t bits = 0, padding = 0;
+    for (size_t i = 0; i < text.size; ++i) {
+        const char c = text[i];
+        const int digit = c >= 'A' && c <= 'Z'   ? c - 'A'
+                          : c >= 'a' && c <= 'z' ? c - 'a' + 26
+                          : c >= '0' && c <= '9' ? c - '0' + 52
+                          : c == '+'             ? 62
+                          : c == '/'             ? 63
+                                                 : -1;
+        if (c == '=') ++padding;
+        else if (digit < 0 || padding) return false;
+        bits = bits << 6 | static_cast<uint32_t>(most(digit, 0));
+        if (i % 4 != 3) continue;
+        for (uint32_t k = 0; k + padding < 3; ++k)
+            if (!bytes.push(static_cast<char>(bits >> (16 - 8 * k) & 0xff))) return enough_memory = false;
+    }
+    return text.size % 4 == 0 && padding <= 2;
+}
+inline bool append_base64(Array<char>& to, Text bytes) {
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    for (size_t i = 0; i < bytes.size; i += 3) {
+        uint32_t bits = 0;
+        for (size_t k = 0; k < 3; ++k) bits = bits << 8 | (i + k < bytes.size ? static_cast<unsigned char>(bytes[i + k]) : 0u);
+        for (size_t k = 0; k < 4; ++k)
+            if (!to.push(i + k > bytes.size ? '=' : digits[bits >> (18 - 6 * k) & 63])) return false;
+    }
+    return true;
+}
+
+// Reads the fields of a protobuf message from left to right: a number and a value, either a whole number (also the bits of a float) or
+// bytes. As with Json, the first thing that is wrong ends it.
+struct Protobuf {
+    Text text;
+    size_t at = 0;
+    bool good = true;
+    uint64_t field = 0, value = 0;
+    Text bytes;
+    bool is_bytes = false;
+    explicit Protobuf(Text message) : text(message) {}
+    uint64_t number() {
+        uint64_t result = 0;
+        for (unsigned shift = 0; shift < 64; shift += 7) {
+            if (at >= text.size) break;
+            const unsigned char byte = static_cast<unsigned char>(text[at++]);
+            result |= uint64_t(byte & 0x7f) << shift;
+            if (byte < 0x80) return result;
+        }
+        return good = false, 0;
+    }
+    bool next() {
+        if (!good || at >= text.size) return false;
+        const uint64_t key = number(), kind = key & 7;
+        field = key >> 3, value = 0, bytes = Text(), is_bytes = kind == 2;
+        if (kind == 0) return value = number(), good;
+        const uint64_t size = kind == 2 ? number() : kind == 1 ? 8 : kind == 5 ? 4 : ~uint64_t(0);
+        if (!good || size > text.size - at) return good = false;
+        bytes = Text(text.data + at, static_cast<size_t>(size));
+        if (kind == 5) value = PieceEncoder::load_little(bytes.data);
+        at += bytes.size;
+        return true;
+    }
+};
+
+// Fills the tables of a tokenizer from one of the files that others write. Messages name the file.
 struct TokenizerReader {
     Runtime& runtime;
     Tables& tables;
@@ -2796,28 +3377,15 @@ struct TokenizerReader {
         file_size = text.size;
         for (size_t at = 0, line_number = 1; at < text.size; ++line_number) {
             const size_t start = at;
-            uint32_t bits = 0, count = 0, padding = 0;
-            scratch.count = 0;
-            for (; at < text.size && text[at] != ' ' && text[at] != '\n'; ++at) {
-                const char c = text[at];
-                const int digit = c >= 'A' && c <= 'Z'   ? c - 'A'
-                                  : c >= 'a' && c <= 'z' ? c - 'a' + 26
-                                  : c >= '0' && c <= '9' ? c - '0' + 52
-                                  : c == '+'             ? 62
-                                  : c == '/'             ? 63
-                                                         : -1;
-                if (c == '=') ++padding;
-                else if (digit < 0 || padding) return bad("line ", line_number, " is not in base 64");
-                bits = bits << 6 | static_cast<uint32_t>(most(digit, 0));
-                if (++count % 4 != 0) continue;
-                for (uint32_t i = 0; i + padding < 3; ++i)
-                    if (!scratch.push(static_cast<char>(bits >> (16 - 8 * i) & 0xff))) return no_memory();
-            }
+            while (at < text.size && text[at] != ' ' && text[at] != '\n') ++at;
             if (at == start && (at == text.size || text[at] == '\n')) {
                 ++at;
                 continue;  // an empty line
             }
-            if (count % 4 != 0 || padding > 2) return bad("line ", line_number, " is not in base 64");
+            scratch.count = 0;
+            bool memory = true;
+            if (!decode_base64(Text(text.data + start, at - start), scratch, memory))
+                return memory ? bad("line ", line_number, " is not in base 64") : no_memory();
             uint64_t id = 0;
             const size_t digits = ++at;
             for (; at < text.size && text[at] >= '0' && text[at] <= '9'; ++at)
@@ -2865,26 +3433,47 @@ struct TokenizerReader {
     // Hugging Face's file. What would change the ids and is not known here is refused by its name.
     Status tokenizer_json(Text text) {
         file_size = text.size;
-        Text added, model;
+        Text added, model, normalizer, cutting, decoder, after;
         Json json(runtime, text);
         for (json.enter_object(); json.next_key();) {
             if (json.key_is("added_tokens")) json.skip(added);
             else if (json.key_is("model")) json.skip(model);
-            else if (json.key_is("pre_tokenizer")) BABYGPT_TRY(byte_level(json, "pre_tokenizer"));
-            else if (json.key_is("decoder")) BABYGPT_TRY(byte_level(json, "decoder"));
-            else if (json.key_is("post_processor")) BABYGPT_TRY(byte_level(json, "post_processor"));
-            else if (json.key_is("normalizer") || json.key_is("truncation") || json.key_is("padding")) BABYGPT_TRY(must_be_null(json));
+            else if (json.key_is("normalizer")) json.skip(normalizer);
+            else if (json.key_is("pre_tokenizer")) json.skip(cutting);
+            else if (json.key_is("decoder")) json.skip(decoder);
+            else if (json.key_is("post_processor")) json.skip(after);
+            else if (json.key_is("truncation") || json.key_is("padding")) BABYGPT_TRY(must_be_null(json));
             else json.skip();
         }
         BABYGPT_TRY(json.finish(name));
-        if (!has_words) return unsupported("pre_tokenizer is not ByteLevel");
         if (model.size == 0) return bad("there is no model");
         if (added.size) BABYGPT_TRY(added_tokens(part_of(text, added)));
+        Array<char> type(runtime);
+        Json look = part_of(text, model);
+        for (look.enter_object(); look.next_key();)
+            if (look.key_is("type")) look.string(type);
+            else look.skip();
+        BABYGPT_TRY(look.finish(name));
+        if (equal(view(type), "WordPiece")) {
+            tables.kind = TokenizerKind::wordpiece;
+            BABYGPT_TRY(bert_part(part_of(text, normalizer), "normalizer", "BertNormalizer"));
+            BABYGPT_TRY(bert_part(part_of(text, cutting), "pre_tokenizer", "BertPreTokenizer"));
+            BABYGPT_TRY(bert_part(part_of(text, decoder), "decoder", "WordPiece"));
+            return wordpiece_model(part_of(text, model));  // what a post_processor adds is not part of the text
+        }
+        const struct { Text part, name; } parts[] = {{cutting, "pre_tokenizer"}, {decoder, "decoder"}, {after, "post_processor"}};
+        for (const auto& part : parts) {
+            Json read = part_of(text, part.part);
+            if (part.part.size) BABYGPT_TRY(byte_level(read, part.name));
+        }
+        if (normalizer.size && !equal(normalizer, "null")) return unsupported("normalizer is not supported");
+        if (!has_words) return unsupported("pre_tokenizer is not ByteLevel");
         BABYGPT_TRY(bpe_model(part_of(text, model)));
         return finish();
     }
     // Reads one value of a text, with places in messages counted from the text's beginning.
     Json part_of(Text text, Text part) const {
+        if (part.size == 0) return Json(runtime, Text());
         Json json(runtime, Text(text.data, static_cast<size_t>(part.end() - text.data)));
         json.at = static_cast<size_t>(part.data - text.data);
         return json;
@@ -2988,6 +3577,270 @@ struct TokenizerReader {
         }
         return list.finish(name);
     }
+
+    // ---- WordPiece: vocab.txt and tokenizer.json ----
+    // BERT's file: a line a token. Whether letters are made small and stripped of their accents, the path says.
+    Status vocab_txt(Text text) {
+        file_size = text.size;
+        const auto path_has = [&](Text word) {
+            for (size_t i = 0; i + word.size <= name.size; ++i)
+                if (equal(Text(name.data + i, word.size), word)) return true;
+            return false;
+        };
+        if (!path_has("cased"))
+            return unsupported("a vocab.txt does not say whether capitals count: write ", name, ":cased or ", name, ":uncased");
+        const bool ends_cased = ends_with(name, ":cased");
+        tables.lower_case = tables.strip_accents = !ends_cased && path_has("uncased");
+        static const char* const bert_specials[] = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"};
+        int64_t id = 0;
+        for (size_t at = 0; at < text.size; ++id) {
+            const char* end = static_cast<const char*>(memchr(text.data + at, '\n', text.size - at));
+            Text line(text.data + at, end ? static_cast<size_t>(end - text.data) - at : text.size - at);
+            at += line.size + 1;
+            if (line.size && line[line.size - 1] == '\r') --line.size;
+            bool special = false;
+            for (const char* known : bert_specials) special |= equal(line, known);
+            BABYGPT_TRY(add_word(id, line, special));
+        }
+        return finish_wordpiece("[UNK]");
+    }
+    Status add_word(int64_t id, Text word, bool special) {
+        scratch.count = 0;
+        if (special) {  // with a blank before it, for decoding
+            if (!tables.text.push(' ')) return no_memory();
+            return add(id, word, true);
+        }
+        const bool goes_on = starts_with(word, "##") && word.size > 2;
+        if (goes_on) word = Text(word.data + 2, word.size - 2);
+        if (word.size == 0) return bad("token ", id, " is empty");
+        if (goes_on && word[0] == ' ') return bad("token ", id, " has a blank after ##");
+        if (!goes_on && !scratch.push(' ')) return no_memory();
+        if (!append(scratch, word)) return no_memory();
+        return add(id, view(scratch), false);
+    }
+    Status finish_wordpiece(Text unknown) {
+        tables.unknown = find_in(by_name, unknown);
+        if (tables.unknown < 0) return bad("the token for unknown words, '", unknown, "', is not a special token");
+        for (size_t i = 0; i < tables.tokens.count; ++i)
+            if (!tables.tokens[i].special) tables.longest = most(tables.longest, tables.tokens[i].size);
+        tables.words = static_cast<HashIndex&&>(by_bytes);
+        if (!tables.classes.resize(classes_end / 4)) return out_of_memory(classes_end / 4);
+        mark_ranges(tables.classes.items, white_ranges, word_white);
+        mark_ranges(tables.classes.items, punctuation_ranges, word_punctuation);
+        mark_ranges(tables.classes.items, removed_ranges, word_removed);
+        const bool good = (!tables.strip_accents || read_map(accent_map, tables.accents)) &&
+                          (!tables.lower_case || read_map(small_letter_map, tables.small_letters));
+        return good ? collect_specials(tables) : no_memory();
+    }
+    // {"type":"BertNormalizer",...} and so on; what is not as BERT has it is refused by its name.
+    Status bert_part(Json json, Text part, Text type) {
+        bool known_type = false, value = false, accents_said = false;
+        if (json.peek() != JsonType::object) return unsupported(part, " is not ", type);
+        for (json.enter_object(); json.next_key();) {
+            if (json.key_is("type")) {
+                if (!json.string(scratch)) break;
+                if (!equal(view(scratch), type)) return unsupported(part, " '", view(scratch), "' is not supported with WordPiece");
+                known_type = true;
+            } else if (json.key_is("clean_text") || json.key_is("handle_chinese_chars") || json.key_is("cleanup")) {
+                if (json.boolean(value) && !value) return unsupported(part, ": ", view(json.key), " = false is not supported");
+            } else if (json.key_is("lowercase")) {
+                json.boolean(tables.lower_case);
+            } else if (json.key_is("strip_accents")) {
+                accents_said = json.peek() == JsonType::boolean;
+                accents_said ? json.boolean(tables.strip_accents) : json.null();
+            } else if (json.key_is("prefix")) {
+                if (json.string(scratch) && !equal(view(scratch), "##"))
+                    return unsupported(part, ": prefix '", view(scratch), "' is not supported");
+            } else return unsupported(part, " has the unknown member '", view(json.key), "'");
+        }
+        if (json.problem) return json.finish(name);
+        if (!known_type) return unsupported(part, " has no type");
+        if (equal(part, "normalizer") && !accents_said) tables.strip_accents = tables.lower_case;
+        return Status();
+    }
+    Status wordpiece_model(Json json) {
+        Text vocab;
+        int64_t longest_word = 100;
+        left.count = 0;
+        for (json.enter_object(); json.next_key();) {
+            if (json.key_is("type")) json.skip();
+            else if (json.key_is("vocab")) json.skip(vocab);
+            else if (json.key_is("unk_token")) json.string(left);
+            else if (json.key_is("max_input_chars_per_word")) {
+                if (json.integer(longest_word) && longest_word != 100)
+                    return unsupported("max_input_chars_per_word = ", longest_word, " is not supported");
+            } else if (json.key_is("continuing_subword_prefix")) {
+                if (json.string(scratch) && !equal(view(scratch), "##"))
+                    return unsupported("continuing_subword_prefix '", view(scratch), "' is not supported");
+            } else return unsupported("model has the unknown member '", view(json.key), "'");
+        }
+        BABYGPT_TRY(json.finish(name));
+        Json tokens = part_of(json.text, vocab);
+        for (tokens.enter_object(); tokens.next_key();) {
+            int64_t id = 0;
+            if (!tokens.integer(id)) break;
+            const int32_t special = find_in(by_name, view(tokens.key));
+            if (special >= 0 && special != id) return bad("special token '", view(tokens.key), "' has the ids ", special, " and ", id);
+            if (special < 0) BABYGPT_TRY(add_word(id, view(tokens.key), false));
+        }
+        BABYGPT_TRY(tokens.finish(name));
+        return finish_wordpiece(view(left));
+    }
+
+    // ---- SentencePiece's .model ----
+    // A protobuf message, ModelProto (sentencepiece_model.proto): 1 the pieces, 2 the trainer's settings, 3 the normaliser's, 5 the
+    // denormaliser's. It is kept as it is, for saving.
+    Status sentencepiece(Text text) {
+        file_size = text.size;
+        if (!append(tables.proto, text)) return no_memory();
+        const Text whole = view(tables.proto);
+        const Text symbol(blank_symbol), default_surface(" \xe2\x81\x87 ");
+        Text surface = default_surface;
+        Protobuf model(whole);
+        uint64_t type = 1;
+        while (model.next()) {
+            Protobuf part(model.bytes);
+            if (model.field == 2)
+                while (part.next()) {
+                    if (part.field == 3) type = part.value;
+                    if (part.field == 24) tables.treat_whitespace_as_suffix = part.value != 0;
+                    if (part.field == 35) tables.byte_fallback = part.value != 0;
+                    if (part.field == 44) surface = part.bytes;
+                }
+            if (model.field == 3)
+                while (part.next()) {
+                    if (part.field == 2)
+                        tables.charsmap_size = part.bytes.size, tables.charsmap = static_cast<size_t>(part.bytes.data - whole.data);
+                    if (part.field == 3) tables.add_dummy_prefix = part.value != 0;
+                    if (part.field == 4) tables.remove_extra_whitespaces = part.value != 0;
+                    if (part.field == 5) tables.escape_whitespaces = part.value != 0;
+                }
+            if (model.field == 5)
+                while (part.next())
+                    if (part.field == 2 && part.bytes.size) return unsupported("a denormalizer is not supported");
+            if (!part.good) return bad("field ", model.field, " is damaged before byte ", model.at);
+        }
+        if (!model.good) return bad("not a SentencePiece model, or damaged at byte ", model.at);
+        if (type != 1 && type != 2)
+            return unsupported("model type ", type == 3 ? "WORD" : type == 4 ? "CHAR" : "of an unknown number", " is not supported");
+        tables.unigram = type == 1;
+        const size_t map = tables.charsmap_size;
+        if (map && (map < 8 || PieceEncoder::load_little(whole.data + tables.charsmap) > map - 4))
+            return bad("the precompiled_charsmap is damaged");
+        for (int32_t& id : tables.byte_ids) id = -1;
+        double lowest = 0, highest = 0;
+        bool any = false;
+        for (Protobuf pieces(whole); pieces.next();)
+            if (pieces.field == 1) {
+                BABYGPT_TRY(add_piece(pieces.bytes));
+                const size_t at = tables.tokens.count - 1;
+                if (tables.piece_kinds[at] != piece_normal) continue;
+                lowest = any ? least(lowest, tables.scores[at]) : tables.scores[at];
+                highest = any ? most(highest, tables.scores[at]) : tables.scores[at];
+                any = true;
+            }
+        if (tables.unknown < 0) return bad("there is no unknown piece");
+        tables.unknown_score = static_cast<float>(lowest) - 10.0f;
+        for (size_t i = 0; i < tables.tokens.count; ++i) {
+            const int32_t id = static_cast<int32_t>(i);
+            const unsigned kind = tables.piece_kinds[i];
+            if (kind != piece_normal && kind != piece_user && kind != piece_unused) continue;
+            tables.longest = most(tables.longest, tables.tokens[i].size);
+            if (!tables.pieces.push(id) || (kind == piece_user && !tables.user_pieces.push(id))) return no_memory();
+            if (kind != piece_user || !tables.unigram) continue;
+            size_t length = 0;  // as in the file: a user-defined piece is always taken
+            for (const char c : tables.bytes(id)) length += c == ' ' && tables.escape_whitespaces ? 3 : 1;
+            tables.scores[i] = static_cast<double>(static_cast<float>(length) * static_cast<float>(highest)) - 0.1;
+        }
+        for (int byte = 0; byte < 256 && tables.byte_fallback; ++byte)
+            if (tables.byte_ids[byte] < 0) return bad("byte ", byte, " has no piece");
+        tables.words = static_cast<HashIndex&&>(by_bytes);
+        if (!sort_tokens(tables, tables.pieces) || !sort_tokens(tables, tables.user_pieces)) return no_memory();
+        BABYGPT_TRY(collect_specials(tables));
+        tables.unknown_surface = tables.text.count;
+        return append(tables.text, surface.size ? surface : default_surface) ? Status() : no_memory();
+    }
+    Status add_piece(Text message) {
+        Protobuf field(message);
+        Text piece;
+        uint64_t kind = piece_normal;
+        float score = 0;
+        while (field.next()) {
+            if (field.field == 1) piece = field.bytes;
+            if (field.field == 2) score = bits_as<float>(static_cast<uint32_t>(field.value));
+            if (field.field == 3) kind = field.value;
+        }
+        const int64_t id = static_cast<int64_t>(tables.tokens.count);
+        if (!field.good) return bad("piece ", id, " is damaged");
+        if (kind < piece_normal || kind > piece_byte) return unsupported("piece ", id, " is of the unknown type ", kind);
+        if (!is_finite(static_cast<double>(score))) return bad("the score of piece ", id, " is not finite");
+        if (!tables.piece_kinds.push(static_cast<unsigned char>(kind)) || !tables.scores.push(static_cast<double>(score)))
+            return no_memory();
+        if (kind == piece_byte) {
+            static const char digits[] = "0123456789ABCDEF";
+            const void *high = nullptr, *low = nullptr;
+            if (piece.size == 6 && starts_with(piece, "<0x") && piece[5] == '>')
+                high = memchr(digits, piece[3], 16), low = memchr(digits, piece[4], 16);
+            if (!high || !low) return bad("byte piece ", id, " is not <0x00> to <0xFF>");
+            if (!tables.byte_fallback) return bad("piece ", id, " is a byte, but byte_fallback is off");
+            const size_t byte = static_cast<size_t>(static_cast<const char*>(high) - digits) * 16 +
+                                static_cast<size_t>(static_cast<const char*>(low) - digits);
+            if (tables.byte_ids[byte] >= 0) return bad("byte piece ", id, " is given twice");
+            tables.byte_ids[byte] = static_cast<int32_t>(id);
+            const char c = static_cast<char>(byte);
+            return tables.add(Text(&c, 1)) ? Status() : no_memory();
+        }
+        if (kind == piece_unknown) {
+            if (tables.unknown >= 0) return bad("pieces ", tables.unknown, " and ", id, " are both unknown pieces");
+            tables.unknown = static_cast<int32_t>(id);
+        }
+        const bool special = kind == piece_unknown || kind == piece_control;
+        scratch.count = 0;
+        for (size_t i = 0; i < piece.size; ++i) {
+            const bool symbol = !special && tables.escape_whitespaces && starts_with(Text(piece.data + i, piece.size - i), blank_symbol);
+            if (!special && tables.escape_whitespaces && piece[i] == ' ')
+                return unsupported("piece ", id, " has a blank that is not written as U+2581");
+            if (!scratch.push(symbol ? ' ' : piece[i])) return no_memory();
+            if (symbol) i += 2;
+        }
+        return add(id, view(scratch), special);
+    }
+
+    // ---- llama2.c's tokenizer.bin ----
+    // The longest token's bytes, then for each its score (float), its size and its bytes; the first three are <unk>, <s> and </s>, then
+    // come the 256 bytes. It was made from a SentencePiece BPE model (byte fallback, a blank before the text), which is made anew here.
+    Status llama2c(Text text) {
+        Array<char> proto(runtime), piece(runtime), field(runtime);
+        const auto number = [&](size_t at) { return PieceEncoder::load_little(text.data + at); };
+        const auto put = [](Array<char>& to, char key, Text bytes) {  // a field of bytes
+            bool good = to.push(key);
+            size_t size = bytes.size;
+            for (; size >= 0x80; size >>= 7) good = good && to.push(static_cast<char>(size | 0x80));
+            return good && to.push(static_cast<char>(size)) && append(to, bytes);
+        };
+        if (text.size < 4) return bad("the file is too short");
+        size_t id = 0;
+        for (size_t at = 4; at < text.size; ++id) {
+            if (text.size - at < 8 || number(at + 4) > text.size - at - 8) return bad("token ", id, " goes over the end of the file");
+            const Text token(text.data + at + 8, number(at + 4));
+            if (token.size > number(0)) return bad("token ", id, " is longer than the file says the longest is");
+            const char kind = id == 0 ? piece_unknown : id < 3 ? piece_control : id < 259 ? piece_byte : piece_normal;
+            piece.count = field.count = 0;
+            bool good = true;
+            for (const char c : token) good = good && (c == ' ' ? append(piece, blank_symbol) : piece.push(c));
+            if (id == 1 || id == 2) {  // llama2.c writes them with line ends around
+                piece.count = 0;
+                good = append(piece, id == 1 ? "<s>" : "</s>");
+            }
+            good = good && put(field, 0x0a, view(piece)) && field.push(0x15) && field.append(text.data + at, 4) && field.push(0x18) &&
+                   field.push(kind) && put(proto, 0x0a, view(field));
+            if (!good) return no_memory();
+            at += 8 + token.size;
+        }
+        // Trainer: BPE, byte fallback. Normaliser: a blank before the text, blanks kept.
+        const char settings[] = {0x12, 5, 0x18, 2, static_cast<char>(0x98), 2, 1, 0x1a, 6, 0x18, 1, 0x20, 0, 0x28, 1};
+        return proto.append(settings, sizeof settings) ? sentencepiece(view(proto)) : no_memory();
+    }
 };
 
 // The code points of a text, one bit each.
@@ -3018,15 +3871,18 @@ Status make_tokenizer(Tokenizer& tokenizer, Runtime& runtime, TokenizerKind kind
     made.tables = create<Tables>(runtime, runtime);
     if (!made.tables) return out_of_memory(sizeof(Tables));
     Tables& tables = *made.tables;
+    tables.kind = kind;
     BABYGPT_TRY(fill(tables));
+    made.kind = tables.kind;  // a tokenizer.json says which
     if (made.kind == TokenizerKind::characters) {
         made.unknown = static_cast<int32_t>(tables.tokens.count);
         if (!tables.add("\xef\xbf\xbd")) return out_of_memory(tables.text.count);
     }
     if (tables.tokens.count > INT32_MAX) return fail(Error::unsupported, "the tokenizer has ", tables.tokens.count, " tokens");
     made.vocab = static_cast<int>(tables.tokens.count);
+    if (tables.unknown >= 0) made.unknown = tables.unknown;
     for (const int32_t id : tables.specials)
-        if (equal(tables.bytes(id), end_of_text_name)) made.end_of_text = id;
+        if (equal(tables.bytes(id), tables.kind == TokenizerKind::sentencepiece ? "</s>" : end_of_text_name)) made.end_of_text = id;
     tokenizer = static_cast<Tokenizer&&>(made);
     return Status();
 }
@@ -3045,7 +3901,7 @@ Status train_tokenizer(Tokenizer& tokenizer, Runtime& runtime, const TokenizerCo
                 if (set.bits[code / 8] >> code % 8 & 1 && !add_character(tables, code)) return out_of_memory(tables.text.count);
             return Status();
         });
-    if (config.kind != TokenizerKind::bpe) return fail(Error::invalid_argument, "a tokenizer of kind 'none' cannot be trained");
+    if (config.kind != TokenizerKind::bpe) return fail(Error::invalid_argument, "a tokenizer of this kind cannot be trained");
     if (config.vocab < 257)
         return fail(Error::invalid_argument, "a vocabulary of ", config.vocab,
                     " is too small: 256 bytes and the end-of-text token need 257");
@@ -3076,14 +3932,23 @@ Status train_tokenizer(Tokenizer& tokenizer, Runtime& runtime, const TokenizerCo
 
 // {"babygpt":{"kind":"bytes"}} or {"babygpt":{"kind":"characters","characters":"..."}}, the characters in ascending order.
 inline Status read_simple_tokenizer(Tokenizer& tokenizer, Runtime& runtime, Json& json, Text name) {
-    Array<char> kind(runtime), characters(runtime);
+    Array<char> kind(runtime), characters(runtime), model(runtime);
     for (json.enter_object(); json.next_key();) {
         if (json.key_is("kind")) json.string(kind);
         else if (json.key_is("characters")) json.string(characters);
+        else if (json.key_is("model")) json.string(model);
         else return fail(Error::unsupported, "'", name, "': babygpt has the unknown member '", view(json.key), "'");
     }
     if (json.problem) return json.finish(name);
     if (equal(view(kind), "bytes")) return tokenizer.create_bytes(runtime);
+    if (equal(view(kind), "sentencepiece"))
+        return make_tokenizer(tokenizer, runtime, TokenizerKind::sentencepiece, [&](Tables& tables) {
+            Array<char> proto(runtime);
+            bool memory = true;
+            if (!decode_base64(view(model), proto, memory))
+                return memory ? fail(Error::bad_file, "'", name, "': the model is not in base 64") : out_of_memory(model.count);
+            return TokenizerReader(tables, name).sentencepiece(view(proto));
+        });
     if (!equal(view(kind), "characters"))
         return fail(Error::unsupported, "'", name, "': the kind of tokenizer '", view(kind), "' is not known");
     return make_tokenizer(tokenizer, runtime, TokenizerKind::characters, [&](Tables& tables) {
@@ -3141,7 +4006,19 @@ inline Status read_tokenizer_file(Tokenizer& tokenizer, Runtime& runtime, Text p
             return read_vocab_and_merges(tokenizer, runtime, Text(vocab.text), Text(merges.text));
         }
     Array<char> file;
-    BABYGPT_TRY(read_file(runtime, path, file));
+    Text plain = path;  // without ":cased"
+    static const char* const marks[] = {":cased", ":uncased"};
+    for (const char* mark : marks)
+        if (ends_with(path, mark)) plain.size = path.size - Text(mark).size;
+    BABYGPT_TRY(read_file(runtime, plain, file));
+    if (ends_with(plain, ".txt"))
+        return make_tokenizer(tokenizer, runtime, TokenizerKind::wordpiece,
+                              [&](Tables& tables) { return TokenizerReader(tables, path).vocab_txt(view(file)); });
+    if (ends_with(path, ".model") || ends_with(path, ".bin"))
+        return make_tokenizer(tokenizer, runtime, TokenizerKind::sentencepiece, [&](Tables& tables) {
+            TokenizerReader reader(tables, path);
+            return ends_with(path, ".bin") ? reader.llama2c(view(file)) : reader.sentencepiece(view(file));
+        });
     if (!ends_with(path, ".tiktoken")) return read_tokenizer_json(tokenizer, runtime, view(file), path);
     return make_tokenizer(tokenizer, runtime, TokenizerKind::bpe,
                           [&](Tables& tables) { return TokenizerReader(tables, path).tiktoken(view(file)); });
@@ -3153,6 +4030,15 @@ inline bool append_symbols(Array<char>& to, Text bytes) {
     return true;
 }
 
+inline bool write_specials(const Tables& tables, Array<char>& to) {
+    bool good = true;
+    for (size_t i = 0; i < tables.specials.count && good; ++i) {
+        good = append(to, i ? ",\n{\"id\":" : "\n{\"id\":") && append_json(to, int64_t(tables.specials[i])) &&
+               append(to, ",\"content\":") && append_json(to, tables.bytes(tables.specials[i])) &&
+               append(to, ",\"single_word\":false,\"lstrip\":false,\"rstrip\":false,\"normalized\":false,\"special\":true}");
+    }
+    return good;
+}
 inline bool write_bpe_json(const Tables& tables, Array<char>& to) {
     Array<char> symbols(*to.runtime);
     const auto write_token = [&](int32_t id) {
@@ -3162,11 +4048,7 @@ inline bool write_bpe_json(const Tables& tables, Array<char>& to) {
                append_json(to, view(symbols));
     };
     bool good = append(to, "{\"version\":\"1.0\",\"truncation\":null,\"padding\":null,\"added_tokens\":[");
-    for (size_t i = 0; i < tables.specials.count && good; ++i) {
-        good = append(to, i ? ",\n{\"id\":" : "\n{\"id\":") && append_json(to, int64_t(tables.specials[i])) &&
-               append(to, ",\"content\":") && append_json(to, tables.bytes(tables.specials[i])) &&
-               append(to, ",\"single_word\":false,\"lstrip\":false,\"rstrip\":false,\"normalized\":false,\"special\":true}");
-    }
+    good = good && write_specials(tables, to);
     good = good &&
            append(to,
                   "],\n\"normalizer\":null,\n"
@@ -3192,6 +4074,33 @@ inline bool write_bpe_json(const Tables& tables, Array<char>& to) {
                append_symbols(symbols, tables.bytes(merge.right)) && append_json(to, view(symbols));
     }
     return good && append(to, "]}}\n");
+}
+
+inline bool write_wordpiece_json(const Tables& tables, Array<char>& to) {
+    bool good =
+        append(to, "{\"version\":\"1.0\",\"truncation\":null,\"padding\":null,\"added_tokens\":[") && write_specials(tables, to) &&
+        append(to,
+               "],\n\"normalizer\":{\"type\":\"BertNormalizer\",\"clean_text\":true,\"handle_chinese_chars\":true,\"strip_accents\":") &&
+        append(to, tables.strip_accents ? "true,\"lowercase\":" : "false,\"lowercase\":") &&
+        append(to, tables.lower_case ? "true" : "false") &&
+        append(to,
+               "},\n\"pre_tokenizer\":{\"type\":\"BertPreTokenizer\"},\n\"post_processor\":null,\n"
+               "\"decoder\":{\"type\":\"WordPiece\",\"prefix\":\"##\",\"cleanup\":true},\n"
+               "\"model\":{\"type\":\"WordPiece\",\"unk_token\":") &&
+        append_json(to, tables.bytes(tables.unknown)) &&
+        append(to, ",\"continuing_subword_prefix\":\"##\",\"max_input_chars_per_word\":100,\n\"vocab\":{");
+    Array<char> word(*to.runtime);
+    bool first = true;
+    for (size_t i = 0; i < tables.tokens.count && good; ++i) {
+        const Text bytes = tables.bytes(static_cast<int32_t>(i));
+        if (bytes.size == 0) continue;
+        const bool bare = tables.tokens[i].special, begins = !bare && bytes[0] == ' ';
+        word.count = 0;
+        good = (bare || begins || append(word, "##")) && append(word, Text(bytes.data + begins, bytes.size - begins)) &&
+               append(to, first ? "\n" : ",\n") && append_json(to, view(word)) && to.push(':') && append_json(to, static_cast<int64_t>(i));
+        first = false;
+    }
+    return good && append(to, "}}}\n");
 }
 
 template <class T>
@@ -3282,6 +4191,10 @@ Status Tokenizer::save_memory(Array<char>& json) const {
     bool good = false;
     if (kind == TokenizerKind::bytes) good = append(json, "{\"babygpt\":{\"kind\":\"bytes\"}}\n");
     if (kind == TokenizerKind::bpe) good = write_bpe_json(*tables, json);
+    if (kind == TokenizerKind::wordpiece) good = write_wordpiece_json(*tables, json);
+    if (kind == TokenizerKind::sentencepiece)
+        good = append(json, "{\"babygpt\":{\"kind\":\"sentencepiece\",\"model\":\"") && append_base64(json, view(tables->proto)) &&
+               append(json, "\"}}\n");
     if (kind == TokenizerKind::characters) {
         const Text characters(tables->text.items, tables->text.count - tables->bytes(unknown).size);
         good =
@@ -3291,7 +4204,10 @@ Status Tokenizer::save_memory(Array<char>& json) const {
 }
 Status Tokenizer::save(Text path) const {
     Array<char> json;
-    BABYGPT_TRY(save_memory(json));
+    if (kind == TokenizerKind::sentencepiece && ends_with(path, ".model")) {
+        json.runtime = runtime;
+        if (!append(json, view(tables->proto))) return out_of_memory(tables->proto.count);
+    } else BABYGPT_TRY(save_memory(json));
     return write_atomically(*runtime, path, [&](File& file) { return file.write(json.items, static_cast<int64_t>(json.count)); });
 }
 
@@ -3305,10 +4221,18 @@ Status Tokenizer::copy(Runtime& to, const Tokenizer& from) {
     const Tables& f = *from.tables;
     const bool good = copy_array(t.text, f.text) && copy_array(t.tokens, f.tokens) && copy_array(t.specials, f.specials) &&
                       copy_array(t.codes, f.codes) && copy_array(t.merges, f.merges) && copy_array(t.pairs.slots, f.pairs.slots) &&
-                      copy_array(t.words.slots, f.words.slots) && copy_array(t.classes, f.classes);
+                      copy_array(t.words.slots, f.words.slots) && copy_array(t.classes, f.classes) && copy_array(t.accents, f.accents) &&
+                      copy_array(t.small_letters, f.small_letters) && copy_array(t.proto, f.proto) &&
+                      copy_array(t.piece_kinds, f.piece_kinds) && copy_array(t.scores, f.scores) && copy_array(t.pieces, f.pieces) &&
+                      copy_array(t.user_pieces, f.user_pieces);
     if (!good) return out_of_memory(f.text.count);
     t.pairs.count = f.pairs.count, t.words.count = f.words.count;
     t.longest = f.longest, t.whole_words_first = f.whole_words_first;
+    t.kind = f.kind, t.lower_case = f.lower_case, t.strip_accents = f.strip_accents, t.unknown = f.unknown;
+    t.unigram = f.unigram, t.byte_fallback = f.byte_fallback, t.add_dummy_prefix = f.add_dummy_prefix;
+    t.remove_extra_whitespaces = f.remove_extra_whitespaces, t.escape_whitespaces = f.escape_whitespaces;
+    t.treat_whitespace_as_suffix = f.treat_whitespace_as_suffix, t.unknown_score = f.unknown_score;
+    t.charsmap = f.charsmap, t.charsmap_size = f.charsmap_size, t.unknown_surface = f.unknown_surface;
     memcpy(t.byte_ids, f.byte_ids, sizeof t.byte_ids);
     memcpy(t.ascii, f.ascii, sizeof t.ascii);
     made.kind = from.kind, made.vocab = from.vocab, made.end_of_text = from.end_of_text, made.unknown = from.unknown;
@@ -3344,6 +4268,8 @@ Status Tokenizer::encode(Text text, Array<int32_t>& ids, bool special, size_t* u
         return Status();
     }
     Encoder encoder(*tables, ids, *runtime);
+    WordPieceEncoder words(*tables, ids, *runtime);
+    PieceEncoder pieces(*tables, ids, *runtime);
     bool starts[256] = {};  // of the names of special tokens
     if (special)
         for (const int32_t id : tables->specials) starts[static_cast<unsigned char>(tables->bytes(id)[0])] = true;
@@ -3353,27 +4279,51 @@ Status Tokenizer::encode(Text text, Array<int32_t>& ids, bool special, size_t* u
         int32_t id = -1;
         if (at < text.size) {
             if (!starts[static_cast<unsigned char>(text[at])]) continue;
-            id = special_at(*tables, Text(text.data + at, text.size - at));
+            id = longest_at(*tables, tables->specials, Text(text.data + at, text.size - at));
             if (id < 0) continue;
         }
-        good = encoder.encode(Text(text.data + from, at - from)) && (id < 0 || ids.push(id));
+        const Text part(text.data + from, at - from);
+        good = (kind == TokenizerKind::bpe         ? encoder.encode(part)
+                : kind == TokenizerKind::wordpiece ? words.encode(part)
+                                                   : pieces.encode(part)) &&
+               (id < 0 || ids.push(id));
         if (id >= 0) from = at + tables->bytes(id).size, at = from - 1;
     }
+    if (unknown_count) *unknown_count = words.unknown + pieces.unknown;
     if (good) return Status();
     ids.count = before;
     return out_of_memory((before + text.size) * sizeof(int32_t));
 }
 
-Text Tokenizer::bytes(int32_t id) const { return tables && id >= 0 && id < vocab ? tables->bytes(id) : Text(); }
+Text Tokenizer::bytes(int32_t id) const {
+    if (!tables || id < 0 || id >= vocab) return Text();
+    const Text token = tables->bytes(id);
+    if (kind == TokenizerKind::wordpiece && token.size) {
+        if (tables->tokens[static_cast<size_t>(id)].special) return Text(token.data - 1, token.size + 1);  // a blank stands before it
+        if (token.size == 2 && token[0] == ' ' && memchr(".,!?", token[1], 4)) return Text(token.data + 1, 1);
+    }
+    if (kind == TokenizerKind::sentencepiece && id == unknown)
+        return Text(tables->text.items + tables->unknown_surface, tables->text.count - tables->unknown_surface);
+    return token;
+}
 
 Status Tokenizer::decode(Span<const int32_t> ids, Array<char>& text) const {
     if (!tables) return fail(Error::invalid_argument, "the tokenizer is empty: create, train or load it first");
     if (!text.runtime) text.runtime = runtime;
     const size_t before = text.count;
+    bool begins = kind == TokenizerKind::wordpiece ||
+                  (kind == TokenizerKind::sentencepiece && (tables->add_dummy_prefix || tables->remove_extra_whitespaces));
     for (const int32_t id : ids) {
-        const Text token = bytes(id);
+        Text token = bytes(id);
         if (token.size == 0)
             return text.count = before, fail(Error::invalid_argument, "there is no token ", id, " in a vocabulary of ", vocab);
+        if (kind == TokenizerKind::sentencepiece && tables->piece_kinds[static_cast<size_t>(id)] == piece_control) continue;
+        // The blank before the first word goes; before an unknown piece it is its own, and stays.
+        const bool drop =
+            begins && token[0] == ' ' &&
+            !(kind == TokenizerKind::sentencepiece && (id == unknown || tables->piece_kinds[static_cast<size_t>(id)] == piece_byte));
+        if (drop) token = Text(token.data + 1, token.size - 1);
+        begins = begins && drop && kind == TokenizerKind::sentencepiece && tables->remove_extra_whitespaces && token.size == 0;
         if (!append(text, token)) return text.count = before, out_of_memory(before + token.size);
     }
     return Status();

@@ -1328,7 +1328,7 @@ void choose_tokenizer(Training& t) {
 void check_tokenizer(Training& t) {  // --tokenizer beside --resume
     const string& name = t.options.tokenizer;
     const Tokenizer& stored = t.model.tokenizer;
-    const string kinds[] = {"none", "byte", "char", "bpe:" + std::to_string(stored.vocab)};
+    const string kinds[] = {"none", "byte", "char", "bpe:" + std::to_string(stored.vocab), "wordpiece", "sentencepiece"};
     const string kept = kinds[int(stored.kind)];
     if (name == kept || (stored.kind == TokenizerKind::bpe && starts_with(name, "bpe:"))) {
         if (starts_with(name, "bpe:")) {
@@ -1560,7 +1560,7 @@ void show_start(Training& t) {
     const Config& c = t.model.config;
     Memory memory;
     must(memory_needed(t.common.runtime, c, Purpose::training, t.config.batch, memory, t.config.dropout));
-    const char* kinds[] = {"no", "byte", "character", "BPE"};
+    const char* kinds[] = {"no", "byte", "character", "BPE", "WordPiece", "SentencePiece"};
     note(format("%s of text: %s training and %s validation tokens (%s tokenizer, vocabulary %s)", bytes_text(t.corpus.bytes).c_str(),
                 grouped(int64_t(t.data.tokens)).c_str(), grouped(int64_t(t.has_validation ? t.validation.tokens : 0)).c_str(),
                 kinds[int(t.tokenizer.kind)], grouped(c.vocab).c_str()));
@@ -2208,7 +2208,7 @@ int info(Arguments& in) {
     must(memory_needed(common.runtime, config, Purpose::running, 1, running));
     int64_t parameters = 0, multiply_adds = 0;
     for (const SummaryRow& row : rows) parameters += row.parameters, multiply_adds += row.multiply_adds;
-    const char* kinds[] = {"none", "byte", "char", "bpe"};
+    const char* kinds[] = {"none", "byte", "char", "bpe", "wordpiece", "sentencepiece"};
     const string activation = activation_name(config);
     const char *positions = position_names[int(config.positions)], *norm = norm_names[int(config.norm)];
     if (json) {
