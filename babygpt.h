@@ -2707,6 +2707,7 @@ struct WordPieceEncoder {
     WordPieceEncoder(const Tables& t, Array<int32_t>& ids, Runtime& runtime) : tables(t), out(ids), word(runtime) {}
 
     bool encode(Text text) {
+        word.count = 0;
         if (!word.push(' ')) return false;
         for (size_t i = 0, length; i < text.size; i += length) {
             uint32_t c = decode_utf8(text.data + i, text.end(), length);
@@ -3292,6 +3293,7 @@ struct TokenizerReader {
         if (at >= tables.tokens.count && !tables.tokens.resize(at + 1)) return no_memory();
         if (bytes.size == 0) return bad("token ", id, " is empty");
         if (tables.tokens[at].size) return bad("token id ", id, " is given twice");
+        if (special && !tables.text.push(' ')) return no_memory();  // WordPiece shows a special token with a blank before it
         tables.tokens[at] = Tables::Token{tables.text.count, bytes.size, special};
         if (!append(tables.text, bytes)) return no_memory();
         HashIndex& index = special ? by_name : by_bytes;
@@ -3606,10 +3608,7 @@ struct TokenizerReader {
     }
     Status add_word(int64_t id, Text word, bool special) {
         scratch.count = 0;
-        if (special) {  // with a blank before it, for decoding
-            if (!tables.text.push(' ')) return no_memory();
-            return add(id, word, true);
-        }
+        if (special) return add(id, word, true);
         const bool goes_on = starts_with(word, "##") && word.size > 2;
         if (goes_on) word = Text(word.data + 2, word.size - 2);
         if (word.size == 0) return bad("token ", id, " is empty");
@@ -3736,7 +3735,7 @@ struct TokenizerReader {
                 const size_t at = tables.tokens.count - 1;
                 if (tables.piece_kinds[at] != piece_normal) continue;
                 lowest = any ? least(lowest, tables.scores[at]) : tables.scores[at];
-                highest = any ? most(highest, tables.scores[at]) : tables.scores[at];
+                highest = most(highest, tables.scores[at]);  // at least 0, as in the reference
                 any = true;
             }
         if (tables.unknown < 0) return bad("there is no unknown piece");
@@ -4311,8 +4310,8 @@ Status Tokenizer::decode(Span<const int32_t> ids, Array<char>& text) const {
     if (!tables) return fail(Error::invalid_argument, "the tokenizer is empty: create, train or load it first");
     if (!text.runtime) text.runtime = runtime;
     const size_t before = text.count;
-    bool begins = kind == TokenizerKind::wordpiece ||
-                  (kind == TokenizerKind::sentencepiece && (tables->add_dummy_prefix || tables->remove_extra_whitespaces));
+    bool starts_text = true, begins = kind == TokenizerKind::wordpiece || (kind == TokenizerKind::sentencepiece &&
+                                                                           (tables->add_dummy_prefix || tables->remove_extra_whitespaces));
     for (const int32_t id : ids) {
         Text token = bytes(id);
         if (token.size == 0)
@@ -4324,7 +4323,11 @@ Status Tokenizer::decode(Span<const int32_t> ids, Array<char>& text) const {
             !(kind == TokenizerKind::sentencepiece && (id == unknown || tables->piece_kinds[static_cast<size_t>(id)] == piece_byte));
         if (drop) token = Text(token.data + 1, token.size - 1);
         begins = begins && drop && kind == TokenizerKind::sentencepiece && tables->remove_extra_whitespaces && token.size == 0;
-        if (!append(text, token)) return text.count = before, out_of_memory(before + token.size);
+        // A word's end with no beginning shows its mark.
+        const bool end_first = starts_text && kind == TokenizerKind::wordpiece && !tables->tokens[static_cast<size_t>(id)].special &&
+                               tables->bytes(id)[0] != ' ';
+        starts_text = false;
+        if ((end_first && !append(text, "##")) || !append(text, token)) return text.count = before, out_of_memory(before + token.size);
     }
     return Status();
 }

@@ -478,19 +478,10 @@ TEST(streams, "a character is cut in two on its way to the terminal, or a byte i
 
 // ---- GPT-2 -----------------------------------------------------------------------------------------------------------------
 
-TEST(gpt2_ids, "GPT-2's tokenizer gives other ids than those that others have published") {
-    Runtime runtime;
-    Tokenizer tokenizer, ranks;
-    if (read_shared("tokenizers/gpt2/vocab.bpe").empty()) SKIP("../shared/data/tokenizers/gpt2 is absent");
-    if (!CHECK_OK(tokenizer.load(runtime, "../shared/data/tokenizers/gpt2"))) return;
-    CHECK(tokenizer.vocab == 50257 && tokenizer.end_of_text == 50256);
-    CHECK_OK(ranks.load(runtime, "../shared/data/tokenizers/gpt2/r50k_base.tiktoken"));
-    CHECK(saved(ranks) == saved(tokenizer));
-    CHECK(encode(tokenizer, "hello <|endoftext|>", true) == (Ids{31373, 220, 50256}));
-    CHECK(encode(tokenizer, "hello <|endoftext|>") == (Ids{31373, 1279, 91, 437, 1659, 5239, 91, 29}));
-
-    const string inputs = read_shared("tokenizers/llamacpp/ggml-vocab-gpt-2.gguf.inp"),
-                 outputs = read_shared("tokenizers/llamacpp/ggml-vocab-gpt-2.gguf.out");
+// llama.cpp's inputs and ids.
+static void check_llamacpp(const Tokenizer& tokenizer, const char* vocabulary) {
+    const string path = string("tokenizers/llamacpp/ggml-vocab-") + vocabulary + ".gguf";
+    const string inputs = read_shared((path + ".inp").c_str()), outputs = read_shared((path + ".out").c_str());
     const string between = "\n__ggml_vocab_test__\n";
     int vectors = 0;
     for (size_t in = 0, out = 0; out < outputs.size(); ++vectors) {
@@ -503,6 +494,20 @@ TEST(gpt2_ids, "GPT-2's tokenizer gives other ids than those that others have pu
         in = in_end + between.size(), out = out_end + 1;
     }
     CHECK(vectors >= 40);
+}
+
+TEST(gpt2_ids, "GPT-2's tokenizer gives other ids than those that others have published") {
+    Runtime runtime;
+    Tokenizer tokenizer, ranks;
+    if (read_shared("tokenizers/gpt2/vocab.bpe").empty()) SKIP("../shared/data/tokenizers/gpt2 is absent");
+    if (!CHECK_OK(tokenizer.load(runtime, "../shared/data/tokenizers/gpt2"))) return;
+    CHECK(tokenizer.vocab == 50257 && tokenizer.end_of_text == 50256);
+    CHECK_OK(ranks.load(runtime, "../shared/data/tokenizers/gpt2/r50k_base.tiktoken"));
+    CHECK(saved(ranks) == saved(tokenizer));
+    CHECK(encode(tokenizer, "hello <|endoftext|>", true) == (Ids{31373, 220, 50256}));
+    CHECK(encode(tokenizer, "hello <|endoftext|>") == (Ids{31373, 1279, 91, 437, 1659, 5239, 91, 29}));
+
+    check_llamacpp(tokenizer, "gpt-2");
 
     const string facts = read_shared("tokenizers/vectors/known_vectors.jsonl");
     int known = 0;
@@ -562,6 +567,217 @@ TEST(gpt2_damage, "a damaged vocab.bpe, encoder.json or .tiktoken file crashes")
             CHECK(status.ok() || status.message[0]);
             if (status.ok()) CHECK(decode(tokenizer, encode(tokenizer, prose)) == prose);
         }
+    }
+}
+
+// ---- WordPiece and SentencePiece ------------------------------------------------------------------------------------------
+
+static const char wordpiece_json[] =
+    "{\"added_tokens\":[{\"id\":0,\"content\":\"[UNK]\",\"special\":true}],\"normalizer\":{\"type\":\"BertNormalizer\",\"clean_text\":true,"
+    "\"handle_chinese_chars\":true,\"strip_accents\":null,\"lowercase\":true},\"pre_tokenizer\":{\"type\":\"BertPreTokenizer\"},"
+    "\"decoder\":{\"type\":\"WordPiece\",\"prefix\":\"##\",\"cleanup\":true},\"post_processor\":null,\"model\":{\"type\":\"WordPiece\","
+    "\"unk_token\":\"[UNK]\",\"continuing_subword_prefix\":\"##\",\"max_input_chars_per_word\":100,\"vocab\":{\"[UNK]\":0,\"i\":1,\"g\":2,"
+    "\"s\":3,\"\\u0131\":4,\"a\":5,\"##a\":6,\"##ab\":7,\".\":8,\"\\u4e2d\":9,\"\\u0130\":10,\"##\\u011f\":11}}}";
+
+TEST(wordpiece, "BERT's words are cut, cleaned or made small in another way, or a word is unknown that is none") {
+    Runtime runtime;
+    Tokenizer small, cased, again;
+    if (!CHECK_OK(small.load_memory(runtime, wordpiece_json))) return;
+    CHECK(small.kind == TokenizerKind::wordpiece && small.vocab == 12 && small.unknown == 0);
+    size_t unknown = 9;
+    // The Turkish letters: capital dotted I and I give i, the dotless one stays, the accents of g and s go.
+    CHECK(encode(small, "\xc4\xb0 I \xc4\xb1 \xc4\x9e \xc4\x9f \xc5\x9e \xc5\x9f", false, &unknown) == (Ids{1, 1, 4, 2, 2, 3, 3}) &&
+          unknown == 0);
+    CHECK(encode(small,
+                 "aab.\xe4\xb8\xad"
+                 "a\t\x01zz\xff",
+                 false, &unknown) == (Ids{5, 7, 8, 9, 5, 0}) &&
+          unknown == 2);
+    CHECK(encode(small, string(100, 'a')).size() == 100 && encode(small, string(101, 'a')) == (Ids{0}));
+    CHECK(decode(small, {5, 7, 8, 9, 0, 5}) == "aab. \xe4\xb8\xad [UNK] a" && decode(small, {6, 6}) == "##aa");
+    CHECK_OK(again.load_memory(runtime, saved(small)));
+    CHECK(saved(again) == saved(small));
+    CHECK_OK(cased.load_memory(runtime, replaced(wordpiece_json, "\"lowercase\":true", "\"lowercase\":false")));
+    CHECK(encode(cased, "\xc4\xb0 I a\xc4\x9f") == (Ids{10, 0, 5, 11}));
+    for (const char* change : {"BertNormalizer", "BertPreTokenizer", "clean_text\":true", "##\",\"max", "100", "WordPiece\",\"unk"}) {
+        const Status status = again.load_memory(runtime, replaced(wordpiece_json, change, "7"));
+        CHECK(!status.ok() && status.message[0]);
+    }
+}
+
+// A SentencePiece model by hand: pieces of (text, score, kind), then the settings.
+static string field_of(char number, const string& bytes) {
+    string field(1, static_cast<char>(number * 8 + 2));
+    for (size_t size = bytes.size();; size >>= 7) {
+        field += static_cast<char>(size >= 128 ? (size & 127) | 128 : size);
+        if (size < 128) return field + bytes;
+    }
+}
+static string small_model(bool unigram, const string& normalizer = "\x18\x01\x20\x01\x28\x01") {
+    const struct {
+        const char* text;
+        float score;
+        char kind;
+    } pieces[] = {{"<unk>", 0, 2},
+                  {"<s>", 0, 3},
+                  {"</s>", 0, 3},
+                  {"\xe2\x96\x81"
+                   "a",
+                   -1, 1},
+                  {"a", -2, 1},
+                  {"b", -2.5f, 1},
+                  {"ab", -3, 1},
+                  {"\xe2\x96\x81", -2, 1},
+                  {"user", 0, 4},
+                  {"\xe2\x96\x81"
+                   "ab",
+                   -5, 5}};
+    string model;
+    for (const auto& piece : pieces) {
+        string bytes = field_of(1, piece.text) + '\x15';
+        bytes.append(reinterpret_cast<const char*>(&piece.score), 4);
+        model += field_of(1, bytes + '\x18' + piece.kind);
+    }
+    return model + field_of(2, string("\x18") + (unigram ? '\x01' : '\x02')) + field_of(3, normalizer);
+}
+// The only file that there is.
+struct OneFile {
+    string text;
+    explicit OneFile(Runtime& runtime) {
+        runtime.files.user = this;
+        runtime.files.open = [](void* self, const char*, FileMode) { return self; };
+        runtime.files.size = [](void*, void* file) { return static_cast<int64_t>(static_cast<OneFile*>(file)->text.size()); };
+        runtime.files.read = [](void*, void* file, int64_t at, void* to, int64_t bytes) {
+            const string& from = static_cast<OneFile*>(file)->text;
+            if (static_cast<size_t>(at) >= from.size()) return int64_t(0);
+            return static_cast<int64_t>(from.copy(static_cast<char*>(to), static_cast<size_t>(bytes), static_cast<size_t>(at)));
+        };
+        runtime.files.close = [](void*, void*) { return 0; };
+    }
+};
+
+TEST(sentencepiece, "a SentencePiece model cuts, joins or keeps blanks in another way than it says") {
+    Runtime runtime;
+    OneFile file(runtime);
+    for (const bool unigram : {true, false}) {
+        Tokenizer tokenizer, again;
+        file.text = small_model(unigram);
+        if (!CHECK_OK(tokenizer.load(runtime, "small.model"))) return;
+        CHECK(tokenizer.vocab == 10 && tokenizer.unknown == 0 && tokenizer.end_of_text == 2);
+        size_t unknown = 0;
+        CHECK(encode(tokenizer, " ab  userzz a ", false, &unknown) == (unigram ? Ids{3, 5, 7, 8, 0, 3} : Ids{3, 5, 7, 8, 0, 3}) &&
+              unknown == 2);
+        CHECK(encode(tokenizer, "a</s>", true) == (Ids{3, 2}) && encode(tokenizer, "") == Ids() && encode(tokenizer, "  ") == Ids());
+        CHECK(decode(tokenizer, {1, 3, 5, 7, 8, 0, 2}) == "ab user \xe2\x81\x87 ");
+        CHECK_OK(again.load_memory(runtime, saved(tokenizer)));
+        CHECK(saved(again) == saved(tokenizer) && encode(again, "a ab b user") == encode(tokenizer, "a ab b user"));
+        file.text = small_model(unigram, string("\x18\x00\x20\x00\x28\x01", 6));
+        CHECK_OK(tokenizer.load(runtime, "small.model"));
+        CHECK(encode(tokenizer, "b  b") == (Ids{5, 7, 7, 5}) && decode(tokenizer, {7, 5}) == " b");
+        CHECK(decode(tokenizer, encode(tokenizer, string(100000, 'a'))) == string(100000, 'a'));
+    }
+    Tokenizer tokenizer;
+    file.text = replaced(small_model(true), "\x12\x02\x18\x01", "\x12\x02\x18\x04");
+    Status status = tokenizer.load(runtime, "small.model");
+    CHECK(status.error == Error::unsupported && strstr(status.message, "CHAR"));
+    file.text = "[UNK]\na\n##b\n";
+    status = tokenizer.load(runtime, "vocab.txt");
+    CHECK(status.error == Error::unsupported && strstr(status.message, "uncased"));
+    CHECK_OK(tokenizer.load(runtime, "vocab.txt:uncased"));
+    CHECK(encode(tokenizer, "Ab") == (Ids{1, 2}));
+    CHECK_OK(tokenizer.load(runtime, "vocab.txt:cased"));
+    CHECK(encode(tokenizer, "Ab ab") == (Ids{0, 1, 2}));
+}
+
+TEST(published_ids, "BERT's, SentencePiece's or llama2.c's tokenizer gives other ids than those that others have published") {
+    Runtime runtime;
+    Tokenizer bert, pieces, llama;
+    if (read_shared("tokenizers/sp_test_model.model").empty()) SKIP("../shared/data/tokenizers is absent");
+    if (!CHECK_OK(bert.load(runtime, "../shared/data/tokenizers/bert-base-uncased-vocab.txt"))) return;
+    CHECK(bert.vocab == 30522 &&
+          encode(bert, "[CLS]My name is John[SEP]pair[SEP]", true) == (Ids{101, 2026, 2171, 2003, 2198, 102, 3940, 102}));
+    check_llamacpp(bert, "bert-bge");
+    if (!CHECK_OK(pieces.load(runtime, "../shared/data/tokenizers/sp_test_model.model"))) return;
+    CHECK(pieces.vocab == 1000 && pieces.unknown == 0 && pieces.end_of_text == 2);
+    CHECK(encode(pieces, "This is a test") == (Ids{284, 47, 11, 4, 15, 400}) && encode(pieces, "Hello world") == (Ids{151, 88, 21, 887}));
+    CHECK(decode(pieces, {284, 47, 11, 4, 15, 400}) == "This is a test");
+    if (read_shared("models/stories260K/tok512.bin").empty()) SKIP("../shared/data/models/stories260K is absent");
+    if (!CHECK_OK(llama.load(runtime, "../shared/data/models/stories260K/tok512.bin"))) return;
+    CHECK(llama.vocab == 512 && llama.end_of_text == 2);
+    const string text = "Once upon a time,\n  there was \xe4\xb8\xad\xf0\x9f\x98\x80!";
+    CHECK(encode(llama, "Once upon a time") == (Ids{403, 407, 261, 378}) && decode(llama, encode(llama, text)) == text);
+    Tokenizer again;
+    CHECK_OK(again.load_memory(runtime, saved(llama)));
+    CHECK(saved(again) == saved(llama) && encode(again, text) == encode(llama, text));
+}
+
+TEST(piece_damage, "a damaged .model, vocab.txt, tok.bin or WordPiece tokenizer.json crashes or leaks, or running out of memory does") {
+    HostMemory memory;
+    Runtime runtime;
+    memory.lend(runtime);
+    OneFile file(runtime);
+    string llama("\x06\0\0\0", 4);
+    for (const char* piece : {"<unk>", "\n<s>\n", "\n</s>\n"}) {
+        const size_t size = strlen(piece);
+        llama += string(4, '\0') + static_cast<char>(size) + string(3, '\0') + piece;
+    }
+    for (int byte = 0; byte < 256; ++byte) {
+        char name[8];
+        snprintf(name, sizeof name, "<0x%02X>", byte);
+        llama += string("\0\0\0\0\6\0\0\0", 8) + name;
+    }
+    // A charsmap of 8 units that lead anywhere, and two texts.
+    string map("\x20\0\0\0", 4);
+    for (int i = 0; i < 8; ++i) map += string("\x61\x05\0\0", 4);
+    map += string("b\0c\0", 4);
+    const struct {
+        const char* name;
+        string text;
+    } files[] = {{"x.model", small_model(true, field_of(2, map))},
+                 {"x.model", small_model(false)},
+                 {"x.bin", llama},
+                 {"x.txt:uncased", "[UNK]\n[CLS]\na\n##b\n.\n"},
+                 {"x.json", wordpiece_json}};
+    const string text = string(prose) + "\xc4\xb0user\xe4\xb8\xad\xff<s>[CLS]";
+    const auto use = [&](const char* name) {
+        Tokenizer tokenizer, copied;
+        Array<int32_t> ids(runtime);
+        Array<char> back(runtime), json(runtime);
+        Status status = tokenizer.load(runtime, name);
+        if (status.ok()) status = copied.copy(runtime, tokenizer);
+        if (status.ok()) status = copied.encode(text, ids, true);
+        if (status.ok()) status = copied.decode(Span<const int32_t>(ids.begin(), ids.size()), back);
+        if (status.ok()) status = copied.save_memory(json);
+        CHECK(status.ok() || status.message[0]);
+        return status;
+    };
+    for (const auto& whole : files) {
+        file.text = whole.text;
+        if (!CHECK_OK(use(whole.name))) continue;
+        bool done = false;
+        for (memory.fail_at = 0; !done && memory.fail_at < 10000; ++memory.fail_at) {
+            memory.calls = 0;
+            const Status status = use(whole.name);
+            CHECK(status.ok() || status.error == Error::out_of_memory);
+            done = status.ok() && memory.calls <= memory.fail_at;
+        }
+        CHECK(done && memory.used == 0);
+        memory.fail_at = -1;
+        for (size_t n = 0; n < whole.text.size(); ++n) file.text = whole.text.substr(0, n), (void)use(whole.name);
+        for (int i = 0; i < 500 * thoroughness; ++i) {
+            file.text = whole.text;
+            for (uint32_t k = 1 + random_below(3); k > 0; --k) {
+                const size_t at = random_below(static_cast<uint32_t>(file.text.size()));
+                if (random_below(4) == 0) file.text.erase(at, 1 + random_below(4));
+                else if (random_below(3) == 0) file.text.insert(at, 1, static_cast<char>(random_below(256)));
+                else file.text[at] = static_cast<char>(random_below(256));
+                if (file.text.empty()) file.text = "x";
+            }
+            memory.peak = 0;
+            (void)use(whole.name);
+            CHECK(memory.peak < static_cast<int64_t>(100 * whole.text.size() + 2000000));
+        }
+        CHECK(memory.used == 0 && memory.blocks == 0);
     }
 }
 
