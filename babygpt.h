@@ -2,10 +2,10 @@
 //
 // [CHAPTER 0] Read me
 //
-// What it is.  A whole language model in one file: byte-level BPE, byte and character tokenizers; Transformers of GPT-2's and Llama's type;
-// training with AdamW or Muon; generation with a KV cache, from f32, bf16 or int8; checkpoints that Python reads (safetensors). It is
-// made for models of up to some ten million parameters on the cores of an ordinary computer, for programs that include it, and for people
-// who want to read how it works.
+// What it is.  A whole language model in one file: byte-level BPE, byte and character tokenizers, and those of BERT and SentencePiece to
+// load; Transformers of GPT-2's and Llama's type; training with AdamW or Muon; generation with a KV cache, from f32, bf16 or int8;
+// checkpoints that Python reads (safetensors). It is made for models of up to some ten million parameters on the cores of an ordinary
+// computer, for programs that include it, and for people who want to read how it works.
 // What it is not.  A runner for large models, or a wrapper around anything: it depends on the C library and the system's threads.
 //
 // Do this.  In exactly one source file:
@@ -1585,7 +1585,7 @@ enum : uint64_t { random_weights = 1u << 20, random_order, random_sample };
 // =====================================================================================================================
 // From bytes to characters, from characters to words, from words to the ids that a model sees; and back.
 // In this order: UTF-8 (RFC 3629), JSON (RFC 8259), exact decimal numbers, the classes of Unicode characters, GPT-2's words,
-// byte-pair encoding, learning it from text, reading and writing tokenizer files, the public Tokenizer.
+// byte-pair encoding, WordPiece, SentencePiece, learning merges from text, reading and writing tokenizer files, the public Tokenizer.
 
 namespace babygpt {
 namespace {
@@ -3693,7 +3693,7 @@ struct TokenizerReader {
         file_size = text.size;
         if (!append(tables.proto, text)) return no_memory();
         const Text whole = view(tables.proto);
-        const Text symbol(blank_symbol), default_surface(" \xe2\x81\x87 ");
+        const Text default_surface(" \xe2\x81\x87 ");
         Text surface = default_surface;
         Protobuf model(whole);
         uint64_t type = 1;
@@ -4166,11 +4166,12 @@ Status Tokenizer::load(Runtime& from, Text path) {
     if (equal(path, "byte")) return create_bytes(from);
     const Status status = read_tokenizer_file(*this, from, path);
     if (status.ok() || status.error != Error::cannot_open || path.size == 0) return status;
-    static const char* const endings[] = {".json", ".tiktoken", ".bpe", ".txt"};
+    static const char* const endings[] = {".json", ".tiktoken", ".bpe", ".txt", ".model", ".bin", "cased"};
     for (const char* ending : endings)
         if (ends_with(path, ending)) return status;
     // Perhaps a folder; its files cannot be listed, so we try the usual names.
-    static const char* const names[] = {"/tokenizer.json", "/encoder.json", "/vocab.json", "/r50k_base.tiktoken", "/gpt2.tiktoken"};
+    static const char* const names[] = {"/tokenizer.json", "/encoder.json",    "/vocab.json", "/r50k_base.tiktoken",
+                                        "/gpt2.tiktoken",  "/tokenizer.model", "/vocab.txt"};
     for (const char* name : names) {
         const Path inside(path, name);
         if (!inside.fits) return status;
@@ -4179,7 +4180,8 @@ Status Tokenizer::load(Runtime& from, Text path) {
         return read_tokenizer_file(*this, from, Text(inside.text));
     }
     return fail(Error::cannot_open, "'", path,
-                "' is neither a tokenizer file nor a folder with tokenizer.json, encoder.json, vocab.json or r50k_base.tiktoken");
+                "' is neither a tokenizer file nor a folder with tokenizer.json, encoder.json, vocab.json, r50k_base.tiktoken, "
+                "tokenizer.model or vocab.txt");
 }
 Status Tokenizer::load_memory(Runtime& from, Text json) { return read_tokenizer_json(*this, from, json, "tokenizer.json"); }
 

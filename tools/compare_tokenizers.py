@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compares the ids of `babygpt encode` with those of tiktoken (and, where installed, of Hugging Face's tokenizers).
+"""Compares the ids of `babygpt encode` with those of tiktoken, Hugging Face's tokenizers and sentencepiece, where they are installed.
 
     tools/compare_tokenizers.py [--babygpt build/babygpt] [--shared ../shared] [--strings 200000] [--seed 1]
 
@@ -105,6 +105,7 @@ def main():
     else:
         against_tiktoken(options, data, gpt2, ranks_file)
         against_hugging_face(options, data)
+        against_bert_and_sentencepiece(options, data)
     print(f"{passed} passed, {failed} failed, {skipped} skipped")
     return 1 if failed else 0
 
@@ -185,6 +186,45 @@ def against_hugging_face(options, data):
         texts = read(path).split("\n") + known
         wanted = [encoding.ids for encoding in reference.encode_batch(texts, add_special_tokens=False)]
         compare("Hugging Face's tokenizers, our own tokenizer.json", texts, encode(options.babygpt, ours, texts, special=True), wanted)
+
+
+def against_bert_and_sentencepiece(options, data):
+    """50,000 lines of English, Turkish, dialogue and random Unicode."""
+    texts = []
+    for name in ("text/botchan.txt", "turkish/turkish_all_cc-by-sa.txt", "text/tinyshakespeare.txt", "dialogsum/dialogsum.dev.jsonl"):
+        path = os.path.join(data, name)
+        if os.path.exists(path):
+            lines = read(path).split("\n")[:11000]
+            texts += [json.loads(line)["dialogue"] for line in lines if line] if name.endswith("jsonl") else lines
+        else:
+            skip(name, "the file is absent")
+    texts += random_strings(50000 - len(texts), random.Random(options.seed + 2))
+    try:
+        import tokenizers
+        vocabulary = os.path.join(data, "tokenizers", "bert-base-uncased-vocab.txt")
+        for mark in ("uncased", "cased"):
+            reference = tokenizers.BertWordPieceTokenizer(vocabulary, lowercase=mark == "uncased")
+            wanted = [e.ids for e in reference.encode_batch(texts, add_special_tokens=False)]
+            compare(f"WordPiece, {mark}", texts, encode(options.babygpt, f"{vocabulary}:{mark}", texts, special=True), wanted)
+    except ImportError:
+        skip("WordPiece", "tokenizers is not installed")
+    try:
+        import sentencepiece
+    except ImportError:
+        return skip("SentencePiece", "not installed")
+    models = [os.path.join(data, "tokenizers", "sp_test_model.model")]
+    with tempfile.TemporaryDirectory() as folder:
+        botchan, turkish = os.path.join(data, "text/botchan.txt"), os.path.join(data, "turkish/turkish_all_cc-by-sa.txt")
+        for name, source, how in (
+                ("bpe", botchan, dict(model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False)),
+                ("unigram", turkish, dict(user_defined_symbols=["<sep>", "bir"], control_symbols=["<ctl>"], normalization_rule_name="nmt_nfkc_cf")),
+                ("suffix", turkish, dict(model_type="bpe", user_defined_symbols=["<sep>", "ir"], treat_whitespace_as_suffix=True))):
+            if os.path.exists(source):
+                models.append(os.path.join(folder, name + ".model"))
+                sentencepiece.SentencePieceTrainer.train(input=source, model_prefix=models[-1][:-6], vocab_size=2000, minloglevel=2, **how)
+        for model in models:
+            reference = sentencepiece.SentencePieceProcessor(model)
+            compare("SentencePiece, " + os.path.basename(model), texts, encode(options.babygpt, model, texts), reference.encode(texts))
 
 
 if __name__ == "__main__":
