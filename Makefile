@@ -67,8 +67,9 @@ run: $(build)/babygpt
 test: $(build)/babygpt $(programs:%=$(build)/tests/%)
 	@BABYGPT=$(build)/babygpt sh tests/run.sh $(programs:%=$(build)/tests/%) $(wildcard tests/test_*.sh)
 test-all: $(build)/babygpt $(build)/ceilings $(tests:%=$(build)/tests/%) examples
-	@BABYGPT=$(build)/babygpt sh tests/run.sh $(programs:%=$(build)/tests/%) '$(build)/tests/tokenizer gpt2_damage 34' $(wildcard tests/test_*.sh tests/test_*.py) \
-	    tests/matrix.sh 'tools/compare_torch.py $(build)/tests/torch_steps' 'tools/compare_tokenizers.py --babygpt $(build)/babygpt' \
+	@BABYGPT=$(build)/babygpt sh tests/run.sh $(programs:%=$(build)/tests/%) '$(build)/tests/tokenizer gpt2_damage 34' \
+	    '$(build)/tests/tokenizer piece_damage 40' $(wildcard tests/test_*.sh tests/test_*.py) tests/matrix.sh \
+	    'tools/compare_torch.py $(build)/tests/torch_steps' 'tools/compare_tokenizers.py --babygpt $(build)/babygpt' \
 	    'tools/compare_transformers.py --babygpt $(build)/babygpt'
 exam: $(build)/babygpt
 	python3 tools/village_exam.py $(build)/babygpt $(village)

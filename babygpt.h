@@ -273,7 +273,8 @@ Status parse_tokenizer(Text text, TokenizerConfig& config);
 // bytes:      id = byte value, vocab 256.
 // characters: ids in the order of code points, "\n" always among them; the last id stands for any character not seen in training.
 // bpe:        byte-level BPE with GPT-2's pre-tokenization.
-// wordpiece:  BERT's. encode adds no [CLS] or [SEP]. decode joins words by blanks (none before . , ! ?), as BERT's decoder does.
+// wordpiece:  BERT's. encode adds no [CLS] or [SEP]; [SEP] is the end of text. decode joins words by blanks (none before . , ! ?), as
+//             BERT's decoder does.
 // sentencepiece: a .model file of type unigram or BPE. encode adds no <s> or </s>; decode leaves control pieces out.
 // The last two are loaded, not trained. They change the text: small letters are Unicode's, not Turkish (I gives i; see chapter 3).
 // Bytes and bpe: decode(encode(x)) == x for any bytes whatever. Read-only once filled: any number of threads may use it.
@@ -3880,8 +3881,11 @@ Status make_tokenizer(Tokenizer& tokenizer, Runtime& runtime, TokenizerKind kind
     if (tables.tokens.count > INT32_MAX) return fail(Error::unsupported, "the tokenizer has ", tables.tokens.count, " tokens");
     made.vocab = static_cast<int>(tables.tokens.count);
     if (tables.unknown >= 0) made.unknown = tables.unknown;
+    const Text separator = tables.kind == TokenizerKind::sentencepiece ? "</s>"
+                           : tables.kind == TokenizerKind::wordpiece   ? "[SEP]"
+                                                                       : end_of_text_name;
     for (const int32_t id : tables.specials)
-        if (equal(tables.bytes(id), tables.kind == TokenizerKind::sentencepiece ? "</s>" : end_of_text_name)) made.end_of_text = id;
+        if (equal(tables.bytes(id), separator)) made.end_of_text = id;
     tokenizer = static_cast<Tokenizer&&>(made);
     return Status();
 }
