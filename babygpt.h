@@ -4516,7 +4516,7 @@ struct Tape {
     }
     // Adds sines and cosines of the position to x, which grows by sqrt(width). In place: x itself is the result.
     int add_waves(int x) { return in_place(start(OpKind::waves, x)); }
-    int norm(const char* name, int x, bool bias, Norm kind = Norm::layer) {
+    BABYGPT_CALL int norm(const char* name, int x, bool bias, Norm kind = Norm::layer) {
         Op op = start(OpKind::norm, x);
         op.centred = kind == Norm::layer;
         op.w = declare(name, ".weight", 1, op.in, -1, true);
@@ -4524,12 +4524,12 @@ struct Tape {
         op.aux = tensor(name, ".statistics", 2);
         return finish(op, name, op.in);
     }
-    int linear(const char* name, int x, int out, bool bias, Activation activation, double deviation) {
+    BABYGPT_CALL int linear(const char* name, int x, int out, bool bias, Activation activation, double deviation) {
         const Slice whole{name, out};
         return linear(name, x, Span<const Slice>(&whole, 1), bias, activation, deviation);
     }
     // Several parts (of which output_rows must be set) are computed as one product, beside each other.
-    int linear(const char* name, int x, Span<const Slice> parts, bool bias, Activation activation, double deviation) {
+    BABYGPT_CALL int linear(const char* name, int x, Span<const Slice> parts, bool bias, Activation activation, double deviation) {
         Op op = start(OpKind::linear, x);
         int out = 0;
         for (const Slice& part : parts) out += part.outputs;
@@ -4567,12 +4567,12 @@ struct Tape {
         op.aux = tensor(name, ".softmax", 2 * heads);
         return finish(op, name, op.in - 2 * kv_width);
     }
-    int add(const char* name, int a, int b) {
+    BABYGPT_CALL int add(const char* name, int a, int b) {
         Op op = start(OpKind::add, a);
         op.x2 = b;
         return finish(op, name, op.in);
     }
-    int drop(const char* name, int x) {
+    BABYGPT_CALL int drop(const char* name, int x) {
         if (!training || dropout <= 0) return x;
         Op op = start(OpKind::dropout, x);
         return finish(op, name, op.in);
@@ -4656,7 +4656,7 @@ struct Tape {
     int64_t kv_page_block() const { return static_cast<int64_t>(layers) * 2 * kv_width * kv_page; }
 
  private:
-    Op start(OpKind kind, int x) {
+    BABYGPT_CALL Op start(OpKind kind, int x) {
         Op op{};
         op.kind = kind;
         op.layer = layer;
@@ -4665,7 +4665,7 @@ struct Tape {
         if (x != nothing && !no_memory) op.in = tensors[static_cast<size_t>(x)].cols;
         return op;
     }
-    int finish(Op& op, const char* name, int cols) {
+    BABYGPT_CALL int finish(Op& op, const char* name, int cols) {
         op.out = cols;
         op.y = tensor(name, "", cols);
         if (!no_memory && !ops.push(op)) no_memory = true;
@@ -4693,19 +4693,19 @@ struct Tape {
         line.put(name);
         line.put(suffix);
     }
-    int tensor(const char* name, const char* suffix, int cols) {
+    BABYGPT_CALL int tensor(const char* name, const char* suffix, int cols) {
         Tensor t{};
         full_name(Line(t.name, sizeof t.name), name, suffix);
         t.cols = cols;
         if (no_memory || !tensors.push(t)) no_memory = true;
         return no_memory ? 0 : static_cast<int>(tensors.count) - 1;
     }
-    int declare(const char* name, const char* suffix, int rows, int cols, double deviation, bool is_vector) {
+    BABYGPT_CALL int declare(const char* name, const char* suffix, int rows, int cols, double deviation, bool is_vector) {
         const Slice whole{name, 0};
         return declare(Span<const Slice>(&whole, 1), suffix, rows, cols, deviation, is_vector);
     }
     // Several parts divide the rows of a matrix, or a vector.
-    int declare(Span<const Slice> parts, const char* suffix, int rows, int cols, double deviation, bool is_vector) {
+    BABYGPT_CALL int declare(Span<const Slice> parts, const char* suffix, int rows, int cols, double deviation, bool is_vector) {
         WeightPlan plan{};
         plan.weight.offset = weight_block;
         plan.weight.rows = rows, plan.weight.cols = cols;
@@ -4726,12 +4726,12 @@ struct Tape {
         if (no_memory || !weights.push(plan)) no_memory = true;
         return no_memory ? 0 : static_cast<int>(weights.count) - 1;
     }
-    void touch(int tensor_index, int time) {
+    BABYGPT_CALL void touch(int tensor_index, int time) {
         if (tensor_index == nothing) return;
         Tensor& t = tensors[static_cast<size_t>(tensor_index)];
         t.born = least(t.born, time), t.dies = most(t.dies, time);
     }
-    void touch_gradient(int tensor_index, int time) {
+    BABYGPT_CALL void touch_gradient(int tensor_index, int time) {
         if (tensor_index == nothing) return;
         Tensor& t = tensors[static_cast<size_t>(tensor_index)];
         t.gradient_born = least(t.gradient_born, time), t.gradient_dies = most(t.gradient_dies, time);
