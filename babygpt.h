@@ -793,10 +793,12 @@ Status compare(const Model& a, const Model& b, Array<Difference>& rows);
 
 #if defined(__GNUC__) || defined(__clang__)
 #define BABYGPT_INLINE inline __attribute__((always_inline))
-#define BABYGPT_CALL __attribute__((noinline))  // for what is called from many places and need not be fast: there is less to compile
+#define BABYGPT_RARE __attribute__((noinline, cold))  // for what runs once, or when something is wrong: made small, not fast
+#define BABYGPT_CALL __attribute__((noinline))        // for what is called from many places and need not be fast: there is less to compile
 #else
 #define BABYGPT_INLINE inline
 #define BABYGPT_CALL
+#define BABYGPT_RARE
 #endif
 #if defined(__x86_64__) || defined(__i386__) || defined(_M_X64) || defined(_M_IX86)
 #define BABYGPT_X86 1
@@ -817,8 +819,8 @@ const char* error_text(Error error) {
     return "unknown error";
 }
 
-BABYGPT_CALL Status::Status(const Status& other) : error(other.error) { memcpy(message, other.message, strlen(other.message) + 1); }
-BABYGPT_CALL Status& Status::operator=(const Status& other) {
+BABYGPT_RARE Status::Status(const Status& other) : error(other.error) { memcpy(message, other.message, strlen(other.message) + 1); }
+BABYGPT_RARE Status& Status::operator=(const Status& other) {
     if (this == &other) return *this;
     error = other.error;
     memcpy(message, other.message, strlen(other.message) + 1);
@@ -854,20 +856,20 @@ struct Line {
 #endif
     void put(double value);  // six significant digits, as "%g" writes them
 };
-BABYGPT_CALL void Line::put(Text text) {
+BABYGPT_RARE void Line::put(Text text) {
     const size_t n = least(text.size, room - 1 - count);
     memcpy(to + count, text.data, n);
     to[count += n] = '\0';
 }
-BABYGPT_CALL void Line::put(const char* text) { put(Text(text)); }
-BABYGPT_CALL void Line::put(uint64_t value) {
+BABYGPT_RARE void Line::put(const char* text) { put(Text(text)); }
+BABYGPT_RARE void Line::put(uint64_t value) {
     char digits[24];
     size_t n = sizeof digits;
     do digits[--n] = static_cast<char>('0' + value % 10);
     while ((value /= 10) != 0);
     put(Text(digits + n, sizeof digits - n));
 }
-BABYGPT_CALL void Line::put(int64_t value) {
+BABYGPT_RARE void Line::put(int64_t value) {
     if (value < 0) put("-");
     put(value < 0 ? ~static_cast<uint64_t>(value) + 1 : static_cast<uint64_t>(value));
 }
@@ -900,7 +902,7 @@ void Line::put(double value) {
 
 // fail(Error::bad_file, "'", path, "' ends after ", n, " bytes")
 template <class... Parts>
-BABYGPT_CALL Status fail(Error error, Parts... parts) {
+BABYGPT_RARE Status fail(Error error, Parts... parts) {
     Status status;
     status.error = error;
     Line line(status.message, sizeof status.message);
@@ -908,7 +910,7 @@ BABYGPT_CALL Status fail(Error error, Parts... parts) {
     return status;
 }
 
-BABYGPT_CALL inline Status out_of_memory(uint64_t bytes) {
+BABYGPT_RARE inline Status out_of_memory(uint64_t bytes) {
     return fail(Error::out_of_memory, "out of memory: ", bytes, " bytes were asked for");
 }
 
@@ -1807,7 +1809,7 @@ struct Json {
     Json(Runtime& runtime, Text document) : text(document), key(runtime) {}
 
     // For the caller too: json.reject("n_layer must be positive").
-    BABYGPT_CALL bool reject(const char* why) {
+    BABYGPT_RARE bool reject(const char* why) {
         if (!problem) problem = why;
         return false;
     }
@@ -4808,8 +4810,6 @@ inline float madd(float a, float b, float c) {
 }
 #endif
 
-template <class T>
-constexpr bool is_float = sizeof(T) == 4;
 
 constexpr double log2_e = 1.44269504088896340736;
 
@@ -5778,7 +5778,7 @@ Config complete(Config c) {
 }
 
 // The tape of a config, planned for `rows` tokens at once.
-Status record(Tape& tape, const Config& config, int rows, bool training, double dropout) {
+BABYGPT_RARE Status record(Tape& tape, const Config& config, int rows, bool training, double dropout) {
     tape.layers = config.layers, tape.width = config.width, tape.vocab = config.vocab, tape.context = config.context;
     tape.tied = config.tied, tape.training = training, tape.dropout = dropout;
     tape.epsilon = config.norm_epsilon, tape.rope_base = config.rope_base;
@@ -5830,7 +5830,7 @@ Status preset_architecture(Text name, Config& config) {
     return Status();
 }
 
-Status check(const Config& config) {
+BABYGPT_RARE Status check(const Config& config) {
     const auto within = [](const char* name, int value, int low, int high) {
         if (value >= low && value <= high) return Status();
         return fail(Error::invalid_argument, name, " is ", value, ", but must be from ", low, " to ", high);
@@ -8313,7 +8313,7 @@ Status Session::attention(int layer, Array<float>& probabilities) {
 
 // ---- what things take ----------------------------------------------------------------------------------------------------
 
-Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, int batch, Memory& memory, double dropout) {
+BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, int batch, Memory& memory, double dropout) {
     memory = Memory();
     BABYGPT_TRY(check(config));
     BABYGPT_TRY(check_batch(batch, config.context));
@@ -8366,7 +8366,7 @@ Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, in
     return Status();
 }
 
-Status summary(Runtime& runtime, const Config& config, int batch, Array<SummaryRow>& rows) {
+BABYGPT_RARE Status summary(Runtime& runtime, const Config& config, int batch, Array<SummaryRow>& rows) {
     BABYGPT_TRY(check(config));
     Tape tape(runtime);
     BABYGPT_TRY(record(tape, config, 0, false, 0));
@@ -8973,7 +8973,7 @@ Status read_metadata(Runtime& runtime, const Checkpoint& c, Text name, Array<cha
 
 // A GPT-2 or Llama config of Hugging Face's. null is as good as no key. Keys that are not ours may be there, where they say nothing against it.
 // `foreign`: of another program, where "dtype" is about the file.
-Status parse_config(Runtime& runtime, Text text, Text where, Config& config, bool foreign = false) {
+BABYGPT_RARE Status parse_config(Runtime& runtime, Text text, Text where, Config& config, bool foreign = false) {
     for (Json json(runtime, text); json.enter_object();) {  // its architecture decides what the other keys are
         while (json.next_key()) json.key_is("model_type") ? read_value(json, config.architecture) : json.skip();
         BABYGPT_TRY(json.finish(where));
@@ -9266,7 +9266,7 @@ Status is_llama2c(ByteSource& source, Llama2c& header, Config& config, bool& is)
     return Status();
 }
 
-Status load_llama2c(Runtime& runtime, ByteSource& source, const Llama2c& header, const Config& config, Model& result) {
+BABYGPT_RARE Status load_llama2c(Runtime& runtime, ByteSource& source, const Llama2c& header, const Config& config, Model& result) {
     Model model;
     BABYGPT_TRY(allocate_weights(runtime, model, config, false));
     uint64_t at = Llama2c::start;
@@ -9355,7 +9355,7 @@ bool is_idle(const Config& config, Text name) {
 }
 
 // config: of folder/config.json
-Status load_huggingface(Runtime& runtime, Text folder, Text config, Model& result) {
+BABYGPT_RARE Status load_huggingface(Runtime& runtime, Text folder, Text config, Model& result) {
     Shards shards(runtime);
     ByteSource whole{Text()};
     Checkpoint c(runtime, whole);
@@ -9460,7 +9460,7 @@ Status write_tensor(Runtime& runtime, const Weight& weight, const float* values,
 }
 
 // The header, from the eight bytes of its length to its last space.
-Status build_header(const Model& model, Span<const Section> sections, Text training, Array<char>& to) {
+BABYGPT_RARE Status build_header(const Model& model, Span<const Section> sections, Text training, Array<char>& to) {
     Runtime& runtime = *model.runtime;
     to = Array<char>(runtime);
     Array<char> config(runtime), tokenizer(runtime), chat(runtime);
@@ -9627,7 +9627,7 @@ Status Model::save_memory(Array<char>& bytes) const {
     return Status();
 }
 
-Status Model::save_huggingface(Text folder) const {
+BABYGPT_RARE Status Model::save_huggingface(Text folder) const {
     if (!weights) return fail(Error::invalid_argument, "an empty model cannot be saved to '", folder, "'");
     const bool llama = config.architecture == Architecture::llama;
     const char* other = config.norm_after                                                      ? "norms after additions"
@@ -12084,7 +12084,7 @@ void count_work(const Tape& tape, const Op& op, double rows, ProfileRow& forward
 
 }  // namespace
 
-Status profile(Runtime& runtime, const Config& config, int batch, double seconds, Array<ProfileRow>& rows) {
+BABYGPT_RARE Status profile(Runtime& runtime, const Config& config, int batch, double seconds, Array<ProfileRow>& rows) {
     rows = Array<ProfileRow>(runtime);
     Model model;
     BABYGPT_TRY(model.create(runtime, config, Tokenizer()));
@@ -12220,7 +12220,7 @@ struct SelfTest {
         return results.push(result) ? Status() : out_of_memory(sizeof result);
     }
 
-    Status functions() {
+    BABYGPT_RARE Status functions() {
         const struct {
             const char* name;
             double value, truth, limit;
@@ -12241,7 +12241,7 @@ struct SelfTest {
     }
 
     // (loss(w + h) - loss(w - h)) / 2h, for every weight.
-    Status gradients(const Config& config) {
+    BABYGPT_RARE Status gradients(const Config& config) {
         Specimen<double> s(runtime);
         BABYGPT_TRY(s.create(runtime, plain_backend(), config, 5, 3));
         plain_forward(s.tape, s.r, s.run);
@@ -12274,7 +12274,7 @@ struct SelfTest {
     }
 
     // All gradients of a step, in bits.
-    Status backend() {
+    BABYGPT_RARE Status backend() {
         const BackendFunctions* chosen;
         BABYGPT_TRY(backend_for(runtime, chosen));
         Config config;
@@ -12298,7 +12298,7 @@ struct SelfTest {
     }
 
     // The same on every machine and compiler, with any flags, number of threads and instruction set.
-    Status bits(const char* architecture, Positions positions, Optimizer optimizer, uint64_t golden) {
+    BABYGPT_RARE Status bits(const char* architecture, Positions positions, Optimizer optimizer, uint64_t golden) {
         constexpr int batch = 3, context = 13, steps = 5;
         Config config;
         BABYGPT_TRY(preset_architecture(architecture, config));
@@ -12362,6 +12362,7 @@ Status selftest(Runtime& runtime, Array<CheckResult>& results) {
 #undef BABYGPT_TRY
 #undef BABYGPT_INLINE
 #undef BABYGPT_CALL
+#undef BABYGPT_RARE
 #undef BABYGPT_X86
 
 #endif  // BABYGPT_IMPLEMENTED
