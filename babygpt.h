@@ -4810,7 +4810,6 @@ inline float madd(float a, float b, float c) {
 }
 #endif
 
-
 constexpr double log2_e = 1.44269504088896340736;
 
 // e^x. x = n ln 2 + r, |r| <= ln(2)/2; e^r by its Taylor series (in float by a polynomial fitted to it), 2^n by the exponent's bits.
