@@ -2669,8 +2669,9 @@ int convert(Arguments& in) {
         put_line(format("%s: %s in %s (%s before)", out.c_str(), bytes_text(after).c_str(), dtype.c_str(), bytes_text(before).c_str()));
         put_line(format("a %s from a %s; %s, %s parameters, %s", form_names[int(written)], form_names[int(read)], architecture,
                         grouped(model.parameters).c_str(),
-                        model.tokenizer.kind == TokenizerKind::none ? "no tokenizer" : "with its tokenizer"));
-        if (written == Form::llama2c && model.tokenizer.kind != TokenizerKind::none) note("a llama2.c file has no room for the tokenizer");
+                        model.tokenizer.kind == TokenizerKind::none ? "no tokenizer"
+                        : written == Form::llama2c                  ? "without its tokenizer, for which such a file has no room"
+                                                                    : "with its tokenizer"));
     }
     return 0;
 }
