@@ -2,8 +2,8 @@
 //
 // [CHAPTER 0] Read me
 //
-// What it is.  A whole language model in one file: byte-level BPE, byte and character tokenizers, and those of BERT and SentencePiece to
-// load; Transformers of GPT-2's and Llama's type; training with AdamW or Muon; generation with a KV cache, from f32, bf16 or int8;
+// What it is.  A whole language model in one file: byte-level BPE, BERT's WordPiece, byte and character tokenizers, and those of SentencePiece
+// to load; Transformers of GPT-2's and Llama's type; training with AdamW or Muon; generation with a KV cache, from f32, bf16 or int8;
 // checkpoints that Python reads (safetensors). It is made for models of up to some ten million parameters on the cores of an ordinary
 // computer, for programs that include it, and for people who want to read how it works.
 // What it is not.  A runner for large models, or a wrapper around anything: it depends on the C library and the system's threads.
@@ -264,19 +264,21 @@ struct Corpus;  // below
 
 struct TokenizerConfig {
     TokenizerKind kind = TokenizerKind::bpe;
-    int vocab = 1024;  // bpe: with the 256 bytes and the end-of-text token
+    int vocab = 1024;    // all tokens. bpe: with the 256 bytes and the end-of-text token; wordpiece: with the characters and 5 special ones
+    bool cased = false;  // wordpiece: capitals and accents are kept, as BERT cased does
 };
 
-// Reads "byte", "char" or "bpe:N".
+// Reads "byte", "char", "bpe:N", "wordpiece:N" or "wordpiece:N:cased".
 Status parse_tokenizer(Text text, TokenizerConfig& config);
 
 // bytes:      id = byte value, vocab 256.
 // characters: ids in the order of code points, "\n" always among them; the last id stands for any character not seen in training.
 // bpe:        byte-level BPE with GPT-2's pre-tokenization.
 // wordpiece:  BERT's. encode adds no [CLS] or [SEP]; [SEP] is the end of text. decode joins words by blanks (none before . , ! ?), as
-//             BERT's decoder does.
-// sentencepiece: a .model file of type unigram or BPE. encode adds no <s> or </s>; decode leaves control pieces out.
-// The last two are loaded, not trained. They change the text: small letters are Unicode's, not Turkish (I gives i; see chapter 3).
+//             BERT's decoder does. It changes the text: uncased, all letters become small ones without accents. These are Unicode's small
+//             letters, not Turkish: I and U+0130 give i, U+0131 stays; Turkish wants `cased`.
+// sentencepiece: a .model file of type unigram or BPE, which is loaded, not trained. encode adds no <s> or </s>; decode leaves control
+//             pieces out. Most models change the text, too.
 // Bytes and bpe: decode(encode(x)) == x for any bytes whatever. Read-only once filled: any number of threads may use it.
 struct Tokenizer {
     TokenizerKind kind = TokenizerKind::none;
@@ -2364,6 +2366,32 @@ T heap_pop(Array<T>& heap) {
     return result;
 }
 
+// The different words of a text and how often each occurs.
+struct WordCounter {
+    struct Word {
+        size_t start, size;
+        uint64_t count;
+    };
+    Array<char> text;
+    Array<Word> words;
+    HashIndex index;
+    Status status;
+    explicit WordCounter(Runtime& runtime) : text(runtime), words(runtime), index(runtime) {}
+
+    Text word(size_t i) const { return Text(text.items + words[i].start, words[i].size); }
+    bool add(Text word_of_text) {
+        const uint64_t hash = hash_word(word_of_text);
+        const int32_t known = index.find(hash, [&](int32_t i) { return equal(word(static_cast<size_t>(i)), word_of_text); });
+        if (known >= 0) return ++words.items[known].count, true;
+        if (text.count + word_of_text.size > INT32_MAX)
+            return status = fail(Error::unsupported, "the text has more than 2 GiB of different words"), false;
+        const bool good =
+            index.insert(hash, words.count) && words.push(Word{text.count, word_of_text.size, 1}) && append(text, word_of_text);
+        if (!good) status = out_of_memory(text.count + word_of_text.size);
+        return good;
+    }
+};
+
 }  // namespace
 
 // ---- what a tokenizer holds ------------------------------------------------------------------------------------------------
@@ -2704,9 +2732,10 @@ inline Status finish_bpe(Tables& tables) {
 struct WordPieceEncoder {
     const Tables& tables;
     Array<int32_t>& out;
-    Array<char> word;    // a blank, then what has been gathered
-    size_t letters = 0;  // characters of it
-    size_t unknown = 0;  // characters of words that had no tokens
+    Array<char> word;                // a blank, then what has been gathered
+    size_t letters = 0;              // characters of it
+    size_t unknown = 0;              // characters of words that had no tokens
+    WordCounter* counter = nullptr;  // where given, words are counted, not cut
     WordPieceEncoder(const Tables& t, Array<int32_t>& ids, Runtime& runtime) : tables(t), out(ids), word(runtime) {}
 
     bool encode(Text text) {
@@ -2747,6 +2776,7 @@ struct WordPieceEncoder {
         return true;
     }
     bool lower(uint32_t c) {
+        if (c < 0x80) return add(c + (tables.lower_case && c >= 'A' && c <= 'Z' ? 32 : 0));
         size_t at = tables.lower_case ? find(tables.small_letters, c) : tables.small_letters.count;
         if (at == tables.small_letters.count) return add(c);
         for (; at < tables.small_letters.count && tables.small_letters[at].code == c; ++at)
@@ -2762,6 +2792,10 @@ struct WordPieceEncoder {
     bool end_word() {
         const size_t first = out.count;
         bool known = letters <= 100;
+        if (counter) {
+            const bool good = !known || letters == 0 || counter->add(view(word));
+            return word.count = 1, letters = 0, good;
+        }
         for (size_t at = 0, end; at < word.count && letters > 0 && known; at = end) {
             int32_t id = -1;
             for (end = least(word.count, at + tables.longest); end > at && id < 0; end -= id < 0)
@@ -3006,42 +3040,6 @@ struct PieceEncoder {
 
 // ---- learning the merges ---------------------------------------------------------------------------------------------------
 
-// The different words of a text and how often each occurs.
-struct WordCounter {
-    struct Word {
-        size_t start, size;
-        uint64_t count;
-    };
-    const Tables& tables;
-    Array<char> text;
-    Array<Word> words;
-    HashIndex index;
-    Status status;
-    WordCounter(Runtime& runtime, const Tables& t) : tables(t), text(runtime), words(runtime), index(runtime) {}
-
-    bool add(Text piece) {
-        for (const char *at = piece.data, *end = piece.end(), *to; at < end; at = to) {
-            to = tables.word_end(at, end);
-            const Text word(at, static_cast<size_t>(to - at));
-            const uint64_t hash = hash_word(word);
-            const int32_t known = index.find(hash, [&](int32_t i) {
-                const Word& w = words.items[i];
-                return equal(Text(text.items + w.start, w.size), word);
-            });
-            if (known >= 0) {
-                ++words.items[known].count;
-                continue;
-            }
-            if (text.count + word.size > INT32_MAX)
-                return status = fail(Error::unsupported, "the text has more than 2 GiB of different words"), false;
-            const bool good = index.insert(hash, words.count) && words.push(Word{text.count, word.size, 1}) && append(text, word);
-            if (!good) return status = out_of_memory(text.count + word.size), false;
-        }
-        return true;
-    }
-    static bool add_piece(void* self, Text piece, bool) { return static_cast<WordCounter*>(self)->add(piece); }
-};
-
 // All words stand one after another in `spots`. Each pair of neighbours has the list of spots where it begins, and a count; a merge
 // visits only these spots and changes only the pairs beside them. The heap holds counts as they were: a pair's count never grows after the
 // merge that made it, so an outdated one is put back with its present count when it comes up.
@@ -3116,17 +3114,13 @@ struct MergeLearner {
         for (int32_t& at : places) at = heap_pop(queue);
         return true;
     }
-    // At most `limit` merges; ids below 256 are the bytes, merge number i makes id 256 + i.
-    bool learn(size_t limit, Array<Tables::Merge>& merges) {
-        if (!spots.reserve(counter.text.count)) return false;
-        for (size_t w = 0; w < counter.words.count; ++w) {
-            const WordCounter::Word& word = counter.words[w];
-            for (size_t i = 0; i < word.size; ++i) {
-                const int32_t at = static_cast<int32_t>(word.start + i), id = static_cast<unsigned char>(counter.text[word.start + i]);
-                spots.items[at] = Spot{id, i ? at - 1 : -1, i + 1 < word.size ? at + 1 : -1, -1, -1, -1, static_cast<int32_t>(w)};
-            }
-        }
-        spots.count = counter.text.count;
+    // Word number w, symbol by symbol, from its first to its last.
+    bool add(size_t w, int32_t id, bool is_first, bool is_last) {
+        const int32_t at = static_cast<int32_t>(spots.count);
+        return spots.push(Spot{id, is_first ? -1 : at - 1, is_last ? -1 : at + 1, -1, -1, -1, static_cast<int32_t>(w)});
+    }
+    // At most `limit` merges; merge number i makes id `first_id` + i.
+    BABYGPT_CALL bool learn(size_t first_id, size_t limit, Array<Tables::Merge>& merges) {
         for (size_t i = 0; i < spots.count; ++i)
             if (!link(static_cast<int32_t>(i))) return false;
         for (size_t i = 0; i < pairs.count; ++i)
@@ -3138,7 +3132,7 @@ struct MergeLearner {
                 if (!offer(chosen)) return false;
                 continue;
             }
-            const int32_t id = static_cast<int32_t>(256 + merges.count);
+            const int32_t id = static_cast<int32_t>(first_id + merges.count);
             const size_t first_new = pairs.count;
             if (!merges.push(Tables::Merge{pairs[chosen].left, pairs[chosen].right, id}) || !gather(pairs[chosen])) return false;
             for (const int32_t at : places)
@@ -3158,6 +3152,31 @@ struct MergeLearner {
         right.id = -1;
         if (left.after >= 0) spots.items[left.after].before = at;
         return (left.before < 0 || link(left.before)) && link(at);
+    }
+};
+
+// Byte-level BPE: GPT-2's words, which are merged from bytes.
+BABYGPT_RARE inline Status learn_bpe(Tables& tables, WordCounter& counter, size_t limit) {
+    MergeLearner learner(tables.runtime, counter);
+    bool good = learner.spots.reserve(counter.text.count);
+    for (size_t w = 0; w < counter.words.count && good; ++w) {
+        const Text word = counter.word(w);
+        for (size_t i = 0; i < word.size && good; ++i)
+            good = learner.add(w, static_cast<unsigned char>(word[i]), i == 0, i + 1 == word.size);
+    }
+    good = good && learner.learn(256, limit, tables.merges);
+    return good ? Status() : out_of_memory(counter.text.count * sizeof(MergeLearner::Spot));
+}
+struct WordReader {  // passes GPT-2's words to the counter
+    const Tables& tables;
+    WordCounter& counter;
+    static bool add_piece(void* self, Text piece, bool) {
+        const WordReader& reader = *static_cast<WordReader*>(self);
+        for (const char *at = piece.data, *end = piece.end(), *to; at < end; at = to) {
+            to = reader.tables.word_end(at, end);
+            if (!reader.counter.add(Text(at, static_cast<size_t>(to - at)))) return false;
+        }
+        return true;
     }
 };
 
@@ -3255,6 +3274,8 @@ struct Protobuf {
         return true;
     }
 };
+
+constexpr const char* bert_specials[] = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"};
 
 // Fills the tables of a tokenizer from one of the files that others write. Messages name the file.
 struct TokenizerReader {
@@ -3596,7 +3617,6 @@ struct TokenizerReader {
             return unsupported("a vocab.txt does not say whether capitals count: write ", name, ":cased or ", name, ":uncased");
         const bool ends_cased = ends_with(name, ":cased");
         tables.lower_case = tables.strip_accents = !ends_cased && path_has("uncased");
-        static const char* const bert_specials[] = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"};
         int64_t id = 0;
         for (size_t at = 0; at < text.size; ++id) {
             const char* end = static_cast<const char*>(memchr(text.data + at, '\n', text.size - at));
@@ -3626,13 +3646,18 @@ struct TokenizerReader {
         for (size_t i = 0; i < tables.tokens.count; ++i)
             if (!tables.tokens[i].special) tables.longest = most(tables.longest, tables.tokens[i].size);
         tables.words = static_cast<HashIndex&&>(by_bytes);
+        BABYGPT_TRY(word_classes());
+        return collect_specials(tables);
+    }
+    Status word_classes() {
+        if (tables.classes.count) return Status();
         if (!tables.classes.resize(classes_end / 4)) return out_of_memory(classes_end / 4);
         mark_ranges(tables.classes.items, white_ranges, word_white);
         mark_ranges(tables.classes.items, punctuation_ranges, word_punctuation);
         mark_ranges(tables.classes.items, removed_ranges, word_removed);
         const bool good = (!tables.strip_accents || read_map(accent_map, tables.accents)) &&
                           (!tables.lower_case || read_map(small_letter_map, tables.small_letters));
-        return good ? collect_specials(tables) : no_memory();
+        return good ? Status() : no_memory();
     }
     // {"type":"BertNormalizer",...} and so on; what is not as BERT has it is refused by its name.
     Status bert_part(Json json, Text part, Text type) {
@@ -3859,10 +3884,100 @@ struct CharacterSet {
     static bool add_piece(void* self, Text piece, bool) { return static_cast<CharacterSet*>(self)->add(piece), true; }
 };
 
+// Where a code stands among ascending ones, or would.
+inline int32_t code_rank(const Array<uint32_t>& codes, uint32_t code) {
+    size_t low = 0, high = codes.count;
+    while (low < high) {
+        const size_t middle = (low + high) / 2;
+        if (codes.items[middle] < code) low = middle + 1;
+        else high = middle;
+    }
+    return static_cast<int32_t>(low);
+}
 inline bool add_character(Tables& tables, uint32_t code) {
     char bytes[4];
     return tables.codes.push(code) && tables.add(Text(bytes, encode_utf8(code, bytes)));
 }
+
+// WordPiece. As Hugging Face's WordPieceTrainer does (tokenizers, src/models/wordpiece/trainer.rs: it is BpeTrainer with the prefix ##),
+// the most frequent pair of neighbours is merged; Schuster & Nakajima 2012 and Wu et al. 2016 would take the pair that gains most
+// likelihood, count(ab) / (count(a) count(b)), which prefers rare pairs that never part and needs a lower limit of their counts.
+// Ids: BERT's special tokens; all characters, by code; those of them that go on with a word, as ##; then the merges.
+struct WordPieceTrainer {
+    Tables& tables;
+    TokenizerReader reader;
+    WordCounter counter;
+    CharacterSet begin, go_on;  // all characters; those that are not the first of a word
+    Array<int32_t> no_ids;
+    WordPieceEncoder words;
+    explicit WordPieceTrainer(Tables& t)
+        : tables(t),
+          reader(t, "the text"),
+          counter(t.runtime),
+          begin(t.runtime),
+          go_on(t.runtime),
+          no_ids(t.runtime),
+          words(t, no_ids, t.runtime) {
+        words.counter = &counter;
+        reader.file_size = SIZE_MAX;
+    }
+    static bool add_piece(void* self, Text piece, bool) {
+        WordPieceTrainer& trainer = *static_cast<WordPieceTrainer*>(self);
+        if (trainer.words.encode(piece)) return true;
+        if (trainer.counter.status.ok()) trainer.counter.status = out_of_memory(piece.size);
+        return false;
+    }
+    // Gives the characters of a set ids, from the next free one on.
+    BABYGPT_RARE Status add_characters(const CharacterSet& set, bool first, Array<uint32_t>& codes) {
+        for (uint32_t code = 0; code < 0x110000; ++code) {
+            if (!(set.bits[code / 8] >> code % 8 & 1)) continue;
+            char bytes[5] = {' '};
+            const size_t size = 1 + encode_utf8(code, bytes + 1);
+            if (!codes.push(code)) return reader.no_memory();
+            BABYGPT_TRY(reader.add(static_cast<int64_t>(tables.tokens.count), Text(bytes + !first, size - !first), false));
+        }
+        return Status();
+    }
+    BABYGPT_RARE Status learn(size_t vocab) {
+        if (!begin.begin() || !go_on.begin()) return out_of_memory(0x110000 / 8);
+        for (size_t w = 0; w < counter.words.count; ++w) {
+            const Text word = counter.word(w);  // a blank, then the characters
+            size_t length;
+            decode_utf8(word.data + 1, word.end(), length);
+            begin.add(Text(word.data + 1, word.size - 1));
+            go_on.add(Text(word.data + 1 + length, word.size - 1 - length));
+        }
+        for (size_t i = 0; i < 5; ++i) BABYGPT_TRY(reader.add(static_cast<int64_t>(i), bert_specials[i], true));
+        Array<uint32_t> first_codes(tables.runtime), codes(tables.runtime);
+        BABYGPT_TRY(add_characters(begin, true, first_codes));
+        BABYGPT_TRY(add_characters(go_on, false, codes));
+        const size_t smallest = tables.tokens.count;
+        if (smallest > vocab)
+            return fail(Error::invalid_argument, "a vocabulary of ", vocab, " is too small: the text's ", first_codes.count,
+                        " characters, ", codes.count, " of them again within words, and 5 special tokens need ", smallest);
+        MergeLearner learner(tables.runtime, counter);
+        Array<Tables::Merge> merges(tables.runtime);
+        bool good = true;
+        for (size_t w = 0; w < counter.words.count && good; ++w) {
+            const Text word = counter.word(w);
+            for (size_t at = 1, length; at < word.size && good; at += length) {
+                const uint32_t code = decode_utf8(word.data + at, word.end(), length);
+                const int32_t id =
+                    at == 1 ? 5 + code_rank(first_codes, code) : static_cast<int32_t>(5 + first_codes.count) + code_rank(codes, code);
+                good = learner.add(w, id, at == 1, at + length == word.size);
+            }
+        }
+        if (!good || !learner.learn(smallest, vocab - smallest, merges))
+            return out_of_memory(counter.text.count * sizeof(MergeLearner::Spot));
+        Array<char> bytes(tables.runtime);
+        for (const Tables::Merge& merge : merges) {
+            bytes.count = 0;
+            if (!append(bytes, tables.bytes(merge.left)) || !append(bytes, tables.bytes(merge.right))) return reader.no_memory();
+            BABYGPT_TRY(reader.add(merge.result, view(bytes), false));
+        }
+        return reader.finish_wordpiece("[UNK]");
+    }
+};
 
 // A tokenizer that `fill(tables)` fills, in the place of what `tokenizer` was; that stays as it was where something fails.
 template <class Fill>
@@ -3906,18 +4021,26 @@ Status train_tokenizer(Tokenizer& tokenizer, Runtime& runtime, const TokenizerCo
                 if (set.bits[code / 8] >> code % 8 & 1 && !add_character(tables, code)) return out_of_memory(tables.text.count);
             return Status();
         });
+    if (config.kind == TokenizerKind::wordpiece)
+        return make_tokenizer(tokenizer, runtime, config.kind, [&](Tables& tables) {
+            tables.lower_case = tables.strip_accents = !config.cased;
+            WordPieceTrainer trainer(tables);
+            BABYGPT_TRY(trainer.reader.word_classes());
+            BABYGPT_TRY(read(&trainer, &WordPieceTrainer::add_piece));
+            BABYGPT_TRY(trainer.counter.status);
+            return trainer.learn(static_cast<size_t>(most(config.vocab, 0)));
+        });
     if (config.kind != TokenizerKind::bpe) return fail(Error::invalid_argument, "a tokenizer of this kind cannot be trained");
     if (config.vocab < 257)
         return fail(Error::invalid_argument, "a vocabulary of ", config.vocab,
                     " is too small: 256 bytes and the end-of-text token need 257");
     return make_tokenizer(tokenizer, runtime, config.kind, [&](Tables& tables) {
         if (!tables.make_classes()) return out_of_memory(classes_end / 4);
-        WordCounter counter(runtime, tables);
-        BABYGPT_TRY(read(&counter, &WordCounter::add_piece));
+        WordCounter counter(runtime);
+        WordReader reader{tables, counter};
+        BABYGPT_TRY(read(&reader, &WordReader::add_piece));
         BABYGPT_TRY(counter.status);
-        MergeLearner learner(runtime, counter);
-        if (!learner.learn(static_cast<size_t>(config.vocab - 257), tables.merges))
-            return out_of_memory(counter.text.count * sizeof(MergeLearner::Spot));
+        BABYGPT_TRY(learn_bpe(tables, counter, static_cast<size_t>(config.vocab - 257)));
         for (int byte = 0; byte < 256; ++byte) {
             const char c = static_cast<char>(byte);
             tables.byte_ids[byte] = byte;
@@ -4120,17 +4243,28 @@ bool copy_array(Array<T>& to, const Array<T>& from) {
 Status parse_tokenizer(Text text, TokenizerConfig& config) {
     if (equal(text, "byte")) return config.kind = TokenizerKind::bytes, config.vocab = 256, Status();
     if (equal(text, "char")) return config.kind = TokenizerKind::characters, Status();
-    int64_t vocab = 0;
-    bool good = starts_with(text, "bpe:") && text.size > 4;
-    for (size_t i = 4; i < text.size && good; ++i) {
-        good = text[i] >= '0' && text[i] <= '9';
-        vocab = least(vocab * 10 + (text[i] - '0'), int64_t(INT32_MAX));
+    static const struct {
+        const char* name;
+        TokenizerKind kind;
+    } learnt[] = {{"bpe:", TokenizerKind::bpe}, {"wordpiece:", TokenizerKind::wordpiece}};
+    for (const auto& way : learnt) {
+        if (!starts_with(text, way.name)) continue;
+        const bool wordpiece = way.kind == TokenizerKind::wordpiece, cased = wordpiece && ends_with(text, ":cased");
+        Text number(text.data + Text(way.name).size, text.size - Text(way.name).size);
+        if (cased) number.size -= least(number.size, Text(":cased").size);
+        int64_t vocab = 0;
+        bool good = number.size > 0;
+        for (const char c : number) {
+            good = good && c >= '0' && c <= '9';
+            vocab = least(vocab * 10 + (c - '0'), int64_t(INT32_MAX));
+        }
+        if (!good) break;
+        if (vocab < 257 && way.kind == TokenizerKind::bpe)
+            return fail(Error::invalid_argument, "'", text, "': N must be at least 257, the 256 bytes and the end-of-text token");
+        config.kind = way.kind, config.vocab = static_cast<int>(vocab), config.cased = cased;
+        return Status();
     }
-    if (!good) return fail(Error::invalid_argument, "'", text, "' is no tokenizer: say byte, char or bpe:N");
-    if (vocab < 257) return fail(Error::invalid_argument, "'", text, "': N must be at least 257, the 256 bytes and the end-of-text token");
-    config.kind = TokenizerKind::bpe;
-    config.vocab = static_cast<int>(vocab);
-    return Status();
+    return fail(Error::invalid_argument, "'", text, "' is no tokenizer: say byte, char, bpe:N, wordpiece:N or wordpiece:N:cased");
 }
 
 Tokenizer::Tokenizer(Tokenizer&& from) noexcept
@@ -4258,19 +4392,12 @@ Status Tokenizer::encode(Text text, Array<int32_t>& ids, bool special, size_t* u
         return Status();
     }
     if (kind == TokenizerKind::characters) {
-        const uint32_t* codes = tables->codes.items;
         for (size_t i = 0, length; i < text.size; i += length) {
             const uint32_t code = decode_utf8(text.data + i, text.end(), length);
-            size_t low = 0, high = tables->codes.count;
-            while (low < high) {
-                const size_t middle = (low + high) / 2;
-                if (codes[middle] < code) low = middle + 1;
-                else high = middle;
-            }
-            const bool known = low < tables->codes.count && codes[low] == code;
+            const int32_t id = code_rank(tables->codes, code);
+            const bool known = static_cast<size_t>(id) < tables->codes.count && tables->codes.items[id] == code;
             if (!known && unknown_count) ++*unknown_count;
-            if (!ids.push(known ? static_cast<int32_t>(low) : unknown))
-                return ids.count = before, out_of_memory((before + text.size) * sizeof(int32_t));
+            if (!ids.push(known ? id : unknown)) return ids.count = before, out_of_memory((before + text.size) * sizeof(int32_t));
         }
         return Status();
     }

@@ -84,6 +84,11 @@ input=b.txt run 0 encode t.json; cp out ids
 input=ids run 0 decode t.json;              same 'BPE: decode of encode is the text' out b.txt
 input=odd.bin run 0 encode t.json; cp out ids
 input=ids run 0 decode t.json;              same 'BPE: decode of encode is the bytes' out odd.bin
+run 2 tokenizer a.txt --vocab 256 --out u.json;      says '257'
+run 2 tokenizer a.txt --vocab 300 --cased --out u.json; says '--kind wordpiece'
+run 2 tokenizer a.txt --vocab 300 --kind words --out u.json; says 'must be one of bpe|wordpiece'
+run 1 tokenizer a.txt --kind wordpiece --vocab 6 --out u.json; says 'vocabulary of 6 is too small.*need'
+run 0 tokenizer a.txt --kind wordpiece --vocab 90 --out w.json
 printf '{"other":[{"a":"}"}],"text":"h\\u00e9\\ud83d\\ude00"}\n{"hex":"ff0a"}\n' > lines
 input=lines run 0 encode byte --jsonl;      has out '^{"ids":\[104,195,169,240,159,152,128\]}$'; has out '^{"ids":\[255,10\]}$'
 cp out lines; input=lines run 0 decode byte --jsonl; json; has out '"hex":"ff0a"'
@@ -118,6 +123,10 @@ run 1 train a.txt --out m.safetensors --resume --plain-words; says '--plain-word
 run 1 train a.txt --out m.safetensors --resume --validation-fraction 0.3; says 'training data.*--validation-fraction'
 run 1 train a.txt --out m.safetensors --resume --tokenizer byte; says '--tokenizer byte contradicts.*char'
 run 1 train b.txt --out m.safetensors --resume; says data
+run 0 train a.txt --out wp.safetensors $tiny --tokenizer wordpiece:90 --steps 4
+run 0 train a.txt --out wp.safetensors --resume --tokenizer wordpiece:90
+run 1 train a.txt --out wp.safetensors --resume --tokenizer wordpiece:80; says '--tokenizer wordpiece:80 contradicts'
+run 1 train a.txt --out x.safetensors $tiny --tokenizer wordpiece:6; says 'too small'
 input=a.txt run 0 train - --out s.safetensors $tiny --steps 40 --evaluate-every 20
 run 0 compare s.safetensors m.safetensors;  has out 'same bits'
 run 1 train - --out q.safetensors $tiny --steps 5; says 'standard input'

@@ -44,6 +44,11 @@ static TokenizerConfig bpe(int vocab) {
     config.vocab = vocab;
     return config;
 }
+static TokenizerConfig wordpiece(int vocab, bool cased = false) {
+    TokenizerConfig config;
+    config.kind = TokenizerKind::wordpiece, config.vocab = vocab, config.cased = cased;
+    return config;
+}
 static string read_shared(const char* name) {
     string text;
     if (FILE* file = fopen((string("../shared/data/") + name).c_str(), "rb")) {
@@ -221,7 +226,10 @@ TEST(names, "a tokenizer's name on the command line means something else") {
     CHECK(parse_tokenizer("byte", config).ok() && config.kind == TokenizerKind::bytes);
     CHECK(parse_tokenizer("char", config).ok() && config.kind == TokenizerKind::characters);
     CHECK(parse_tokenizer("bpe:4096", config).ok() && config.kind == TokenizerKind::bpe && config.vocab == 4096);
-    for (const char* wrong : {"", "bpe", "bpe:", "bpe:256", "bpe:-1", "bpe:1e3", "bpe:300 ", "Byte", "words"})
+    CHECK(parse_tokenizer("wordpiece:99:cased", config).ok() && config.kind == TokenizerKind::wordpiece && config.vocab == 99);
+    CHECK(config.cased && parse_tokenizer("wordpiece:100", config).ok() && config.vocab == 100 && !config.cased);
+    for (const char* wrong : {"", "bpe", "bpe:", "bpe:256", "bpe:-1", "bpe:1e3", "bpe:300 ", "Byte", "words", "bpe:300:cased",
+                              "wordpiece:", "wordpiece::cased", "wordpiece:cased", "wordpiece:9:uncase"})
         CHECK(!parse_tokenizer(wrong, config).ok());
 }
 
@@ -239,6 +247,7 @@ TEST(what_is_empty, "an empty tokenizer or an id out of range is not refused") {
     }
     CHECK(tokenizer.decode(Span<const int32_t>(), text).ok() && text.size() == 0);
     CHECK(!tokenizer.train(runtime, bpe(256), prose).ok());
+    CHECK(!tokenizer.train(runtime, wordpiece(0), prose).ok() && !tokenizer.train(runtime, wordpiece(-1), prose).ok());
     CHECK(tokenizer.vocab == 300);  // as it was
     CHECK_OK(other.copy(runtime, tokenizer));
     CHECK(saved(other) == saved(tokenizer) && encode(other, prose) == encode(tokenizer, prose));
@@ -409,7 +418,7 @@ TEST(out_of_memory, "an allocation that fails is not reported, or leaks") {
     TokenizerConfig characters;
     characters.kind = TokenizerKind::characters;
     const string text = string(prose) + string(200, 'a') + string(5000, '.');
-    for (int what = 0; what < 2; ++what) {
+    for (int what = 0; what < 3; ++what) {
         bool done = false;
         for (int64_t n = 0; !done && n < 10000; ++n) {
             memory.calls = 0;
@@ -423,10 +432,15 @@ TEST(out_of_memory, "an allocation that fails is not reported, or leaks") {
                         printf("    allocation %d: %s\n", static_cast<int>(n), status.message);
                     return status.ok();
                 };
-                done = step(tokenizer.train(runtime, what ? characters : bpe(350), text)) && step(copied.copy(runtime, tokenizer)) &&
-                       step(copied.encode(text, ids, true)) && step(copied.decode(Span<const int32_t>(ids.begin(), ids.size()), back)) &&
-                       step(copied.save_memory(json)) && step(loaded.load_memory(runtime, json)) && memory.calls <= n;
-                if (done) CHECK(string(back.begin(), back.end()) == text);
+                done = step(tokenizer.train(runtime,
+                                            what == 2 ? wordpiece(150)
+                                            : what    ? characters
+                                                      : bpe(350),
+                                            text)) &&
+                       step(copied.copy(runtime, tokenizer)) && step(copied.encode(text, ids, true)) &&
+                       step(copied.decode(Span<const int32_t>(ids.begin(), ids.size()), back)) && step(copied.save_memory(json)) &&
+                       step(loaded.load_memory(runtime, json)) && memory.calls <= n;
+                if (done && what < 2) CHECK(string(back.begin(), back.end()) == text);
             }
             if (!CHECK(memory.used == 0 && memory.blocks == 0)) return;
         }
@@ -603,6 +617,138 @@ TEST(wordpiece, "BERT's words are cut, cleaned or made small in another way, or 
         const Status status = again.load_memory(runtime, replaced(wordpiece_json, change, "7"));
         CHECK(!status.ok() && status.message[0]);
     }
+}
+
+// WordPiece again, for ASCII, with everything counted anew for each merge. Symbols are texts as in vocab.txt.
+struct NaiveWordPiece {
+    std::vector<string> vocab = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"};
+    bool cased;
+    NaiveWordPiece(const string& text, size_t size, bool with_capitals) : cased(with_capitals) {
+        std::vector<std::vector<string>> words;
+        std::map<string, int> begin, go_on;
+        for (const string& word : words_of_bert(text)) {
+            if (word.size() > 100) continue;
+            words.emplace_back();
+            for (const char c : word) words.back().push_back((words.back().empty() ? "" : "##") + string(1, c));
+            for (const char c : word) begin[string(1, c)];
+            for (const char c : word.substr(1)) go_on["##" + string(1, c)];
+        }
+        for (const auto& c : begin) vocab.push_back(c.first);
+        for (const auto& c : go_on) vocab.push_back(c.first);
+        std::map<string, size_t> ids;
+        for (size_t i = 0; i < vocab.size(); ++i) ids[vocab[i]] = i;
+        while (vocab.size() < size) {
+            std::map<std::pair<size_t, size_t>, int> counts;
+            for (const auto& word : words)
+                for (size_t i = 0; i + 1 < word.size(); ++i) ++counts[{ids[word[i]], ids[word[i + 1]]}];
+            if (counts.empty()) break;
+            auto best = counts.begin();
+            for (auto i = counts.begin(); i != counts.end(); ++i)
+                if (i->second > best->second) best = i;
+            const string left = vocab[best->first.first], right = vocab[best->first.second], both = left + right.substr(2);
+            ids[both] = vocab.size();
+            vocab.push_back(both);
+            for (auto& word : words)
+                for (size_t i = 0; i + 1 < word.size(); ++i)
+                    if (word[i] == left && word[i + 1] == right) word[i] = both, word.erase(word.begin() + static_cast<long>(i) + 1);
+        }
+    }
+    std::vector<string> words_of_bert(const string& text) const {
+        std::vector<string> words;
+        bool inside = false;
+        for (const char given : text) {
+            const char c = cased || given < 'A' || given > 'Z' ? given : static_cast<char>(given + 32);
+            const bool blank = c == ' ' || (c >= '\t' && c <= '\r'), removed = (c < ' ' && !blank) || c == '\v' || c == '\f' || c == 127;
+            const bool sign = !removed && !blank && !((c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9'));
+            if (removed) continue;
+            if (!blank && (sign || !inside)) words.emplace_back();
+            if (!blank) words.back() += c;
+            inside = !blank && !sign;
+        }
+        return words;
+    }
+    Ids encode(const string& text) const {
+        Ids ids;
+        for (const string& word : words_of_bert(text)) {
+            Ids found;
+            if (word.size() > 100) found = {1};
+            for (size_t at = 0; at < word.size() && word.size() <= 100;) {
+                size_t best = 0, longest = 0;
+                for (size_t i = 5; i < vocab.size(); ++i) {
+                    const bool goes_on = vocab[i].size() > 2 && vocab[i].compare(0, 2, "##") == 0;
+                    const string letters = goes_on ? vocab[i].substr(2) : vocab[i];
+                    if (goes_on == (at > 0) && letters.size() > longest && word.compare(at, letters.size(), letters) == 0)
+                        best = i, longest = letters.size();
+                }
+                found.push_back(static_cast<int32_t>(best));
+                at += longest;
+                if (longest == 0) {
+                    found = {1};
+                    break;
+                }
+            }
+            ids.insert(ids.end(), found.begin(), found.end());
+        }
+        return ids;
+    }
+};
+
+TEST(wordpiece_training, "WordPiece learns other merges than counting anew for each would, or gives them other ids") {
+    Runtime runtime;
+    string few_letters, runs;
+    for (int i = 0; i < 2000; ++i) few_letters += "abA "[random_below(4)];
+    for (int i = 0; i < 200; ++i) runs += string(1 + random_below(40), "aab "[random_below(4)]);
+    const string texts[] = {prose, few_letters, runs, "", "a", "aaaaaaa", "ab-ab-ab", random_bytes(1500, 128)};
+    for (const bool cased : {false, true})
+        for (const string& text : texts) {
+            const NaiveWordPiece naive(text, 220, cased);
+            Tokenizer tokenizer, again;
+            if (!CHECK_OK(tokenizer.train(runtime, wordpiece(220, cased), text))) continue;
+            if (!CHECK(tokenizer.vocab == static_cast<int>(naive.vocab.size()))) continue;
+            CHECK(tokenizer.unknown == 1 && tokenizer.end_of_text == 3);
+            const string json = saved(tokenizer);
+            for (size_t i = 0; i < naive.vocab.size(); ++i) {
+                const string& name = naive.vocab[i];
+                const string escaped = name == "\"" || name == "\\" ? "\\" + name : name;
+                if (!CHECK(json.find("\n\"" + escaped + "\":" + std::to_string(i)) != string::npos)) printf("    %s\n", name.c_str());
+            }
+            for (const string& other : texts) CHECK(encode(tokenizer, other) == naive.encode(other));
+            CHECK_OK(again.load_memory(runtime, json));
+            CHECK(saved(again) == json && encode(again, text) == encode(tokenizer, text));
+        }
+    Tokenizer tokenizer;
+    const Status status = tokenizer.train(runtime, wordpiece(9), "abc ca");  // a b c, ##a ##b ##c, and 5
+    CHECK(status.error == Error::invalid_argument && strstr(status.message, "need 11"));
+    CHECK_OK(tokenizer.train(runtime, wordpiece(11), "abc ca"));
+    // A word of more than 100 characters is never cut, and so not learnt from.
+    CHECK_OK(tokenizer.train(runtime, wordpiece(100), string(101, 'z') + " a"));
+    CHECK(tokenizer.vocab == 6);
+    string text;
+    while (text.size() < 2500000) text += string(prose).substr(random_below(200), 1 + random_below(200)) + (random_below(9) ? " " : "\n\n");
+    CorpusConfig all;
+    all.validation_fraction = 0;
+    Corpus corpus;
+    if (!CHECK_OK(corpus.open_memory(runtime, text, all))) return;
+    Tokenizer whole, pieces;
+    CHECK_OK(whole.train(runtime, wordpiece(500), text));
+    CHECK_OK(pieces.train(runtime, wordpiece(500), corpus));
+    CHECK(saved(whole) == saved(pieces));
+}
+
+TEST(turkish_letters, "WordPiece that was trained uncased keeps a dot or an accent that it should not, or cased loses one") {
+    Runtime runtime;
+    Tokenizer tokenizer;
+    // ISTANBUL with a dotted capital, ILIK without dots, dotless small letters, soft g, s and c with cedillas, o and u with dots.
+    const string text =
+        "\xc4\xb0STANBUL ISPARTA \xc4\xb1l\xc4\xb1k ILIK \xc4\x9f\xc4\x9e \xc5\x9f\xc5\x9e \xc3\xa7\xc3\x87 \xc3\xb6\xc3\x96 "
+        "\xc3\xbc\xc3\x9c";
+    const auto back = [&](const string& some) { return decode(tokenizer, encode(tokenizer, some)); };
+    CHECK_OK(tokenizer.train(runtime, wordpiece(200), text));
+    CHECK(back(text) == "istanbul isparta \xc4\xb1l\xc4\xb1k ilik gg ss cc oo uu");
+    CHECK(encode(tokenizer, "\xc4\xb0 I i i\xcc\x87") == Ids(4, encode(tokenizer, "i")[0]));
+    CHECK(encode(tokenizer, "\xc4\xb1") != encode(tokenizer, "i"));  // the dotless small i is no capital's small letter
+    CHECK_OK(tokenizer.train(runtime, wordpiece(200, true), text));
+    CHECK(back(text) == text);
 }
 
 // A SentencePiece model by hand: pieces of (text, score, kind), then the settings.

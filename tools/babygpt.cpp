@@ -1180,7 +1180,10 @@ struct TrainOptions {
                    {"--plot", "FILE.svg", "the loss curves as a picture", &plot},
                    {"--json", nullptr, "one JSON object a step on standard output, a last one at the end", &json},
                    {nullptr, nullptr, "How text is read (FILE: .txt, .jsonl, .csv, or - for standard input)"},
-                   {"--tokenizer", "byte|char|bpe:N|FILE", "(bpe:1024, and char below 100 kB of text)", &tokenizer},
+                   {"--tokenizer", "byte|char|bpe:N|wordpiece:N|FILE",
+                    "wordpiece makes capitals small and drops accents, wordpiece:N:cased does not (bpe:1024, and char below 100 kB of "
+                    "text)",
+                    &tokenizer},
                    {"--user-turn", "TEXT", "a chat: what stands before the user's line, e.g. '#Person1#: '", &user_turn},
                    {"--reply-turn", "TEXT", "a chat: what stands before the model's line, e.g. '#Person2#: '", &reply_turn},
                    {"--plain-words", nullptr,
@@ -1314,7 +1317,9 @@ void check_agreement(const Arguments& in, const TrainOptions& o, const Model& mo
     agree(in, "--plain-words", o.plain_words, model.chat.plain_words);
 }
 
-bool named_tokenizer(const string& name) { return name == "byte" || name == "char" || starts_with(name, "bpe:"); }
+bool named_tokenizer(const string& name) {
+    return name == "byte" || name == "char" || starts_with(name, "bpe:") || starts_with(name, "wordpiece:");
+}
 
 void choose_tokenizer(Training& t) {
     string name = t.options.tokenizer;
@@ -1340,9 +1345,13 @@ void check_tokenizer(Training& t) {  // --tokenizer beside --resume
         }
         return;
     }
-    if (named_tokenizer(name)) contradicts("--tokenizer", name, kept);
     Tokenizer given;
-    load_tokenizer(t.common.runtime, name, given);
+    if (starts_with(name, (kept + ":").c_str())) {  // the same text gives the same again
+        TokenizerConfig config;
+        must_be("--tokenizer " + name, parse_tokenizer(name, config));
+        must(given.train(t.common.runtime, config, t.corpus));
+    } else if (named_tokenizer(name)) contradicts("--tokenizer", name, kept);
+    else load_tokenizer(t.common.runtime, name, given);
     Array<char> a(t.common.runtime), b(t.common.runtime);
     must(given.save_memory(a));
     must(stored.save_memory(b));
@@ -1748,15 +1757,26 @@ int make_tokenizer(Arguments& in) {
     Common common;
     TextOptions text;
     int vocab = 0;
-    string out;
-    bool json = false;
-    in.parse(common,
-             vector<Option>{{"--vocab", "N", "tokens in all, with the 256 bytes and the end-of-text token", &vocab, 257, 1e6},
-                            {"--out", "T", "written as tokenizer.json (a file, or a folder for it)", &out},
-                            {"--json", nullptr, "one JSON object on standard output", &json}} +
-                 text.options(),
-             1, 1000000);
+    string out, kind = "bpe";
+    bool json = false, cased = false;
+    in.parse(
+        common,
+        vector<Option>{{"--kind", "bpe|wordpiece", "byte-level BPE as GPT-2's, or WordPiece as BERT's (bpe)", &kind},
+                       {"--vocab", "N",
+                        "tokens in all (bpe: with the 256 bytes and the end-of-text token; wordpiece: with the text's characters, most "
+                        "of them twice, and [PAD] [UNK] [CLS] [SEP] [MASK])",
+                        &vocab, 1, 1e6},
+                       {"--cased", nullptr,
+                        "wordpiece: keep capitals and accents (else I and dotted I give i, and accents go: Turkish wants it)", &cased},
+                       {"--out", "T", "written as tokenizer.json (a file, or a folder for it)", &out},
+                       {"--json", nullptr, "one JSON object on standard output", &json}} +
+            text.options(),
+        1, 1000000);
     if (vocab == 0) usage("tokenizer needs --vocab N");
+    if (cased && kind != "wordpiece") usage("--cased is for --kind wordpiece");
+    TokenizerConfig config;
+    const Status known = parse_tokenizer(kind + ":" + std::to_string(vocab) + (cased ? ":cased" : ""), config);
+    if (!known.ok()) usage(known.message);
     if (out.empty()) usage("tokenizer needs --out T");
     std::error_code ignored;
     if (fs::is_directory(path_of(out), ignored)) out = to_string(path_of(out) / "tokenizer.json");
@@ -1767,8 +1787,6 @@ int make_tokenizer(Arguments& in) {
         if (same_file(file, out)) usage("--out " + out + " is a file to read from");
     Corpus corpus;
     open_corpus(common.runtime, in.operands, text.config(0), corpus);
-    TokenizerConfig config;
-    config.vocab = vocab;
     Tokenizer tokenizer;
     const double start = now();
     must(tokenizer.train(common.runtime, config, corpus));
@@ -2760,8 +2778,10 @@ const vector<Command> commands = {
      "Token ids from standard input -> the exact bytes. T: a model, a tokenizer's file (also vocab.txt:uncased, .model, tok.bin) or "
      "folder, or byte.",
      "  echo 104 105 | babygpt decode byte\n", decode},
-    {"tokenizer", "FILE... --vocab N --out T", "Learns a byte-level BPE tokenizer from text.",
-     "  babygpt tokenizer story.txt --vocab 1024 --out tokenizer.json\n", make_tokenizer},
+    {"tokenizer", "FILE... --vocab N --out T", "Learns a tokenizer from text: byte-level BPE or WordPiece.",
+     "  babygpt tokenizer story.txt --vocab 1024 --out tokenizer.json\n"
+     "  babygpt tokenizer metin.txt --kind wordpiece --cased --vocab 4000 --out tokenizer.json\n",
+     make_tokenizer},
     {"info", "M | --preset NAME [options]", "What a model is made of, and how much memory it takes.",
      "  babygpt info --preset baby --batch 8\n", info},
     {"attention", "M TEXT [options]", "Which earlier tokens each token looks at.",
