@@ -361,6 +361,14 @@ struct Corpus {
     Status read(Part part, bool (*piece)(void* user, Text bytes, bool end_of_document), void* user);
 };
 
+// What a model is to learn where there is no running text. Views of the caller's memory.
+struct Example {
+    Span<const int32_t> ids;      // what the model reads, 1 to `context`; an encoder-decoder: what its decoder reads
+    Span<const int32_t> targets;  // one for each id, -1: counts for nothing; of a classifier one, the class
+    Span<const int32_t> source;   // what the encoder of an encoder-decoder reads, 1 to `context`
+    Span<const float> features;   // [ids][Config::features]
+};
+
 // Token ids, cut into windows of `context`. One epoch visits every window once, in an order drawn from (seed, epoch).
 // Documents are kept apart by the end-of-text token where the tokenizer has one, by an empty line where not.
 // Data that would need more than `memory_limit` bytes is kept in groups: each is read from the files and tokenized when its turn comes.
@@ -380,13 +388,17 @@ struct Data {
     // Tokenizes a part. The corpus and the tokenizer must outlive it. `cache`: a path for the tokens instead of memory ("": none).
     Status create(Runtime& runtime, Corpus& corpus, Part part, const Tokenizer& tokenizer, Text cache = Text(),
                   uint64_t memory_limit = uint64_t(256) << 20);
-    Status create(Runtime& runtime, Span<const int32_t> ids);  // the host's own ids, which must live as long
-    uint64_t windows(int context) const;                       // in one epoch; 0: too little text for one
+    Status create(Runtime& runtime, Span<const int32_t> ids);       // the host's own ids, which must live as long
+    Status create(Runtime& runtime, Span<const Example> examples);  // in the place of windows; they and what they show must live as long
+    uint64_t windows(int context) const;                            // in one epoch; 0: too little text for one
     // Window number n of training, n counted over all epochs: ids and the ids that follow each of them.
     Status training_window(uint64_t seed, uint64_t n, int context, int32_t* ids, int32_t* targets);
     // Window number n of a fixed division from the first token to the last (n < evaluation_windows): returns its length, the last may be short.
     uint64_t evaluation_windows(int context) const;
     Status evaluation_window(uint64_t n, int context, int32_t* ids, int32_t* targets, int& length);
+    // Example number n of training, n counted over all epochs, and of an evaluation; null where there are none.
+    const Example* training_example(uint64_t seed, uint64_t n) const;
+    const Example* evaluation_example(uint64_t n) const;
 };
 
 // What counting achieves: an interpolated Witten-Bell n-gram model over the same ids, the best order up to max_order, nats per token on
@@ -409,23 +421,35 @@ enum class Dtype : int32_t { f32, bf16, int8 };                         // of th
 // GPT-2's vectors, added to the tokens'; RoPE (Su et al. 2021); sines and cosines (Vaswani et al. 2017).
 enum class Positions : int32_t { learned, rotary, sinusoidal, none };
 
-// A decoder. As it is: GPT-2's. preset_architecture makes it Llama's; what lies between may be chosen field by field.
+// A Transformer. As it is: GPT-2's, a decoder. preset_architecture makes it Llama's; what lies between may be chosen field by field.
+//   encoder_layers > 0: an encoder-decoder (Vaswani et al. 2017): so many layers read a source, which the decoder's layers look at.
+//   causal = false:     an encoder alone (BERT, Devlin et al. 2019): every token sees all others, and the head says what each one is.
+//   classes > 0:        what the last layer says is pooled, a vector for each sequence, and the head says to which class it belongs.
+//   features > 0:       a row comes with so many numbers, e.g. a patch of a picture (Dosovitskiy et al. 2021), of which a linear layer makes
+//                       what is added to its id's vector.
+// Those learn from examples (below), the decoder and the encoder alone also from running text.
 struct Config {
     Architecture architecture = Architecture::gpt2;
     int layers = 4;
+    int encoder_layers = 0;
+    bool causal = true;
+    int classes = 0;
+    bool pool_first = false;  // classes: pools the first row, not the mean of all
+    int features = 0;
     int heads = 4;
     int kv_heads = 0;  // of keys and values, a divisor of heads: each serves a group of queries (Ainslie et al. 2023); 0: as many as heads
     int width = 128;
     int hidden = 0;  // width of the feed-forward part; 0: 4 * width, where it is gated 8/3 of it, up to a multiple of 32
     int context = 128;
     int vocab = 0;     // 0: the tokenizer's
-    bool tied = true;  // the output head shares the embedding's matrix
+    bool tied = true;  // the output head shares the embedding's matrix; a classifier's does not
     bool bias = true;  // of linear layers and layer norms; an RMSNorm has none
     Activation activation = Activation::gelu_tanh;
     bool gated =
         false;  // one half of the hidden layer, activated, multiplies the other (Shazeer 2020): SwiGLU with silu, GeGLU with gelu_tanh
     Norm norm = Norm::layer;
     bool norm_after = false;  // each sub-layer's addition is normalized, as in Vaswani et al. 2017, not its input, as in GPT-2
+    bool head_bias = false;   // of the output head; a classifier's has one if other layers do
     double norm_epsilon = 1e-5;
     Positions positions = Positions::learned;  // rotary: width / heads must be even
     double rope_base = 10000;                  // rotary: the slowest angle's wavelength in positions is about 2 pi times that
@@ -552,7 +576,7 @@ struct StepResult {
 };
 
 struct Evaluation {
-    double loss = 0;           // nats per token
+    double loss = 0;           // nats per token; of a classifier, per example
     double bits_per_byte = 0;  // 0 where the bytes are unknown
     double perplexity = 0;
     double top1 = 0, top5 = 0;  // share of tokens whose true successor was among the best 1, 5
@@ -611,6 +635,7 @@ struct Trainer {
     Status step(StepResult& result);  // one update
     // The host's own batch: config.batch * config.accumulate rows of config.context ids and their targets (a target of -1 counts for nothing).
     Status step(Span<const int32_t> ids, Span<const int32_t> targets, StepResult& result);
+    Status step(Span<const Example> examples, StepResult& result);  // batch * accumulate of them
     Status evaluate(Data& data, Evaluation& result);
     // Steps up to config.steps, evaluates, keeps the best model in out, and what resuming needs in resume_path(out).
     Status run(const RunConfig& config, RunResult& result);
@@ -4509,17 +4534,26 @@ size_t Utf8Stream::finish(char* out) {
 namespace babygpt {
 namespace {
 
-enum class OpKind : int32_t { embedding, waves, norm, linear, gate, rope, attention, add, dropout, head };
+enum class OpKind : int32_t { embedding, input, waves, norm, linear, gate, rope, attention, add, dropout, pool, head };
 
 inline const char* op_name(OpKind kind) {
-    static constexpr const char* names[] = {"embedding", "waves", "norm", "linear", "gate", "rope", "attention", "add", "dropout", "head"};
+    static constexpr const char* names[] = {"embedding", "input",     "waves", "norm",    "linear", "gate",
+                                            "rope",      "attention", "add",   "dropout", "pool",   "head"};
     return names[static_cast<int>(kind)];
 }
+
+// What a row stands for: a token of the text; a token of the source, which an encoder reads for the text's decoder; a whole sequence.
+enum class Side : int32_t { text, source, whole };
+
+// What a token's attention sees: itself and what stands before it; all of its sequence; all of the source's sequence.
+enum class Sight : int32_t { causal, full, source };
 
 // Activations: rows x cols in the activations region; the gradient, where there is one, is as large and lies at `gradient`.
 struct Tensor {
     char name[48];
     int cols;
+    Side side;
+    bool fixed;                        // comes from outside: there is no gradient
     int64_t offset;                    // in elements
     int64_t gradient;                  // in elements; -1: none
     int born, dies;                    // the planner's times of the values ...
@@ -4531,19 +4565,23 @@ constexpr int nothing = -1;  // no tensor, no weight
 
 struct Op {
     OpKind kind;
+    Side side;                      // of y
     int layer;                      // which block of the model; -1 outside
-    int x = nothing, x2 = nothing;  // tensors it reads (x2: the other summand)
+    int x = nothing, x2 = nothing;  // tensors it reads (x2: the other summand; attention to the source: its keys and values)
     int y = nothing;                // the tensor it writes
     int aux = nothing;              // what its forward leaves for its backward, see chapter 5
     int w = nothing, b = nothing;   // weights: indices into Tape::weights
     int remakes = nothing;          // the op that makes x once more before this one's backward pass: cheaper than to keep x until then
     int in = 0, out = 0;            // columns of x and of y
     int heads = 0, kv_heads = 0;    // attention, rope
+    Sight sight = Sight::causal;    // attention
+    int lookup = nothing;           // embedding: which of the blocks of Regions::lookup_gradients its own go to; nothing: to the gradients
     bool centred = false;           // norm: takes the mean off
+    bool first = false;             // pool: takes the first row, not the mean
     Activation activation = Activation::none;
     bool adds_to_dx = false;  // some later op has already written a gradient of x (x2): add to it, do not set it
     bool adds_to_dx2 = false;
-    int dim() const { return in / (heads + 2 * kv_heads); }  // attention, rope: columns of a head
+    int dim() const { return in / (sight == Sight::source ? heads : heads + 2 * kv_heads); }  // attention, rope: columns of a head
 };
 
 // A weight as an architecture declares it: the public record, and how it starts. Several tensors may make one weight, one below the other:
@@ -4567,7 +4605,16 @@ struct Sequence {
     int row, length, position;
     const int32_t* pages;     // running with a KV cache: the numbers of its pages; null: training, positions are those of this run
     float* kv = nullptr;      // where these pages lie
-    float* logits = nullptr;  // [vocab], of the last row; null: not wanted
+    float* logits = nullptr;  // of the head: [vocab] of row `wanted`; null: not wanted
+    int wanted = -1;          // of the sequence's rows; negative: counted from its end
+    int source = 0;           // the sequence of the source that it sees
+};
+
+// What goes in on one side.
+struct Stream {
+    int rows = 0;
+    Span<const Sequence> sequences;
+    const int32_t* ids = nullptr;  // [rows]
 };
 
 // What changes from run to run, read when the tape runs.
@@ -4575,13 +4622,24 @@ struct Run {
     int rows = 0;
     Span<const Sequence> sequences;
     const int32_t* ids = nullptr;      // [rows]
-    const int32_t* targets = nullptr;  // [rows], -1: counts for nothing; null: no loss is wanted
+    const float* features = nullptr;   // [rows][Config::features]
+    Stream source;                     // sequences without rows: they were read in a run before
+    const int32_t* targets = nullptr;  // of the head's rows, -1: counts for nothing; null: no loss is wanted
     bool training = false;             // dropout is on and gradients follow
     double dropout = 0;
     double label_smoothing = 0;
     uint64_t seed = 0, step = 0;
-    uint64_t first_row = 0;     // of this run in the whole batch of the step, for the random numbers
-    double* seconds = nullptr;  // [2 * ops], grows by what each op takes forward, then by what each takes backward; null: nobody asks
+    uint64_t first_row[3] = {};  // of this run in the whole batch of the step, of each side, for the random numbers
+    double* seconds = nullptr;   // [2 * ops], grows by what each op takes forward, then by what each takes backward; null: nobody asks
+    Stream on(Side side) const {
+        if (side == Side::source) return source;
+        return Stream{side == Side::whole ? static_cast<int>(sequences.size) : rows, sequences, ids};
+    }
+    // The head's row of which sequence i wants the logits.
+    int64_t wanted_row(Side side, size_t i) const {
+        const Sequence& s = sequences[i];
+        return side == Side::whole ? static_cast<int64_t>(i) : s.row + s.wanted + (s.wanted < 0 ? s.length : 0);
+    }
     template <class Work>
     void time(int slot, const Work& work) const {
         const double start = seconds ? seconds_now() : 0;
@@ -4599,7 +4657,7 @@ template <class T>
 struct Regions {
     const T* weights = nullptr;
     T* gradients = nullptr;         // laid out as the weights: sums over tokens, added to
-    T* lookup_gradients = nullptr;  // of a token embedding shared with the head: the embedding's part, apart, so that it is one chain
+    T* lookup_gradients = nullptr;  // of a token embedding that others share: each embedding's part, apart, so that it is one chain
     T* activations = nullptr;
     T* scratch = nullptr;           // as the backend asked for
     int threads = 0;                // that `scratch` has room for; 0: as many as the runtime has
@@ -4617,12 +4675,15 @@ struct Tape {
     Array<float> waves;        // of each position: rope: [context][2][dim / 2], cosines and sines; waves: [context][width]
     int64_t weight_block = 0;  // elements of the weights region
     int64_t parameters = 0;
-    int max_rows = 0;
+    int max_rows[3] = {};          // of each side
     int64_t activation_block = 0;  // elements of the activations region
+    Side side = Side::text;        // recording: of what is embedded next
     int layer = -1;                // recording: the block we are in
     const char* block = "h.";      // recording: what stands before a layer's number in names
     int layers = 0, width = 0, vocab = 0, context = 0;
     int kv_width = 0;          // columns of the keys, and of the values
+    int lookups = 0;           // blocks of lookup gradients
+    int head_out = 0;          // columns of the logits
     bool output_rows = false;  // the matrices of linear ops have a row for each output, not a column
     Dtype dtype = Dtype::f32;  // running: what the matrices' numbers are
     bool tied = false;
@@ -4636,12 +4697,22 @@ struct Tape {
 
     // ---- recording: each call appends one op and returns the tensor that it writes ----
 
-    // position_name null: the embedding says nothing about positions.
+    // position_name null: the embedding says nothing about positions. Two embeddings of one name share the tokens' vectors.
     int embedding(const char* token_name, const char* position_name) {
         Op op = start(OpKind::embedding, nothing);
-        op.w = declare(token_name, "", vocab, width, 0.02, false);
+        for (size_t i = 0; i < weights.count; ++i)
+            if (equal(Text(weights[i].weight.name), Text(token_name))) op.w = static_cast<int>(i);
+        if (tied || op.w != nothing) op.lookup = lookups++;
+        if (op.w == nothing) op.w = declare(token_name, "", vocab, width, 0.02, false);
         if (position_name) op.b = declare(position_name, "", context, width, 0.02, false);
         return finish(op, "embedding", width);
+    }
+    // Numbers from outside, `cols` for each row.
+    int input(const char* name, int cols) {
+        Op op = start(OpKind::input, nothing);
+        const int y = finish(op, name, cols);
+        if (!no_memory) tensors[static_cast<size_t>(y)].fixed = true;
+        return y;
     }
     // Adds sines and cosines of the position to x, which grows by sqrt(width). In place: x itself is the result.
     int add_waves(int x) { return in_place(start(OpKind::waves, x)); }
@@ -4650,7 +4721,7 @@ struct Tape {
         op.centred = kind == Norm::layer;
         op.w = declare(name, ".weight", 1, op.in, -1, true);
         if (bias) op.b = declare(name, ".bias", 1, op.in, 0, true);
-        op.aux = tensor(name, ".statistics", 2);
+        op.aux = tensor(name, ".statistics", 2, op.side);
         return finish(op, name, op.in);
     }
     BABYGPT_CALL int linear(const char* name, int x, int out, bool bias, Activation activation, double deviation) {
@@ -4670,7 +4741,7 @@ struct Tape {
         }
         if (bias) op.b = declare(parts, ".bias", 1, out, 0, true);
         op.activation = activation;
-        if (training && activation != Activation::none) op.aux = tensor(name, ".before", out);
+        if (training && activation != Activation::none) op.aux = tensor(name, ".before", out, op.side);
         return finish(op, name, out);
     }
     // y = activation(the left half of x) * the right half
@@ -4686,15 +4757,20 @@ struct Tape {
         op.heads = heads, op.kv_heads = kv_heads ? kv_heads : heads;
         return in_place(op);
     }
-    // x holds queries (for all heads), keys and values (for kv_heads; 0: as many) beside each other. Causal: a token sees itself and what
-    // stands before it.
-    int attention(const char* name, int x, int heads, int kv_heads = 0) {
+    // x holds queries (for all heads), keys and values (for kv_heads; 0: as many) beside each other.
+    int attention(const char* name, int x, int heads, int kv_heads = 0, Sight sight = Sight::causal) {
         Op op = start(OpKind::attention, x);
-        op.heads = heads, op.kv_heads = kv_heads ? kv_heads : heads;
+        op.heads = heads, op.kv_heads = kv_heads ? kv_heads : heads, op.sight = sight;
         kv_width = op.dim() * op.kv_heads;
         keep_apart(x, {op.in - 2 * kv_width, kv_width, kv_width});
-        op.aux = tensor(name, ".softmax", 2 * heads);
-        return finish(op, name, op.in - 2 * kv_width);
+        return finish_attention(op, name, op.in - 2 * kv_width);
+    }
+    // To the source: x holds queries, keys_values the source's keys and values.
+    int attention_to_source(const char* name, int x, int keys_values, int heads, int kv_heads) {
+        Op op = start(OpKind::attention, x);
+        op.x2 = keys_values, op.heads = heads, op.kv_heads = kv_heads, op.sight = Sight::source;
+        keep_apart(keys_values, {op.dim() * kv_heads, op.dim() * kv_heads, 0});
+        return finish_attention(op, name, op.in);
     }
     BABYGPT_CALL int add(const char* name, int a, int b) {
         Op op = start(OpKind::add, a);
@@ -4706,12 +4782,20 @@ struct Tape {
         Op op = start(OpKind::dropout, x);
         return finish(op, name, op.in);
     }
-    // Output head and loss in one: logits = x * W^T, never all of them in memory. Its tensor y is empty.
-    void head(const char* name, int x) {
+    // A row for each sequence: its first one, or the mean of all.
+    int pool(const char* name, int x, bool first) {
+        Op op = start(OpKind::pool, x);
+        op.side = Side::whole, op.first = first;
+        return finish(op, name, op.in);
+    }
+    // Output head and loss in one: logits = x W^T + b, never all of them in memory. Its tensor y is empty. outputs 0: as many as the vocabulary.
+    void head(const char* name, int x, int outputs = 0, bool bias = false) {
         Op op = start(OpKind::head, x);
-        op.w = tied ? ops.count && ops[0].kind == OpKind::embedding ? ops[0].w : nothing : declare(name, "", vocab, width, 0.02, false);
-        op.aux = tensor("head", ".softmax", 2);
-        op.out = vocab;
+        op.out = head_out = outputs ? outputs : vocab;
+        op.w = tied ? ops.count && ops[0].kind == OpKind::embedding ? ops[0].w : nothing
+                    : declare(name, ".weight", op.out, width, 0.02, false);
+        if (bias) op.b = declare(name, ".bias", 1, op.out, 0, true);
+        op.aux = tensor("head", ".softmax", 2, op.side);
         if (!no_memory && !ops.push(op)) no_memory = true;
     }
 
@@ -4721,30 +4805,37 @@ struct Tape {
         return op.kind == OpKind::norm || op.kind == OpKind::linear || op.kind == OpKind::gate || op.kind == OpKind::attention ||
                op.kind == OpKind::head;
     }
+    static bool backward_reads_x2(const Op& op) { return op.kind == OpKind::attention; }
     static bool backward_reads_y(const Op& op) { return op.kind == OpKind::attention; }
 
     // ---- planning ----
 
     // Times: op i runs forward at i and backward at 2n-1-i. A tensor's place is its own from its first write to its last read; but what a
     // norm, a gate or an activation function makes, and only one backward pass reads, is not kept until then, but made once more.
-    // The head may write its gradient while it runs forward. rows 0: it will not run, only the weights are of interest.
-    Status plan(int rows) {
+    // The head may write its gradient while it runs forward. What the source gives to attention, a running decoder needs again and again.
+    // rows: at most, of text; 0: it will not run, only the weights are of interest. source: rows; sequences: at most.
+    Status plan(int rows, int source = 0, int sequences = 0) {
         for (const Op& op : ops)
             if (rows > 0 && !no_memory && (op.kind == OpKind::rope || op.kind == OpKind::waves) && waves.count == 0)
                 no_memory = !fill_waves(op);
         if (no_memory) return out_of_memory(0);
-        max_rows = rows;
+        max_rows[static_cast<int>(Side::text)] = rows, max_rows[static_cast<int>(Side::source)] = source;
+        max_rows[static_cast<int>(Side::whole)] = sequences;
         const int n = static_cast<int>(ops.count);
         for (Tensor& t : tensors) t.born = t.gradient_born = INT32_MAX, t.dies = t.gradient_dies = -1, t.gradient = t.again = -1;
         for (int i = 0; i < n; ++i) {
             Op& op = ops[static_cast<size_t>(i)];
             const int back = 2 * n - 1 - i;
             touch(op.x, i), touch(op.x2, i), touch(op.y, i), touch(op.aux, i);
-            if (!training) continue;
+            if (!training) {
+                if (op.sight == Sight::source) touch(op.x2, 0), touch(op.x2, n);
+                continue;
+            }
             touch(op.aux, back);
             op.remakes = backward_reads_x(op) && op.kind == OpKind::linear ? cheap_maker(op.x) : nothing;
             if (op.remakes != nothing) tensors[static_cast<size_t>(op.x)].again = back;
             else if (backward_reads_x(op)) touch(op.x, back);
+            if (backward_reads_x2(op)) touch(op.x2, back);
             if (backward_reads_y(op)) touch(op.y, back);
             const int writes = op.kind == OpKind::head ? i : back;
             touch_gradient(op.x, writes), touch_gradient(op.x2, writes), touch_gradient(op.y, writes);
@@ -4774,13 +4865,17 @@ struct Tape {
         for (int i = 0; i < plan.matrices; ++i) side = most(side, least<int64_t>(in, plan.outputs[i]));
         return 5 * round_up(side * side, static_cast<int64_t>(16));
     }
-    int64_t elements(const Tensor& t) const { return round_up(static_cast<int64_t>(max_rows) * t.cols, static_cast<int64_t>(16)); }
+    int64_t elements(const Tensor& t) const { return round_up(rows_on(t.side) * t.cols, static_cast<int64_t>(16)); }
+    int64_t rows_on(Side which) const { return max_rows[static_cast<int>(which)]; }
+    // What the targets and losses belong to.
+    int64_t head_rows() const { return ops.count ? rows_on(ops[ops.count - 1].side) : 0; }
 
     const Tensor& at(int tensor_index) const { return tensors[static_cast<size_t>(tensor_index)]; }
     const Weight& weight(int index) const { return weights[static_cast<size_t>(index)].weight; }
-    // The weight that is both the token embedding and the head; nothing where they are two.
-    int shared_embedding() const { return tied ? ops[0].w : nothing; }
-    int64_t lookup_block() const { return tied ? round_up(static_cast<int64_t>(vocab) * width, static_cast<int64_t>(16)) : 0; }
+    // The token embedding that the head or another embedding shares; nothing where there is none.
+    int shared_embedding() const { return lookups ? ops[0].w : nothing; }
+    int64_t one_lookup() const { return round_up(static_cast<int64_t>(vocab) * width, static_cast<int64_t>(16)); }
+    int64_t lookup_block() const { return lookups * one_lookup(); }
     // Floats of one KV page.
     int64_t kv_page_block() const { return static_cast<int64_t>(layers) * 2 * kv_width * kv_page; }
 
@@ -4788,15 +4883,20 @@ struct Tape {
     BABYGPT_CALL Op start(OpKind kind, int x) {
         Op op{};
         op.kind = kind;
+        op.side = side;
         op.layer = layer;
         op.x = x;
-        op.x2 = op.y = op.aux = op.w = op.b = nothing;
-        if (x != nothing && !no_memory) op.in = tensors[static_cast<size_t>(x)].cols;
+        op.x2 = op.y = op.aux = op.w = op.b = op.lookup = nothing;
+        if (x != nothing && !no_memory) op.in = tensors[static_cast<size_t>(x)].cols, op.side = tensors[static_cast<size_t>(x)].side;
         return op;
+    }
+    int finish_attention(Op& op, const char* name, int cols) {
+        op.aux = tensor(name, ".softmax", 2 * op.heads, op.side);
+        return finish(op, name, cols);
     }
     BABYGPT_CALL int finish(Op& op, const char* name, int cols) {
         op.out = cols;
-        op.y = tensor(name, "", cols);
+        op.y = tensor(name, "", cols, op.side);
         if (!no_memory && !ops.push(op)) no_memory = true;
         return op.y;
     }
@@ -4822,10 +4922,10 @@ struct Tape {
         line.put(name);
         line.put(suffix);
     }
-    BABYGPT_CALL int tensor(const char* name, const char* suffix, int cols) {
+    BABYGPT_CALL int tensor(const char* name, const char* suffix, int cols, Side of) {
         Tensor t{};
         full_name(Line(t.name, sizeof t.name), name, suffix);
-        t.cols = cols;
+        t.cols = cols, t.side = of;
         if (no_memory || !tensors.push(t)) no_memory = true;
         return no_memory ? 0 : static_cast<int>(tensors.count) - 1;
     }
@@ -4861,7 +4961,7 @@ struct Tape {
         t.born = least(t.born, time), t.dies = most(t.dies, time);
     }
     BABYGPT_CALL void touch_gradient(int tensor_index, int time) {
-        if (tensor_index == nothing) return;
+        if (tensor_index == nothing || tensors[static_cast<size_t>(tensor_index)].fixed) return;
         Tensor& t = tensors[static_cast<size_t>(tensor_index)];
         t.gradient_born = least(t.gradient_born, time), t.gradient_dies = most(t.gradient_dies, time);
     }
@@ -5189,7 +5289,7 @@ void linear_forward(T* y, T* before, const T* x, const T* w, const T* b, int row
             y[row * out + o] = activate(s, activation);
         }
 }
-// dy becomes the gradient before the activation, in place; then db = sum over rows of dy, dW = x^T dy, dx = dy W^T.
+// dy becomes the gradient before the activation, in place; then db = sum over rows of dy, dW = x^T dy, dx = dy W^T (null: not wanted).
 template <class T>
 void linear_backward(T* dx, T* dw, T* db, T* dy, const T* before, const T* x, const T* w, int rows, int in, int out, bool output_rows,
                      Activation activation, bool adds) {
@@ -5204,7 +5304,7 @@ void linear_backward(T* dx, T* dw, T* db, T* dy, const T* before, const T* x, co
                 T& d = dw[i * next_in + o * next_out];
                 d = madd(x[row * in + i], dy[row * out + o], d);
             }
-        for (int64_t i = 0; i < in; ++i) {
+        for (int64_t i = 0; dx && i < in; ++i) {
             T s = adds ? dx[row * in + i] : static_cast<T>(0);
             for (int64_t o = 0; o < out; ++o) s = madd(dy[row * out + o], w[i * next_in + o * next_out], s);
             dx[row * in + i] = s;
@@ -5219,13 +5319,13 @@ struct Dropout {
     uint32_t below;  // an element whose bits are below this is dropped
     float keep;      // 1 / (1 - p)
     uint64_t seed, step, op, first_row;
-    Dropout(const Run& run, int op_number)
+    Dropout(const Run& run, int op_number, Side side)
         : below(run.training ? static_cast<uint32_t>(run.dropout * 4294967296.0) : 0),
           keep(static_cast<float>(1 / (1 - run.dropout))),
           seed(run.seed),
           step(run.step),
           op(static_cast<uint64_t>(op_number)),
-          first_row(run.first_row) {}
+          first_row(run.first_row[static_cast<int>(side)]) {}
     bool active() const { return below != 0; }
     uint64_t key(int row) const { return random_key(seed, step, op, first_row + static_cast<uint64_t>(row)); }
     // What element i of a row with this key is multiplied by.
@@ -5295,61 +5395,106 @@ void rope(T* x, const float* waves, Span<const Sequence> sequences, int heads, i
         }
 }
 
-// ---- causal multi-head attention (Vaswani et al. 2017) -----------------------------------------------------------------
+// ---- multi-head attention (Vaswani et al. 2017) --------------------------------------------------------------------------
 
-// x: [rows][(heads + 2 * kv_heads) * dim], each row its queries, keys, values; head h reads the keys and values of kv head
-// h / (heads / kv_heads) (grouped queries: Ainslie et al. 2023). For query i and the keys k <= i of its sequence, in each head:
-//   s[k] = q . k[k] / sqrt(dim),  p = softmax(s),  y = sum over k of p[k] * v[k]   (with dropout on p)
-// softmax: [rows][heads][2], max(s) and sum of e^(s - max): enough to make p again. With a KV cache (sequence.pages), the new keys and values
-// are first stored in their pages, and the keys before them come from there. scratch: [context] for s.
+// One sequence's part of an attention op. Pointers: of its first row. Head h reads the keys and values of kv head h / group (grouped queries:
+// Ainslie et al. 2023).
 template <class T>
-void attention_forward(T* y, T* softmax, const T* x, const Sequence& s, int layer, int layers, int heads, int kv_heads, int dim,
-                       const Dropout& drop, T* scratch) {
-    const int64_t width = static_cast<int64_t>(heads) * dim, kv_width = static_cast<int64_t>(kv_heads) * dim, stride = width + 2 * kv_width;
-    const T scale = static_cast<T>(1) / root(static_cast<T>(dim));
-    const auto page = [&](int position, int which) {
+struct Attention {
+    int heads, kv_heads, dim, group;
+    int layer, layers;  // for the KV cache
+    bool causal;
+    int row;            // of the first query, in the run
+    int queries, keys;  // rows; without those in a cache
+    int before;         // keys in a cache
+    int64_t width, kv_width, q_stride, k_stride;
+    const T *q, *k, *v;  // [queries][q_stride], [keys][k_stride]
+    T *y, *softmax;      // [queries][width]; [queries][heads][2]: max(s) and sum of e^(s - max), enough to make p again
+    const T* dy;
+    T *dq, *dk, *dv;
+    bool adds_q, adds_kv;
+    const Sequence& s;
+
+    Attention(const Tape& tape, const Regions<T>& r, const Run& run, const Op& op, size_t i)
+        : heads(op.heads),
+          kv_heads(op.kv_heads),
+          dim(op.dim()),
+          group(heads / kv_heads),
+          layer(op.layer),
+          layers(tape.layers),
+          causal(op.sight == Sight::causal),
+          s(run.on(op.side).sequences[i]) {
+        width = static_cast<int64_t>(heads) * dim, kv_width = static_cast<int64_t>(kv_heads) * dim;
+        const bool other = op.sight == Sight::source;
+        const Sequence& seen = other ? run.source.sequences[static_cast<size_t>(s.source)] : s;
+        row = s.row, queries = s.length, keys = seen.length, before = s.pages && !other ? s.position : 0;
+        q_stride = op.in, k_stride = other ? 2 * kv_width : op.in;
+        q = values_of(tape, r, op.x, s.row), k = other ? values_of(tape, r, op.x2, seen.row) : q + width, v = k + kv_width;
+        y = values_of(tape, r, op.y, s.row), softmax = values_of(tape, r, op.aux, s.row);
+        dy = gradient_of(tape, r, op.y, s.row), dq = gradient_of(tape, r, op.x, s.row);
+        dk = other ? gradient_of(tape, r, op.x2, seen.row) : dq ? dq + width : nullptr, dv = dk ? dk + kv_width : nullptr;
+        adds_q = op.adds_to_dx, adds_kv = other ? op.adds_to_dx2 : op.adds_to_dx;
+    }
+    bool has_cache() const { return s.pages && causal; }
+    int seen_by(int query) const { return causal ? before + query + 1 : keys; }
+    // The keys (which: 0) or values (1) of the page that holds this position.
+    float* page(int position, int which) const {
         return s.kv + ((static_cast<int64_t>(s.pages[position / kv_page]) * layers + layer) * 2 + which) * kv_width * kv_page;
-    };
-    if (s.pages)
-        for (int i = 0; i < s.length; ++i)
-            for (int64_t c = 0; c < kv_width; ++c) {
-                const int at = (s.position + i) % kv_page;
-                const T* row = x + (s.row + i) * stride + width;
-                page(s.position + i, 0)[c * kv_page + at] = static_cast<float>(row[c]);
-                page(s.position + i, 1)[(c / dim * kv_page + at) * dim + c % dim] = static_cast<float>(row[kv_width + c]);
-            }
-    for (int i = 0; i < s.length; ++i)
-        for (int head = 0; head < heads; ++head) {
-            const int64_t row = s.row + i, column = static_cast<int64_t>(head) * dim, kv_head = head / (heads / kv_heads),
-                          kv_column = kv_head * dim;
-            const int keys = (s.pages ? s.position : 0) + i + 1;
+    }
+
+ private:
+    static T* values_of(const Tape& tape, const Regions<T>& r, int tensor, int row) {
+        return r.activations + tape.at(tensor).offset + static_cast<int64_t>(row) * tape.at(tensor).cols;
+    }
+    static T* gradient_of(const Tape& tape, const Regions<T>& r, int tensor, int row) {
+        const Tensor& t = tape.at(tensor);
+        return t.gradient < 0 ? nullptr : r.activations + t.gradient + static_cast<int64_t>(row) * t.cols;
+    }
+};
+
+// For each query, in each head, over the keys k that it sees:
+//   s[k] = q . k[k] / sqrt(dim),  p = softmax(s),  y = sum over k of p[k] * v[k]   (with dropout on p)
+// With a KV cache the new keys and values are first stored in their pages, and the keys before them come from there. scratch: [context] for s.
+template <class T>
+void attention_forward(const Attention<T>& a, const Dropout& drop, T* scratch) {
+    const T scale = static_cast<T>(1) / root(static_cast<T>(a.dim));
+    const bool cached = a.has_cache();
+    for (int i = 0; cached && i < a.keys; ++i)
+        for (int64_t c = 0; c < a.kv_width; ++c) {
+            const int at = (a.before + i) % kv_page;
+            a.page(a.before + i, 0)[c * kv_page + at] = static_cast<float>(a.k[i * a.k_stride + c]);
+            a.page(a.before + i, 1)[(c / a.dim * kv_page + at) * a.dim + c % a.dim] = static_cast<float>(a.v[i * a.k_stride + c]);
+        }
+    for (int64_t i = 0; i < a.queries; ++i)
+        for (int head = 0; head < a.heads; ++head) {
+            const int64_t column = static_cast<int64_t>(head) * a.dim, kv_head = head / a.group, kv_column = kv_head * a.dim;
+            const int seen = a.seen_by(static_cast<int>(i));
             const auto key = [&](int k, int d) {
-                return s.pages ? static_cast<T>(page(k, 0)[(kv_column + d) * kv_page + k % kv_page])
-                               : x[(s.row + k) * stride + width + kv_column + d];
+                return cached ? static_cast<T>(a.page(k, 0)[(kv_column + d) * kv_page + k % kv_page]) : a.k[k * a.k_stride + kv_column + d];
             };
             const auto value = [&](int k, int d) {
-                return s.pages ? static_cast<T>(page(k, 1)[(kv_head * kv_page + k % kv_page) * dim + d])
-                               : x[(s.row + k) * stride + width + kv_width + kv_column + d];
+                return cached ? static_cast<T>(a.page(k, 1)[(kv_head * kv_page + k % kv_page) * a.dim + d])
+                              : a.v[k * a.k_stride + kv_column + d];
             };
             T biggest = 0;
-            for (int k = 0; k < keys; ++k) {
+            for (int k = 0; k < seen; ++k) {
                 T score = 0;
-                for (int d = 0; d < dim; ++d) score = madd(x[row * stride + column + d], key(k, d), score);
+                for (int d = 0; d < a.dim; ++d) score = madd(a.q[i * a.q_stride + column + d], key(k, d), score);
                 scratch[k] = score * scale;
                 biggest = k == 0 ? scratch[0] : most(biggest, scratch[k]);
             }
-            for (int k = 0; k < keys; ++k) scratch[k] = exp_of(scratch[k] - biggest);
-            const T total = sum<T>(keys, [&](int k) { return scratch[k]; });
-            softmax[(row * heads + head) * 2] = biggest, softmax[(row * heads + head) * 2 + 1] = total;
+            for (int k = 0; k < seen; ++k) scratch[k] = exp_of(scratch[k] - biggest);
+            const T total = sum<T>(seen, [&](int k) { return scratch[k]; });
+            a.softmax[(i * a.heads + head) * 2] = biggest, a.softmax[(i * a.heads + head) * 2 + 1] = total;
             const T inverse = static_cast<T>(1) / total;
-            const uint64_t random = drop.key(static_cast<int>(row));
-            for (int d = 0; d < dim; ++d) {
+            const uint64_t random = drop.key(a.row + static_cast<int>(i));
+            for (int d = 0; d < a.dim; ++d) {
                 T value_sum = 0;
-                for (int k = 0; k < keys; ++k) {
+                for (int k = 0; k < seen; ++k) {
                     const T p = drop.active() ? scratch[k] * static_cast<T>(drop.factor(random, head * 65536 + k)) : scratch[k];
                     value_sum = madd(p, value(k, d), value_sum);
                 }
-                y[row * width + column + d] = value_sum * inverse;
+                a.y[i * a.width + column + d] = value_sum * inverse;
             }
         }
 }
@@ -5357,30 +5502,32 @@ void attention_forward(T* y, T* softmax, const T* x, const Sequence& s, int laye
 //   dv[k] += f p dy,   dp = f (dy . v[k]),   ds = p (dp - D) / sqrt(dim),   dq = sum over k of ds k[k],   dk[k] += ds q
 // Head after head: so are the sums of dk and dv where several heads share them.
 template <class T>
-void attention_backward(T* dx, const T* dy, const T* y, const T* softmax, const T* x, const Sequence& s, int heads, int kv_heads, int dim,
-                        const Dropout& drop, bool adds) {
-    const int64_t width = static_cast<int64_t>(heads) * dim, kv_width = static_cast<int64_t>(kv_heads) * dim, stride = width + 2 * kv_width;
-    const T scale = static_cast<T>(1) / root(static_cast<T>(dim));
-    for (int64_t i = 0; i < s.length * stride && !adds; ++i) dx[s.row * stride + i] = 0;
-    for (int head = 0; head < heads; ++head)
-        for (int i = 0; i < s.length; ++i) {
-            const int64_t row = s.row + i, column = static_cast<int64_t>(head) * dim, kv_column = head / (heads / kv_heads) * dim;
-            const T *q = x + row * stride + column, *out = y + row * width + column, *dout = dy + row * width + column;
-            T* dq = dx + row * stride + column;
-            const T biggest = softmax[(row * heads + head) * 2], inverse = static_cast<T>(1) / softmax[(row * heads + head) * 2 + 1];
-            const uint64_t random = drop.key(static_cast<int>(row));
+void attention_backward(const Attention<T>& a, const Dropout& drop) {
+    const T scale = static_cast<T>(1) / root(static_cast<T>(a.dim));
+    for (int64_t i = 0; i < a.queries && !a.adds_q; ++i)
+        for (int64_t c = 0; c < a.width; ++c) a.dq[i * a.q_stride + c] = 0;
+    for (int64_t i = 0; i < a.keys && !a.adds_kv; ++i)
+        for (int64_t c = 0; c < 2 * a.kv_width; ++c) a.dk[i * a.k_stride + c] = 0;
+    for (int head = 0; head < a.heads; ++head)
+        for (int64_t i = 0; i < a.queries; ++i) {
+            const int64_t column = static_cast<int64_t>(head) * a.dim, kv_column = head / a.group * a.dim;
+            const T *q = a.q + i * a.q_stride + column, *out = a.y + i * a.width + column, *dout = a.dy + i * a.width + column;
+            T* dq = a.dq + i * a.q_stride + column;
+            const T biggest = a.softmax[(i * a.heads + head) * 2], inverse = static_cast<T>(1) / a.softmax[(i * a.heads + head) * 2 + 1];
+            const uint64_t random = drop.key(a.row + static_cast<int>(i));
             const T D = dot_lanes<T>(
-                dim, [&](int d) { return dout[d]; }, [&](int d) { return out[d]; });
-            for (int k = 0; k <= i; ++k) {
-                const T *key = x + (s.row + k) * stride + width + kv_column, *value = key + kv_width;
-                T *dkey = dx + (s.row + k) * stride + width + kv_column, *dvalue = dkey + kv_width;
+                a.dim, [&](int d) { return dout[d]; }, [&](int d) { return out[d]; });
+            for (int k = 0; k < a.seen_by(static_cast<int>(i)); ++k) {
+                const int64_t at = k * a.k_stride + kv_column;
+                const T *key = a.k + at, *value = a.v + at;
+                T *dkey = a.dk + at, *dvalue = a.dv + at;
                 T score = 0, dp = 0;
-                for (int d = 0; d < dim; ++d) score = madd(q[d], key[d], score);
-                for (int d = 0; d < dim; ++d) dp = madd(dout[d], value[d], dp);
+                for (int d = 0; d < a.dim; ++d) score = madd(q[d], key[d], score);
+                for (int d = 0; d < a.dim; ++d) dp = madd(dout[d], value[d], dp);
                 const T p = exp_of(score * scale - biggest) * inverse;
                 const T f = drop.active() ? static_cast<T>(drop.factor(random, head * 65536 + k)) : static_cast<T>(1);
                 const T ds = p * (dp * f - D) * scale;
-                for (int d = 0; d < dim; ++d) {
+                for (int d = 0; d < a.dim; ++d) {
                     dvalue[d] = madd(p * f, dout[d], dvalue[d]);
                     dq[d] = madd(ds, key[d], dq[d]);
                     dkey[d] = madd(ds, q[d], dkey[d]);
@@ -5401,15 +5548,42 @@ void add_backward(T* da, T* db, const T* dy, int64_t n, bool adds_a, bool adds_b
     for (int64_t i = 0; i < n; ++i) db[i] = adds_b ? db[i] + dy[i] : dy[i];
 }
 
+// ---- pool: a row for each sequence, its first one or the mean of all ---------------------------------------------------------
+
+template <class T>
+void pool_forward(T* y, const T* x, Span<const Sequence> sequences, int n, bool first) {
+    for (const Sequence& s : sequences) {
+        const T* rows = x + static_cast<int64_t>(s.row) * n;
+        for (int c = 0; c < n; ++c) {
+            T total = rows[c];
+            for (int64_t i = 1; i < s.length && !first; ++i) total = total + rows[i * n + c];
+            *y++ = first ? total : total / static_cast<T>(s.length);
+        }
+    }
+}
+// dx = dy in the first row and 0 in the others; or dy / length in each.
+template <class T>
+void pool_backward(T* dx, const T* dy, Span<const Sequence> sequences, int n, bool first, bool adds) {
+    for (const Sequence& s : sequences) {
+        for (int64_t i = 0; i < s.length; ++i)
+            for (int c = 0; c < n; ++c) {
+                const T d = !first ? dy[c] / static_cast<T>(s.length) : i == 0 ? dy[c] : static_cast<T>(0);
+                T& to = dx[(s.row + i) * n + c];
+                to = adds ? to + d : d;
+            }
+        dy += n;
+    }
+}
+
 // ---- output head with softmax cross-entropy ------------------------------------------------------------------------------
 
-// logits = x W^T, W [vocab][width]; loss = -log softmax(logits)[target], in nats, a number a row. Label smoothing e (Szegedy et al. 2016)
+// logits = x W^T + b, W [vocab][width]; b may be null; loss = -log softmax(logits)[target], in nats, a number a row. Label smoothing e (Szegedy et al. 2016)
 // mixes the target with the uniform distribution: loss = log(sum e^l) - (1-e) l[target] - e mean(l). Only a row of logits exists at a time.
 // softmax: [rows][2], max and sum of e^(l - max). rank: how many tokens come before the target, by logit, then by id.
 template <class To, class T>
-void head_logits(To* logits, const T* x, const T* w, int width, int vocab) {
+void head_logits(To* logits, const T* x, const T* w, const T* b, int width, int vocab) {
     for (int64_t v = 0; v < vocab; ++v) {
-        T s = 0;
+        T s = b ? b[v] : static_cast<T>(0);
         for (int64_t c = 0; c < width; ++c) s = madd(x[c], w[v * width + c], s);
         logits[v] = static_cast<To>(s);
     }
@@ -5430,14 +5604,14 @@ T exponentials(T* to, const T* x, int n, T biggest, T factor) {
     });
 }
 template <class T>
-void head_forward(double* losses, int32_t* ranks, T* softmax, const T* x, const T* w, const int32_t* targets, int rows, int width,
-                  int vocab, double smoothing, T* logits) {
+void head_forward(double* losses, int32_t* ranks, T* softmax, const T* x, const T* w, const T* b, const int32_t* targets, int rows,
+                  int width, int vocab, double smoothing, T* logits) {
     for (int row = 0; row < rows; ++row, x += width, softmax += 2) {
         const int target = targets[row];
         losses[row] = 0;
         if (ranks) ranks[row] = 0;
         if (target < 0) continue;
-        head_logits(logits, x, w, width, vocab);
+        head_logits(logits, x, w, b, width, vocab);
         const T biggest = biggest_of(logits, vocab), total = exponentials<T>(nullptr, logits, vocab, biggest, 1);
         softmax[0] = biggest, softmax[1] = total;
         losses[row] =
@@ -5447,19 +5621,20 @@ void head_forward(double* losses, int32_t* ranks, T* softmax, const T* x, const 
             for (int v = 0; v < vocab; ++v) ranks[row] += logits[v] > logits[target] || (v < target && !(logits[v] < logits[target]));
     }
 }
-// dl = softmax(l) - (1-e) [v is the target] - e/V;  dx = dl W,  dW += dl^T x.
+// dl = softmax(l) - (1-e) [v is the target] - e/V;  dx = dl W,  dW += dl^T x,  db += dl.
 template <class T>
-void head_backward(T* dx, T* dw, const T* softmax, const T* x, const T* w, const int32_t* targets, int rows, int width, int vocab,
-                   double smoothing, bool adds, T* logits) {
+void head_backward(T* dx, T* dw, T* db, const T* softmax, const T* x, const T* w, const T* b, const int32_t* targets, int rows, int width,
+                   int vocab, double smoothing, bool adds, T* logits) {
     for (int row = 0; row < rows; ++row, x += width, dx += width, softmax += 2) {
         const int target = targets[row];
         for (int c = 0; c < width && !adds; ++c) dx[c] = 0;
         if (target < 0) continue;
-        head_logits(logits, x, w, width, vocab);
+        head_logits(logits, x, w, b, width, vocab);
         const T inverse = static_cast<T>(1) / softmax[1];
         for (int64_t v = 0; v < vocab; ++v) {
             T dl = exp_of(logits[v] - softmax[0]) * inverse - static_cast<T>(smoothing / vocab);
             if (v == target) dl = dl - static_cast<T>(1 - smoothing);
+            if (db) db[v] = db[v] + dl;
             for (int c = 0; c < width; ++c) {
                 dx[c] = madd(dl, w[v * width + c], dx[c]);
                 dw[v * width + c] = madd(dl, x[c], dw[v * width + c]);
@@ -5472,7 +5647,7 @@ void head_backward(T* dx, T* dw, const T* softmax, const T* x, const T* w, const
 
 // Elements of scratch that the plain backend needs: a row of scores, or of logits.
 inline int64_t plain_scratch(const Tape& tape) {
-    return round_up(static_cast<int64_t>(most(tape.context, tape.vocab)), static_cast<int64_t>(16));
+    return round_up(static_cast<int64_t>(most(tape.context, tape.head_out)), static_cast<int64_t>(16));
 }
 
 template <class T>
@@ -5495,34 +5670,42 @@ T* weight_gradient(const Tape& tape, const Regions<T>& r, int weight) {
 template <class T>
 void plain_op_forward(const Tape& tape, const Regions<T>& r, const Run& run, int number) {
     const Op& op = tape.ops[static_cast<size_t>(number)];
+    const Stream in = run.on(op.side);
+    const int64_t size = static_cast<int64_t>(in.rows) * op.in;
     const T *x = values(tape, r, op.x), *w = weights(tape, r, op.w), *b = weights(tape, r, op.b);
     T *y = values(tape, r, op.y), *aux = values(tape, r, op.aux);
     switch (op.kind) {
         case OpKind::embedding:
-            return embedding_forward(y, w, b, run.ids, run.sequences, op.out);
-        case OpKind::norm:
-            return norm_forward(y, aux, x, w, b, run.rows, op.in, tape.epsilon, op.centred);
-        case OpKind::waves:
-            return add_waves(y, tape.waves.items, run.sequences, op.in, false);
-        case OpKind::linear:
-            return linear_forward(y, aux, x, w, b, run.rows, op.in, op.out, tape.output_rows, op.activation);
-        case OpKind::gate:
-            return gate_forward(y, x, run.rows, op.out, op.activation);
-        case OpKind::rope:
-            return rope(y, tape.waves.items, run.sequences, op.heads, op.kv_heads, op.dim(), 1);
-        case OpKind::dropout:
-            return dropout_forward(y, x, Dropout(run, number), run.rows, op.in);
-        case OpKind::add:
-            return add_forward(y, x, values(tape, r, op.x2), static_cast<int64_t>(run.rows) * op.in);
-        case OpKind::attention:
-            for (const Sequence& s : run.sequences)
-                attention_forward(y, aux, x, s, op.layer, tape.layers, op.heads, op.kv_heads, op.dim(), Dropout(run, number), r.scratch);
+            return embedding_forward(y, w, b, in.ids, in.sequences, op.out);
+        case OpKind::input:
+            for (int64_t i = 0; i < static_cast<int64_t>(in.rows) * op.out; ++i) y[i] = static_cast<T>(run.features[i]);
             return;
+        case OpKind::norm:
+            return norm_forward(y, aux, x, w, b, in.rows, op.in, tape.epsilon, op.centred);
+        case OpKind::waves:
+            return add_waves(y, tape.waves.items, in.sequences, op.in, false);
+        case OpKind::linear:
+            return linear_forward(y, aux, x, w, b, in.rows, op.in, op.out, tape.output_rows, op.activation);
+        case OpKind::gate:
+            return gate_forward(y, x, in.rows, op.out, op.activation);
+        case OpKind::rope:
+            return rope(y, tape.waves.items, in.sequences, op.heads, op.kv_heads, op.dim(), 1);
+        case OpKind::dropout:
+            return dropout_forward(y, x, Dropout(run, number, op.side), in.rows, op.in);
+        case OpKind::add:
+            return add_forward(y, x, values(tape, r, op.x2), size);
+        case OpKind::attention:
+            for (size_t i = 0; i < in.sequences.size && in.rows > 0; ++i)
+                attention_forward(Attention<T>(tape, r, run, op, i), Dropout(run, number, op.side), r.scratch);
+            return;
+        case OpKind::pool:
+            return pool_forward(y, x, run.sequences, op.in, op.first);
         case OpKind::head:
             if (run.targets)
-                head_forward(r.losses, r.ranks, aux, x, w, run.targets, run.rows, op.in, op.out, run.label_smoothing, r.scratch);
-            for (const Sequence& s : run.sequences)
-                if (s.logits) head_logits(s.logits, x + static_cast<int64_t>(s.row + s.length - 1) * op.in, w, op.in, op.out);
+                head_forward(r.losses, r.ranks, aux, x, w, b, run.targets, in.rows, op.in, op.out, run.label_smoothing, r.scratch);
+            for (size_t i = 0; i < run.sequences.size; ++i)
+                if (run.sequences[i].logits)
+                    head_logits(run.sequences[i].logits, x + run.wanted_row(op.side, i) * op.in, w, b, op.in, op.out);
             return;
     }
 }
@@ -5533,38 +5716,46 @@ void plain_remake(const Tape& tape, const Regions<T>& r, const Run& run, int num
     if (op.kind != OpKind::linear) return plain_op_forward(tape, r, run, number);
     const T* before = values(tape, r, op.aux);
     T* y = values(tape, r, op.y);
-    for (int64_t i = 0; i < static_cast<int64_t>(run.rows) * op.out; ++i) y[i] = activate(before[i], op.activation);
+    for (int64_t i = 0; i < static_cast<int64_t>(run.on(op.side).rows) * op.out; ++i) y[i] = activate(before[i], op.activation);
 }
 template <class T>
 void plain_op_backward(const Tape& tape, const Regions<T>& r, const Run& run, int number) {
     const Op& op = tape.ops[static_cast<size_t>(number)];
-    const T *x = values(tape, r, op.x), *y = values(tape, r, op.y), *aux = values(tape, r, op.aux), *w = weights(tape, r, op.w);
+    const Stream in = run.on(op.side);
+    const int64_t size = static_cast<int64_t>(in.rows) * op.in;
+    const T *x = values(tape, r, op.x), *aux = values(tape, r, op.aux), *w = weights(tape, r, op.w), *b = weights(tape, r, op.b);
     T *dx = gradient(tape, r, op.x), *dy = gradient(tape, r, op.y), *dw = weight_gradient(tape, r, op.w),
       *db = weight_gradient(tape, r, op.b);
     if (op.remakes != nothing) plain_remake(tape, r, run, op.remakes);
     switch (op.kind) {
         case OpKind::embedding:
-            return embedding_backward(tape.tied ? r.lookup_gradients : dw, db, dy, run.ids, run.sequences, op.out);
-        case OpKind::norm:
-            return norm_backward(dx, dw, db, dy, x, aux, w, run.rows, op.in, op.centred, op.adds_to_dx);
-        case OpKind::waves:
-            return add_waves(dx, tape.waves.items, run.sequences, op.in, true);
-        case OpKind::linear:
-            return linear_backward(dx, dw, db, dy, aux, x, w, run.rows, op.in, op.out, tape.output_rows, op.activation, op.adds_to_dx);
-        case OpKind::gate:
-            return gate_backward(dx, dy, x, run.rows, op.out, op.activation, op.adds_to_dx);
-        case OpKind::rope:
-            return rope(dx, tape.waves.items, run.sequences, op.heads, op.kv_heads, op.dim(), -1);
-        case OpKind::dropout:
-            return dropout_backward(dx, dy, Dropout(run, number), run.rows, op.in, op.adds_to_dx);
-        case OpKind::add:
-            return add_backward(dx, gradient(tape, r, op.x2), dy, static_cast<int64_t>(run.rows) * op.in, op.adds_to_dx, op.adds_to_dx2);
-        case OpKind::attention:
-            for (const Sequence& s : run.sequences)
-                attention_backward(dx, dy, y, aux, x, s, op.heads, op.kv_heads, op.dim(), Dropout(run, number), op.adds_to_dx);
+            if (op.lookup != nothing) dw = r.lookup_gradients + op.lookup * tape.one_lookup();
+            return embedding_backward(dw, db, dy, in.ids, in.sequences, op.out);
+        case OpKind::input:
             return;
+        case OpKind::norm:
+            return norm_backward(dx, dw, db, dy, x, aux, w, in.rows, op.in, op.centred, op.adds_to_dx);
+        case OpKind::waves:
+            return add_waves(dx, tape.waves.items, in.sequences, op.in, true);
+        case OpKind::linear:
+            return linear_backward(dx, dw, db, dy, aux, x, w, in.rows, op.in, op.out, tape.output_rows, op.activation, op.adds_to_dx);
+        case OpKind::gate:
+            return gate_backward(dx, dy, x, in.rows, op.out, op.activation, op.adds_to_dx);
+        case OpKind::rope:
+            return rope(dx, tape.waves.items, in.sequences, op.heads, op.kv_heads, op.dim(), -1);
+        case OpKind::dropout:
+            return dropout_backward(dx, dy, Dropout(run, number, op.side), in.rows, op.in, op.adds_to_dx);
+        case OpKind::add:
+            return add_backward(dx, gradient(tape, r, op.x2), dy, size, op.adds_to_dx, op.adds_to_dx2);
+        case OpKind::attention:
+            for (size_t i = 0; i < in.sequences.size; ++i)
+                attention_backward(Attention<T>(tape, r, run, op, i), Dropout(run, number, op.side));
+            return;
+        case OpKind::pool:
+            return pool_backward(dx, dy, run.sequences, op.in, op.first, op.adds_to_dx);
         case OpKind::head:
-            return head_backward(dx, dw, aux, x, w, run.targets, run.rows, op.in, op.out, run.label_smoothing, op.adds_to_dx, r.scratch);
+            return head_backward(dx, dw, db, aux, x, w, b, run.targets, in.rows, op.in, op.out, run.label_smoothing, op.adds_to_dx,
+                                 r.scratch);
     }
 }
 template <class T>
@@ -5794,11 +5985,12 @@ inline int64_t square_blocks(const Tape& tape) {
     return (tape.weight_block + square_block - 1) / square_block + static_cast<int64_t>(tape.weights.count);
 }
 
-inline void fold_lookup_gradients(const Tape& tape, const Regions<float>& r) {
-    if (!tape.tied) return;
-    float* g = r.gradients + tape.weight(tape.shared_embedding()).offset;
-    for (int64_t i = 0; i < static_cast<int64_t>(tape.vocab) * tape.width; ++i)
-        g[i] = g[i] + r.lookup_gradients[i], r.lookup_gradients[i] = 0;
+template <class T>
+void fold_lookup_gradients(const Tape& tape, const Regions<T>& r) {
+    for (int k = 0; k < tape.lookups; ++k) {
+        T *g = r.gradients + tape.weight(tape.shared_embedding()).offset, *lookup = r.lookup_gradients + k * tape.one_lookup();
+        for (int64_t i = 0; i < static_cast<int64_t>(tape.vocab) * tape.width; ++i) g[i] = g[i] + lookup[i], lookup[i] = 0;
+    }
 }
 inline double plain_square_sum(Runtime&, const Tape& tape, const Regions<float>& r, double*) {
     fold_lookup_gradients(tape, r);
@@ -5845,71 +6037,101 @@ inline const BackendFunctions* plain_backend() {
 namespace babygpt {
 namespace {
 
-// A decoder: GPT-2 (Radford et al. 2019), Llama (Touvron et al. 2023), and what lies between. Weights start as normal(0.02); what adds to the
-// residual stream is divided by sqrt(2 * layers), so that the stream's variance does not grow with depth. Dropout stands after the
-// embedding, on attention's probabilities and before each addition. Of two names the first is Hugging Face's for GPT-2, whose matrices are
-// (in, out), the second that for Llama, whose are (out, in), queries, keys and values apart.
-void record_decoder(Tape& t, const Config& c) {
+// A stack of layers: those of GPT-2 (Radford et al. 2019), of Llama (Touvron et al. 2023), of Vaswani et al. 2017, and what lies between. Weights
+// start as normal(0.02); what adds to the residual stream is divided by sqrt(2 * layers), so that the stream's variance does not grow with
+// depth. Dropout stands after the embedding, on attention's probabilities and before each addition. Of two names the first is Hugging Face's
+// for GPT-2, whose matrices are (in, out), the second that for Llama, whose are (out, in), queries, keys and values apart.
+// source: what an encoder says, which each layer then looks at; or nothing.
+int record_layers(Tape& t, const Config& c, int x, int layers, bool causal, int source) {
     const bool llama = c.architecture == Architecture::llama;
     const auto name = [&](const char* gpt2, const char* other) { return llama ? other : gpt2; };
-    const auto norm = [&](const char* which, int x) { return t.norm(which, x, c.bias && c.norm == Norm::layer, c.norm); };
-    const auto linear = [&](const char* which, int x, int out, Activation activation, double deviation) {
-        return t.linear(which, x, out, c.bias, activation, deviation);
+    const auto norm = [&](const char* which, int of) { return t.norm(which, of, c.bias && c.norm == Norm::layer, c.norm); };
+    const auto linear = [&](const char* which, int of, int out, Activation activation, double deviation) {
+        return t.linear(which, of, out, c.bias, activation, deviation);
     };
-    const double into_stream = 0.02 / root(2.0 * c.layers);
+    const double into_stream = 0.02 / root(2.0 * layers);
     const int kv_width = c.width / c.heads * c.kv_heads;
     const Slice qkv[] = {{"self_attn.q_proj", c.width}, {"self_attn.k_proj", kv_width}, {"self_attn.v_proj", kv_width}};
     const Slice gate_up[] = {{"mlp.gate_proj", c.hidden}, {"mlp.up_proj", c.hidden}};
-    const char *norm_1 = name("ln_1", "input_layernorm"), *norm_2 = name("ln_2", "post_attention_layernorm");
-    t.block = name("h.", "model.layers.");
-    t.output_rows = llama;
-
-    const char* positions = name("wpe.weight", "model.embed_positions.weight");
-    int x = t.embedding(name("wte.weight", "model.embed_tokens.weight"), c.positions == Positions::learned ? positions : nullptr);
-    if (c.positions == Positions::sinusoidal) x = t.add_waves(x);
-    x = t.drop("embedding.drop", x);
-    for (t.layer = 0; t.layer < c.layers; ++t.layer) {
-        int h = c.norm_after ? x : norm(norm_1, x);
-        h = llama ? t.linear("self_attn.qkv", h, qkv, c.bias, Activation::none, 0.02)
-                  : linear("attn.c_attn", h, c.width + 2 * kv_width, Activation::none, 0.02);
-        if (c.positions == Positions::rotary) h = t.rope(h, c.heads, c.kv_heads);
-        h = t.attention(name("attn", "self_attn"), h, c.heads, c.kv_heads);
-        h = linear(name("attn.c_proj", "self_attn.o_proj"), h, c.width, Activation::none, into_stream);
-        h = t.drop("attn.drop", h);
-        x = t.add("attn.add", x, h);
-        if (c.norm_after) x = norm(norm_1, x);
-
-        h = c.norm_after ? x : norm(norm_2, x);
-        if (!c.gated) h = linear(name("mlp.c_fc", "mlp.up_proj"), h, c.hidden, c.activation, 0.02);
-        else {
-            h = llama ? t.linear("mlp.gate_up", h, gate_up, c.bias, Activation::none, 0.02)
-                      : linear("mlp.c_fc", h, 2 * c.hidden, Activation::none, 0.02);
-            h = t.gate("mlp.gate", h, c.activation);
-        }
-        h = linear(name("mlp.c_proj", "mlp.down_proj"), h, c.width, Activation::none, into_stream);
-        h = t.drop("mlp.drop", h);
-        x = t.add("mlp.add", x, h);
-        if (c.norm_after) x = norm(norm_2, x);
+    // x + f(norm(x)), or norm(x + f(x))
+    const auto sub_layer = [&](const char* norm_name, const char* drop, const char* add, const auto& f) {
+        const int h = t.drop(drop, f(c.norm_after ? x : norm(norm_name, x)));
+        x = t.add(add, x, h);
+        if (c.norm_after) x = norm(norm_name, x);
+    };
+    for (t.layer = 0; t.layer < layers; ++t.layer) {
+        sub_layer(name("ln_1", "input_layernorm"), "attn.drop", "attn.add", [&](int h) {
+            h = llama ? t.linear("self_attn.qkv", h, qkv, c.bias, Activation::none, 0.02)
+                      : linear("attn.c_attn", h, c.width + 2 * kv_width, Activation::none, 0.02);
+            if (c.positions == Positions::rotary) h = t.rope(h, c.heads, c.kv_heads);
+            h = t.attention(name("attn", "self_attn"), h, c.heads, c.kv_heads, causal ? Sight::causal : Sight::full);
+            return linear(name("attn.c_proj", "self_attn.o_proj"), h, c.width, Activation::none, into_stream);
+        });
+        if (source != nothing)
+            sub_layer("ln_cross_attn", "crossattention.drop", "crossattention.add", [&](int h) {
+                h = linear("crossattention.q_attn", h, c.width, Activation::none, 0.02);
+                const int keys_values = linear("crossattention.c_attn", source, 2 * kv_width, Activation::none, 0.02);
+                h = t.attention_to_source("crossattention", h, keys_values, c.heads, c.kv_heads);
+                return linear("crossattention.c_proj", h, c.width, Activation::none, into_stream);
+            });
+        sub_layer(name("ln_2", "post_attention_layernorm"), "mlp.drop", "mlp.add", [&](int h) {
+            if (!c.gated) h = linear(name("mlp.c_fc", "mlp.up_proj"), h, c.hidden, c.activation, 0.02);
+            else {
+                h = llama ? t.linear("mlp.gate_up", h, gate_up, c.bias, Activation::none, 0.02)
+                          : linear("mlp.c_fc", h, 2 * c.hidden, Activation::none, 0.02);
+                h = t.gate("mlp.gate", h, c.activation);
+            }
+            return linear(name("mlp.c_proj", "mlp.down_proj"), h, c.width, Activation::none, into_stream);
+        });
     }
     t.layer = -1;
-    if (!c.norm_after) x = norm(name("ln_f", "model.norm"), x);
-    t.head("lm_head.weight", x);
+    return x;
+}
+
+// A Transformer: perhaps an encoder, whose tensors' names begin with "encoder."; the layers that everything has; a head.
+void record_transformer(Tape& t, const Config& c) {
+    const bool llama = c.architecture == Architecture::llama;
+    const char* token_vectors = llama ? "model.embed_tokens.weight" : "wte.weight";
+    const auto embed = [&](const char* positions) {
+        int x = t.embedding(token_vectors, c.positions == Positions::learned ? positions : nullptr);
+        if (c.features > 0 && t.side == Side::text)
+            x = t.add("features.add", x, t.linear("features", t.input("features.in", c.features), c.width, false, Activation::none, 0.02));
+        if (c.positions == Positions::sinusoidal) x = t.add_waves(x);
+        return t.drop("embedding.drop", x);
+    };
+    const auto last_norm = [&](const char* name, int x) {
+        return c.norm_after ? x : t.norm(name, x, c.bias && c.norm == Norm::layer, c.norm);
+    };
+    t.output_rows = llama;
+    int source = nothing;
+    if (c.encoder_layers > 0) {
+        t.side = Side::source, t.block = "encoder.h.";
+        source = record_layers(t, c, embed("encoder.wpe.weight"), c.encoder_layers, false, nothing);
+        source = last_norm("encoder.ln_f", source);
+    }
+    t.side = Side::text, t.block = llama ? "model.layers." : "h.";
+    int x = record_layers(t, c, embed(llama ? "model.embed_positions.weight" : "wpe.weight"), c.layers, c.causal, source);
+    x = last_norm(llama ? "model.norm" : "ln_f", x);
+    if (c.classes > 0) t.head("score", t.pool("pool", x, c.pool_first), c.classes, c.bias);
+    else t.head("lm_head", x, 0, c.head_bias);
 }
 
 // With numbers for what 0 stands for.
 Config complete(Config c) {
     if (c.kv_heads == 0) c.kv_heads = c.heads;
     if (c.hidden == 0) c.hidden = c.gated ? round_up(c.width * 8 / 3, 32) : 4 * c.width;
+    if (c.classes > 0) c.tied = false;
     return c;
 }
 
-// The tape of a config, planned for `rows` tokens at once.
-BABYGPT_RARE Status record(Tape& tape, const Config& config, int rows, bool training, double dropout) {
-    tape.layers = config.layers, tape.width = config.width, tape.vocab = config.vocab, tape.context = config.context;
-    tape.tied = config.tied, tape.training = training, tape.dropout = dropout;
-    tape.epsilon = config.norm_epsilon, tape.rope_base = config.rope_base;
-    record_decoder(tape, complete(config));
-    return tape.plan(rows);
+// The tape of a config, planned for `rows` tokens of so many sequences at once (and as many sources).
+BABYGPT_RARE Status record(Tape& tape, const Config& config, int rows, bool training, double dropout, int sequences = 1) {
+    const Config c = complete(config);
+    tape.layers = c.layers, tape.width = c.width, tape.vocab = c.vocab, tape.context = c.context;
+    tape.tied = c.tied, tape.training = training, tape.dropout = dropout;
+    tape.epsilon = c.norm_epsilon, tape.rope_base = c.rope_base;
+    record_transformer(tape, c);
+    return tape.plan(rows, rows > 0 && c.encoder_layers > 0 ? sequences * c.context : 0, rows > 0 ? sequences : 0);
 }
 
 }  // namespace
@@ -5973,6 +6195,14 @@ BABYGPT_RARE Status check(const Config& config) {
     BABYGPT_TRY(within("hidden", c.hidden, 1, 1000000));
     BABYGPT_TRY(within("context", c.context, 1, 65536));
     BABYGPT_TRY(within("vocab", c.vocab, 1, 10000000));
+    BABYGPT_TRY(within("encoder_layers", c.encoder_layers, 0, 1000));
+    BABYGPT_TRY(within("classes", c.classes, 0, 1000000));
+    BABYGPT_TRY(within("features", c.features, 0, 1000000));
+    if (c.encoder_layers > 0 && c.architecture != Architecture::gpt2)
+        return fail(Error::invalid_argument, "encoder_layers is ", c.encoder_layers, ", but only the architecture gpt2 has an encoder");
+    if (c.encoder_layers > 0 && (!c.causal || c.classes > 0))
+        return fail(Error::invalid_argument, "encoder_layers is ", c.encoder_layers,
+                    ": such a model's decoder must be causal and have no classes; an encoder alone has 0, and causal false");
     if (c.width % c.heads != 0) return fail(Error::invalid_argument, "width is ", c.width, ", but must be a multiple of heads, ", c.heads);
     if (c.heads % c.kv_heads != 0)
         return fail(Error::invalid_argument, "heads is ", c.heads, ", but must be a multiple of kv_heads, ", c.kv_heads);
@@ -5995,8 +6225,11 @@ BABYGPT_RARE Status check(const Config& config) {
 double flops_per_token(const Config& config) {
     const Config c = complete(config);
     const double width = c.width, kv_width = width / c.heads * c.kv_heads, into_hidden = (c.gated ? 2.0 : 1.0) * c.hidden;
-    const double linear = width * (2 * width + 2 * kv_width + into_hidden + c.hidden), attention = width * (c.context + 1);
-    return 2 * (c.layers * (linear + attention) + width * c.vocab);
+    const double linear = width * (2 * width + 2 * kv_width + into_hidden + c.hidden), all = 2 * width * c.context,
+                 attention = c.causal ? width * (c.context + 1) : all;
+    const double layer = linear + attention + (c.encoder_layers > 0 ? width * (2 * width + 2 * kv_width) + all : 0);
+    const double head = c.classes > 0 ? width * c.classes / c.context : width * c.vocab;
+    return 2 * (c.layers * layer + c.encoder_layers * (linear + all) + width * c.features + head);
 }
 
 // ---- the model -----------------------------------------------------------------------------------------------------------
@@ -6864,6 +7097,7 @@ enum class IdPlace { memory, groups, file, host };
 struct DataState {
     IdPlace where = IdPlace::memory;
     Span<const int32_t> host;
+    Span<const Example> examples;
     IdStore store;  // memory: all ids; groups: those of one
     uint64_t tokens = 0;
     uint64_t group_ids = largest_group;  // the last group may have fewer
@@ -7101,8 +7335,37 @@ Status Data::create(Runtime& from, Span<const int32_t> ids) {
     return Status();
 }
 
+Status Data::create(Runtime& from, Span<const Example> examples) {
+    *this = Data();
+    if (examples.size == 0) return fail(Error::invalid_argument, "there is no example");
+    runtime = &from;
+    state = babygpt::create<DataState>(from, from);
+    if (!state) return out_of_memory(sizeof(DataState));
+    state->where = IdPlace::host;
+    state->examples = examples;
+    uint64_t hash = empty_fingerprint;
+    for (const Example& e : examples) {
+        tokens += e.ids.size;
+        const Span<const int32_t> all[] = {e.ids, e.targets, e.source};
+        for (const Span<const int32_t>& ids : all) hash = add_to_fingerprint(hash, ids.data, ids.size);
+        for (const float number : e.features) hash = mix(hash ^ bits_as<uint32_t>(number));
+    }
+    fingerprint = mix(hash ^ examples.size);
+    return Status();
+}
+
+const Example* Data::training_example(uint64_t seed, uint64_t n) const {
+    const uint64_t count = state ? state->examples.size : 0;
+    if (count == 0) return nullptr;
+    return &state->examples[static_cast<size_t>(shuffled(n % count, count, random_key(seed, n / count, random_order, 0)))];
+}
+const Example* Data::evaluation_example(uint64_t n) const {
+    return state && n < state->examples.size ? &state->examples[static_cast<size_t>(n)] : nullptr;
+}
+
 uint64_t Data::windows(int context) const {
     if (!state || context < 1) return 0;
+    if (state->examples.size > 0) return state->examples.size;
     const uint64_t length = static_cast<uint64_t>(context);
     return tokens / state->group_ids * windows_in(state->group_ids, length) + windows_in(tokens % state->group_ids, length);
 }
@@ -7118,6 +7381,7 @@ Status Data::training_window(uint64_t seed, uint64_t n, int context, int32_t* id
 
 uint64_t Data::evaluation_windows(int context) const {
     const uint64_t length = static_cast<uint64_t>(most(context, 1));
+    if (state && state->examples.size > 0) return state->examples.size;
     return tokens < 2 || context < 1 ? 0 : (tokens - 1 + length - 1) / length;
 }
 
@@ -7321,8 +7585,10 @@ struct TrainerState {
     Block memory;
     const BackendFunctions* backend = nullptr;
     Regions<float> regions;
-    int32_t *ids = nullptr, *targets = nullptr;  // [batch * context] of one micro-batch
-    Sequence* sequences = nullptr;               // [batch]
+    int32_t *ids = nullptr, *targets = nullptr, *source_ids = nullptr;  // [batch * context] of one micro-batch
+    float* features = nullptr;                                          // [batch * context][Config::features]
+    Sequence *sequences = nullptr, *sources = nullptr;                  // [batch]
+    int count = 0, rows = 0, source_rows = 0, target_rows = 0;          // of what lies there
     double* partial = nullptr;
     double* op_seconds = nullptr;  // see Run::seconds
     explicit TrainerState(Runtime& runtime) : tape(runtime) {}
@@ -7343,9 +7609,9 @@ struct Layout {
 };
 
 // The order of the block. The first three are a trainer's open fields; an evaluation alone has none.
-inline void lay_out(Layout& layout, TrainerState& s, Trainer* trainer, int batch, int threads) {
+inline void lay_out(Layout& layout, TrainerState& s, Trainer* trainer, const Config& config, int batch, int threads) {
     const Tape& tape = s.tape;
-    const int64_t rows = tape.max_rows;
+    const int64_t rows = tape.rows_on(Side::text), sources = tape.rows_on(Side::source);
     if (trainer) {
         trainer->gradients = layout.take<float>(tape.weight_block);
         trainer->moment1 = layout.take<float>(tape.weight_block);
@@ -7360,7 +7626,10 @@ inline void lay_out(Layout& layout, TrainerState& s, Trainer* trainer, int batch
     s.regions.ranks = layout.take<int32_t>(rows);
     s.ids = layout.take<int32_t>(rows);
     s.targets = layout.take<int32_t>(rows);
+    s.source_ids = layout.take<int32_t>(sources);
+    s.features = layout.take<float>(rows * config.features);
     s.sequences = layout.take<Sequence>(batch);
+    s.sources = layout.take<Sequence>(sources > 0 ? batch : 0);
     if (trainer) s.partial = layout.take<double>(square_blocks(tape));
 }
 
@@ -7416,6 +7685,12 @@ inline double power(double base, int64_t exponent) {
     return result;
 }
 
+// Running text cannot teach everything.
+Status check_data(const Config& c, const Data& data) {
+    if (data.evaluation_example(0) || (c.encoder_layers == 0 && c.classes == 0 && c.features == 0)) return Status();
+    return fail(Error::invalid_argument, "a model with an encoder, classes or features learns from examples, not from running text");
+}
+
 Status no_trainer() { return fail(Error::invalid_argument, "the trainer is empty: create it first"); }
 
 Status fill(Trainer& trainer, Runtime& from, const Model& of, const TrainConfig& wanted) {
@@ -7431,12 +7706,12 @@ Status fill(Trainer& trainer, Runtime& from, const Model& of, const TrainConfig&
     TrainerState* const state = trainer.state = create<TrainerState>(from, from);
     if (!state) return out_of_memory(sizeof(TrainerState));
     state->backend = backend;
-    BABYGPT_TRY(record(state->tape, of.config, config.batch * of.config.context, true, config.dropout));
+    BABYGPT_TRY(record(state->tape, of.config, config.batch * of.config.context, true, config.dropout, config.batch));
     Layout layout;
-    lay_out(layout, *state, &trainer, config.batch, from.thread_count());
+    lay_out(layout, *state, &trainer, of.config, config.batch, from.thread_count());
     if (!state->memory.take(from, layout.bytes, true)) return out_of_memory(layout.bytes);
     layout = Layout{state->memory.memory, 0};
-    lay_out(layout, *state, &trainer, config.batch, from.thread_count());
+    lay_out(layout, *state, &trainer, of.config, config.batch, from.thread_count());
     return Status();
 }
 
@@ -7459,7 +7734,8 @@ Trainer::~Trainer() {
 
 Status Trainer::create(Runtime& from, Model& of, const TrainConfig& wanted, Data& data, Data* held_out) {
     *this = Trainer();
-    const Status status = fill(*this, from, of, wanted);
+    Status status = fill(*this, from, of, wanted);
+    if (status.ok()) status = check_data(of.config, data);
     if (!status.ok()) {
         *this = Trainer();
         return status;
@@ -7480,25 +7756,65 @@ Status Trainer::create(Runtime& from, Model& of, const TrainConfig& wanted, Data
 
 namespace {
 
-// The micro-batch that lies in the state: `batch` sequences of `context` rows each, or fewer and shorter ones in an evaluation.
-inline Run make_run(const TrainerState& state, int sequences) {
+// The micro-batch that lies in the state: sequences of up to `context` rows each.
+inline Run make_run(const TrainerState& state) {
     Run run;
-    run.sequences = Span<const Sequence>(state.sequences, static_cast<size_t>(sequences));
-    for (const Sequence& s : run.sequences) run.rows += s.length;
+    run.sequences = Span<const Sequence>(state.sequences, static_cast<size_t>(state.count));
+    run.rows = state.rows;
     run.ids = state.ids;
+    run.features = state.features;
+    if (state.source_rows > 0) {
+        run.source.rows = state.source_rows, run.source.ids = state.source_ids;
+        run.source.sequences = Span<const Sequence>(state.sources, static_cast<size_t>(state.count));
+    }
     run.targets = state.targets;
     return run;
 }
-
-Status check_ids(const int32_t* ids, const int32_t* targets, int rows, int vocab) {
-    for (int i = 0; i < rows; ++i) {
-        if (ids[i] < 0 || ids[i] >= vocab) return fail(Error::invalid_argument, "the id ", ids[i], " is none of the model's ", vocab);
-        if (targets[i] < -1 || targets[i] >= vocab)
-            return fail(Error::invalid_argument, "the target ", targets[i], " is none of the model's ", vocab);
+inline void empty_batch(TrainerState& s) { s.count = s.rows = s.source_rows = s.target_rows = 0; }
+// The batch grows by a sequence of running text, whose ids and targets already stand where they belong.
+inline void add_window(TrainerState& s, int length) {
+    s.sequences[s.count++] = Sequence{s.rows, length, 0, nullptr};
+    s.rows += length, s.target_rows += length;
+}
+// The batch grows by an example.
+Status add_example(TrainerState& s, const Config& c, const Example& e) {
+    const size_t context = static_cast<size_t>(c.context), targets = c.classes > 0 ? 1 : e.ids.size,
+                 features = e.ids.size * static_cast<size_t>(c.features);
+    if (e.ids.size < 1 || e.ids.size > context)
+        return fail(Error::invalid_argument, "an example has ", uint64_t(e.ids.size), " ids, but must have from 1 to context, ", c.context);
+    if (e.targets.size != targets)
+        return fail(Error::invalid_argument, "an example has ", uint64_t(e.targets.size), " targets, but must have ", uint64_t(targets));
+    if ((e.source.size > 0) != (c.encoder_layers > 0) || e.source.size > context)
+        return fail(Error::invalid_argument, "an example has a source of ", uint64_t(e.source.size),
+                    c.encoder_layers > 0 ? " ids, but must have from 1 to context" : " ids, but the model has no encoder");
+    if (e.features.size != features)
+        return fail(Error::invalid_argument, "an example has ", uint64_t(e.features.size), " features, but must have ", uint64_t(features));
+    const auto put = [](auto* to, const auto& from) {
+        if (from.size > 0) memcpy(to, from.data, from.size * sizeof *to);
+    };
+    put(s.ids + s.rows, e.ids), put(s.targets + s.target_rows, e.targets);
+    put(s.features + static_cast<int64_t>(s.rows) * c.features, e.features);
+    const int source = s.count, length = static_cast<int>(e.ids.size), source_length = static_cast<int>(e.source.size);
+    if (source_length > 0) {
+        put(s.source_ids + s.source_rows, e.source);
+        s.sources[source] = Sequence{s.source_rows, source_length, 0, nullptr};
     }
+    s.sequences[s.count++] = Sequence{s.rows, length, 0, nullptr, nullptr, nullptr, -1, source};
+    s.rows += length, s.source_rows += source_length, s.target_rows += static_cast<int>(targets);
     return Status();
 }
 
+Status check_ids(const TrainerState& s) {
+    const int vocab = s.tape.vocab, outputs = s.tape.head_out;
+    for (int i = 0; i < s.rows + s.source_rows; ++i) {
+        const int32_t id = i < s.rows ? s.ids[i] : s.source_ids[i - s.rows];
+        if (id < 0 || id >= vocab) return fail(Error::invalid_argument, "the id ", id, " is none of the model's ", vocab);
+    }
+    for (int i = 0; i < s.target_rows; ++i)
+        if (s.targets[i] < -1 || s.targets[i] >= outputs)
+            return fail(Error::invalid_argument, "the target ", s.targets[i], " is none of the model's ", outputs);
+    return Status();
+}
 // One update. fill(micro) puts a micro-batch into state->ids and state->targets.
 // Gradients are sums over tokens; they are divided once, here: so micro-batches add up to the bits of the large batch.
 template <class Fill>
@@ -7506,31 +7822,34 @@ Status update(Trainer& t, const Fill& fill, StepResult& result) {
     const FloatMode mode;
     const double start = seconds_now();
     TrainerState& s = *t.state;
-    const int context = t.model->config.context, rows = t.config.batch * context;
     s.regions.weights = t.model->weights;
     double loss = 0;
     int64_t tokens = 0;
-    for (int i = 0; i < t.config.batch; ++i) s.sequences[i] = Sequence{i * context, context, 0, nullptr};
+    uint64_t first_row[3] = {};
     for (int micro = 0; micro < t.config.accumulate; ++micro) {
+        empty_batch(s);
         Status status = fill(micro);
-        if (status.ok()) status = check_ids(s.ids, s.targets, rows, t.model->config.vocab);
+        if (status.ok()) status = check_ids(s);
         if (!status.ok()) {  // nothing may be left of the micro-batches before
             memset(t.gradients, 0, static_cast<size_t>(s.tape.weight_block) * sizeof(float));
             memset(s.regions.lookup_gradients, 0, static_cast<size_t>(s.tape.lookup_block()) * sizeof(float));
             return status;
         }
-        Run run = make_run(s, t.config.batch);
+        Run run = make_run(s);
         run.training = true;
         run.dropout = t.config.dropout, run.label_smoothing = t.config.label_smoothing;
         run.seed = t.config.seed, run.step = static_cast<uint64_t>(t.step_count);
-        run.first_row = static_cast<uint64_t>(micro) * static_cast<uint64_t>(rows);
+        for (int side = 0; side < 3; ++side) {
+            run.first_row[side] = first_row[side];
+            first_row[side] += static_cast<uint64_t>(run.on(static_cast<Side>(side)).rows);
+        }
         run.seconds = s.op_seconds;
         int32_t* ranks = s.regions.ranks;
         s.regions.ranks = nullptr;
         s.backend->forward(*t.runtime, s.tape, s.regions, run);
         s.backend->backward(*t.runtime, s.tape, s.regions, run);
         s.regions.ranks = ranks;
-        for (int i = 0; i < rows; ++i) loss += s.regions.losses[i], tokens += s.targets[i] >= 0;
+        for (int i = 0; i < s.target_rows; ++i) loss += s.regions.losses[i], tokens += s.targets[i] >= 0;
     }
     const double count = static_cast<double>(most<int64_t>(tokens, 1));
     const double norm = root(s.backend->square_sum(*t.runtime, s.tape, s.regions, s.partial)) / count;
@@ -7564,7 +7883,8 @@ Status update(Trainer& t, const Fill& fill, StepResult& result) {
         ++t.model->version;
     }
     result.step = t.step_count = number;
-    result.tokens_per_second = static_cast<double>(rows) * t.config.accumulate / most(seconds_now() - start, 1e-9);
+    const double rows = static_cast<double>(first_row[0] + first_row[1]);  // of text and source
+    result.tokens_per_second = rows / most(seconds_now() - start, 1e-9);
     return Status();
 }
 
@@ -7573,12 +7893,16 @@ Status update(Trainer& t, const Fill& fill, StepResult& result) {
 Status Trainer::step(StepResult& result) {
     if (!state) return no_trainer();
     const int context = model->config.context;
-    const uint64_t per_step = static_cast<uint64_t>(config.batch) * static_cast<uint64_t>(config.accumulate);
+    const uint64_t batch = static_cast<uint64_t>(config.batch), per_step = batch * static_cast<uint64_t>(config.accumulate);
     const auto fill = [&](int micro) {
-        for (int i = 0; i < config.batch; ++i) {
-            const uint64_t window = static_cast<uint64_t>(step_count) * per_step +
-                                    static_cast<uint64_t>(micro) * static_cast<uint64_t>(config.batch) + static_cast<uint64_t>(i);
-            BABYGPT_TRY(training->training_window(config.seed, window, context, state->ids + i * context, state->targets + i * context));
+        for (uint64_t i = 0; i < batch; ++i) {
+            const uint64_t n = static_cast<uint64_t>(step_count) * per_step + static_cast<uint64_t>(micro) * batch + i;
+            if (const Example* example = training->training_example(config.seed, n)) {
+                BABYGPT_TRY(add_example(*state, model->config, *example));
+                continue;
+            }
+            BABYGPT_TRY(training->training_window(config.seed, n, context, state->ids + state->rows, state->targets + state->rows));
+            add_window(*state, context);
         }
         return Status();
     };
@@ -7587,15 +7911,31 @@ Status Trainer::step(StepResult& result) {
 
 Status Trainer::step(Span<const int32_t> ids, Span<const int32_t> targets, StepResult& result) {
     if (!state) return no_trainer();
-    const size_t rows = static_cast<size_t>(config.batch) * static_cast<size_t>(model->config.context),
-                 wanted = rows * static_cast<size_t>(config.accumulate);
+    const size_t context = static_cast<size_t>(model->config.context), batch = static_cast<size_t>(config.batch),
+                 wanted = batch * context * static_cast<size_t>(config.accumulate);
     if (ids.size != wanted || targets.size != wanted)
         return fail(Error::invalid_argument, "a step needs ", static_cast<uint64_t>(wanted),
                     " ids and targets (batch * accumulate * context), not ", static_cast<uint64_t>(ids.size), " and ",
                     static_cast<uint64_t>(targets.size));
     const auto fill = [&](int micro) {
-        memcpy(state->ids, ids.data + static_cast<size_t>(micro) * rows, rows * sizeof(int32_t));
-        memcpy(state->targets, targets.data + static_cast<size_t>(micro) * rows, rows * sizeof(int32_t));
+        for (size_t i = 0; i < batch; ++i) {
+            const size_t at = (static_cast<size_t>(micro) * batch + i) * context;
+            BABYGPT_TRY(add_example(*state, model->config, Example{{ids.data + at, context}, {targets.data + at, context}, {}, {}}));
+        }
+        return Status();
+    };
+    return update(*this, fill, result);
+}
+
+Status Trainer::step(Span<const Example> examples, StepResult& result) {
+    if (!state) return no_trainer();
+    const size_t batch = static_cast<size_t>(config.batch), wanted = batch * static_cast<size_t>(config.accumulate);
+    if (examples.size != wanted)
+        return fail(Error::invalid_argument, "a step needs ", uint64_t(wanted), " examples (batch * accumulate), not ",
+                    uint64_t(examples.size));
+    const auto fill = [&](int micro) {
+        for (size_t i = 0; i < batch; ++i)
+            BABYGPT_TRY(add_example(*state, model->config, examples[static_cast<size_t>(micro) * batch + i]));
         return Status();
     };
     return update(*this, fill, result);
@@ -7610,20 +7950,24 @@ Status evaluate_windows(Runtime& runtime, TrainerState& s, const Model& model, i
     const int context = model.config.context;
     const uint64_t windows = data.evaluation_windows(context);
     s.regions.weights = model.weights;
+    BABYGPT_TRY(check_data(model.config, data));
     result = Evaluation();
     double loss = 0;
     uint64_t best1 = 0, best5 = 0;
     for (uint64_t window = 0; window < windows && (window == 0 || go_on(static_cast<double>(window) / static_cast<double>(windows)));) {
-        int count = 0, rows = 0;
-        for (; count < batch && window < windows; ++count, ++window) {
+        empty_batch(s);
+        for (; s.count < batch && window < windows; ++window) {
+            if (const Example* example = data.evaluation_example(window)) {
+                BABYGPT_TRY(add_example(s, model.config, *example));
+                continue;
+            }
             int length = 0;
-            BABYGPT_TRY(data.evaluation_window(window, context, s.ids + rows, s.targets + rows, length));
-            s.sequences[count] = Sequence{rows, length, 0, nullptr};
-            rows += length;
+            BABYGPT_TRY(data.evaluation_window(window, context, s.ids + s.rows, s.targets + s.rows, length));
+            add_window(s, length);
         }
-        BABYGPT_TRY(check_ids(s.ids, s.targets, rows, model.config.vocab));
-        s.backend->forward(runtime, s.tape, s.regions, make_run(s, count));
-        for (int i = 0; i < rows; ++i) {
+        BABYGPT_TRY(check_ids(s));
+        s.backend->forward(runtime, s.tape, s.regions, make_run(s));
+        for (int i = 0; i < s.target_rows; ++i) {
             if (s.targets[i] < 0) continue;
             loss += s.regions.losses[i];
             ++result.tokens;
@@ -7658,12 +8002,12 @@ Status evaluate(Runtime& runtime, const Model& model, Data& data, Evaluation& re
     BABYGPT_TRY(check(config, model.config.context));
     TrainerState state(runtime);
     state.backend = backend;
-    BABYGPT_TRY(record(state.tape, model.config, batch * model.config.context, false, 0));
+    BABYGPT_TRY(record(state.tape, model.config, batch * model.config.context, false, 0, batch));
     Layout layout;
-    lay_out(layout, state, nullptr, batch, runtime.thread_count());
+    lay_out(layout, state, nullptr, model.config, batch, runtime.thread_count());
     if (!state.memory.take(runtime, layout.bytes, true)) return out_of_memory(layout.bytes);
     layout = Layout{state.memory.memory, 0};
-    lay_out(layout, state, nullptr, batch, runtime.thread_count());
+    lay_out(layout, state, nullptr, model.config, batch, runtime.thread_count());
     start_pool(runtime);
     return evaluate_windows(runtime, state, model, batch, data, result, [=](double done) { return !progress || progress(user, done); });
 }
@@ -7774,11 +8118,11 @@ inline void lay_out(Layout& layout, SessionState& s, int threads, size_t longest
     s.regions.scratch = layout.take<float>(s.backend->scratch(tape, threads));
     s.regions.threads = threads;
     s.kv = layout.take<float>(tape.kv_page_block() * ((tape.context + kv_page - 1) / kv_page));
-    s.regions.losses = layout.take<double>(tape.max_rows);
+    s.regions.losses = layout.take<double>(tape.rows_on(Side::text));
     s.pages = layout.take<int32_t>((tape.context + kv_page - 1) / kv_page);
     s.history = layout.take<int32_t>(tape.context);
-    s.targets = layout.take<int32_t>(tape.max_rows);
-    s.logits = layout.take<float>(tape.vocab);
+    s.targets = layout.take<int32_t>(tape.rows_on(Side::text));
+    s.logits = layout.take<float>(tape.head_out);
     s.adjusted = layout.take<float>(tape.vocab);
     s.candidates = layout.take<int32_t>(tape.vocab);
     s.seen = layout.take<unsigned char>(tape.vocab);
@@ -7812,6 +8156,8 @@ Status pack_weights(Runtime& runtime, const Model& model, Tape& tape, const Back
 
 Status fill(Session& session, Runtime& from, const Model& of) {
     if (!of.weights) return fail(Error::invalid_argument, "the model is empty: create or load it first");
+    if (!of.config.causal || of.config.encoder_layers > 0 || of.config.classes > 0 || of.config.features > 0)
+        return fail(Error::unsupported, "only a decoder can talk, and this model is none");
     const BackendFunctions* backend;
     BABYGPT_TRY(backend_for(from, backend));
     session.runtime = &from;
@@ -8415,7 +8761,7 @@ Status Session::attention(int layer, Array<float>& probabilities) {
     r.weights = model->weights;
     state->backend->forward(*runtime, tape, r, run);
     for (const Op& op : tape.ops) {
-        if (op.kind != OpKind::attention || op.layer != layer) continue;
+        if (op.kind != OpKind::attention || op.layer != layer || op.side != Side::text || op.sight == Sight::source) continue;
         const int64_t n = position, width = op.out, dim = op.dim(), stride = op.in;
         const float *x = values(tape, r, op.x), *softmax = values(tape, r, op.aux);
         const float scale = 1 / root(static_cast<float>(dim));
@@ -8425,7 +8771,7 @@ Status Session::attention(int layer, Array<float>& probabilities) {
             return out_of_memory(static_cast<uint64_t>(op.heads * n * n) * sizeof(float));
         for (int64_t head = 0; head < op.heads; ++head)
             for (int64_t i = 0; i < n; ++i)
-                for (int64_t k = 0; k <= i; ++k) {
+                for (int64_t k = 0; k < (op.sight == Sight::causal ? i + 1 : n); ++k) {
                     float score = 0;
                     const float *query = x + i * stride + head * dim, *key = x + k * stride + width + head / (op.heads / op.kv_heads) * dim;
                     for (int64_t d = 0; d < dim; ++d) score = madd(query[d], key[d], score);
@@ -8465,8 +8811,8 @@ BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpos
         TrainerState state(runtime);
         Trainer trainer;
         state.backend = backend;
-        BABYGPT_TRY(record(state.tape, config, batch * config.context, true, dropout));
-        lay_out(layout, state, &trainer, batch, runtime.thread_count());
+        BABYGPT_TRY(record(state.tape, config, batch * config.context, true, dropout, batch));
+        lay_out(layout, state, &trainer, config, batch, runtime.thread_count());
         memory.gradients =
             memory.weights + round_up(static_cast<uint64_t>(state.tape.lookup_block()) * sizeof(float), uint64_t(cache_line));
         memory.moments = 2 * memory.weights;
@@ -8498,20 +8844,21 @@ BABYGPT_RARE Status summary(Runtime& runtime, const Config& config, int batch, A
     BABYGPT_TRY(record(tape, config, 0, false, 0));
     rows = Array<SummaryRow>(runtime);
     BABYGPT_TRY(check_batch(batch, config.context));
-    const int64_t tokens = static_cast<int64_t>(batch) * config.context;
     for (const Op& op : tape.ops) {
+        const int length = op.side == Side::whole ? 1 : config.context, seen = op.sight == Sight::causal ? length + 1 : 2 * length;
+        const int64_t tokens = static_cast<int64_t>(batch) * length;
         SummaryRow row{};
         Line layer(row.layer, sizeof row.layer), shape(row.shape, sizeof row.shape);
         layer.put(op.kind == OpKind::head ? "lm_head" : tape.at(op.y).name);
         layer.put(" (");
         layer.put(op_name(op.kind));
         layer.put(")");
-        shape.put("["), shape.put(batch), shape.put(", "), shape.put(config.context), shape.put(", "), shape.put(op.out), shape.put("]");
-        const bool owns = op.kind != OpKind::head || !config.tied;
+        shape.put("["), shape.put(batch), shape.put(", "), shape.put(length), shape.put(", "), shape.put(op.out), shape.put("]");
+        const bool owns = op.kind == OpKind::head ? !tape.tied : op.kind != OpKind::embedding || op.lookup < 1;
         if (op.w != nothing && owns) row.parameters += tape.weight(op.w).rows * tape.weight(op.w).cols;
         if (op.b != nothing) row.parameters += tape.weight(op.b).rows * tape.weight(op.b).cols;
         if (op.kind == OpKind::linear || op.kind == OpKind::head) row.multiply_adds = tokens * op.in * op.out;
-        if (op.kind == OpKind::attention) row.multiply_adds = tokens * op.out * (config.context + 1);
+        if (op.kind == OpKind::attention) row.multiply_adds = tokens * op.out * seen;
         row.bytes = op.kind == OpKind::head ? 0 : tokens * op.out * static_cast<int64_t>(sizeof(float));
         if (!rows.push(row)) return out_of_memory(sizeof row);
     }
@@ -8735,6 +9082,12 @@ void each_field(const Config* c, const F& f) {
     f("norm", "norm", &Config::norm);
     f("norm_after", "norm_after", &Config::norm_after);
     f("rope_theta", "rope_base", &Config::rope_base);
+    f("encoder_layers", "encoder_layers", &Config::encoder_layers);
+    f("causal", "causal", &Config::causal);
+    f("classes", "classes", &Config::classes);
+    f("pool_first", "pool_first", &Config::pool_first);
+    f("features", "features", &Config::features);
+    f("head_bias", "head_bias", &Config::head_bias);
 }
 template <class F>
 void each_field(const TrainConfig*, const F& f) {
@@ -8808,12 +9161,14 @@ bool is_one_of(const char* key, const char* const (&names)[N]) {
 }
 // What GPT-2 does not have; where a GPT-2 model does not either, it is not written.
 constexpr const char* beyond_gpt2[] = {"num_key_value_heads", "n_inner", "gated", "norm", "norm_after", "rope_theta"};
+// The same of any decoder.
+constexpr const char* beyond_decoders[] = {"encoder_layers", "causal", "classes", "pool_first", "features", "head_bias"};
 // What files of the first kind, or other people's, may lack; it then has its default.
 inline bool is_optional(const char* key) {
     static constexpr const char* names[] = {
         "position_embedding_type", "dtype",      "optimizer",          "muon_lr",     "model_type", "tie_word_embeddings", "bias",
         "attention_bias",          "hidden_act", "layer_norm_epsilon", "rms_norm_eps"};
-    return is_one_of(key, names) || is_one_of(key, beyond_gpt2);
+    return is_one_of(key, names) || is_one_of(key, beyond_gpt2) || is_one_of(key, beyond_decoders);
 }
 template <class Record>
 Status all_seen(const Record& record, uint64_t seen, Text where) {
@@ -9157,7 +9512,8 @@ bool append_config(Array<char>& to, const Config& config) {
     gpt2.kv_heads = config.heads, gpt2.hidden = config.gated ? -1 : 4 * config.width;
     bool good = append(to, "\"architectures\":[") && append_value(to, Text(llama ? "LlamaForCausalLM" : "GPT2LMHeadModel")) && to.push(']');
     each_field(&config, [&](const char* key, const char*, auto member) {
-        if (!good || (!llama && is_one_of(key, beyond_gpt2) && config.*member == gpt2.*member)) return;
+        const bool may_lack = is_one_of(key, beyond_decoders) || (!llama && is_one_of(key, beyond_gpt2));
+        if (!good || (may_lack && config.*member == gpt2.*member)) return;
         good = append_key(to, key) && append_shown(to, config.*member);
     });
     return good && (!llama || append_member(to, "mlp_bias", config.bias));
@@ -9753,10 +10109,15 @@ Status Model::save_memory(Array<char>& bytes) const {
     return Status();
 }
 
+inline bool is_plain_decoder(const Config& c) {
+    return c.encoder_layers == 0 && c.causal && c.classes == 0 && c.features == 0 && !c.head_bias;
+}
+
 BABYGPT_RARE Status Model::save_huggingface(Text folder) const {
     if (!weights) return fail(Error::invalid_argument, "an empty model cannot be saved to '", folder, "'");
     const bool llama = config.architecture == Architecture::llama;
-    const char* other = config.norm_after                                                      ? "norms after additions"
+    const char* other = !is_plain_decoder(config)                                              ? "an encoder, classes or a head with a bias"
+                        : config.norm_after                                                    ? "norms after additions"
                         : config.norm != (llama ? Norm::rms : Norm::layer)                     ? "this norm"
                         : config.gated != llama                                                ? "a feed-forward part of this kind"
                         : config.positions != (llama ? Positions::rotary : Positions::learned) ? "positions of this kind"
@@ -9781,9 +10142,9 @@ Status Model::save_llama2c(Text path) const {
     if (!weights) return fail(Error::invalid_argument, "an empty model cannot be saved to '", path, "'");
     Config wanted = config;
     BABYGPT_TRY(preset_architecture("llama", wanted));
-    if (config.architecture != Architecture::llama || config.norm != wanted.norm || !config.gated || config.norm_after || config.bias ||
-        config.activation != wanted.activation || config.positions != wanted.positions || config.rope_base != wanted.rope_base ||
-        config.norm_epsilon != wanted.norm_epsilon)
+    if (config.architecture != Architecture::llama || !is_plain_decoder(config) || config.norm != wanted.norm || !config.gated ||
+        config.norm_after || config.bias || config.activation != wanted.activation || config.positions != wanted.positions ||
+        config.rope_base != wanted.rope_base || config.norm_epsilon != wanted.norm_epsilon)
         return fail(Error::unsupported, "llama2.c knows only Llama's architecture, with norm_epsilon 1e-05 and rope_base 10000");
     const Llama2c header{config.width,  config.hidden,   config.layers,
                          config.heads,  config.kv_heads, config.tied ? config.vocab : -config.vocab,
@@ -10615,7 +10976,7 @@ struct Products {
 // Everything that is not a product of matrices with weights, for a set of vectors. Each function does a part of an op of chapter 5, so
 // that threads can share it, and takes what that op takes:
 //   rows [r0, r1):       embedding_forward, add_waves, norm_forward, norm_backward_rows, gate_forward, gate_backward, rope, dropout_forward,
-//                        dropout_backward, head_rows
+//                        dropout_backward, head_rows; of sequences: pool_forward, pool_backward
 //   columns [c0, c1), all rows in order (threads best take multiples of 16 columns):
 //                        embedding_backward, norm_backward_columns, bias_backward
 //   any n elements:      activation_forward, activation_backward, add_forward, add_backward, adamw, square_sum, fold
@@ -10707,6 +11068,39 @@ struct Rows {
                 add_backward(dtoken + static_cast<int64_t>(ids[s.row + i]) * width + c0, d, c1 - c0, true);
                 if (dposition) add_backward(dposition + static_cast<int64_t>(s.position + i) * width + c0, d, c1 - c0, true);
             }
+    }
+
+    // ---- pool ----
+
+    static BABYGPT_INLINE void pool_forward(float* y, const float* x, Span<const Sequence> sequences, int n, bool first, int r0, int r1) {
+        for (int row = r0; row < r1; ++row) {
+            const Sequence& s = sequences[static_cast<size_t>(row)];
+            const float* rows = x + static_cast<int64_t>(s.row) * n;
+            float* to = y + static_cast<int64_t>(row) * n;
+            copy(to, rows, n);
+            if (first) continue;
+            for (int64_t i = 1; i < s.length; ++i) add_forward(to, to, rows + i * n, n);
+            V v, length;
+            Set::splat(length, static_cast<float>(s.length));
+            for (int c = 0; c < n; c += W) get(v, to + c, n - c), v = v / length, put(to + c, v, n - c);
+        }
+    }
+    static BABYGPT_INLINE void pool_backward(float* dx, const float* dy, Span<const Sequence> sequences, int n, bool first, bool adds,
+                                             int r0, int r1) {
+        V v, length, d;
+        for (int row = r0; row < r1; ++row) {
+            const Sequence& s = sequences[static_cast<size_t>(row)];
+            Set::splat(length, static_cast<float>(s.length));
+            for (int64_t i = 0; i < s.length; ++i)
+                for (int c = 0; c < n; c += W) {
+                    float* to = dx + (s.row + i) * n + c;
+                    get(v, dy + static_cast<int64_t>(row) * n + c, n - c);
+                    if (!first) v = v / length;
+                    else if (i > 0) Set::splat(v, 0);
+                    if (adds) get(d, to, n - c), v = d + v;
+                    put(to, v, n - c);
+                }
+        }
     }
 
     // ---- norm ----
@@ -11284,56 +11678,56 @@ struct Rows {
         }
     };
 
-    static BABYGPT_INLINE void attention_forward(float* y, float* softmax, const float* x, const Sequence& s, int layer, int layers,
-                                                 int heads, int kv_heads, int dim, const Dropout& drop, int kv_head, float* scratch) {
-        const int64_t width = static_cast<int64_t>(heads) * dim, kv_width = static_cast<int64_t>(kv_heads) * dim,
-                      stride = width + 2 * kv_width, kv_column = static_cast<int64_t>(kv_head) * dim;
-        const int before = s.pages ? s.position : 0, keys = before + s.length, padded = round_up(dim, wide), group = heads / kv_heads;
-        const float* new_keys = x + s.row * stride + width + kv_column;
+    static BABYGPT_INLINE void attention_forward(const Attention<float>& a, const Dropout& drop, int kv_head, float* scratch) {
+        const int64_t kv_column = static_cast<int64_t>(kv_head) * a.dim;
+        const int dim = a.dim, before = a.before, keys = before + a.keys, padded = round_up(dim, wide);
+        const bool cached = a.has_cache();
+        const float *new_keys = a.k + kv_column, *new_values = a.v + kv_column;
         float *queries = scratch, *out = queries + tall * dim, *scores = out + tall * padded, inverse[static_cast<size_t>(tall)];
         const int64_t scores_row = round_up(keys, page);
         Cache cache;
         cache.keys = scores + tall * scores_row;
         cache.values = cache.keys + scores_row * dim;
-        cache.kv = s.pages ? s.kv + (static_cast<int64_t>(layer) * 2 * kv_width + kv_column) * page : nullptr;
-        cache.pages = s.pages;
-        cache.page_block = static_cast<int64_t>(layers) * 2 * kv_width * page;
-        cache.value_offset = kv_width * page;
+        cache.kv = cached ? a.s.kv + (static_cast<int64_t>(a.layer) * 2 * a.kv_width + kv_column) * page : nullptr;
+        cache.pages = a.s.pages;
+        cache.page_block = static_cast<int64_t>(a.layers) * 2 * a.kv_width * page;
+        cache.value_offset = a.kv_width * page;
         cache.dim = dim, cache.row = padded;
-        cache.copied = !s.pages || padded != dim;  // a tile reads whole vectors
-        for (int i = 0, n; i < s.length; i += n) {
+        cache.copied = !cached || padded != dim;  // a tile reads whole vectors
+        for (int i = 0, n; i < a.keys; i += n) {
             const int at = (before + i) % page;
-            n = least(page - at, s.length - i);
-            const float* from = new_keys + i * stride;
-            transpose(cache.key_page((before + i) / page) + at, page, from, stride, n, dim);
-            if (s.pages) copy_rows(cache.value_page((before + i) / page) + at * dim, dim, from + kv_width, stride, n, dim, dim);
+            n = least(page - at, a.keys - i);
+            const int64_t from = i * a.k_stride;
+            transpose(cache.key_page((before + i) / page) + at, page, new_keys + from, a.k_stride, n, dim);
+            if (cached) copy_rows(cache.value_page((before + i) / page) + at * dim, dim, new_values + from, a.k_stride, n, dim, dim);
         }
-        if (!s.pages) copy_rows(cache.values, padded, new_keys + kv_width, stride, s.length, dim, padded);
+        if (!cached) copy_rows(cache.values, padded, new_values, a.k_stride, a.keys, dim, padded);
         else if (cache.copied)
             for (int64_t k = 0; k < keys; k += page) {
                 const int n = static_cast<int>(least(static_cast<int64_t>(page), keys - k));
                 copy_rows(cache.values + k * padded, padded, cache.value_page(static_cast<int>(k) / page), dim, n, dim, padded);
             }
 
-        for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+        for (int head = kv_head * a.group; head < (kv_head + 1) * a.group; ++head) {
             const int64_t column = static_cast<int64_t>(head) * dim;
-            const float* q = x + s.row * stride + column;
-            for (int i = 0, n; i < s.length; i += n) {
-                n = least(tall, s.length - i);
+            const float* q = a.q + column;
+            for (int i = 0, n; i < a.queries; i += n) {
+                n = least(tall, a.queries - i);
                 if (n <= 2) n = 1;  // one by one
-                copy_rows(queries, dim, q + i * stride, stride, n, dim, dim);
+                const int first = a.seen_by(i), last = a.seen_by(i + n - 1);
+                copy_rows(queries, dim, q + i * a.q_stride, a.q_stride, n, dim, dim);
                 for (int j = n * dim; j < tall * dim && n > 1; ++j) queries[j] = 0;
-                if (n == 1) scores_of<1>(scores, scores_row, queries, cache, before + i + n);
-                else scores_of<tall>(scores, scores_row, queries, cache, before + i + n);
+                if (n == 1) scores_of<1>(scores, scores_row, queries, cache, last);
+                else scores_of<tall>(scores, scores_row, queries, cache, last);
                 for (int r = 0; r < n; ++r) {
-                    float* statistics = softmax + (static_cast<int64_t>(s.row + i + r) * heads + head) * 2;
-                    softmax_row(scores + r * scores_row, before + i + r + 1, dim, drop, s.row + i + r, head, statistics);
+                    float* statistics = a.softmax + (static_cast<int64_t>(i + r) * a.heads + head) * 2;
+                    softmax_row(scores + r * scores_row, a.seen_by(i + r), dim, drop, a.row + i + r, head, statistics);
                     inverse[r] = 1.0f / statistics[1];
                 }
-                if (n == 1) mix_values<1>(out, scores, scores_row, cache, before + i + 1, n);
-                else mix_values<tall>(out, scores, scores_row, cache, before + i + 1, n);
+                if (n == 1) mix_values<1>(out, scores, scores_row, cache, first, 0);
+                else mix_values<tall>(out, scores, scores_row, cache, first, last - first);
                 for (int r = 0; r < n; ++r) {
-                    float* to = y + (s.row + i + r) * width + column;
+                    float* to = a.y + (i + r) * a.width + column;
                     V v, scale;
                     Set::splat(scale, inverse[r]);
                     for (int d = 0; d < dim; d += W) {
@@ -11388,18 +11782,18 @@ struct Rows {
             Set::store(scores + k, v);
         }
     }
-    // out = p V. The first query sees `keys` keys, each of the others one more than the one before.
+    // out = p V. All queries see `keys` keys; then each sees one more than the one before, up to `more`.
     template <int rows>
-    static BABYGPT_INLINE void mix_values(float* out, const float* p, int64_t p_row, const Cache& cache, int keys, int queries) {
+    static BABYGPT_INLINE void mix_values(float* out, const float* p, int64_t p_row, const Cache& cache, int keys, int more) {
         const int padded = cache.row;
         const float* last[static_cast<size_t>(tall - 1)];
-        for (int e = 0; e < queries - 1; ++e) last[e] = cache.value(keys + e);
+        for (int e = 0; e < more; ++e) last[e] = cache.value(keys + e);
         int c = 0;
         if (rows == 1)
             for (; c + wide_single <= padded; c += wide_single) mix_columns<1, wide_single>(out, p, p_row, cache, keys, c);
         for (; c < padded; c += wide) {
             mix_columns<rows, wide>(out, p, p_row, cache, keys, c);
-            if (rows > 1) triangle<false>(out + c, padded, p + keys, p_row, 1, last, c, queries - 1);
+            if (rows > 1) triangle<false>(out + c, padded, p + keys, p_row, 1, last, c, more);
         }
     }
     template <int rows, int columns>
@@ -11409,48 +11803,40 @@ struct Rows {
             tile<rows, columns>(out + c, cache.row, p + k, p_row, 1, cache.value(k) + c, cache.row, least(run, keys - k), k == 0);
     }
 
-    // These heads' part of dx, head after head.
-    static BABYGPT_INLINE void attention_backward(float* dx, const float* dy, const float* y, const float* softmax, const float* x,
-                                                  const Sequence& s, int heads, int kv_heads, int dim, const Dropout& drop, bool adds,
-                                                  int kv_head, float* scratch) {
-        const int group = heads / kv_heads;
-        for (int i = 0; i < group; ++i)
-            head_backward(dx, dy, y, softmax, x, s, heads, kv_heads, dim, drop, adds, adds || i > 0, kv_head * group + i, kv_head, scratch);
+    // These heads' part of the gradients, head after head.
+    static BABYGPT_INLINE void attention_backward(const Attention<float>& a, const Dropout& drop, int kv_head, float* scratch) {
+        for (int i = 0; i < a.group; ++i) head_backward(a, drop, a.adds_kv || i > 0, kv_head * a.group + i, kv_head, scratch);
     }
     // kv_adds: to the gradients of keys and values.
-    static BABYGPT_INLINE void head_backward(float* dx, const float* dy, const float* y, const float* softmax, const float* x,
-                                             const Sequence& s, int heads, int kv_heads, int dim, const Dropout& drop, bool adds,
-                                             bool kv_adds, int head, int kv_head, float* scratch) {
-        const int64_t width = static_cast<int64_t>(heads) * dim, kv_width = static_cast<int64_t>(kv_heads) * dim,
-                      stride = width + 2 * kv_width, column = static_cast<int64_t>(head) * dim;
-        const int64_t to_keys = width - column + static_cast<int64_t>(kv_head) * dim;  // from this head's queries
-        const int n = s.length, rows = round_up(n, block), padded = round_up(dim, wide);
+    static BABYGPT_INLINE void head_backward(const Attention<float>& a, const Dropout& drop, bool kv_adds, int head, int kv_head,
+                                             float* scratch) {
+        const int64_t column = static_cast<int64_t>(head) * a.dim, kv_column = static_cast<int64_t>(kv_head) * a.dim;
+        const int n = a.queries, dim = a.dim, rows = round_up(n, block), padded = round_up(dim, wide);
         float *q = scratch, *dout = q + rows * padded, *dq = dout + rows * padded, *D = dq + rows * padded;  // of the sequence
         float *k = D + rows, *kt = k + block * padded, *vt = kt + block * dim, *dk = vt + block * dim,
               *dv = dk + block * padded;                          // of a block
         float *p = dv + block * padded, *ds = p + block * block;  // [queries][keys]
-        x += s.row * stride + column, dx += s.row * stride + column;
-        y += s.row * width + column, dy += s.row * width + column;
-        softmax += (static_cast<int64_t>(s.row) * heads + head) * 2;
-        copy_rows(q, padded, x, stride, n, dim, padded);
-        copy_rows(dout, padded, dy, width, n, dim, padded);
+        const float *y = a.y + column, *softmax = a.softmax + 2 * head;
+        copy_rows(q, padded, a.q + column, a.q_stride, n, dim, padded);
+        copy_rows(dout, padded, a.dy + column, a.width, n, dim, padded);
         memset(q + n * padded, 0, static_cast<size_t>((rows - n) * padded) * sizeof(float));
         memset(dout + n * padded, 0, static_cast<size_t>((rows - n) * padded) * sizeof(float));
-        start_rows(dq, padded, dx, stride, n, dim, adds);
-        for (int i = 0; i < n; ++i) D[i] = dot(dout + i * padded, y + i * width, dim);
+        start_rows(dq, padded, a.dq + column, a.q_stride, n, dim, a.adds_q);
+        for (int i = 0; i < n; ++i) D[i] = dot(dout + i * padded, y + i * a.width, dim);
 
-        for (int k0 = 0; k0 < n; k0 += block) {
-            const int keys = least(block, n - k0);
-            const float *key = x + k0 * stride + to_keys, *value = key + kv_width;
-            float *dkey = dx + k0 * stride + to_keys, *dvalue = dkey + kv_width;
-            copy_rows(k, padded, key, stride, keys, dim, padded);
+        for (int k0 = 0; k0 < a.keys; k0 += block) {
+            const int keys = least(block, a.keys - k0);
+            const int64_t at = k0 * a.k_stride + kv_column;
+            const float *key = a.k + at, *value = a.v + at;
+            float *dkey = a.dk + at, *dvalue = a.dv + at;
+            copy_rows(k, padded, key, a.k_stride, keys, dim, padded);
             for (int which = 0; which < 2; ++which) {  // keys, values: one text, so that it is compiled once
-                transpose(which ? vt : kt, block, which ? value : key, stride, keys, dim);
-                start_rows(which ? dv : dk, padded, which ? dvalue : dkey, stride, keys, dim, kv_adds);
+                transpose(which ? vt : kt, block, which ? value : key, a.k_stride, keys, dim);
+                start_rows(which ? dv : dk, padded, which ? dvalue : dkey, a.k_stride, keys, dim, kv_adds);
             }
-            for (int q0 = k0; q0 < n; q0 += block) {
+            for (int q0 = a.causal ? k0 : 0; q0 < n; q0 += block) {
                 const int queries = least(block, n - q0);
-                const bool diagonal = q0 == k0;
+                const bool diagonal = a.causal && q0 == k0;
                 const float *q_block = q + q0 * padded, *dout_block = dout + q0 * padded;
                 for (int i = 0; i < queries; i += tall)
                     for (int j = 0; j < (diagonal ? least(i + tall, keys) : keys); j += wide)
@@ -11458,15 +11844,15 @@ struct Rows {
                             tile<tall>((which ? ds : p) + i * block + j, block, (which ? dout_block : q_block) + i * padded, padded, 1,
                                        (which ? vt : kt) + j, block, dim, true);
                 for (int i = 0; i < queries; ++i)
-                    softmax_row_backward(p + i * block, ds + i * block, D[q0 + i], softmax + static_cast<int64_t>(q0 + i) * heads * 2,
-                                         diagonal ? i + 1 : keys, dim, drop, s.row + q0 + i, head * 65536 + k0);
+                    softmax_row_backward(p + i * block, ds + i * block, D[q0 + i], softmax + static_cast<int64_t>(q0 + i) * a.heads * 2,
+                                         diagonal ? i + 1 : keys, dim, drop, a.row + q0 + i, head * 65536 + k0);
                 mix_keys(dq + q0 * padded, ds, k, padded, queries, keys, diagonal);
                 for (int which = 0; which < 2; ++which)
                     mix_queries(which ? dv : dk, which ? p : ds, which ? dout_block : q_block, padded, queries, keys, diagonal);
             }
-            for (int which = 0; which < 2; ++which) copy_rows(which ? dvalue : dkey, stride, which ? dv : dk, padded, keys, dim, dim);
+            for (int which = 0; which < 2; ++which) copy_rows(which ? dvalue : dkey, a.k_stride, which ? dv : dk, padded, keys, dim, dim);
         }
-        copy_rows(dx, stride, dq, padded, n, dim, dim);
+        copy_rows(a.dq + column, a.q_stride, dq, padded, n, dim, dim);
     }
     static BABYGPT_INLINE float dot(const float* a, const float* b, int n) {
         Sums sums;
@@ -11557,7 +11943,7 @@ struct Work {
     bool by_columns = false;  // backward: the part whose sums run along all rows
     float* logits = nullptr;  // head: a chunk of rows, from first_row on
     int64_t logits_stride = 0;
-    int first_row = 0;
+    int first_row = 0, chunk = 0;
     bool logits_gradient = false;
 };
 
@@ -11566,33 +11952,36 @@ BABYGPT_INLINE void forward_part(const Work& work, int from, int to, float* spac
     using R = Rows<Set>;
     const Op& op = work.tape.ops[static_cast<size_t>(work.number)];
     const Run& run = work.run;
+    const Stream in = run.on(op.side);
     const float *x = values(work.tape, work.r, op.x), *w = weights(work.tape, work.r, op.w), *b = weights(work.tape, work.r, op.b);
     float *y = values(work.tape, work.r, op.y), *aux = values(work.tape, work.r, op.aux);
     const int64_t first = static_cast<int64_t>(from) * op.out, count = static_cast<int64_t>(to - from) * op.out;
     switch (op.kind) {
+        case OpKind::input:
+            return R::copy(y + first, run.features + first, static_cast<int>(count));
         case OpKind::embedding:
-            return R::embedding_forward(y, w, b, run.ids, run.sequences, op.out, from, to);
+            return R::embedding_forward(y, w, b, in.ids, in.sequences, op.out, from, to);
         case OpKind::norm:
             return R::norm_forward(y, aux, x, w, b, op.in, work.tape.epsilon, op.centred, from, to);
         case OpKind::waves:
-            return R::add_waves(y, work.tape.waves.items, run.sequences, op.in, false, from, to);
+            return R::add_waves(y, work.tape.waves.items, in.sequences, op.in, false, from, to);
         case OpKind::linear:
             return R::activation_forward(y + first, (aux ? aux : y) + first, count, op.activation);
         case OpKind::gate:
             return R::gate_forward(y, x, op.out, op.activation, from, to);
         case OpKind::rope:
-            return R::rope(y, work.tape.waves.items, run.sequences, op.heads, op.kv_heads, op.dim(), 1, from, to);
+            return R::rope(y, work.tape.waves.items, in.sequences, op.heads, op.kv_heads, op.dim(), 1, from, to);
         case OpKind::dropout:
-            return R::dropout_forward(y, x, Dropout(run, work.number), op.in, from, to);
+            return R::dropout_forward(y, x, Dropout(run, work.number, op.side), op.in, from, to);
         case OpKind::add:
             return R::add_forward(y + first, x + first, values(work.tape, work.r, op.x2) + first, count);
         case OpKind::attention:
-            for (int i = from; i < to; ++i) {
-                const Sequence& s = run.sequences[static_cast<size_t>(i / op.kv_heads)];
-                R::attention_forward(y, aux, x, s, op.layer, work.tape.layers, op.heads, op.kv_heads, op.dim(), Dropout(run, work.number),
-                                     i % op.kv_heads, space);
-            }
+            for (int i = from; i < to; ++i)
+                R::attention_forward(Attention<float>(work.tape, work.r, run, op, static_cast<size_t>(i / op.kv_heads)),
+                                     Dropout(run, work.number, op.side), i % op.kv_heads, space);
             return;
+        case OpKind::pool:
+            return R::pool_forward(y, x, run.sequences, op.in, op.first, from, to);
         case OpKind::head: {
             const int row = work.first_row + from;
             int32_t* ranks = work.r.ranks ? work.r.ranks + row : nullptr;
@@ -11608,40 +11997,43 @@ BABYGPT_INLINE void backward_part(const Work& work, int from, int to, float* spa
     const Tape& tape = work.tape;
     const Op& op = tape.ops[static_cast<size_t>(work.number)];
     const Run& run = work.run;
-    const float *x = values(tape, work.r, op.x), *y = values(tape, work.r, op.y), *aux = values(tape, work.r, op.aux),
-                *w = weights(tape, work.r, op.w);
+    const Stream in = run.on(op.side);
+    const float *x = values(tape, work.r, op.x), *aux = values(tape, work.r, op.aux), *w = weights(tape, work.r, op.w);
     float *dx = gradient(tape, work.r, op.x), *dx2 = gradient(tape, work.r, op.x2), *dy = gradient(tape, work.r, op.y);
     float *dw = weight_gradient(tape, work.r, op.w), *db = weight_gradient(tape, work.r, op.b);
     const int64_t first = static_cast<int64_t>(from) * op.out, count = static_cast<int64_t>(to - from) * op.out;
     const int column = from * column_group, end = least(to * column_group, op.out);
     switch (op.kind) {
         case OpKind::embedding:
-            return R::embedding_backward(tape.tied ? work.r.lookup_gradients : dw, db, dy, run.ids, run.sequences, op.out, column, end);
+            if (op.lookup != nothing) dw = work.r.lookup_gradients + op.lookup * tape.one_lookup();
+            return R::embedding_backward(dw, db, dy, in.ids, in.sequences, op.out, column, end);
         case OpKind::norm:
-            if (work.by_columns) return R::norm_backward_columns(dw, db, dy, x, aux, run.rows, op.in, column, end);
+            if (work.by_columns) return R::norm_backward_columns(dw, db, dy, x, aux, in.rows, op.in, column, end);
             return R::norm_backward_rows(dx, dy, x, aux, w, op.in, op.centred, op.adds_to_dx, from, to);
         case OpKind::waves:
-            return R::add_waves(dx, tape.waves.items, run.sequences, op.in, true, from, to);
+            return R::add_waves(dx, tape.waves.items, in.sequences, op.in, true, from, to);
         case OpKind::linear:
-            if (work.by_columns) return R::bias_backward(db, dy, run.rows, op.out, column, end);
+            if (work.by_columns) return R::bias_backward(db, dy, in.rows, op.out, column, end);
             return R::activation_backward(dy + first, aux + first, count, op.activation);
         case OpKind::gate:
             return R::gate_backward(dx, dy, x, op.out, op.activation, op.adds_to_dx, from, to);
         case OpKind::rope:
-            return R::rope(dx, tape.waves.items, run.sequences, op.heads, op.kv_heads, op.dim(), -1, from, to);
+            return R::rope(dx, tape.waves.items, in.sequences, op.heads, op.kv_heads, op.dim(), -1, from, to);
         case OpKind::dropout:
-            return R::dropout_backward(dx, dy, Dropout(run, work.number), op.in, op.adds_to_dx, from, to);
+            return R::dropout_backward(dx, dy, Dropout(run, work.number, op.side), op.in, op.adds_to_dx, from, to);
         case OpKind::add:
             R::add_backward(dx + first, dy + first, count, op.adds_to_dx);
             return R::add_backward(dx2 + first, dy + first, count, op.adds_to_dx2);
         case OpKind::attention:
-            for (int i = from; i < to; ++i) {
-                const Sequence& s = run.sequences[static_cast<size_t>(i / op.kv_heads)];
-                R::attention_backward(dx, dy, y, aux, x, s, op.heads, op.kv_heads, op.dim(), Dropout(run, work.number), op.adds_to_dx,
-                                      i % op.kv_heads, space);
-            }
+            for (int i = from; i < to; ++i)
+                R::attention_backward(Attention<float>(tape, work.r, run, op, static_cast<size_t>(i / op.kv_heads)),
+                                      Dropout(run, work.number, op.side), i % op.kv_heads, space);
             return;
+        case OpKind::pool:
+            return R::pool_backward(dx, dy, run.sequences, op.in, op.first, op.adds_to_dx, from, to);
         case OpKind::head:
+            return R::bias_backward(db, work.logits, work.chunk, static_cast<int>(work.logits_stride), column, end);
+        case OpKind::input:
             return;
     }
 }
@@ -11759,11 +12151,11 @@ struct Scratch {
     int chunk;                 // rows of the chunk
     Scratch(const Kernels& kernels, const Tape& tape) {
         // Logits at a time: in training, W and its gradient are read once a chunk, so that many rows are better than few.
-        const int64_t wide = round_up(tape.vocab, column_group), some = int64_t(1) << 18, many = int64_t(1) << 23;
+        const int64_t wide = round_up(tape.head_out, column_group), some = int64_t(1) << 18, many = int64_t(1) << 23;
         const int64_t rows =
             most<int64_t>(1, tape.training ? most(some / wide, least<int64_t>(many / wide, 192)) : most<int64_t>(some / wide, 8));
-        const int64_t chunks = (tape.max_rows + rows - 1) / rows, even = (tape.max_rows + chunks - 1) / chunks;
-        chunk = static_cast<int>(least<int64_t>(round_up<int64_t>(even, 12), tape.max_rows));
+        const int64_t all = tape.head_rows(), chunks = (all + rows - 1) / rows, even = (all + chunks - 1) / most<int64_t>(chunks, 1);
+        chunk = static_cast<int>(least<int64_t>(round_up<int64_t>(even, 12), all));
         logits = round_up<int64_t>(chunk * wide, 16);
         // In training little enough for a shared cache; running, the weights are packed before.
         panels = tape.training ? most(1 << 20, 512 * tape.width) : 2 * depth_block * kernels.tile_columns;
@@ -11921,11 +12313,17 @@ struct Walk {
         return tape.output_rows ? Factor{w, op.in, down} : Factor{w, op.out, along};
     }
     // KV heads of sequences, and the multiply-adds of one of the products that each takes.
-    int attention_units(const Op& op) const { return static_cast<int>(run.sequences.size) * op.kv_heads; }
+    int attention_units(const Op& op) const { return static_cast<int>(run.on(op.side).sequences.size) * op.kv_heads; }
     int64_t attention_cost(const Op& op) const {
         int64_t pairs = 0;
-        for (const Sequence& s : run.sequences) pairs += static_cast<int64_t>(s.length) * ((s.length + 1) / 2 + (s.pages ? s.position : 0));
-        return pairs / static_cast<int64_t>(most(run.sequences.size, size_t(1))) * (op.out / op.kv_heads);
+        const Stream in = run.on(op.side);
+        for (const Sequence& s : in.sequences) {
+            const int64_t seen = op.sight == Sight::source ? run.source.sequences[static_cast<size_t>(s.source)].length
+                                 : op.sight == Sight::full ? s.length
+                                                           : (s.length + 1) / 2 + (s.pages ? s.position : 0);
+            pairs += s.length * seen;
+        }
+        return pairs / static_cast<int64_t>(most(in.sequences.size, size_t(1))) * (op.out / op.kv_heads);
     }
     // With the weights packed before, or here.
     void multiply_weights(int number, Product p) const {
@@ -11937,6 +12335,8 @@ struct Walk {
 
     void forward(int number) const {
         const Op& op = tape.ops[static_cast<size_t>(number)];
+        const int rows = run.on(op.side).rows;
+        if (rows == 0) return;
         const Work work{tape, r, run, number};
         const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w), *b = weights(tape, r, op.b);
         switch (op.kind) {
@@ -11944,7 +12344,7 @@ struct Walk {
                 return share_forward(work, attention_units(op), attention_cost(op) * 2);
             case OpKind::linear: {
                 float* before = values(tape, r, op.aux != nothing ? op.aux : op.y);
-                const Product p{before, op.out, b, 0, Factor{x, op.in, along}, forward_factor(tape, op, w), run.rows, op.out, op.in};
+                const Product p{before, op.out, b, 0, Factor{x, op.in, along}, forward_factor(tape, op, w), rows, op.out, op.in};
                 multiply_weights(number, p);
                 if (op.activation != Activation::none) finish_forward(work);
                 return;
@@ -11952,7 +12352,9 @@ struct Walk {
             case OpKind::head:
                 return head(number);
             case OpKind::embedding:
+            case OpKind::input:
             case OpKind::waves:
+            case OpKind::pool:
             case OpKind::norm:
             case OpKind::gate:
             case OpKind::rope:
@@ -11964,42 +12366,45 @@ struct Walk {
     // The rows of an op: all of it, or what comes after its product.
     void finish_forward(const Work& work) const {
         const Op& op = tape.ops[static_cast<size_t>(work.number)];
-        share_forward(work, run.rows, static_cast<int64_t>(op.out) * (op.activation != Activation::none ? 8 : 2));
+        share_forward(work, run.on(op.side).rows, static_cast<int64_t>(op.out) * (op.activation != Activation::none ? 8 : 2));
     }
 
     // Chunk of rows after chunk of rows; in training the logits turn into their gradients, and those of x and W follow at once.
     void head(int number) const {
         const Op& op = tape.ops[static_cast<size_t>(number)];
-        const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w);
+        const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w), *b = weights(tape, r, op.b);
         float *dx = gradient(tape, r, op.x), *dw = weight_gradient(tape, r, op.w);
-        const int in = op.in, out = op.out;
+        const int in = op.in, out = op.out, all_rows = run.on(op.side).rows;
         const int64_t wide = round_up(out, column_group);
         Work work{tape, r, run, number};
         work.logits = logits, work.logits_stride = wide, work.logits_gradient = run.training;
-        for (int row = 0; row < run.rows && run.targets; row += scratch.chunk) {
-            const int rows = least(scratch.chunk, run.rows - row);
+        for (int row = 0; row < all_rows && run.targets; row += scratch.chunk) {
+            const int rows = least(scratch.chunk, all_rows - row);
             const int64_t at = static_cast<int64_t>(row) * in;
-            work.first_row = row;
-            multiply_weights(number, Product{logits, wide, nullptr, 0, Factor{x + at, in, along}, Factor{w, in, along}, rows, out, in});
+            work.first_row = row, work.chunk = rows;
+            multiply_weights(number, Product{logits, wide, b, 0, Factor{x + at, in, along}, Factor{w, in, along}, rows, out, in});
             share_forward(work, rows, wide * 8);
             if (!run.training) continue;
+            Work columns = work;
+            columns.by_columns = true;
+            if (b) share_backward(columns, (out + column_group - 1) / column_group, static_cast<int64_t>(rows) * column_group);
             const float* there = op.adds_to_dx ? dx + at : nullptr;
             product(Product{dx + at, in, there, in, Factor{logits, wide, along}, Factor{w, in, down}, rows, in, out});
             product(Product{dw, in, dw, in, Factor{logits, wide, down}, Factor{x + at, in, down}, out, in, rows});
         }
-        // The last rows: those of sequences of one token stand beneath each other, and are done together.
+        // The rows whose logits are wanted: those that stand beneath each other are done together.
         const size_t all = run.sequences.size, at_once = static_cast<size_t>(scratch.chunk);
         for (size_t i = 0, n; i < all; i += n) {
             const Sequence& s = run.sequences[i];
+            const int64_t wanted = run.wanted_row(op.side, i);
             const auto is_next = [&](size_t k) {
-                const Sequence& other = run.sequences[k];
-                return other.length == 1 && other.logits && other.row == s.row + static_cast<int>(k - i);
+                return run.sequences[k].logits && run.wanted_row(op.side, k) == wanted + static_cast<int64_t>(k - i);
             };
-            for (n = 1; s.length == 1 && i + n < all && n < at_once && is_next(i + n);) ++n;
+            for (n = 1; s.logits && i + n < all && n < at_once && is_next(i + n);) ++n;
             if (!s.logits) continue;
-            const float* last = x + static_cast<int64_t>(s.row + s.length - 1) * in;
+            const float* last = x + wanted * in;
             float* to = n == 1 ? s.logits : logits;
-            multiply_weights(number, Product{to, n == 1 ? out : wide, nullptr, 0, Factor{last, in, along}, Factor{w, in, along},
+            multiply_weights(number, Product{to, n == 1 ? out : wide, b, 0, Factor{last, in, along}, Factor{w, in, along},
                                              static_cast<int>(n), out, in});
             for (size_t k = 0; n > 1 && k < n; ++k)
                 memcpy(run.sequences[i + k].logits, logits + static_cast<int64_t>(k) * wide, static_cast<size_t>(out) * sizeof(float));
@@ -12011,7 +12416,7 @@ struct Walk {
         Work work{tape, r, run, number};
         Work columns = work;
         columns.by_columns = true;
-        const int groups = (op.out + column_group - 1) / column_group, rows = run.rows;
+        const int groups = (op.out + column_group - 1) / column_group, rows = run.on(op.side).rows;
         switch (op.kind) {
             case OpKind::attention:
                 return share_backward(work, attention_units(op), attention_cost(op) * 5);
@@ -12024,6 +12429,7 @@ struct Walk {
                 const Factor from_x{x, op.in, down}, from_dy{dy, op.out, down};
                 product(tape.output_rows ? Product{dw, op.in, dw, op.in, from_dy, from_x, op.out, op.in, rows}
                                          : Product{dw, op.out, dw, op.out, from_x, from_dy, op.in, op.out, rows});
+                if (!dx) return;
                 product(Product{dx, op.in, op.adds_to_dx ? dx : nullptr, op.in, Factor{dy, op.out, along}, backward_factor(op, w), rows,
                                 op.in, op.out});
                 return;
@@ -12039,7 +12445,9 @@ struct Walk {
             case OpKind::rope:
             case OpKind::add:
             case OpKind::dropout:
+            case OpKind::pool:
                 return share_backward(work, rows, static_cast<int64_t>(op.out) * 2);
+            case OpKind::input:
             case OpKind::head:
                 return;  // done in the forward pass
         }
@@ -12086,8 +12494,8 @@ struct Walk {
         for (const WeightPlan& plan : tape.weights) {
             Update u{};
             u.g = r.gradients + plan.weight.offset, u.size = plan.weight.rows * plan.weight.cols;
-            if (tape.tied && &plan == &tape.weights[static_cast<size_t>(tape.shared_embedding())]) {
-                u.what = Update::folding, u.lookup = r.lookup_gradients;
+            for (int k = 0; k < tape.lookups && &plan == &tape.weights[static_cast<size_t>(tape.shared_embedding())]; ++k) {
+                u.what = Update::folding, u.lookup = r.lookup_gradients + k * tape.one_lookup();
                 update(u);
             }
             u.what = Update::squaring, u.partial = partial;
@@ -12372,9 +12780,7 @@ struct SelfTest {
         BABYGPT_TRY(s.create(runtime, plain_backend(), config, 5, 3));
         plain_forward(s.tape, s.r, s.run);
         plain_backward(s.tape, s.r, s.run);
-        const int shared = s.tape.shared_embedding();
-        for (int64_t i = 0; shared != nothing && i < int64_t(config.vocab) * config.width; ++i)
-            s.r.gradients[s.tape.weight(shared).offset + i] += s.r.lookup_gradients[i];
+        fold_lookup_gradients(s.tape, s.r);
         for (const WeightPlan& plan : s.tape.weights) {
             double difference = 0, reference = 1e-3;
             for (int64_t i = 0; i < plan.weight.rows * plan.weight.cols; ++i) {

@@ -42,8 +42,9 @@ struct Bench {
     Block scratch;
     Array<float> packed{runtime};
     Array<double> losses{runtime}, partial{runtime};
-    Array<int32_t> ranks{runtime}, ids{runtime}, targets{runtime}, pages{runtime};
-    Array<Sequence> sequences{runtime};
+    Array<int32_t> ranks{runtime}, ids{runtime}, targets{runtime}, source_ids{runtime}, pages{runtime};
+    Array<float> features{runtime};
+    Array<Sequence> sequences{runtime}, sources{runtime};
     Regions<T> r;
     Run run;
     double squares = 0;
@@ -53,7 +54,7 @@ struct Bench {
         runtime.threads = threads;
         start_pool(runtime);
         const int rows = batch * length;
-        CHECK_OK(record(tape, config, rows, training, dropout));
+        CHECK_OK(record(tape, config, rows, training, dropout, batch));
         const auto fill = [](Array<T>& a, int64_t n, uint64_t key) {
             CHECK(a.resize(static_cast<size_t>(n)));
             for (int64_t i = 0; i < n; ++i) a[static_cast<size_t>(i)] = static_cast<T>(small_number(key, i));
@@ -72,14 +73,28 @@ struct Bench {
                            static_cast<size_t>(backend ? backend->scratch(tape, runtime.thread_count()) : plain_scratch(tape)) * sizeof(T),
                            true));
         for (int i = 0; i < rows; ++i)
-            ids[static_cast<size_t>(i)] = i * 7 % config.vocab, targets[static_cast<size_t>(i)] = i % 5 == 3 ? -1 : i * 3 % config.vocab;
+            ids[static_cast<size_t>(i)] = i * 7 % config.vocab, targets[static_cast<size_t>(i)] = i % 5 == 3 ? -1 : i * 3 % tape.head_out;
         for (int i = 0; i < batch; ++i) sequences[static_cast<size_t>(i)] = Sequence{i * length, length, 0, nullptr};
+        if (config.features) {
+            CHECK(features.resize(static_cast<size_t>(rows * config.features)));
+            for (size_t i = 0; i < features.count; ++i) features[i] = small_number(9, static_cast<int64_t>(i));
+            run.features = features.items;
+        }
+        for (int i = 0; i < batch && config.encoder_layers; ++i) {  // of all lengths, in another order
+            Sequence& source = sequences[static_cast<size_t>(i)];
+            source.source = batch - 1 - i;
+            CHECK(sources.push(Sequence{run.source.rows, i * 5 % config.context + 1, 0, nullptr}));
+            run.source.rows += sources[static_cast<size_t>(i)].length;
+        }
+        for (int i = 0; i < run.source.rows; ++i) CHECK(source_ids.push(i * 5 % config.vocab));
+        run.source.sequences = Span<const Sequence>(sources.items, sources.count), run.source.ids = source_ids.items;
         r.weights = weights.items, r.gradients = gradients.items, r.lookup_gradients = lookup.items, r.activations = activations.items;
         r.scratch = reinterpret_cast<T*>(scratch.memory);
         r.losses = losses.items, r.ranks = ranks.items;
         run.rows = rows, run.sequences = Span<const Sequence>(sequences.items, sequences.count), run.ids = ids.items,
         run.targets = targets.items;
-        run.training = training, run.dropout = dropout, run.label_smoothing = smoothing, run.seed = 3, run.step = 5, run.first_row = 2;
+        run.training = training, run.dropout = dropout, run.label_smoothing = smoothing, run.seed = 3, run.step = 5, run.first_row[0] = 2,
+        run.first_row[1] = 5;
     }
 };
 
@@ -129,7 +144,7 @@ bool same_step(const Config& config, int batch, int length, double dropout, doub
     bool good = same("losses", plain.losses, fast.losses) && same("ranks", plain.ranks, fast.ranks) &&
                 same("gradients", plain.gradients, fast.gradients) && same("lookup gradients", plain.lookup, fast.lookup);
     for (const Tensor& t : plain.tape.tensors) {  // what is still there at the end
-        const size_t n = static_cast<size_t>(plain.run.rows * t.cols) * sizeof(float);
+        const size_t n = static_cast<size_t>(plain.run.on(t.side).rows * t.cols) * sizeof(float);
         if (good && t.gradient >= 0 && t.gradient_dies == 2 * static_cast<int>(plain.tape.ops.count) - 1)
             good = same(t.name, plain.activations.items + t.gradient, fast.activations.items + t.gradient, n);
     }
@@ -148,6 +163,9 @@ struct Shape {
     Architecture architecture = Architecture::gpt2;
     int kv_heads = 0;
     bool gated = false, norm_after = false;
+    int encoder_layers = 0;
+    bool causal = true;
+    int classes = 0, features = 0;
 };
 constexpr int thread_counts[] = {1, 2, 3, 7};
 constexpr Shape shapes[] = {
@@ -165,11 +183,19 @@ constexpr Shape shapes[] = {
     {2, 4, 20, 31, 3, 17, false, true, Activation::gelu_tanh, 0, 0.1, Positions::sinusoidal, Architecture::llama, 1, true, true},
     {2, 3, 51, 31, 3, 17, true, true, Activation::relu, 0.1, 0, Positions::none, Architecture::gpt2, 1, false, true},
     {1, 4, 36, 31, 2, 9, false, true, Activation::gelu, 0, 0, Positions::learned, Architecture::gpt2, 2, true},
+    // encoder-decoders, an encoder alone, classifiers
+    {2, 3, 51, 31, 5, 17, true, true, Activation::relu, 0.1, 0.1, Positions::sinusoidal, Architecture::gpt2, 1, false, true, 2},
+    {1, 4, 128, 97, 3, 67, false, false, Activation::gelu_tanh, 0, 0, Positions::rotary, Architecture::gpt2, 0, false, false, 1},
+    {2, 2, 48, 40, 3, 67, true, true, Activation::gelu, 0.1, 0, Positions::learned, Architecture::gpt2, 0, false, false, 0, false},
+    {2, 4, 40, 3, 7, 17, true, true, Activation::gelu, 0.1, 0, Positions::learned, Architecture::gpt2, 2, false, false, 0, false, 10, 13},
+    {1, 2, 34, 21, 5, 33, true, true, Activation::silu, 0, 0.1, Positions::rotary, Architecture::llama, 1, true, false, 0, false, 5},
 };
 Config config_of(const Shape& s) {
     Config c;
     c.layers = s.layers, c.heads = s.heads, c.width = s.width, c.vocab = s.vocab, c.context = s.length + 3, c.tied = s.tied,
     c.bias = s.bias, c.activation = s.activation, c.positions = s.positions, c.architecture = s.architecture, c.kv_heads = s.kv_heads,
+    c.encoder_layers = s.encoder_layers, c.causal = s.causal, c.classes = s.classes, c.features = s.features;
+    c.pool_first = s.features > 0, c.head_bias = !s.causal;
     c.gated = s.gated, c.norm_after = s.norm_after, c.norm = s.architecture == Architecture::llama ? Norm::rms : Norm::layer;
     return c;
 }
@@ -364,6 +390,7 @@ static void talk(Bench<float>& b, const BackendFunctions& backend, const Config&
         b.run.rows = b.sequences[0].length, b.run.ids = b.ids.items + i, b.run.targets = b.targets.items + i;
         if (one_by_one) b.r.losses = b.losses.items + i, b.r.ranks = b.ranks.items + i;
         backend.forward(b.runtime, b.tape, b.r, b.run);
+        b.run.source.rows = 0;  // it has been read; what the decoder sees of it stays
     }
 }
 
@@ -371,6 +398,7 @@ TEST(talking, "a token read with the KV cache gives other logits than the whole 
     Set sets[4];
     const int count = instruction_sets(sets);
     for (const Shape& s : shapes) {
+        if (!s.causal) continue;
         const Config config = config_of(s);
         Bench<float> plain(config, 1, s.length, false, 1, 0, 0, nullptr);
         talk(plain, *plain_backend(), config, s.length, false);

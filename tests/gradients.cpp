@@ -16,26 +16,35 @@ constexpr double smallest_reference = 1e-4;  // the absolute floor: gradients be
 
 double uniform(uint64_t key, uint64_t i) { return random_uniform(key, i) - 0.5; }
 
-// What a tape is run on: sequences one after the other, random ids, random targets of which every fourth counts for nothing.
+// What a tape is run on: sequences one after the other, random ids, random targets of which every fourth counts for nothing. The sources
+// are of other lengths, and stand in another order.
 struct Input {
-    std::vector<Sequence> sequences;
-    std::vector<int32_t> ids, targets;
+    std::vector<Sequence> sequences, sources;
+    std::vector<int32_t> ids, targets, source_ids;
+    std::vector<float> features;
     Run run;
-    Input(const std::vector<int>& lengths, int vocab, int position = 0) {
-        for (int length : lengths) {
-            sequences.push_back(Sequence{run.rows, length, position, nullptr});
-            run.rows += length;
+    Input(const std::vector<int>& lengths, int vocab, int position = 0, int outputs = 0, int features_a_row = 0) {
+        const auto id = [](uint64_t key, size_t i, int below) { return static_cast<int32_t>(random_uniform(key, i) * below); };
+        for (size_t i = 0; i < lengths.size(); ++i) {
+            const int source_length = lengths[i] % 4 + 1;
+            sequences.push_back(Sequence{run.rows, lengths[i], position, nullptr});
+            sequences[i].source = static_cast<int>(lengths.size() - 1 - i);
+            sources.push_back(Sequence{run.source.rows, source_length, 0, nullptr});
+            run.rows += lengths[i], run.source.rows += source_length;
         }
-        for (int i = 0; i < run.rows; ++i) {
-            ids.push_back(static_cast<int32_t>(random_uniform(1, static_cast<uint64_t>(i)) * vocab));
-            targets.push_back(i % 4 == 2 ? -1 : static_cast<int32_t>(random_uniform(2, static_cast<uint64_t>(i)) * vocab));
+        for (size_t i = 0; i < static_cast<size_t>(run.rows); ++i) {
+            ids.push_back(id(1, i, vocab));
+            targets.push_back(i % 4 == 2 ? -1 : id(2, i, outputs ? outputs : vocab));
         }
+        for (size_t i = 0; i < static_cast<size_t>(run.source.rows); ++i) source_ids.push_back(id(3, i, vocab));
+        for (size_t i = 0; i < ids.size() * static_cast<size_t>(features_a_row); ++i) features.push_back(static_cast<float>(uniform(4, i)));
         run.training = true;
         run.seed = 7, run.step = 3;
     }
     const Run& get() {
         run.sequences = Span<const Sequence>(sequences.data(), sequences.size());
-        run.ids = ids.data(), run.targets = targets.data();
+        run.ids = ids.data(), run.targets = targets.data(), run.features = features.data();
+        run.source.sequences = Span<const Sequence>(sources.data(), sources.size()), run.source.ids = source_ids.data();
         return run;
     }
 };
@@ -52,7 +61,7 @@ struct Buffers {
           lookup(at_least_one(tape.lookup_block())),
           activations(at_least_one(tape.activation_block)),
           scratch(at_least_one(scratch_size)),
-          losses(static_cast<size_t>(tape.max_rows)) {
+          losses(at_least_one(most(tape.rows_on(Side::text), tape.rows_on(Side::whole)))) {
         for (size_t t = 0; t < tape.weights.count; ++t) {
             const WeightPlan& plan = tape.weights[t];
             T* w = weights.data() + plan.weight.offset;
@@ -72,11 +81,12 @@ double projection(int64_t i) { return uniform(5, static_cast<uint64_t>(i)); }
 double loss(const Tape& tape, Buffers<double>& m, const Run& run) {
     plain_forward(tape, m.r, run);
     const Op& last = tape.ops[tape.ops.count - 1];
+    const int rows = run.on(last.side).rows;
     double total = 0;
     if (last.kind == OpKind::head)
-        for (int i = 0; i < run.rows; ++i) total += m.losses[static_cast<size_t>(i)];
+        for (int i = 0; i < rows; ++i) total += m.losses[static_cast<size_t>(i)];
     else
-        for (int64_t i = 0; i < int64_t(run.rows) * last.out; ++i) total += projection(i) * values(tape, m.r, last.y)[i];
+        for (int64_t i = 0; i < int64_t(rows) * last.out; ++i) total += projection(i) * values(tape, m.r, last.y)[i];
     return total;
 }
 
@@ -85,11 +95,9 @@ void check_gradients(const char* what, const Tape& tape, const Run& run, double 
     (void)loss(tape, m, run);
     const Op& last = tape.ops[tape.ops.count - 1];
     if (last.kind != OpKind::head)
-        for (int64_t i = 0; i < int64_t(run.rows) * last.out; ++i) gradient(tape, m.r, last.y)[i] = projection(i);
+        for (int64_t i = 0; i < int64_t(run.on(last.side).rows) * last.out; ++i) gradient(tape, m.r, last.y)[i] = projection(i);
     plain_backward(tape, m.r, run);
-    if (tape.tied)
-        for (int64_t i = 0; i < int64_t(tape.vocab) * tape.width; ++i)
-            m.r.gradients[tape.weight(tape.shared_embedding()).offset + i] += m.r.lookup_gradients[i];
+    fold_lookup_gradients(tape, m.r);
     for (const WeightPlan& plan : tape.weights) {
         double worst = 0, biggest = smallest_reference;
         for (int64_t i = 0; i < plan.weight.rows * plan.weight.cols; ++i) {
@@ -118,7 +126,8 @@ void check_op(const char* what, int width, int vocab, const std::vector<int>& le
     input.run.dropout = dropout, input.run.label_smoothing = smoothing;
     const int x = tape.embedding("wte", "wpe");
     record_ops(tape, x);
-    if (CHECK_OK(tape.plan(input.run.rows))) check_gradients(what, tape, input.get(), op_limit);
+    if (CHECK_OK(tape.plan(input.run.rows, input.run.source.rows, static_cast<int>(lengths.size()))))
+        check_gradients(what, tape, input.get(), op_limit);
 }
 const std::vector<int> shapes[] = {{1}, {5}, {1, 4, 2}, {7, 7}};
 const int widths[] = {1, 3, 18};
@@ -191,6 +200,39 @@ TEST(grouped_queries, "keys and values that several heads share would learn from
                     "grouped queries", (4 + 2 * kv_heads) * 2, 6, lengths,
                     [&](Tape& t, int x) { t.attention("a", t.rope(x, 4, kv_heads), 4, kv_heads); }, dropout);
 }
+TEST(attention_full, "a token would not see, or not learn from, what stands after it") {
+    for (const auto& lengths : shapes)
+        for (int kv_heads : {1, 2})
+            for (double dropout : {0.0, 0.4})
+                check_op(
+                    "full attention", (4 + 2 * kv_heads) * 2, 6, lengths,
+                    [&](Tape& t, int x) { t.attention("a", x, 4, kv_heads, Sight::full); }, dropout);
+}
+TEST(attention_to_the_source, "a decoder would look at another sequence's source, or its encoder would not learn") {
+    for (const auto& lengths : shapes)
+        for (int kv_heads : {1, 3})
+            for (double dropout : {0.0, 0.4})
+                check_op(
+                    "attention to the source", 6, 6, lengths,
+                    [&](Tape& t, int x) {
+                        t.side = Side::source;
+                        const int said = t.norm("n", t.embedding("wte", "encoder"), true);
+                        t.side = Side::text;
+                        const int first = t.linear("k1", said, 4 * kv_heads, true, Activation::none, 0.02);
+                        const int second = t.linear("k2", said, 4 * kv_heads, true, Activation::none, 0.02);
+                        x = t.attention_to_source("a1", x, first, 3, kv_heads);
+                        t.attention_to_source("a2", x, second, 3, kv_heads);
+                    },
+                    dropout);
+}
+TEST(pool, "a sequence would learn from the rows of another one") {
+    for (const auto& lengths : shapes)
+        for (int width : widths)
+            for (bool first : {false, true}) {
+                check_op("pool", width, 5, lengths, [&](Tape& t, int x) { t.pool("p", x, first); });
+                check_op("pool(x) and a head", width, 5, lengths, [&](Tape& t, int x) { t.head("h", t.pool("p", x, first), 3, true); });
+            }
+}
 TEST(rope, "queries and keys would not be turned back by the angle that they were turned by") {
     for (const auto& lengths : shapes)
         for (int heads : {1, 3})
@@ -214,8 +256,9 @@ TEST(head, "the loss would send a wrong gradient into the whole model") {
         for (int width : widths)
             for (int vocab : {1, 2, 33})
                 for (double smoothing : {0.0, 0.1})
-                    check_op(
-                        "head", width, vocab, lengths, [](Tape& t, int x) { t.head("h", x); }, 0, smoothing);
+                    for (bool bias : {false, true})
+                        check_op(
+                            "head", width, vocab, lengths, [&](Tape& t, int x) { t.head("h", x, 0, bias); }, 0, smoothing);
 }
 TEST(tensors_read_twice, "an op would overwrite the gradient that another reader of its input has left") {
     const std::vector<int> lengths{3, 2};
@@ -256,9 +299,10 @@ Config config_of(int layers, int heads, int width, int vocab, bool tied, bool bi
 void check_model(const char* what, const Config& config, const std::vector<int>& lengths, double dropout = 0, double smoothing = 0) {
     Runtime runtime;
     Tape tape(runtime);
-    Input input(lengths, config.vocab);
+    Input input(lengths, config.vocab, 0, config.classes, config.features);
     input.run.dropout = dropout, input.run.label_smoothing = smoothing;
-    if (CHECK_OK(record(tape, config, input.run.rows, true, dropout))) check_gradients(what, tape, input.get(), model_limit);
+    if (CHECK_OK(record(tape, config, input.run.rows, true, dropout, static_cast<int>(lengths.size()))))
+        check_gradients(what, tape, input.get(), model_limit);
 }
 
 }  // namespace
@@ -291,6 +335,21 @@ TEST(models, "ops that are right alone would be joined wrongly: the model could 
 }
 
 // ---- bits --------------------------------------------------------------------------------------------------------------
+
+TEST(encoders, "an encoder, an encoder-decoder, a classifier or a model of pictures could not learn") {
+    for (bool tied : {false, true})
+        for (bool after : {false, true}) {
+            Config encoder = config_of(2, 2, 8, 5, tied, true, Activation::gelu);
+            encoder.causal = false, encoder.norm_after = after, encoder.head_bias = true;
+            check_model("an encoder", encoder, {4, 2}, 0.2);
+            Config both = config_of(2, 2, 8, 5, tied, !after, Activation::relu);
+            both.encoder_layers = 2, both.norm_after = after, both.positions = after ? Positions::sinusoidal : Positions::learned;
+            check_model("an encoder-decoder", both, {4, 2, 3}, 0.2, 0.1);
+            Config classifier = encoder;
+            classifier.classes = 3, classifier.pool_first = after, classifier.features = tied ? 3 : 0;
+            check_model("a classifier", classifier, {4, 2, 3}, 0.2);
+        }
+}
 
 namespace {
 
@@ -328,7 +387,7 @@ void accumulate_on(Backend which) {
             std::vector<double> losses;
             for (int first = 0; first < 6; first += micro) {
                 Run part = run;
-                part.rows = 7 * micro, part.first_row = static_cast<uint64_t>(7 * first);
+                part.rows = 7 * micro, part.first_row[0] = static_cast<uint64_t>(7 * first);
                 part.sequences = Span<const Sequence>(run.sequences.data, static_cast<size_t>(micro));  // all start alike
                 part.ids = run.ids + 7 * first, part.targets = run.targets + 7 * first;
                 backend->forward(runtime, tape, parts.r, part);

@@ -143,6 +143,97 @@ TEST(learns, "nothing would be learnt") {
     CHECK(fabs(after.perplexity - exp(after.loss)) < 1e-9 * after.perplexity && result.step == 300);
 }
 
+// Random symbols, of a random number, and the same backwards: 0 ends both, and 1 begins what the decoder reads.
+struct Reversals {
+    static constexpr int most_symbols = 6, count = 400;
+    int32_t source[count][most_symbols + 1], ids[count][most_symbols + 1], targets[count][most_symbols + 1];
+    Example examples[count];
+    Reversals() {
+        unsigned random = 12345;
+        const auto next = [&](unsigned below) {
+            return static_cast<int>((random = random * 1664525u + 1013904223u) >> 8) % static_cast<int>(below);
+        };
+        for (int n = 0; n < count; ++n) {
+            const int length = 1 + next(most_symbols);
+            for (int i = 0; i < length; ++i) source[n][i] = 2 + next(8);
+            source[n][length] = 0, ids[n][0] = 1, targets[n][length] = 0;
+            for (int i = 0; i < length; ++i) ids[n][i + 1] = targets[n][i] = source[n][length - 1 - i];
+            const size_t size = static_cast<size_t>(length) + 1;
+            examples[n] = Example{{ids[n], size}, {targets[n], size}, {source[n], size}, {}};
+        }
+    }
+};
+static Config reverser() {
+    Config config = tiny_config();
+    config.encoder_layers = 1, config.layers = 1, config.vocab = 10, config.context = Reversals::most_symbols + 1;
+    return config;
+}
+
+TEST(examples, "an encoder-decoder could not learn to read one thing and say another, or micro-batches would teach it other things") {
+    static const Reversals data_of;
+    TrainConfig how = tiny_run(1000);
+    how.batch = 32, how.lr = 1e-2, how.weight_decay = 0.01;
+    Runtime runtime;
+    Model model;
+    Data data;
+    Trainer trainer;
+    Evaluation before, after;
+    StepResult result;
+    CHECK_OK(model.create(runtime, reverser(), Tokenizer()));
+    CHECK_OK(data.create(runtime, Span<const Example>(data_of.examples)));
+    CHECK_OK(trainer.create(runtime, model, how, data, &data));
+    CHECK_OK(trainer.evaluate(data, before));
+    while (trainer.step_count < how.steps && check_status(trainer.step(result), "step", __FILE__, __LINE__)) {
+    }
+    CHECK_OK(trainer.evaluate(data, after));
+    CHECK(before.loss > 2.2 && before.loss < 2.5 && before.tokens == data.tokens);
+    if (!CHECK(after.loss < 0.05 && after.top1 > 0.98)) printf("    loss %g, top1 %g\n", after.loss, after.top1);
+
+    uint64_t hashes[3];
+    for (int way = 0; way < 3; ++way) {
+        how.batch = way == 0 ? 12 : 3, how.accumulate = way == 0 ? 1 : 4, how.dropout = 0.1, how.steps = 5;
+        runtime.threads = way + 1;
+        Runtime other;
+        other.threads = way + 1, other.backend = way == 2 ? Backend::plain : Backend::cpu;
+        CHECK_OK(model.create(other, reverser(), Tokenizer()));
+        CHECK_OK(trainer.create(other, model, how, data));
+        for (int i = 0; i < 5; ++i) CHECK_OK(trainer.step(result));
+        hashes[way] = hash(model.weights, model.block);
+        trainer = Trainer(), model = Model();
+    }
+    CHECK(hashes[0] == hashes[1] && hashes[1] == hashes[2]);
+}
+TEST(wrong_examples, "an example that does not fit its model would be read beyond its end") {
+    Runtime runtime;
+    Model model, decoder;
+    Data data, text;
+    Trainer trainer;
+    StepResult result;
+    static const int32_t ids[20] = {1, 2, 3};
+    static const float numbers[6] = {};
+    const Example good{{ids, 3}, {ids, 3}, {ids, 2}, {}};
+    CHECK_OK(model.create(runtime, reverser(), Tokenizer()));
+    CHECK_OK(decoder.create(runtime, tiny_config(), Tokenizer()));
+    CHECK_OK(data.create(runtime, Span<const Example>(&good, 1)));
+    CHECK_OK(text.create(runtime, Span<const int32_t>(ids)));
+    TrainConfig how = tiny_run(20);
+    how.batch = 1;
+    CHECK(trainer.create(runtime, model, how, text).error == Error::invalid_argument);
+    CHECK_OK(trainer.create(runtime, model, how, data));
+    CHECK_OK(trainer.step(result));
+    const int32_t outside = 10;
+    const Example bad[] = {{{ids, 0}, {ids, 0}, {ids, 2}, {}},      {{ids, 8}, {ids, 8}, {ids, 2}, {}},
+                           {{ids, 3}, {ids, 2}, {ids, 2}, {}},      {{ids, 3}, {ids, 3}, {}, {}},
+                           {{ids, 3}, {ids, 3}, {ids, 8}, {}},      {{ids, 3}, {ids, 3}, {ids, 2}, {numbers, 3}},
+                           {{&outside, 1}, {ids, 1}, {ids, 2}, {}}, {{ids, 1}, {&outside, 1}, {ids, 2}, {}},
+                           {{ids, 1}, {ids, 1}, {&outside, 1}, {}}};
+    for (const Example& example : bad) CHECK(trainer.step(Span<const Example>(&example, 1), result).error == Error::invalid_argument);
+    CHECK(trainer.step_count == 1);
+    CHECK_OK(trainer.step(Span<const Example>(&good, 1), result));
+    CHECK_OK(trainer.create(runtime, decoder, how, text));
+    CHECK(trainer.step(Span<const Example>(&good, 1), result).error == Error::invalid_argument);
+}
+
 TEST(evaluating, "a loss would depend on who measures it, or a long measurement could not be watched and ended") {
     Runtime runtime;
     Model model;
