@@ -41,8 +41,8 @@ all: $(build)/babygpt
 $(build)/babygpt.o: babygpt.h Makefile
 	@mkdir -p $(@D)
 	echo '#include "babygpt.h"' | $(compile) -DBABYGPT_IMPLEMENTATION -c -x c++ - -o $@
-$(build)/babygpt: tools/babygpt.cpp $(build)/babygpt.o
-	$(compile) $^ $(LDFLAGS) -o $@
+$(build)/babygpt: tools/babygpt.cpp $(build)/babygpt.o tools/measures.h
+	$(compile) $(filter-out %.h,$^) $(LDFLAGS) -o $@
 $(patsubst %,$(build)/tests/%,$(filter-out fast,$(inside))): flags.release := -O1  # need no speed, and compile sooner
 $(inside:%=$(build)/tests/%): $(build)/tests/%: tests/%.cpp tests/check.h babygpt.h
 	@mkdir -p $(@D)
@@ -50,6 +50,7 @@ $(inside:%=$(build)/tests/%): $(build)/tests/%: tests/%.cpp tests/check.h babygp
 $(filter-out $(inside:%=$(build)/tests/%),$(tests:%=$(build)/tests/%)): $(build)/tests/%: tests/%.cpp tests/check.h $(build)/babygpt.o
 	@mkdir -p $(@D)
 	$(compile) $< $(build)/babygpt.o $(LDFLAGS) -o $@
+$(build)/tests/measures: tools/measures.h
 $(build)/ceilings: tools/bench/ceilings.cpp
 	@mkdir -p $(@D)
 	$(compile) $< $(LDFLAGS) -o $@
@@ -70,7 +71,7 @@ test-all: $(build)/babygpt $(build)/ceilings $(tests:%=$(build)/tests/%) example
 	@BABYGPT=$(build)/babygpt sh tests/run.sh $(programs:%=$(build)/tests/%) '$(build)/tests/tokenizer gpt2_damage 34' \
 	    '$(build)/tests/tokenizer piece_damage 40' $(wildcard tests/test_*.sh tests/test_*.py) tests/matrix.sh \
 	    'tools/compare_torch.py $(build)/tests/torch_steps' 'tools/compare_tokenizers.py --babygpt $(build)/babygpt' \
-	    'tools/compare_transformers.py --babygpt $(build)/babygpt'
+	    'tools/compare_transformers.py --babygpt $(build)/babygpt' 'tools/compare_measures.py --babygpt $(build)/babygpt'
 exam: $(build)/babygpt
 	python3 tools/village_exam.py $(build)/babygpt $(village)
 

@@ -217,6 +217,28 @@ for backend in plain cpu; do run 0 generate m8.safetensors --prompt a --tokens 3
 same 'int8 is the same in both backends' plain.out cpu.out
 run 0 bench decode --preset nano --dtype int8 --seconds 0.05 --json; json; has out '"dtype":"int8"'
 
+# ---- measuring texts ----
+printf 'the cat sat down here\n' > said; printf 'the cat sat up here now\r\n' > wanted; printf '0\n1\n1\n' > labels; printf '1\n1\n0\n' > guesses
+run 0 measure bleu said wanted;             has out '^BLEU  *34.98$'  # 100 exp(1 - 6/5) (4/5 2/4 1/3 1/4) ^ (1/4), of 5, 4, 3 and 2 n-grams
+run 0 measure bleu said wanted said --json; json; has out '^{"bleu":100,"precisions":\[100,100,100,100\],'
+run 0 measure distinct said wanted --json; json; has out '^{"distinct_1":0.636363636,"distinct_2":0.777777778,"repetition":0,"words":11}$'
+run 0 measure accuracy guesses labels --json; json; has out '^{"accuracy":0.333333333,"f1_macro":0.25,"f1":0.5,"positive":"1",'
+run 0 measure accuracy guesses labels --positive 0; has out '^F1 *0.0000 of 0'
+head -c 3000 a.txt | tail -c 120 > copy; printf 'qqqq' >> copy
+run 0 measure copied copy b.txt a.txt --json; json; has out '^{"longest":120,.*"document":2,"span":50,"spans":75,"copied_spans":71,'
+head -c 2000 a.txt > half
+run 0 measure copied a.txt half;            has out '^copied  *49.78 % of the spans of 50 characters (1,951 of 3,919)'
+printf '{"reply":"a horse"}\n{"reply":"a house\\n"}\n' > said.jsonl
+run 0 measure copied said.jsonl said.jsonl --field reply --span 7 --json; json; has out '"longest":8,"text":"a house\\n","document":2,.*"spans":3,"copied_spans":3'
+run 2 measure;                              says 'measure needs bleu'
+run 2 measure blue said wanted;             says 'must be bleu, distinct, accuracy or copied'
+run 2 measure bleu said;                    says 'bleu needs HYPOTHESES REFERENCES'
+run 1 measure bleu said a.txt;              says 'a.txt has .* lines, but said 1'
+run 1 measure accuracy none.txt labels;     says 'none.txt'
+run 2 measure accuracy guesses labels --positive 2; says "--positive '2'"
+run 2 measure distinct said --span 3;       says '--span belongs to measure copied'
+run 1 measure distinct /dev/null;           says 'no words'
+
 run 0 info m.safetensors --json; json;      has out '"parameters":[0-9]'
 run 0 info --preset baby --batch 8;         has out 'multiply-adds'
 run 0 attention m.safetensors 'You see' --svg at.svg; has at.svg '</svg>'

@@ -6,7 +6,7 @@
 //
 // A command is a function: it lists its options in a table, parses, and does its work. Errors are thrown as Failure and become one line in
 // main. Results go to standard output, everything else to standard error; with --json standard output holds one JSON object a line.
-// In this order: errors and text, output, JSON, options, files, charts, training, talking, looking, measuring, main.
+// In this order: errors and text, output, JSON, options, files, charts, training, talking, looking, measuring texts, measuring speed, main.
 
 #include "../babygpt.h"
 
@@ -32,6 +32,8 @@
 #include <type_traits>
 #include <variant>
 #include <vector>
+
+#include "measures.h"
 
 #if defined(_WIN32)
 #ifndef NOMINMAX
@@ -2395,6 +2397,186 @@ int attention(Arguments& in) {
 }
 
 // =====================================================================================================================
+// Measuring texts (the arithmetic is in measures.h)
+// =====================================================================================================================
+
+vector<string> read_lines(const string& path) {
+    const string text = path == "-" ? read_all(stdin, "standard input") : read_file(path);
+    vector<string> lines;
+    for (size_t at = 0; at < text.size();) {
+        const size_t end = std::min(text.find('\n', at), text.size());
+        lines.push_back(text.substr(at, end - at));
+        if (!lines.back().empty() && lines.back().back() == '\r') lines.back().pop_back();
+        at = end + 1;
+    }
+    return lines;
+}
+
+// A line of the one belongs to a line of the other.
+void need_as_many(const string& a_name, const vector<string>& a, const string& b_name, const vector<string>& b) {
+    if (a.size() != b.size()) error(format("%s has %zu lines, but %s %zu", a_name.c_str(), a.size(), b_name.c_str(), b.size()));
+    if (a.empty()) error(a_name + " is empty: there is nothing to measure");
+}
+
+// Calls f(bytes, end_of_document) with all text of the files.
+template <class F>
+void read_text(Runtime& runtime, const vector<string>& files, const CorpusConfig& config, F f) {
+    struct Reader {
+        F& f;
+        std::exception_ptr failure;
+        static bool read(void* user, Text bytes, bool end_of_document) noexcept {  // called by the library
+            Reader& reader = *static_cast<Reader*>(user);
+            try {
+                reader.f(std::string_view(bytes.data, bytes.size), end_of_document);
+            } catch (...) {
+                reader.failure = std::current_exception();
+            }
+            return !reader.failure;
+        }
+    } reader{f, nullptr};
+    Corpus corpus;
+    open_corpus(runtime, files, config, corpus);
+    const Status status = corpus.read(Part::all, Reader::read, &reader);
+    if (reader.failure) std::rethrow_exception(reader.failure);
+    must(status);
+}
+
+void measure_bleu(const vector<string>& files, bool json) {
+    const vector<string> hypotheses = read_lines(files[0]);
+    vector<vector<string>> references;
+    for (size_t i = 1; i < files.size(); ++i) {
+        references.push_back(read_lines(files[i]));
+        need_as_many(files[i], references.back(), files[0], hypotheses);
+    }
+    const measures::Bleu bleu = measures::bleu(hypotheses, references);
+    if (json) {
+        Json line;
+        line.add("bleu", bleu.score).raw("precisions", json_list(bleu.precisions, 4)).add("brevity_penalty", bleu.brevity_penalty);
+        line.add("hypothesis_words", bleu.hypothesis_words).add("reference_words", bleu.reference_words).add("lines", hypotheses.size());
+        line.print();
+        return;
+    }
+    put_line(format("BLEU           %.2f", bleu.score));
+    put_line(format("precisions     %.1f / %.1f / %.1f / %.1f %% of the 1- to 4-grams", bleu.precisions[0], bleu.precisions[1],
+                    bleu.precisions[2], bleu.precisions[3]));
+    put_line(format("brevity        penalty %.3f (%s words, the references %s)", bleu.brevity_penalty,
+                    grouped(int64_t(bleu.hypothesis_words)).c_str(), grouped(int64_t(bleu.reference_words)).c_str()));
+}
+
+void measure_variety(const vector<string>& files, bool json) {
+    vector<string> lines;
+    for (const string& file : files)
+        for (string& line : read_lines(file)) lines.push_back(std::move(line));
+    const measures::Variety variety = measures::variety(lines);
+    if (variety.words == 0) error(files[0] + " has no words: there is nothing to measure");
+    if (json) {
+        Json line;
+        line.add("distinct_1", variety.distinct1).add("distinct_2", variety.distinct2).add("repetition", variety.repetition);
+        line.add("words", variety.words).print();
+        return;
+    }
+    put_line(format("distinct-1     %.4f of the words are different ones", variety.distinct1));
+    put_line(format("distinct-2     %.4f of the pairs", variety.distinct2));
+    put_line(format("repetition     %.4f of the 4-grams had been said before", variety.repetition));
+    put_line(format("words          %s", grouped(int64_t(variety.words)).c_str()));
+}
+
+void measure_accuracy(const vector<string>& files, string positive, bool json) {
+    const vector<string> predictions = read_lines(files[0]), real = read_lines(files[1]);
+    need_as_many(files[0], predictions, files[1], real);
+    const measures::Classification result = measures::classification(predictions, real);
+    const auto& labels = result.labels;
+    if (!positive.empty() && labels.count(positive) == 0) usage("--positive '" + positive + "': no line of either file is this label");
+    const bool zeros_and_ones =
+        std::all_of(labels.begin(), labels.end(), [](const auto& label) { return label.first == "0" || label.first == "1"; });
+    if (positive.empty() && zeros_and_ones) positive = "1";
+    const auto chosen = labels.find(positive);
+    const double f1 = positive.empty() ? none : chosen == labels.end() ? 0 : chosen->second.f1();
+    if (json) {
+        string table;
+        for (const auto& [name, score] : labels) {
+            Json label;
+            label.add("label", name).add("precision", score.precision()).add("recall", score.recall()).add("f1", score.f1());
+            table += (table.empty() ? "" : ",") + label.add("lines", score.real).text + "}";
+        }
+        Json line;
+        line.add("accuracy", result.accuracy).add("f1_macro", result.f1_macro);
+        if (!positive.empty()) line.add("f1", f1).add("positive", positive);
+        line.add("lines", real.size()).raw("labels", "[" + table + "]").print();
+        return;
+    }
+    put_line(format("accuracy       %.2f %% of %s lines", 100 * result.accuracy, grouped(int64_t(real.size())).c_str()));
+    if (!positive.empty()) put_line(format("F1             %.4f of %s", f1, visible(positive, false).c_str()));
+    put_line(format("F1, macro      %.4f, the mean of %zu labels", result.f1_macro, labels.size()));
+    put_line("\n" + pad("label", 20) + " precision    recall        F1     lines");
+    for (const auto& [name, score] : labels)
+        put_line(pad(cut(visible(name, false), 17), 20) +
+                 format("%10.4f%10.4f%10.4f%10s", score.precision(), score.recall(), score.f1(), grouped(int64_t(score.real)).c_str()));
+}
+
+void measure_copied(Runtime& runtime, const vector<string>& files, const TextOptions& text, int span, bool json) {
+    measures::CopyMeter meter{size_t(span)};
+    read_text(runtime, {files[0]}, text.config(0), [&](std::string_view bytes, bool end) {
+        if (!meter.output(bytes, end)) error(files[0] + " is too long to look for its parts elsewhere: give a gigabyte at most");
+    });
+    meter.finish_output();
+    read_text(runtime, vector<string>(files.begin() + 1, files.end()), text.config(0),
+              [&](std::string_view bytes, bool end) { meter.training(bytes, end); });
+    const measures::Copied copied = meter.result();
+    if (json) {
+        Json line;
+        line.add("longest", copied.longest).add("text", copied.text).add("document", copied.document).add("span", span);
+        line.add("spans", copied.spans).add("copied_spans", copied.found).add("copied_share", copied.spans > 0 ? copied.share() : none);
+        line.add("characters", copied.characters).print();
+        return;
+    }
+    put_line(format("longest        %s of %s characters stand in the training text as they are, in document %s:",
+                    grouped(int64_t(copied.longest)).c_str(), grouped(int64_t(copied.characters)).c_str(),
+                    grouped(int64_t(copied.document)).c_str()));
+    put_line("               " + visible(cut(copied.text, 400), false));
+    if (copied.spans > 0)
+        put_line(format("copied         %.2f %% of the spans of %d characters (%s of %s)", 100 * copied.share(), span,
+                        grouped(int64_t(copied.found)).c_str(), grouped(int64_t(copied.spans)).c_str()));
+    else put_line(format("copied         there is no span of %d characters", span));
+}
+
+int measure(Arguments& in) {
+    Common common;
+    TextOptions text;
+    string positive;
+    int span = 50;
+    bool json = false;
+    in.parse(common,
+             vector<Option>{{"--json", nullptr, "one JSON object", &json},
+                            {"--positive", "LABEL", "accuracy: the label whose F1 is said (1, where the labels are 0 and 1)", &positive},
+                            {"--span", "N", "copied: characters of a span (50)", &span, 1, 1e6},
+                            {nullptr, nullptr, "How copied reads its texts"}} +
+                 text.options(),
+             2, 1000000);
+    const string what = in.operands[0];
+    const vector<string> files(in.operands.begin() + 1, in.operands.end());
+    const std::pair<const char*, const char*> kinds[] = {{"bleu", "HYPOTHESES REFERENCES..."},
+                                                         {"distinct", "FILE..."},
+                                                         {"accuracy", "PREDICTIONS LABELS"},
+                                                         {"copied", "OUTPUT TRAINING_FILE..."}};
+    const auto kind = std::find_if(std::begin(kinds), std::end(kinds), [&](const auto& k) { return what == k.first; });
+    if (kind == std::end(kinds)) usage("measure '" + what + "': must be bleu, distinct, accuracy or copied");
+    if (what != "distinct" && files.size() < 2) usage("measure " + what + " needs " + kind->second);
+    if (what == "accuracy" && files.size() > 2) usage("measure accuracy: '" + files[2] + "' is one argument too many");
+    for (const auto& [option, owner] : {std::pair{"--positive", "accuracy"},
+                                        {"--span", "copied"},
+                                        {"--field", "copied"},
+                                        {"--column", "copied"},
+                                        {"--dialogues", "copied"}})
+        if (in.has(option) && what != owner) usage(format("%s belongs to measure %s", option, owner));
+    if (what == "bleu") measure_bleu(files, json);
+    else if (what == "distinct") measure_variety(files, json);
+    else if (what == "accuracy") measure_accuracy(files, positive, json);
+    else measure_copied(common.runtime, files, text, span, json);
+    return 0;
+}
+
+// =====================================================================================================================
 // Measuring and checking: bench, compare, selftest
 // =====================================================================================================================
 
@@ -2784,6 +2966,15 @@ const vector<Command> commands = {
      make_tokenizer},
     {"info", "M | --preset NAME [options]", "What a model is made of, and how much memory it takes.",
      "  babygpt info --preset baby --batch 8\n", info},
+    {"measure", "bleu|distinct|accuracy|copied FILE... [options]",
+     "How good a text is. bleu HYPOTHESES REFERENCES...: sacrebleu's corpus BLEU, a segment a line. distinct FILE...: the share of "
+     "different "
+     "words and pairs of words, and of 4-grams that repeat. accuracy PREDICTIONS LABELS: and F1, a label a line. copied OUTPUT "
+     "TRAINING_FILE...: the longest part of a model's output that stands in the training text, and the share that is copied.",
+     "  babygpt measure bleu ours.txt reference.txt\n  babygpt measure distinct written.txt\n"
+     "  babygpt measure accuracy predicted.txt labels.txt --positive yes\n"
+     "  babygpt measure copied written.txt train.jsonl --field dialogue\n",
+     measure},
     {"attention", "M TEXT [options]", "Which earlier tokens each token looks at.",
      "  babygpt attention m.safetensors 'Kedi mama yer' --layer 1 --svg cat.svg\n", attention},
     {"plot", "LOG.csv... [options]", "Draws the loss curves of logs (train --log).", "  babygpt plot a.csv b.csv --svg curves.svg\n", plot},

@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""Compares `babygpt measure` with sacrebleu, scikit-learn, and sums written out here, on real and random texts.
+
+    tools/compare_measures.py [--babygpt build/babygpt] [--shared ../shared]
+
+What is missing is skipped with a line that says so.
+"""
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+
+chosen = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+babygpt, shared = chosen.get("--babygpt", "build/babygpt"), chosen.get("--shared", "../shared")
+passed = failed = 0
+rng = random.Random(1)
+
+
+def check(what, good, found):
+    global passed, failed
+    passed, failed = passed + bool(good), failed + (not good)
+    print(f"{'ok' if good else 'FAILED'}  {what}: {found}")
+
+
+def measure(kind, *texts, options=()):
+    """Each text is a list of lines."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for lines in texts:
+            paths.append(os.path.join(folder, str(len(paths))))
+            with open(paths[-1], "w", encoding="utf-8", newline="") as file:
+                file.write("".join(line + "\n" for line in lines))
+        return json.loads(subprocess.run([babygpt, "measure", kind, *paths, "--json", *options], check=True, stdout=subprocess.PIPE).stdout)
+
+
+def records(name):
+    path = os.path.join(shared, "data", name)
+    if not os.path.exists(path):
+        print(f"skipped: {path} is absent")
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file] if name.endswith("jsonl") else [line.rstrip("\n") for line in file]
+
+
+def one_line(text):
+    return " ".join(text.split())
+
+
+def noisy(text):
+    """Some words left out, twice, or exchanged."""
+    words = text.split(" ")
+    for _ in range(len(words) // 4):
+        i, j = rng.randrange(len(words)), rng.randrange(len(words))
+        words[i] = rng.choice(["", words[i] + " " + words[i], words[j], words[i].lower(), "&quot;" + words[i]])
+    return " ".join(words)
+
+
+def random_line(alphabet, longest):
+    return "".join(rng.choice(alphabet) for _ in range(rng.randrange(longest)))
+
+
+def against_sacrebleu():
+    try:
+        import sacrebleu
+    except ImportError:
+        return print("skipped: sacrebleu is not here")
+    cases = []
+    tests = records("dialogsum/dialogsum.test.jsonl")
+    if tests:
+        summaries = [[one_line(r[f"summary{k}"]) for r in tests] for k in (1, 2, 3)]
+        cases += [("DialogSum, one person's summaries against another's", summaries[0], summaries[1:2]),
+                  ("DialogSum, against two persons'", summaries[0], summaries[1:]),
+                  ("DialogSum, with noise", [noisy(s) for s in summaries[1]], summaries),
+                  ("DialogSum, too short", [" ".join(s.split()[:4]) for s in summaries[1]], summaries[:2])]
+    for name in ("parallel/tur-eng_manythings.tsv", "parallel/ud_atis_en-tr.dev.tsv", "text/tinyshakespeare.txt"):
+        lines = [line.split("\t")[-1] for line in records(name)][:3000]
+        if lines:
+            cases.append((name, [noisy(line) for line in lines], [lines]))
+    symbols = "ab1.,-'&;:/<>[]{}~^ \u00e9\u0130\u2019\u00a0\u3000\u2009\u20ac"
+    for seed in range(20):
+        texts = [[random_line(symbols, 60) for _ in range(60)] for _ in range(2)]
+        cases.append((f"random symbols {seed}", [noisy(t) for t in texts[0]], [texts[0], texts[1]]))
+    cases += [("the same", ["The cat sat on the mat."], [["The cat sat on the mat."]]), ("nothing agrees", ["a b c d e"], [["f g h i j"]]),
+              ("empty", [""], [["a b c"]]), ("two words", ["a b"], [["a b"]]), ("only words agree", ["a c b e d"], [["a b c d e"]]),
+              ("entities", ["&amp;lt; 3.5, 1,000-fold <skipped> x-y it's \"so\""], [["< 3.5, 1,000-fold x-y it's &quot;so&quot;"]])]
+    for what, hypotheses, references in cases:
+        theirs, ours = sacrebleu.corpus_bleu(hypotheses, references), measure("bleu", hypotheses, *references)
+        good = abs(theirs.score - ours["bleu"]) < 1e-6 and (theirs.sys_len, theirs.ref_len) == (ours["hypothesis_words"], ours["reference_words"])
+        check(f"BLEU, {what}", good and f"{theirs.score:.2f}" == f"{ours['bleu']:.2f}", f"{ours['bleu']:.4f}, sacrebleu {theirs.score:.4f}")
+
+
+def against_scikit_learn():
+    try:
+        from sklearn.metrics import accuracy_score, f1_score
+    except ImportError:
+        return print("skipped: scikit-learn is not here")
+    for names, right in ((("0", "1"), 0.8), (("0", "1"), 0), (("yes", "no"), 0.6), (tuple("abcdefg"), 0.5), (("b\u00fcy\u00fck", "k\u00fc\u00e7\u00fck", "x"), 0.9)):
+        real = [rng.choice(names[:-1] if len(names) > 2 else names) for _ in range(1000)]
+        predicted = [r if rng.random() < right else rng.choice(names) for r in real]
+        ours = measure("accuracy", predicted, real, options=["--positive", names[1]])
+        theirs = (accuracy_score(real, predicted), f1_score(real, predicted, average="macro"),
+                  f1_score(real, predicted, labels=[names[1]], average=None)[0])
+        found = (ours["accuracy"], ours["f1_macro"], ours["f1"])
+        check(f"accuracy, macro F1, F1 of {names[1]} of {len(names)}", max(abs(a - b) for a, b in zip(found, theirs)) < 1e-8, found)
+    real, predicted = [str(rng.randrange(2)) for _ in range(99)], ["0"] * 99
+    check("binary F1 where 1 is never said", measure("accuracy", predicted, real)["f1"] == f1_score(list(map(int, real)), list(map(int, predicted))), 0)
+
+
+def against_sums():
+    lines = [one_line(r["summary"]) for r in records("dialogsum/dialogsum.dev.jsonl")] + ["a a a a a a", "", "one"]
+    grams = {n: [tuple(w[i:i + n]) for w in map(str.split, lines) for i in range(len(w) - n + 1)] for n in (1, 2, 4)}
+    shares = {n: len(set(g)) / len(g) for n, g in grams.items()}
+    ours = measure("distinct", lines)
+    good = abs(ours["distinct_1"] - shares[1]) + abs(ours["distinct_2"] - shares[2]) + abs(ours["repetition"] - 1 + shares[4]) < 1e-8
+    check("distinct-1, distinct-2, repetition", good, ours)
+    dialogues = records("dialogsum/dialogsum.dev.jsonl")
+    if dialogues:  # a text that quotes
+        training = "\n".join(r["dialogue"] for r in dialogues) + "\n"
+        output = "".join(training[i:i + rng.randrange(200)] + random_line("abc \u00e9", 80) for i in rng.sample(range(len(training)), 60)) + "\n"
+        spans = [output[i:i + 50] for i in range(len(output) - 49)]
+        copied = sum(span in training for span in spans)
+        fits = [0, len(output) + 1]  # the longest length that is copied, and one that is not
+        while fits[1] - fits[0] > 1:
+            middle = sum(fits) // 2
+            fits[not any(output[i:i + middle] in training for i in range(len(output) - middle + 1))] = middle
+        ours = measure("copied", [output[:-1]], [training[:-1]])
+        good = (ours["spans"], ours["copied_spans"], ours["longest"], len(ours["text"])) == (len(spans), copied, fits[0], fits[0])
+        check("copied", good and ours["text"] in training and ours["text"] in output, f"{copied} of {len(spans)} spans, longest {fits[0]}")
+
+
+against_sacrebleu()
+against_scikit_learn()
+against_sums()
+print(f"{passed} passed, {failed} failed")
+sys.exit(failed > 0)
