@@ -7815,10 +7815,37 @@ Status check_ids(const TrainerState& s) {
             return fail(Error::invalid_argument, "the target ", s.targets[i], " is none of the model's ", outputs);
     return Status();
 }
-// One update. fill(micro) puts a micro-batch into state->ids and state->targets.
-// Gradients are sums over tokens; they are divided once, here: so micro-batches add up to the bits of the large batch.
-template <class Fill>
-Status update(Trainer& t, const Fill& fill, StepResult& result) {
+// Where a step's batch comes from: the caller's examples, the caller's windows of ids and targets, or, without either, the training data.
+struct Given {
+    Span<const Example> examples;
+    const int32_t *ids = nullptr, *targets = nullptr;
+};
+Status fill_batch(Trainer& t, const Given& given, int micro) {
+    TrainerState& s = *t.state;
+    const Config& config = t.model->config;
+    const uint64_t batch = static_cast<uint64_t>(t.config.batch), first = static_cast<uint64_t>(micro) * batch;
+    const uint64_t before = static_cast<uint64_t>(t.step_count) * batch * static_cast<uint64_t>(t.config.accumulate);
+    empty_batch(s);
+    for (uint64_t n = first; n < first + batch; ++n) {
+        const size_t i = static_cast<size_t>(n), context = static_cast<size_t>(config.context);
+        const Example* example = given.examples.size > 0 ? &given.examples[i] : nullptr;
+        Example window;
+        if (given.ids) {
+            window.ids = {given.ids + i * context, context}, window.targets = {given.targets + i * context, context};
+            example = &window;
+        }
+        if (!example) example = t.training->training_example(t.config.seed, before + n);
+        if (example) BABYGPT_TRY(add_example(s, config, *example));
+        else {
+            BABYGPT_TRY(t.training->training_window(t.config.seed, before + n, config.context, s.ids + s.rows, s.targets + s.rows));
+            add_window(s, config.context);
+        }
+    }
+    return check_ids(s);
+}
+
+// One update. Gradients are sums over tokens; they are divided once, here: so micro-batches add up to the bits of the large batch.
+Status update(Trainer& t, const Given& given, StepResult& result) {
     const FloatMode mode;
     const double start = seconds_now();
     TrainerState& s = *t.state;
@@ -7827,9 +7854,7 @@ Status update(Trainer& t, const Fill& fill, StepResult& result) {
     int64_t tokens = 0;
     uint64_t first_row[3] = {};
     for (int micro = 0; micro < t.config.accumulate; ++micro) {
-        empty_batch(s);
-        Status status = fill(micro);
-        if (status.ok()) status = check_ids(s);
+        const Status status = fill_batch(t, given, micro);
         if (!status.ok()) {  // nothing may be left of the micro-batches before
             memset(t.gradients, 0, static_cast<size_t>(s.tape.weight_block) * sizeof(float));
             memset(s.regions.lookup_gradients, 0, static_cast<size_t>(s.tape.lookup_block()) * sizeof(float));
@@ -7890,55 +7915,26 @@ Status update(Trainer& t, const Fill& fill, StepResult& result) {
 
 }  // namespace
 
-Status Trainer::step(StepResult& result) {
-    if (!state) return no_trainer();
-    const int context = model->config.context;
-    const uint64_t batch = static_cast<uint64_t>(config.batch), per_step = batch * static_cast<uint64_t>(config.accumulate);
-    const auto fill = [&](int micro) {
-        for (uint64_t i = 0; i < batch; ++i) {
-            const uint64_t n = static_cast<uint64_t>(step_count) * per_step + static_cast<uint64_t>(micro) * batch + i;
-            if (const Example* example = training->training_example(config.seed, n)) {
-                BABYGPT_TRY(add_example(*state, model->config, *example));
-                continue;
-            }
-            BABYGPT_TRY(training->training_window(config.seed, n, context, state->ids + state->rows, state->targets + state->rows));
-            add_window(*state, context);
-        }
-        return Status();
-    };
-    return update(*this, fill, result);
-}
+Status Trainer::step(StepResult& result) { return state ? update(*this, Given(), result) : no_trainer(); }
 
 Status Trainer::step(Span<const int32_t> ids, Span<const int32_t> targets, StepResult& result) {
     if (!state) return no_trainer();
-    const size_t context = static_cast<size_t>(model->config.context), batch = static_cast<size_t>(config.batch),
-                 wanted = batch * context * static_cast<size_t>(config.accumulate);
+    const size_t wanted =
+        static_cast<size_t>(config.batch) * static_cast<size_t>(config.accumulate) * static_cast<size_t>(model->config.context);
     if (ids.size != wanted || targets.size != wanted)
         return fail(Error::invalid_argument, "a step needs ", static_cast<uint64_t>(wanted),
                     " ids and targets (batch * accumulate * context), not ", static_cast<uint64_t>(ids.size), " and ",
                     static_cast<uint64_t>(targets.size));
-    const auto fill = [&](int micro) {
-        for (size_t i = 0; i < batch; ++i) {
-            const size_t at = (static_cast<size_t>(micro) * batch + i) * context;
-            BABYGPT_TRY(add_example(*state, model->config, Example{{ids.data + at, context}, {targets.data + at, context}, {}, {}}));
-        }
-        return Status();
-    };
-    return update(*this, fill, result);
+    return update(*this, Given{{}, ids.data, targets.data}, result);
 }
 
 Status Trainer::step(Span<const Example> examples, StepResult& result) {
     if (!state) return no_trainer();
-    const size_t batch = static_cast<size_t>(config.batch), wanted = batch * static_cast<size_t>(config.accumulate);
+    const size_t wanted = static_cast<size_t>(config.batch) * static_cast<size_t>(config.accumulate);
     if (examples.size != wanted)
         return fail(Error::invalid_argument, "a step needs ", uint64_t(wanted), " examples (batch * accumulate), not ",
                     uint64_t(examples.size));
-    const auto fill = [&](int micro) {
-        for (size_t i = 0; i < batch; ++i)
-            BABYGPT_TRY(add_example(*state, model->config, examples[static_cast<size_t>(micro) * batch + i]));
-        return Status();
-    };
-    return update(*this, fill, result);
+    return update(*this, Given{examples, nullptr, nullptr}, result);
 }
 
 namespace {
@@ -11948,7 +11944,7 @@ struct Work {
 };
 
 template <class Set>
-BABYGPT_INLINE void forward_part(const Work& work, int from, int to, float* space) {
+BABYGPT_INLINE void forward_part(const Work& work, int from, int to) {
     using R = Rows<Set>;
     const Op& op = work.tape.ops[static_cast<size_t>(work.number)];
     const Run& run = work.run;
@@ -11975,13 +11971,10 @@ BABYGPT_INLINE void forward_part(const Work& work, int from, int to, float* spac
             return R::dropout_forward(y, x, Dropout(run, work.number, op.side), op.in, from, to);
         case OpKind::add:
             return R::add_forward(y + first, x + first, values(work.tape, work.r, op.x2) + first, count);
-        case OpKind::attention:
-            for (int i = from; i < to; ++i)
-                R::attention_forward(Attention<float>(work.tape, work.r, run, op, static_cast<size_t>(i / op.kv_heads)),
-                                     Dropout(run, work.number, op.side), i % op.kv_heads, space);
-            return;
         case OpKind::pool:
             return R::pool_forward(y, x, run.sequences, op.in, op.first, from, to);
+        case OpKind::attention:
+            return;  // apart, below
         case OpKind::head: {
             const int row = work.first_row + from;
             int32_t* ranks = work.r.ranks ? work.r.ranks + row : nullptr;
@@ -11992,7 +11985,7 @@ BABYGPT_INLINE void forward_part(const Work& work, int from, int to, float* spac
 }
 
 template <class Set>
-BABYGPT_INLINE void backward_part(const Work& work, int from, int to, float* space) {
+BABYGPT_INLINE void backward_part(const Work& work, int from, int to) {
     using R = Rows<Set>;
     const Tape& tape = work.tape;
     const Op& op = tape.ops[static_cast<size_t>(work.number)];
@@ -12024,17 +12017,26 @@ BABYGPT_INLINE void backward_part(const Work& work, int from, int to, float* spa
         case OpKind::add:
             R::add_backward(dx + first, dy + first, count, op.adds_to_dx);
             return R::add_backward(dx2 + first, dy + first, count, op.adds_to_dx2);
-        case OpKind::attention:
-            for (int i = from; i < to; ++i)
-                R::attention_backward(Attention<float>(tape, work.r, run, op, static_cast<size_t>(i / op.kv_heads)),
-                                      Dropout(run, work.number, op.side), i % op.kv_heads, space);
-            return;
         case OpKind::pool:
             return R::pool_backward(dx, dy, run.sequences, op.in, op.first, op.adds_to_dx, from, to);
         case OpKind::head:
             return R::bias_backward(db, work.logits, work.chunk, static_cast<int>(work.logits_stride), column, end);
         case OpKind::input:
+        case OpKind::attention:
             return;
+    }
+}
+
+// From unit to unit: the kv heads of the first sequence, of the second one, and so on. (Apart from the others, since a compiler takes longer
+// for one long function than for two.)
+template <class Set>
+BABYGPT_INLINE void attention_part(const Work& work, int from, int to, float* space, bool backward) {
+    const Op& op = work.tape.ops[static_cast<size_t>(work.number)];
+    const Dropout drop(work.run, work.number, op.side);
+    for (int i = from; i < to; ++i) {
+        const Attention<float> a(work.tape, work.r, work.run, op, static_cast<size_t>(i / op.kv_heads));
+        if (backward) Rows<Set>::attention_backward(a, drop, i % op.kv_heads, space);
+        else Rows<Set>::attention_forward(a, drop, i % op.kv_heads, space);
     }
 }
 
@@ -12074,52 +12076,57 @@ struct Kernels {
     void (*pack_b)(float* to, const Factor& b, int column, int depth, int columns, Dtype dtype);
     void (*block)(const Product& p, const float* a, const float* b, int row, int column, int end);
     void (*single_row)(const Product& p, const float* b, int column, int end);
-    void (*forward)(const Work& work, int from, int to, float* space);
-    void (*backward)(const Work& work, int from, int to, float* space);
+    void (*forward)(const Work& work, int from, int to);
+    void (*backward)(const Work& work, int from, int to);
+    void (*attention)(const Work& work, int from, int to, float* space, bool backward);
     void (*update)(const Update& u, int from, int to);
     float (*biggest)(const float* x, int n);
     float (*exponentials)(float* to, const float* x, int n, float biggest, float factor);
     double (*ceiling)(int64_t rounds, float* result);
 };
 
-#define BABYGPT_KERNELS(set, Set, name, target)                                                                                      \
-    struct set {                                                                                                                     \
-        target static void pack_a(float* to, const Factor& a, int row, int depth, int rows) {                                        \
-            Products<Set>::pack_a(to, a, row, depth, rows);                                                                          \
-        }                                                                                                                            \
-        static int64_t panel_floats(Dtype dtype, int depth) { return Products<Set>::panel_floats(dtype, depth); }                    \
-        target static void pack_b(float* to, const Factor& b, int column, int depth, int columns, Dtype dtype) {                     \
-            Products<Set>::pack_b(to, b, column, depth, columns, dtype);                                                             \
-        }                                                                                                                            \
-        target static void block(const Product& p, const float* a, const float* b, int row, int column, int end) {                   \
-            Products<Set>::block(p, a, b, row, column, end);                                                                         \
-        }                                                                                                                            \
-        target static void single_row(const Product& p, const float* b, int column, int end) {                                       \
-            Products<Set>::single_row(p, b, column, end);                                                                            \
-        }                                                                                                                            \
-        target static void forward(const Work& work, int from, int to, float* space) { forward_part<Set>(work, from, to, space); }   \
-        target static void backward(const Work& work, int from, int to, float* space) { backward_part<Set>(work, from, to, space); } \
-        target static void update(const Update& u, int from, int to) { update_part<Set>(u, from, to); }                              \
-        target static float biggest(const float* x, int n) { return Rows<Set>::biggest_of(x, n); }                                   \
-        target static float exponentials(float* to, const float* x, int n, float biggest, float factor) {                            \
-            return Rows<Set>::exponentials(to, x, n, biggest, factor);                                                               \
-        }                                                                                                                            \
-        target static double ceiling(int64_t rounds, float* result) { return Products<Set>::ceiling(rounds, result); }               \
-        static constexpr Kernels table = {name,                                                                                      \
-                                          Products<Set>::tile_rows,                                                                  \
-                                          Products<Set>::tile_columns,                                                               \
-                                          &Rows<Set>::attention_scratch,                                                             \
-                                          &pack_a,                                                                                   \
-                                          &panel_floats,                                                                             \
-                                          &pack_b,                                                                                   \
-                                          &block,                                                                                    \
-                                          &single_row,                                                                               \
-                                          &forward,                                                                                  \
-                                          &backward,                                                                                 \
-                                          &update,                                                                                   \
-                                          &biggest,                                                                                  \
-                                          &exponentials,                                                                             \
-                                          &ceiling};                                                                                 \
+#define BABYGPT_KERNELS(set, Set, name, target)                                                                        \
+    struct set {                                                                                                       \
+        target static void pack_a(float* to, const Factor& a, int row, int depth, int rows) {                          \
+            Products<Set>::pack_a(to, a, row, depth, rows);                                                            \
+        }                                                                                                              \
+        static int64_t panel_floats(Dtype dtype, int depth) { return Products<Set>::panel_floats(dtype, depth); }      \
+        target static void pack_b(float* to, const Factor& b, int column, int depth, int columns, Dtype dtype) {       \
+            Products<Set>::pack_b(to, b, column, depth, columns, dtype);                                               \
+        }                                                                                                              \
+        target static void block(const Product& p, const float* a, const float* b, int row, int column, int end) {     \
+            Products<Set>::block(p, a, b, row, column, end);                                                           \
+        }                                                                                                              \
+        target static void single_row(const Product& p, const float* b, int column, int end) {                         \
+            Products<Set>::single_row(p, b, column, end);                                                              \
+        }                                                                                                              \
+        target static void forward(const Work& work, int from, int to) { forward_part<Set>(work, from, to); }          \
+        target static void backward(const Work& work, int from, int to) { backward_part<Set>(work, from, to); }        \
+        target static void attention(const Work& work, int from, int to, float* space, bool backward) {                \
+            attention_part<Set>(work, from, to, space, backward);                                                      \
+        }                                                                                                              \
+        target static void update(const Update& u, int from, int to) { update_part<Set>(u, from, to); }                \
+        target static float biggest(const float* x, int n) { return Rows<Set>::biggest_of(x, n); }                     \
+        target static float exponentials(float* to, const float* x, int n, float biggest, float factor) {              \
+            return Rows<Set>::exponentials(to, x, n, biggest, factor);                                                 \
+        }                                                                                                              \
+        target static double ceiling(int64_t rounds, float* result) { return Products<Set>::ceiling(rounds, result); } \
+        static constexpr Kernels table = {name,                                                                        \
+                                          Products<Set>::tile_rows,                                                    \
+                                          Products<Set>::tile_columns,                                                 \
+                                          &Rows<Set>::attention_scratch,                                               \
+                                          &pack_a,                                                                     \
+                                          &panel_floats,                                                               \
+                                          &pack_b,                                                                     \
+                                          &block,                                                                      \
+                                          &single_row,                                                                 \
+                                          &forward,                                                                    \
+                                          &backward,                                                                   \
+                                          &attention,                                                                  \
+                                          &update,                                                                     \
+                                          &biggest,                                                                    \
+                                          &exponentials,                                                               \
+                                          &ceiling};                                                                   \
     };
 
 #if defined(__ARM_NEON) && BABYGPT_VECTORS
@@ -12216,10 +12223,14 @@ struct Walk {
                [&](int i, float* space) { f(static_cast<int>(i * units / items), static_cast<int>((i + 1) * units / items), space); });
     }
     void share_forward(const Work& work, int units, int64_t cost) const {
-        share(units, cost, [&](int from, int to, float* space) { kernels.forward(work, from, to, space); });
+        share(units, cost, [&](int from, int to, float*) { kernels.forward(work, from, to); });
     }
     void share_backward(const Work& work, int units, int64_t cost) const {
-        share(units, cost, [&](int from, int to, float* space) { kernels.backward(work, from, to, space); });
+        share(units, cost, [&](int from, int to, float*) { kernels.backward(work, from, to); });
+    }
+    void share_attention(const Work& work, const Op& op, bool backward) const {
+        share(attention_units(op), attention_cost(op) * (backward ? 5 : 2),
+              [&](int from, int to, float* space) { kernels.attention(work, from, to, space, backward); });
     }
 
     // ---- products ----
@@ -12341,7 +12352,7 @@ struct Walk {
         const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w), *b = weights(tape, r, op.b);
         switch (op.kind) {
             case OpKind::attention:
-                return share_forward(work, attention_units(op), attention_cost(op) * 2);
+                return share_attention(work, op, false);
             case OpKind::linear: {
                 float* before = values(tape, r, op.aux != nothing ? op.aux : op.y);
                 const Product p{before, op.out, b, 0, Factor{x, op.in, along}, forward_factor(tape, op, w), rows, op.out, op.in};
@@ -12419,7 +12430,7 @@ struct Walk {
         const int groups = (op.out + column_group - 1) / column_group, rows = run.on(op.side).rows;
         switch (op.kind) {
             case OpKind::attention:
-                return share_backward(work, attention_units(op), attention_cost(op) * 5);
+                return share_attention(work, op, true);
             case OpKind::linear: {
                 const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w);
                 float *dx = gradient(tape, r, op.x), *dy = gradient(tape, r, op.y), *dw = weight_gradient(tape, r, op.w);
@@ -12460,16 +12471,16 @@ struct Walk {
 
     // ---- what the backend offers ----
 
-    static int64_t scratch_size(const Kernels& kernels, const Tape& tape, int threads) {
+    BABYGPT_CALL static int64_t scratch_size(const Kernels& kernels, const Tape& tape, int threads) {
         const Scratch s(kernels, tape);
         return s.a_panels + s.panels + s.logits + threads * s.slot;
     }
-    static int64_t packed_size(const Kernels& kernels, const Tape& tape) {
+    BABYGPT_CALL static int64_t packed_size(const Kernels& kernels, const Tape& tape) {
         int64_t total = 0;
         for (const Op& op : tape.ops) total += packed_size(kernels, tape.dtype, op);
         return total;
     }
-    static void pack(const Kernels& kernels, Runtime& runtime, const Tape& tape, const float* weights, float* to) {
+    BABYGPT_CALL static void pack(const Kernels& kernels, Runtime& runtime, const Tape& tape, const float* weights, float* to) {
         const int columns = kernels.tile_columns;
         for (const Op& op : tape.ops) {
             const int64_t size = packed_size(kernels, tape.dtype, op);
@@ -12482,14 +12493,14 @@ struct Walk {
             to += size;
         }
     }
-    void forward() const {
+    BABYGPT_CALL void forward() const {
         for (int i = 0; i < static_cast<int>(tape.ops.count); ++i) run.time(i, [&] { forward(i); });
     }
-    void backward() const {
+    BABYGPT_CALL void backward() const {
         const int ops = static_cast<int>(tape.ops.count);
         for (int i = ops; i-- > 0;) run.time(ops + i, [&] { backward(i); });
     }
-    double square_sum(double* partial) const {
+    BABYGPT_CALL double square_sum(double* partial) const {
         double total = 0;
         for (const WeightPlan& plan : tape.weights) {
             Update u{};
@@ -12504,7 +12515,7 @@ struct Walk {
         }
         return total;
     }
-    void update(float* w, float* m, float* v, const UpdateRule& rule) const {
+    BABYGPT_CALL void update(float* w, float* m, float* v, const UpdateRule& rule) const {
         for (const WeightPlan& plan : tape.weights) {
             const int64_t at = plan.weight.offset;
             const bool by_muon = rule.uses_muon && plan.matrices;
