@@ -217,6 +217,13 @@ for backend in plain cpu; do run 0 generate m8.safetensors --prompt a --tokens 3
 same 'int8 is the same in both backends' plain.out cpu.out
 run 0 bench decode --preset nano --dtype int8 --seconds 0.05 --json; json; has out '"dtype":"int8"'
 
+run 0 nearest m.safetensors You - e + o --json --count 3; json; has out '^{"ids":\[[0-9,]*\],"neighbours":\[{"token":".*","id":[0-9]*,"cosine":[-0-9.e]*},'
+run 0 nearest l.safetensors Y;              check 'ten neighbours' test "$(wc -l < out)" -eq 10
+run 1 nearest m.safetensors a - a;          says 'cancel out'
+run 1 nearest m.safetensors 'a%%';          says "'a%%'.*never seen"
+run 2 nearest m.safetensors a b;            says 'with + or - between'
+run 2 nearest m.safetensors a +;            says 'with + or - between'
+
 # ---- measuring texts ----
 printf 'the cat sat down here\n' > said; printf 'the cat sat up here now\r\n' > wanted; printf '0\n1\n1\n' > labels; printf '1\n1\n0\n' > guesses
 run 0 measure bleu said wanted;             has out '^BLEU  *34.98$'  # 100 exp(1 - 6/5) (4/5 2/4 1/3 1/4) ^ (1/4), of 5, 4, 3 and 2 n-grams

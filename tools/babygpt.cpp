@@ -2396,6 +2396,81 @@ int attention(Arguments& in) {
     return 0;
 }
 
+// A word's vector: the mean of its tokens', of length 1. In a text a blank stands before a word; where that takes no more tokens, it is that one.
+vector<double> word_vector(const Model& model, const Weight& table, const string& word, std::set<int32_t>& used) {
+    Array<int32_t> alone(*model.runtime), inside(*model.runtime);
+    size_t unknown = 0;
+    must(model.tokenizer.encode(word, alone, false, &unknown));
+    must(model.tokenizer.encode(" " + word, inside));
+    if (unknown > 0 || alone.count == 0) error("'" + word + "' has characters that the model has never seen, or none");
+    const Array<int32_t>& ids = inside.count <= alone.count ? inside : alone;
+    vector<double> sum(size_t(table.cols), 0);
+    for (const int32_t id : ids) {
+        used.insert(id);
+        const float* row = model.weights + table.offset + id * table.cols;
+        for (size_t i = 0; i < sum.size(); ++i) sum[i] += double(row[i]);
+    }
+    double squares = 0;
+    for (const double x : sum) squares += x * x;
+    for (double& x : sum) x /= std::sqrt(std::max(squares, 1e-300));
+    return sum;
+}
+
+int neighbours(Arguments& in) {
+    Common common;
+    int count = 10;
+    bool json = false;
+    in.parse(common, {{"--count", "N", "how many (10)", &count, 1, 1e6}, {"--json", nullptr, "one JSON object", &json}}, 2, 1000);
+    Model model;
+    must(model.load(common.runtime, in.operands[0]));
+    need_tokenizer(model, in.operands[0]);
+    const Weight* table = model.find("wte.weight");
+    if (!table) table = model.find("model.embed_tokens.weight");
+    if (!table) error(in.operands[0] + " has no table of its tokens' vectors");
+    std::set<int32_t> used;
+    vector<double> aim(size_t(table->cols), 0);
+    double sign = 1;
+    for (size_t i = 1; i < in.operands.size(); ++i) {
+        const string& word = in.operands[i];
+        const bool is_sign = i % 2 == 0;
+        if (is_sign ? word != "+" && word != "-" : i + 2 == in.operands.size())
+            usage("nearest: give words with + or - between them, such as: king - man + woman");
+        if (is_sign) {
+            sign = word == "+" ? 1 : -1;
+            continue;
+        }
+        const vector<double> vector_of = word_vector(model, *table, word, used);
+        for (size_t j = 0; j < aim.size(); ++j) aim[j] += sign * vector_of[j];
+    }
+    double squares = 0;
+    for (const double x : aim) squares += x * x;
+    if (!(squares > 1e-20)) error("the words' vectors cancel out: there is no direction to look in");
+    vector<std::pair<double, int32_t>> found;  // minus the cosine, so that the nearest stands first
+    for (int32_t id = 0; id < std::min(model.config.vocab, model.tokenizer.vocab); ++id) {
+        if (used.count(id) || id == model.tokenizer.end_of_text || id == model.tokenizer.unknown || model.tokenizer.bytes(id).size == 0)
+            continue;
+        const float* row = model.weights + table->offset + id * table->cols;
+        double dot = 0, own = 0;
+        for (size_t j = 0; j < aim.size(); ++j) dot += aim[j] * double(row[j]), own += double(row[j]) * double(row[j]);
+        if (own > 0) found.push_back({-dot / std::sqrt(squares * own), id});
+    }
+    const size_t shown = std::min(found.size(), size_t(count));
+    std::partial_sort(found.begin(), found.begin() + std::ptrdiff_t(shown), found.end());
+    string list;
+    for (size_t i = 0; i < shown; ++i) {
+        const Text token = model.tokenizer.bytes(found[i].second);
+        Json object;
+        object.add("token", to_string(token)).add("id", found[i].second).add("cosine", -found[i].first);
+        if (json) list += (i ? "," : "") + object.text + "}";
+        else put_line(format("%8.4f  ", -found[i].first) + visible(token, true));
+    }
+    if (json) {
+        const vector<int32_t> ids(used.begin(), used.end());
+        Json().raw("ids", json_list(ids.data(), ids.size())).raw("neighbours", "[" + list + "]").print();
+    }
+    return 0;
+}
+
 // =====================================================================================================================
 // Measuring texts (the arithmetic is in measures.h)
 // =====================================================================================================================
@@ -2977,6 +3052,9 @@ const vector<Command> commands = {
      measure},
     {"attention", "M TEXT [options]", "Which earlier tokens each token looks at.",
      "  babygpt attention m.safetensors 'Kedi mama yer' --layer 1 --svg cat.svg\n", attention},
+    {"nearest", "M WORD [+ WORD] [- WORD]... [options]",
+     "The tokens whose vectors in the model's table point most nearly to a word, or where sums of words point.",
+     "  babygpt nearest m.safetensors king - man + woman\n", neighbours},
     {"plot", "LOG.csv... [options]", "Draws the loss curves of logs (train --log).", "  babygpt plot a.csv b.csv --svg curves.svg\n", plot},
     {"bench", "[train|prefill|decode|idle] [options]", "How fast this machine trains, reads and writes, on random tokens.",
      "  babygpt bench train --threads 2\n  babygpt bench decode --model story.safetensors --dtype int8\n", bench},

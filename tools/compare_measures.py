@@ -1,19 +1,22 @@
 #!/usr/bin/env python3
-"""Compares `babygpt measure` with sacrebleu, scikit-learn, and sums written out here, on real and random texts.
+"""Compares `babygpt measure` with sacrebleu, scikit-learn, and sums written out here, on real and random texts, and what examples/retrieval.cpp
+finds with what rank_bm25 finds.
 
-    tools/compare_measures.py [--babygpt build/babygpt] [--shared ../shared]
+    tools/compare_measures.py [--babygpt build/babygpt] [--retrieval build/examples/retrieval] [--shared ../shared]
 
 What is missing is skipped with a line that says so.
 """
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
 
 chosen = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 babygpt, shared = chosen.get("--babygpt", "build/babygpt"), chosen.get("--shared", "../shared")
+retrieval = chosen.get("--retrieval", "build/examples/retrieval")
 passed = failed = 0
 rng = random.Random(1)
 
@@ -130,8 +133,61 @@ def against_sums():
         check("copied", good and ours["text"] in training and ours["text"] in output, f"{copied} of {len(spans)} spans, longest {fits[0]}")
 
 
+def against_rank_bm25():
+    """Each summary of DialogSum's dev file as a question, the dialogues as documents."""
+    dialogues = records("dialogsum/dialogsum.dev.jsonl")
+    try:
+        from rank_bm25 import BM25Okapi
+    except ImportError:
+        return print("skipped: rank_bm25 is not here")
+    if not dialogues or not os.path.exists(retrieval):
+        return print(f"skipped: {retrieval} or its documents are absent")
+    words = [re.findall("[a-z0-9\x80-\U0010ffff]+", r["dialogue"].lower()) for r in dialogues]
+    questions = [one_line(r["summary"]) for r in dialogues]
+    reference = BM25Okapi(words)
+    found = subprocess.run([retrieval, "-k", "5", "-f", "dialogue", "-", os.path.join(shared, "data", "dialogsum/dialogsum.dev.jsonl")],
+                           input="".join(q + "\n" for q in questions).encode(), check=True, stdout=subprocess.PIPE).stdout.decode()
+    ours = theirs = 0
+    for i, (question, answer) in enumerate(zip(questions, re.split(r"\n\n(?=[0-9.]+\t|No document|$)", found))):
+        ours += i + 1 in [int(n) for n in re.findall(r"^[0-9.]+\t.*, document ([0-9]+)\t", answer, re.M)]
+        scores = reference.get_scores(re.findall("[a-z0-9\x80-\U0010ffff]+", question.lower()))
+        theirs += i in sorted(range(len(scores)), key=lambda d: -scores[d])[:5]
+    n = len(questions)
+    check("retrieval, recall@5", ours >= 0.95 * theirs, f"{ours / n:.3f}, rank_bm25 {theirs / n:.3f} of {n} questions")
+
+
+def against_numpy():
+    """The neighbours of words in the vectors of a small model of the village."""
+    try:
+        import numpy
+    except ImportError:
+        return print("skipped: numpy is not here")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "m.safetensors")
+        subprocess.run([babygpt, "train", "examples/village.txt", "--out", path, *"--preset nano --tokenizer bpe:800 --steps 8 --no-counting --json".split()],
+                       check=True, stdout=subprocess.DEVNULL)
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))["wte.weight"]
+            start, end = header["data_offsets"]
+            file.seek(start, 1)
+            table = numpy.frombuffer(file.read(end - start), "<f4").reshape(header["shape"]).astype("f8")
+        table /= numpy.linalg.norm(table, axis=1, keepdims=True)
+        encode = lambda word: list(map(int, subprocess.run([babygpt, "encode", path], input=word.encode(), stdout=subprocess.PIPE).stdout.split()))
+        for words in (["coins"], ["Mira", "-", "Pip", "+", "Hilda"]):
+            used = [min(encode(" " + w), encode(w), key=len) for w in words[::2]]
+            single = all(len(ids) == 1 for ids in used)
+            aim = sum(sign * table[ids[0]] for sign, ids in zip([1, -1, 1], used))
+            cosines = table @ aim / numpy.linalg.norm(aim)
+            wanted = [i for i in numpy.argsort(-cosines) if [i] not in used and i != len(table) - 1][:10]
+            found = json.loads(subprocess.run([babygpt, "nearest", path, *words, "--json"], check=True, stdout=subprocess.PIPE).stdout)["neighbours"]
+            good = [n["id"] for n in found] == wanted and all(abs(n["cosine"] - cosines[n["id"]]) < 1e-6 for n in found)
+            check("nearest " + " ".join(words), single and good, [n["token"] for n in found][:4])
+
+
 against_sacrebleu()
 against_scikit_learn()
 against_sums()
+against_rank_bm25()
+against_numpy()
 print(f"{passed} passed, {failed} failed")
 sys.exit(failed > 0)
