@@ -60,7 +60,7 @@
 // 11 compute the same bits fast. Search for "[CHAPTER n]":
 //
 //     0  read me                                      7  learning: the data order, the schedule, the training step
-//     1  the public interface                         8  talking: KV cache, sampling, chat, scoring
+//     1  the public interface                         8  talking: KV cache, sampling, beam search, chat
 //     2  memory, threads, files, random numbers       9  files: the checkpoint
 //     3  text: JSON, UTF-8, the tokenizers           10  the same ops, fast: one kernel text for all instruction sets
 //     4  tensors, ops and the tape                   11  the fast backend: which processor, who does what; the self-test
@@ -689,6 +689,40 @@ struct Generation {  // caller's storage; either may be null
     uint64_t unknown = 0;  // characters of the prompt that the tokenizer had never seen
 };
 
+// When a beam search ends before its hypotheses do; the names are transformers'.
+// yes:   as soon as `beams` hypotheses have ended.
+// no:    as soon as `beams` have ended and none that goes on would have a better score than the worst of these if it ended here.
+// never: not before none that goes on can have a better score than these, however long it grows.
+enum class EarlyStopping : int32_t { no, yes, never };
+
+struct BeamConfig {
+    int beams = 4;              // hypotheses that go on side by side; 1: greedy, which ends with its first hypothesis
+    int best = 1;               // how many of those that have ended are wanted, at most `beams`
+    double length_penalty = 1;  // score = log-probability / tokens^length_penalty: above 0 for longer texts, below 0 for shorter ones
+    EarlyStopping early_stopping = EarlyStopping::no;
+    int tokens = 200;              // a hypothesis ends after so many, or where the context does
+    Span<const int32_t> stop_ids;  // end a hypothesis and belong to it, as the end-of-text token does
+    Span<const Text> stop;         // end a hypothesis; not part of its text
+    Span<const Text> banned;       // as SampleConfig's
+};
+
+struct Hypothesis {
+    double score = 0;                                         // what they are ordered by, the best first
+    double logprob = 0;                                       // natural, the sum over its tokens, under the model itself
+    bool ended = false;                                       // by the end-of-text token, a stop id or a stop string, not by the limit
+    size_t first_id = 0, ids = 0, first_byte = 0, bytes = 0;  // its places in SearchResult::ids and text
+};
+
+struct SearchResult {
+    Array<Hypothesis> best;
+    Array<int32_t> ids;  // of all of them, one after another; with the token that ended it
+    Array<char> text;    // likewise; empty where the model has no tokenizer
+    double seconds = 0;
+    uint64_t unknown = 0;  // characters of the prompt that the tokenizer had never seen
+    Span<const int32_t> ids_of(size_t i) const { return Span<const int32_t>(ids.items + best[i].first_id, best[i].ids); }
+    Text text_of(size_t i) const { return Text(text.items + best[i].first_byte, best[i].bytes); }
+};
+
 // One conversation: a KV cache and a sampler over a shared, read-only model. One thread at a time; different sessions at the same time.
 // Past the end of the context the older half of the text is forgotten (in a chat: whole turns) and the rest is read again.
 // After create, a token allocates nothing.
@@ -715,6 +749,12 @@ struct Session {
     Status generate(Text prompt, const SampleConfig& config, Generation& result);
     // One turn of a chat by the model's template; `reply_turn`, where not empty, stands in for the model's own (another character speaks).
     Status reply(Text user, const SampleConfig& config, Generation& result, Text reply_turn = Text());
+    // Beam search: the likeliest continuations of a prompt (or, with an empty one, of what has been read) that the beams find; not always the
+    // likeliest of all, seldom worse than the greedy one. Afterwards the session has read the prompt and no more: feed it the ids that you
+    // choose. Hypotheses share the KV pages of what they have in common, and each step reads the weights once for up to 64 of them. The
+    // memory (beams * vocab floats, KV pages for beams * tokens positions, small things) is taken by the first search, kept for the
+    // following ones, and enlarged where one needs more; a step allocates nothing. The same bits for any number of threads.
+    Status search(Text prompt, const BeamConfig& config, SearchResult& result);
     // Log-probability of each token of a text after what the session has read (the first of a fresh session has none: 0). Returns the sum.
     Status score(Text text, Array<int32_t>& ids, Array<float>& logprobs, double& sum);
     // The attention of the ids read so far: probabilities [heads][position][position] of one layer.
@@ -1084,6 +1124,7 @@ template struct Array<SummaryRow>;
 template struct Array<CheckResult>;
 template struct Array<Difference>;
 template struct Array<ProfileRow>;
+template struct Array<Hypothesis>;
 
 namespace {
 
@@ -1114,6 +1155,13 @@ struct Block {
         if (memory) release(*runtime, memory, bytes);
         memory = nullptr;
         bytes = 0;
+    }
+    void swap(Block& other) {
+        Runtime* const its_runtime = other.runtime;
+        char* const its_memory = other.memory;
+        const size_t its_bytes = other.bytes;
+        other.runtime = runtime, other.memory = memory, other.bytes = bytes;
+        runtime = its_runtime, memory = its_memory, bytes = its_bytes;
     }
 };
 
@@ -8076,13 +8124,62 @@ Status Trainer::run(const RunConfig& how, RunResult& result) {
 // [CHAPTER 8] Talking
 // =====================================================================================================================
 // A session reads ids and keeps their keys and values (the KV cache), so that a further token costs one row. From the last row's
-// logits the sampler draws the next token. generate() and reply() are loops around that, with stop strings and streaming.
+// logits the sampler draws the next token. generate() and reply() are loops around that, with stop strings and streaming; search() goes on
+// with several texts at once and keeps the likeliest.
 
 namespace babygpt {
 
+namespace {
+
+// Hypotheses are paths in a tree of tokens.
+struct Branch {
+    int32_t before, id;  // before: -1: it is the first
+};
+struct Beam {
+    double logprob;
+    int32_t branch;
+    int parent;  // which of the beams before the last step it goes on from
+};
+struct Candidate {
+    double logprob;
+    int parent;
+    int32_t id;
+};
+struct Ending {
+    double score, logprob;
+    int32_t branch;
+    int tokens;
+    bool by_itself;  // not by the limit
+};
+
+// The end of what has been said: as much of it as a banned or stop string may have begun in.
+struct Said {
+    char* tail;
+    size_t count;
+};
+
+// What a search needs beside the session's own; laid out by each search.
+struct SearchMemory {
+    Block block;
+    float* logits = nullptr;                  // [beams][vocab]
+    int32_t* tables[2] = {nullptr, nullptr};  // [beams][pages of a context]: the beams' pages, and those of the beams before the last step
+    int32_t* users = nullptr;                 // [all pages]
+    int32_t* free_pages = nullptr;            // [all pages], a stack
+    int32_t* ids = nullptr;                   // [beams] that they read next
+    double* norms = nullptr;                  // [beams], log of the sum of e^logit
+    Said* said[2] = {nullptr, nullptr};       // [beams]
+    Branch* tree = nullptr;
+    Beam* live[2] = {nullptr, nullptr};  // [beams]
+    Candidate* candidates = nullptr;
+    Ending* ended = nullptr;  // [beams]
+};
+
+}  // namespace
+
 struct SessionState {
     Tape tape;
-    Block memory;
+    Block memory, kv_memory;
+    SearchMemory search{};
     const BackendFunctions* backend = nullptr;
     Regions<float> regions;
     float* kv = nullptr;            // the keys and values of what has been read
@@ -8093,10 +8190,11 @@ struct SessionState {
     float* adjusted = nullptr;      // [vocab] after bias and penalty, then the candidates' weights
     int32_t* candidates = nullptr;  // [vocab]
     unsigned char* seen = nullptr;  // [vocab] for the repetition penalty
-    char* held = nullptr;           // text that may yet turn out to be a stop string, and the tail of what was said, for banned strings
-    char* tail = nullptr;
-    size_t held_room = 0, tail_count = 0;
+    char* held = nullptr;           // text that may yet turn out to be a stop string
+    Said said{};
+    size_t held_room = 0;    // of both
     int chunk = 0;           // rows read at once
+    int page_count = 0;      // of the KV cache: the session's own, and behind them those of searches
     int turn = 0;            // where the newest turn of a chat begins
     bool ready = false;      // logits are there
     bool holes = false;      // the tokenizer has ids without a text
@@ -8107,15 +8205,20 @@ struct SessionState {
 namespace {
 
 constexpr size_t longest_stop = 256;  // bytes of a stop or banned string
+constexpr int most_at_once = 64;      // sequences that read a token in one pass
+
+inline int context_pages(int context) { return (context + kv_page - 1) / kv_page; }
+inline uint64_t pages_bytes(const Tape& tape, int64_t pages) {
+    return static_cast<uint64_t>(tape.kv_page_block()) * static_cast<uint64_t>(pages) * sizeof(float);
+}
 
 inline void lay_out(Layout& layout, SessionState& s, int threads, size_t longest_token) {
     const Tape& tape = s.tape;
     s.regions.activations = layout.take<float>(tape.activation_block);
     s.regions.scratch = layout.take<float>(s.backend->scratch(tape, threads));
     s.regions.threads = threads;
-    s.kv = layout.take<float>(tape.kv_page_block() * ((tape.context + kv_page - 1) / kv_page));
     s.regions.losses = layout.take<double>(tape.rows_on(Side::text));
-    s.pages = layout.take<int32_t>((tape.context + kv_page - 1) / kv_page);
+    s.pages = layout.take<int32_t>(context_pages(tape.context));
     s.history = layout.take<int32_t>(tape.context);
     s.targets = layout.take<int32_t>(tape.rows_on(Side::text));
     s.logits = layout.take<float>(tape.head_out);
@@ -8124,7 +8227,7 @@ inline void lay_out(Layout& layout, SessionState& s, int threads, size_t longest
     s.seen = layout.take<unsigned char>(tape.vocab);
     s.held_room = 2 * longest_stop + longest_token;
     s.held = layout.take<char>(static_cast<int64_t>(s.held_room));
-    s.tail = layout.take<char>(static_cast<int64_t>(s.held_room));
+    s.said.tail = layout.take<char>(static_cast<int64_t>(s.held_room));
 }
 
 inline int chunk_rows(const Config& config) { return least(config.context, 256); }
@@ -8173,7 +8276,11 @@ Status fill(Session& session, Runtime& from, const Model& of) {
     if (!state->memory.take(from, layout.bytes, true)) return out_of_memory(layout.bytes);
     layout = Layout{state->memory.memory, 0};
     lay_out(layout, *state, from.thread_count(), longest_token);
-    for (int i = 0; i < (of.config.context + kv_page - 1) / kv_page; ++i) state->pages[i] = i;
+    state->page_count = context_pages(of.config.context);
+    const uint64_t kv_bytes = pages_bytes(state->tape, state->page_count);
+    if (!state->kv_memory.take(from, kv_bytes, true)) return out_of_memory(kv_bytes);
+    state->kv = reinterpret_cast<float*>(state->kv_memory.memory);
+    for (int i = 0; i < state->page_count; ++i) state->pages[i] = i;
     session.model = &of;
     start_pool(from);
     return pack_weights(from, of, state->tape, *backend, state->regions.packed);
@@ -8208,7 +8315,7 @@ void Session::reset() {
     sampled = 0;
     if (!state) return;
     state->turn = 0;
-    state->tail_count = 0;
+    state->said.count = 0;
     state->ready = state->line_open = false;
 }
 
@@ -8279,7 +8386,7 @@ Status Session::feed(Span<const int32_t> ids) {
     BABYGPT_TRY(check_session(*this, ids));
     const FloatMode mode;
     BABYGPT_TRY(pack_weights(*runtime, *model, state->tape, *state->backend, state->regions.packed));
-    state->tail_count = 0;
+    state->said.count = 0;
     const size_t context = static_cast<size_t>(model->config.context);
     if (ids.size <= context - least(context, static_cast<size_t>(position))) {  // it fits as it is
         read_ids(*this, ids.data, static_cast<int>(ids.size), nullptr, -1);
@@ -8302,10 +8409,13 @@ Span<const float> Session::logits() const {
 
 namespace {
 
-// log p(id)
+// log of the sum of e^logit: log p(id) = logits[id] - log_sum
+double log_sum(const SessionState& s, const float* logits, int vocab) {
+    const float biggest = s.backend->biggest(logits, vocab), total = s.backend->exponentials(nullptr, logits, vocab, biggest, 1);
+    return static_cast<double>(biggest) + log_of(static_cast<double>(total));
+}
 float log_probability(const SessionState& s, int32_t id, int vocab) {
-    const float biggest = s.backend->biggest(s.logits, vocab), total = s.backend->exponentials(nullptr, s.logits, vocab, biggest, 1);
-    return static_cast<float>(static_cast<double>(s.logits[id]) - static_cast<double>(biggest) - log_of(static_cast<double>(total)));
+    return static_cast<float>(static_cast<double>(s.logits[id]) - log_sum(s, s.logits, vocab));
 }
 
 // A heap of candidates, the heaviest (then the smallest id) on top.
@@ -8387,32 +8497,42 @@ int32_t draw(SessionState& s, const SampleConfig& c, int vocab, uint64_t key) {
     return chosen[0];
 }
 
-bool contains(Text text, Text part) {
+// Where `part` begins in `text`; text.size: nowhere.
+size_t find_in(Text text, Text part) {
     for (size_t i = 0; part.size > 0 && i + part.size <= text.size; ++i)
-        if (memcmp(text.data + i, part.data, part.size) == 0) return true;
+        if (memcmp(text.data + i, part.data, part.size) == 0) return i;
+    return text.size;
+}
+
+// Would the text said so far and this token hold one of these?
+bool completes(const Said& said, Span<const Text> strings, Text token) {
+    if (strings.size == 0 || token.size == 0) return false;
+    memcpy(said.tail + said.count, token.data, token.size);
+    const Text text(said.tail, said.count + token.size);
+    for (const Text& string : strings)
+        if (find_in(text, string) < text.size) return true;
     return false;
 }
 
-// Would the text said so far and this token hold a banned string?
-bool is_banned(SessionState& s, const SampleConfig& c, Text token) {
-    if (c.banned.size == 0) return false;
-    memcpy(s.tail + s.tail_count, token.data, token.size);
-    for (const Text& banned : c.banned)
-        if (contains(Text(s.tail, s.tail_count + token.size), banned)) return true;
-    return false;
-}
-
-void remember(SessionState& s, Text token) {
-    memcpy(s.tail + s.tail_count, token.data, token.size);
-    s.tail_count += token.size;
-    if (s.tail_count > longest_stop) {
-        memmove(s.tail, s.tail + (s.tail_count - longest_stop), longest_stop);
-        s.tail_count = longest_stop;
+void remember(Said& said, Text token) {
+    memcpy(said.tail + said.count, token.data, token.size);
+    said.count += token.size;
+    if (said.count > longest_stop) {
+        memmove(said.tail, said.tail + (said.count - longest_stop), longest_stop);
+        said.count = longest_stop;
     }
 }
 
 // What a token adds to the text: the end-of-text token's name is no part of it.
 Text said_by(const Tokenizer& tokenizer, int32_t id) { return id == tokenizer.end_of_text ? Text() : tokenizer.bytes(id); }
+
+// A padded vocabulary's other ids say nothing, and nobody means "unknown". The token's text must begin with `start`.
+bool may_come(const Session& session, Text start, int32_t id) {
+    const Tokenizer& tokenizer = session.model->tokenizer;
+    if (tokenizer.kind == TokenizerKind::none) return true;
+    return id < tokenizer.vocab && id != tokenizer.unknown && (start.size == 0 || starts_with(tokenizer.bytes(id), start)) &&
+           (!session.state->holes || tokenizer.bytes(id).size > 0);
+}
 
 constexpr unsigned char seen_before = 1, seen_banned = 2;  // SessionState::seen
 
@@ -8433,14 +8553,18 @@ void adjust(Session& session, const SampleConfig& c, Text start) {
         }
         for (int i = 0; i < session.position; ++i) s.seen[s.history[i]] &= seen_banned;
     }
-    const int known = tokenizer.kind == TokenizerKind::none ? vocab : tokenizer.vocab;  // a padded vocabulary's other ids say nothing
-    for (int32_t i = known; i < vocab; ++i) s.adjusted[i] = never;
     if (tokenizer.unknown >= 0) s.adjusted[tokenizer.unknown] = never;
-    if (c.banned.size == 0 && start.size == 0 && !s.holes) return;
-    for (int32_t i = 0; i < known; ++i)
-        if ((s.seen[i] & seen_banned) || (start.size > 0 && !starts_with(tokenizer.bytes(i), start)) ||
-            (s.holes && tokenizer.bytes(i).size == 0))
-            s.adjusted[i] = never;
+    const bool each = c.banned.size > 0 || start.size > 0 || s.holes;
+    for (int32_t i = each || tokenizer.kind == TokenizerKind::none ? 0 : tokenizer.vocab; i < vocab; ++i)
+        if ((s.seen[i] & seen_banned) || !may_come(session, start, i)) s.adjusted[i] = never;
+}
+
+BABYGPT_RARE Status check_strings(const char* kind, Span<const Text> strings) {
+    for (const Text& string : strings)
+        if (string.size > longest_stop)
+            return fail(Error::invalid_argument, "a ", kind, " string has ", static_cast<uint64_t>(string.size),
+                        " bytes, at most 256 are possible");
+    return Status();
 }
 
 Status check(const SampleConfig& c) {
@@ -8461,10 +8585,7 @@ Status draw_token(Session& session, const SampleConfig& c, Text start, int32_t& 
     const int vocab = model.config.vocab;
     BABYGPT_TRY(check(c));
     if (!s.ready) return fail(Error::invalid_argument, "nothing has been read yet: feed the session at least one id");
-    for (const Text& banned : c.banned)
-        if (banned.size > longest_stop)
-            return fail(Error::invalid_argument, "a banned string has ", static_cast<uint64_t>(banned.size),
-                        " bytes, at most 256 are possible");
+    BABYGPT_TRY(check_strings("banned", c.banned));
     for (const LogitBias& bias : c.bias)
         if (bias.id < 0 || bias.id >= vocab)
             return fail(Error::invalid_argument, "a bias names the id ", bias.id, ", which is none of the model's ", vocab);
@@ -8475,7 +8596,7 @@ Status draw_token(Session& session, const SampleConfig& c, Text start, int32_t& 
         adjust(session, c, start);
         id = draw(s, c, vocab, mix(key + static_cast<uint64_t>(attempt)));
         if (id < 0) break;
-        found = !is_banned(s, c, said_by(model.tokenizer, id));
+        found = !completes(s.said, c.banned, said_by(model.tokenizer, id));
         if (!found) s.seen[id] |= seen_banned;
     }
     for (int32_t i = 0; c.banned.size > 0 && i < vocab; ++i) s.seen[i] = 0;
@@ -8483,7 +8604,7 @@ Status draw_token(Session& session, const SampleConfig& c, Text start, int32_t& 
         return fail(Error::invalid_argument, "no next token is possible: all are banned, by a bias or as the end of a banned string");
     if (logprob) *logprob = log_probability(s, id, vocab);
     ++session.sampled;
-    remember(s, said_by(model.tokenizer, id));
+    remember(s.said, said_by(model.tokenizer, id));
     return Status();
 }
 Status next_token(Session& session, const SampleConfig& c, Text start, int32_t& id, float* logprob) {
@@ -8518,7 +8639,6 @@ Status next(Span<Session* const> sessions, Span<const SampleConfig> configs, int
         BABYGPT_TRY(pack_weights(*one.runtime, *one.model, s.tape, *s.backend, s.regions.packed));
     }
     Status status;
-    constexpr int most_at_once = 64;
     for (size_t i = 0; status.ok() && i < sessions.size;) {
         Session& first = *sessions[i];
         SessionState& s = *first.state;
@@ -8584,10 +8704,7 @@ size_t overlap(Text text, Text stop) {
 Status continue_text(Session& session, const SampleConfig& c, Text start, Generation& result) {
     SessionState& s = *session.state;
     const Tokenizer& tokenizer = session.model->tokenizer;
-    for (const Text& stop : c.stop)
-        if (stop.size > longest_stop)
-            return fail(Error::invalid_argument, "a stop string has ", static_cast<uint64_t>(stop.size),
-                        " bytes, at most 256 are possible");
+    BABYGPT_TRY(check_strings("stop", c.stop));
     const double begin = seconds_now();
     Output output(result);
     size_t held = 0;
@@ -8701,6 +8818,338 @@ Status Session::reply(Text user, const SampleConfig& config, Generation& result,
     if (!stops.append(config.stop.data, config.stop.size) || !stops.push(Text("\n"))) return out_of_memory(sizeof(Text));
     turn_config.stop = Span<const Text>(stops.items, stops.count);
     return continue_text(*this, turn_config, start, result);
+}
+
+// ---- beam search -----------------------------------------------------------------------------------------------------------
+// (Graves 2012; the length penalty and the rules by which it ends are those of transformers' generate.) First the search itself, which
+// sees rows of logits and gives out which beams go on with which token; then how a session computes these rows.
+
+namespace {
+
+struct BeamSearch {
+    const BeamConfig& config;
+    SearchMemory& memory;
+    int vocab, limit, keep;  // keep: candidates of a step, so many that `beams` are left however many of them end
+    void* user;
+    bool (*may_go_on)(void* user, int beam, int32_t id);  // with this token
+    bool (*would_end)(void* user, int beam, int32_t id);  // the hypothesis
+    int tokens = 0, live = 1, candidates = 0, ended = 0;
+    int32_t branches = 0;
+    bool done = false;
+
+    double score(double logprob, int length) const { return logprob / exp_of(config.length_penalty * log_of(static_cast<double>(length))); }
+    // The best candidates, the best first, then that of the earlier beam, then of the smaller id. norms: log of the sum of e^logit of each row.
+    void gather(const double* norms) {
+        Candidate* const best = memory.candidates;
+        candidates = 0;
+        for (int beam = 0; beam < live; ++beam) {
+            const float* row = memory.logits + static_cast<int64_t>(beam) * vocab;
+            const double start = memory.live[0][beam].logprob - norms[beam];
+            for (int32_t id = 0; id < vocab; ++id) {
+                const double logprob = start + static_cast<double>(row[id]);
+                if (candidates == keep && !(logprob > best[keep - 1].logprob)) continue;
+                if (!is_finite(row[id]) || !may_go_on(user, beam, id)) continue;
+                int low = 0, high = candidates;
+                while (low < high) {
+                    const int middle = (low + high) / 2;
+                    if (best[middle].logprob >= logprob) low = middle + 1;
+                    else high = middle;
+                }
+                candidates += candidates < keep;
+                memmove(best + low + 1, best + low, static_cast<size_t>(candidates - 1 - low) * sizeof(Candidate));
+                best[low] = Candidate{logprob, beam, id};
+            }
+        }
+    }
+    int32_t grow(const Candidate& c) {
+        memory.tree[branches] = Branch{memory.live[0][c.parent].branch, c.id};
+        return branches++;
+    }
+    // Keeps the best `beams`, in order.
+    void end(const Candidate& c, bool by_itself) {
+        const double value = score(c.logprob, tokens);
+        int at = ended;
+        while (at > 0 && memory.ended[at - 1].score < value) --at;
+        if (at == config.beams) return;
+        ended += ended < config.beams;
+        memmove(memory.ended + at + 1, memory.ended + at, static_cast<size_t>(ended - 1 - at) * sizeof(Ending));
+        memory.ended[at] = Ending{value, c.logprob, grow(c), tokens, by_itself};
+    }
+    // One token more: the candidates end or become the beams that go on.
+    void step(const double* norms) {
+        gather(norms);
+        ++tokens;
+        int next = 0;
+        for (int i = 0; i < candidates; ++i) {
+            const Candidate& c = memory.candidates[i];
+            const bool by_itself = would_end(user, c.parent, c.id);
+            if (by_itself || tokens == limit) {
+                if (i < config.beams) end(c, by_itself);  // the others are there to go on
+            } else if (next < config.beams) memory.live[1][next++] = Beam{c.logprob, grow(c), c.parent};
+        }
+        Beam* const before = memory.live[0];
+        memory.live[0] = memory.live[1], memory.live[1] = before;
+        live = next;
+        done = live == 0;
+        if (done || ended < config.beams) return;
+        const bool forever = config.early_stopping == EarlyStopping::never && config.length_penalty > 0 && config.beams > 1;
+        done = (config.early_stopping == EarlyStopping::yes || config.beams == 1) ||
+               !(score(memory.live[0][0].logprob, forever ? limit : tokens) > memory.ended[ended - 1].score);
+    }
+};
+
+// A session's search. What the session has read stays as it is: beams share its full pages, and copy the one that is partly filled.
+struct SessionSearch {
+    Session& session;
+    const BeamConfig& config;
+    Text start;                     // that the first token must begin with
+    int longest;                    // pages of a context
+    int free_pages = 0, lived = 1;  // lived: beams of the step before
+    BeamSearch search;
+    SessionSearch(Session& of, const BeamConfig& how, Text first, int limit, int keep)
+        : session(of),
+          config(how),
+          start(first),
+          longest(context_pages(of.model->config.context)),
+          search{how, of.state->search, of.model->config.vocab, limit, keep, this, &may_go_on, &would_end} {}
+
+    int32_t* table(int beam) const { return search.memory.tables[0] + static_cast<int64_t>(beam) * longest; }
+    float* page(int32_t number) const { return session.state->kv + number * session.state->tape.kv_page_block(); }
+    // Pages that a beam may need beside those that the session has filled.
+    int own_pages() const {
+        const int first = session.position / kv_page;
+        return search.limit > 1 ? (session.position + search.limit - 2) / kv_page - first + 1 : 0;
+    }
+
+    void lay_out(Layout& layout) const {
+        SearchMemory& m = search.memory;
+        const int64_t beams = config.beams, room = static_cast<int64_t>(session.state->held_room), pages = session.state->page_count;
+        m.logits = layout.take<float>(beams * search.vocab);
+        for (int i = 0; i < 2; ++i) {
+            m.tables[i] = layout.take<int32_t>(beams * longest);
+            m.live[i] = layout.take<Beam>(beams);
+            m.said[i] = layout.take<Said>(beams);
+            for (int64_t beam = 0; beam < beams; ++beam) {
+                char* const tail = layout.take<char>(room);
+                if (layout.memory) m.said[i][beam] = Said{tail, 0};
+            }
+        }
+        m.users = layout.take<int32_t>(pages);
+        m.free_pages = layout.take<int32_t>(pages);
+        m.ids = layout.take<int32_t>(beams);
+        m.norms = layout.take<double>(beams);
+        m.tree = layout.take<Branch>(2 * beams * search.limit);
+        m.candidates = layout.take<Candidate>(search.keep);
+        m.ended = layout.take<Ending>(beams);
+    }
+    // Enlarges the KV cache where there are too few pages, and takes the rest.
+    BABYGPT_RARE Status take_memory() const {
+        SessionState& s = *session.state;
+        const int64_t wanted = longest + static_cast<int64_t>(config.beams) * own_pages();
+        if (wanted > INT32_MAX) return out_of_memory(pages_bytes(s.tape, wanted));
+        if (wanted > s.page_count) {
+            Block larger;
+            if (!larger.take(*session.runtime, pages_bytes(s.tape, wanted), false)) return out_of_memory(pages_bytes(s.tape, wanted));
+            memcpy(larger.memory, s.kv_memory.memory, static_cast<size_t>(pages_bytes(s.tape, longest)));
+            larger.swap(s.kv_memory);
+            s.kv = reinterpret_cast<float*>(s.kv_memory.memory);
+            s.page_count = static_cast<int>(wanted);
+        }
+        Layout layout;
+        lay_out(layout);
+        if (layout.bytes > s.search.block.bytes && !s.search.block.take(*session.runtime, layout.bytes, false))
+            return out_of_memory(layout.bytes);
+        layout = Layout{s.search.block.memory, 0};
+        lay_out(layout);
+        return Status();
+    }
+    void begin() {
+        SessionState& s = *session.state;
+        memcpy(s.search.logits, s.logits, static_cast<size_t>(search.vocab) * sizeof(float));
+        memcpy(table(0), s.pages, static_cast<size_t>(longest) * sizeof(int32_t));
+        memcpy(s.search.said[0][0].tail, s.said.tail, s.said.count);
+        s.search.said[0][0].count = s.said.count;
+        s.search.live[0][0] = Beam{0, -1, 0};
+        for (int i = 0; i < s.page_count; ++i) s.search.users[i] = (i < longest) + (i < context_pages(session.position));
+        for (int i = s.page_count; i-- > longest;) s.search.free_pages[free_pages++] = i;
+    }
+
+    static bool may_go_on(void* user, int beam, int32_t id) {
+        const SessionSearch& me = *static_cast<SessionSearch*>(user);
+        return may_come(me.session, me.search.tokens == 0 ? me.start : Text(), id) &&
+               !completes(me.search.memory.said[0][beam], me.config.banned, said_by(me.session.model->tokenizer, id));
+    }
+    static bool would_end(void* user, int beam, int32_t id) {
+        const SessionSearch& me = *static_cast<SessionSearch*>(user);
+        const Tokenizer& tokenizer = me.session.model->tokenizer;
+        if (id == tokenizer.end_of_text) return true;
+        for (const int32_t stop : me.config.stop_ids)
+            if (id == stop) return true;
+        return me.config.stop.size > 0 && me.completes_stop(me.search.memory.live[0][beam].branch, id);
+    }
+    // What a token adds to a hypothesis; `start` stands in the prompt.
+    Text bytes_of(int32_t id, bool is_first) const {
+        const Text bytes = said_by(session.model->tokenizer, id);
+        return is_first && bytes.size >= start.size ? Text(bytes.data + start.size, bytes.size - start.size) : bytes;
+    }
+    // Does the token complete a stop string? It may have begun in those before it: they are put together from the last one backwards.
+    bool completes_stop(int32_t branch, int32_t id) const {
+        char* const text = session.state->held;
+        const size_t room = session.state->held_room;
+        Text bytes = bytes_of(id, branch < 0);
+        const size_t enough = least(room, bytes.size + longest_stop);
+        size_t at = room;
+        for (;; branch = search.memory.tree[branch].before) {
+            const size_t n = least(bytes.size, at);
+            at -= n;
+            memcpy(text + at, bytes.end() - n, n);
+            if (branch < 0 || room - at >= enough) break;
+            const Branch& b = search.memory.tree[branch];
+            bytes = bytes_of(b.id, b.before < 0);
+        }
+        const Text end(text + at, room - at);
+        for (const Text& stop : config.stop)
+            if (find_in(end, stop) < end.size) return true;
+        return false;
+    }
+
+    // The beams of the last step go on: their tables are copied, pages that nobody needs become free, and one that two would write to is
+    // copied, all but its first.
+    void fork() {
+        SearchMemory& m = search.memory;
+        SessionState& s = *session.state;
+        const int position = session.position + search.tokens - 1, filled = context_pages(position), at = position / kv_page;
+        int32_t* const before = m.tables[0];
+        m.tables[0] = m.tables[1], m.tables[1] = before;
+        Said* const said_before = m.said[0];
+        m.said[0] = m.said[1], m.said[1] = said_before;
+        for (int beam = 0; beam < search.live; ++beam) {
+            const Beam& b = m.live[0][beam];
+            memcpy(table(beam), before + static_cast<int64_t>(b.parent) * longest, static_cast<size_t>(longest) * sizeof(int32_t));
+            for (int i = 0; i < filled; ++i) ++m.users[table(beam)[i]];
+            m.ids[beam] = m.tree[b.branch].id;
+            const Said& from = said_before[b.parent];
+            Said& to = m.said[0][beam];
+            memcpy(to.tail, from.tail, to.count = from.count);
+            remember(to, said_by(session.model->tokenizer, m.ids[beam]));
+        }
+        for (int beam = 0; beam < lived; ++beam)
+            for (int i = 0; i < filled; ++i)
+                if (--m.users[before[static_cast<int64_t>(beam) * longest + i]] == 0)
+                    m.free_pages[free_pages++] = before[static_cast<int64_t>(beam) * longest + i];
+        for (int beam = 0; beam < search.live; ++beam) {
+            int32_t& mine = table(beam)[at];
+            const bool is_new = at == filled;
+            if (!is_new && m.users[mine] == 1) continue;
+            const int32_t own = m.free_pages[--free_pages];
+            m.users[own] = 1;
+            if (!is_new) {
+                --m.users[mine];
+                memcpy(page(own), page(mine), static_cast<size_t>(pages_bytes(s.tape, 1)));
+            }
+            mine = own;
+        }
+    }
+    // Reads the newest token of each beam: their logits are ready then.
+    void read() {
+        SearchMemory& m = search.memory;
+        SessionState& s = *session.state;
+        for (int first = 0, n; first < search.live; first += n) {
+            n = least(search.live - first, least(most_at_once, s.chunk));
+            Sequence sequences[most_at_once];
+            for (int i = 0; i < n; ++i)
+                sequences[i] = Sequence{i,
+                                        1,
+                                        session.position + search.tokens - 1,
+                                        table(first + i),
+                                        s.kv,
+                                        m.logits + static_cast<int64_t>(first + i) * search.vocab};
+            Run run;
+            run.rows = n;
+            run.sequences = Span<const Sequence>(sequences, static_cast<size_t>(n));
+            run.ids = m.ids + first;
+            s.regions.weights = session.model->weights;
+            s.backend->forward(*session.runtime, s.tape, s.regions, run);
+        }
+    }
+    void run() {
+        SearchMemory& m = search.memory;
+        for (begin();; fork(), read()) {
+            for (int beam = 0; beam < search.live; ++beam)
+                m.norms[beam] = log_sum(*session.state, m.logits + static_cast<int64_t>(beam) * search.vocab, search.vocab);
+            lived = search.live;
+            search.step(m.norms);
+            if (search.done) return;
+        }
+    }
+    BABYGPT_RARE Status tell(SearchResult& result) const {
+        const SearchMemory& m = search.memory;
+        for (int i = 0; i < least(search.ended, config.best); ++i) {
+            const Ending& e = m.ended[i];
+            Hypothesis h;
+            h.score = e.score, h.logprob = e.logprob, h.ended = e.by_itself;
+            h.first_id = result.ids.count, h.ids = static_cast<size_t>(e.tokens), h.first_byte = result.text.count;
+            if (!result.ids.resize(h.first_id + h.ids)) return out_of_memory(h.ids * sizeof(int32_t));
+            int32_t branch = e.branch;
+            for (size_t k = h.ids; k-- > 0; branch = m.tree[branch].before) result.ids[h.first_id + k] = m.tree[branch].id;
+            for (size_t k = 0; k < h.ids; ++k) {
+                const Text bytes = bytes_of(result.ids[h.first_id + k], k == 0);
+                if (!append(result.text, bytes)) return out_of_memory(bytes.size);
+            }
+            h.bytes = result.text.count - h.first_byte;
+            const Text whole(result.text.items + h.first_byte, h.bytes);
+            for (const Text& stop : config.stop) h.bytes = least(h.bytes, find_in(whole, stop));
+            result.text.count = h.first_byte + h.bytes;
+            if (!result.best.push(h)) return out_of_memory(sizeof h);
+        }
+        return Status();
+    }
+};
+
+BABYGPT_RARE Status check(const BeamConfig& c, int vocab) {
+    if (c.beams < 1 || c.beams > 4096) return fail(Error::invalid_argument, "beams is ", c.beams, ", but must be from 1 to 4096");
+    if (c.best < 1 || c.best > c.beams)
+        return fail(Error::invalid_argument, "best is ", c.best, ", but must be from 1 to the number of beams, ", c.beams);
+    if (!(c.length_penalty >= -10 && c.length_penalty <= 10))
+        return fail(Error::invalid_argument, "length_penalty is ", c.length_penalty, ", but must be from -10 to 10");
+    if (c.tokens < 1) return fail(Error::invalid_argument, "tokens is ", c.tokens, ", but a search needs at least 1");
+    for (const int32_t id : c.stop_ids)
+        if (id < 0 || id >= vocab) return fail(Error::invalid_argument, "a stop id is ", id, ", which is none of the model's ", vocab);
+    BABYGPT_TRY(check_strings("stop", c.stop));
+    return check_strings("banned", c.banned);
+}
+
+}  // namespace
+
+Status Session::search(Text prompt, const BeamConfig& config, SearchResult& result) {
+    BABYGPT_TRY(check_session(*this, Span<const int32_t>()));
+    const FloatMode mode;
+    BABYGPT_TRY(check(config, model->config.vocab));
+    result.best = Array<Hypothesis>(*runtime), result.ids = Array<int32_t>(*runtime), result.text = Array<char>(*runtime);
+    const double begin = seconds_now();
+    Text start;
+    Generation read;
+    if (prompt.size > 0 || !state->ready) {
+        start = take_last_space(model->tokenizer, prompt);
+        BABYGPT_TRY(feed_text(*this, prompt, position == 0 && prompt.size == 0, read));
+    }
+    result.unknown = read.unknown;
+    if (!state->ready) return fail(Error::invalid_argument, "nothing has been read yet: feed the session at least one id");
+    BABYGPT_TRY(pack_weights(*runtime, *model, state->tape, *state->backend, state->regions.packed));
+    make_room(*this, least(config.tokens, piece_rows(*this)));
+    const int limit = least(config.tokens, model->config.context - position + 1);
+    // Of a step's best candidates, so many that `beams` are left however many of the ways to end they hold.
+    const size_t ends = least(1 + config.stop_ids.size + config.stop.size, static_cast<size_t>(model->config.vocab));
+    const int64_t most_candidates = static_cast<int64_t>(config.beams) * model->config.vocab;
+    const int64_t candidates = least(static_cast<int64_t>(config.beams) * static_cast<int64_t>(1 + ends), most_candidates);
+    if (candidates > INT32_MAX) return out_of_memory(static_cast<uint64_t>(candidates) * sizeof(Candidate));
+    SessionSearch search(*this, config, start, limit, static_cast<int>(candidates));
+    BABYGPT_TRY(search.take_memory());
+    search.run();
+    BABYGPT_TRY(search.tell(result));
+    result.seconds = seconds_now() - begin;
+    if (result.best.count > 0) return Status();
+    return fail(Error::invalid_argument, "no next token is possible: all are banned, or end a banned string");
 }
 
 Status Session::score(Text text, Array<int32_t>& ids, Array<float>& logprobs, double& sum_of_logprobs) {
@@ -8823,14 +9272,14 @@ BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpos
         memory.weights += static_cast<uint64_t>(backend->packed(state.tape)) * sizeof(float);
         memory.activations = activations(state.tape);
         memory.scratch = scratch(state.tape);
-        memory.kv = static_cast<uint64_t>(state.tape.kv_page_block() * ((config.context + kv_page - 1) / kv_page)) * sizeof(float);
+        memory.kv = pages_bytes(state.tape, context_pages(config.context));
         memory.records += sizeof(SessionState) + record_bytes(state.tape);
         layout.bytes *= static_cast<size_t>(batch);  // `batch` sessions of one model
         memory.activations *= static_cast<uint64_t>(batch), memory.scratch *= static_cast<uint64_t>(batch),
             memory.kv *= static_cast<uint64_t>(batch);
     }
     // The small arrays of the block: ids, losses, pages.
-    memory.records += layout.bytes - (memory.gradients + memory.moments + memory.activations + memory.scratch + memory.kv);
+    memory.records += layout.bytes - (memory.gradients + memory.moments + memory.activations + memory.scratch);
     return Status();
 }
 

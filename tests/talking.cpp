@@ -1,6 +1,8 @@
 // Talking: the KV cache, the sampler, stop and banned strings, streaming, the end of the context, chat turns, scores, sessions side by side.
 #include <math.h>
+#include <stdlib.h>
 
+#include <algorithm>
 #include <string>
 #include <thread>
 #include <vector>
@@ -424,6 +426,230 @@ TEST(several_at_once, "sessions that go on together would say other things than 
     }
 }
 
+static double logprob_of(Session& session, Span<const int32_t> ids) {  // of ids after what the session has read, from its logits
+    double sum = 0;
+    for (size_t i = 0; i < ids.size; ++i) {
+        double total = 0;
+        for (const float l : session.logits()) total += exp(static_cast<double>(l));
+        sum += static_cast<double>(session.logits()[static_cast<size_t>(ids[i])]) - log(total);
+        if (i + 1 < ids.size) CHECK_OK(session.feed(Span<const int32_t>(&ids[i], 1)));
+    }
+    return sum;
+}
+static std::vector<int32_t> ids_of(const SearchResult& result, size_t i) {
+    return std::vector<int32_t>(result.ids_of(i).begin(), result.ids_of(i).end());
+}
+
+// A model of five tokens with opinions.
+static void create_tiny(Runtime& runtime, Model& m, const char* architecture) {
+    Config config;
+    config.layers = 2, config.heads = 2, config.width = 16, config.context = 40, config.vocab = 5;
+    CHECK_OK(preset_architecture(architecture, config));
+    CHECK_OK(m.create(runtime, config, Tokenizer(), 3));
+    for (const Weight& weight : m.names)
+        for (int64_t i = 0; i < weight.rows * weight.cols && !weight.is_vector; ++i) m.weights[weight.offset + i] *= 12;
+}
+
+TEST(search_of_everything, "beams as many as there are texts would not find the likeliest ones") {
+    for (const char* architecture : {"gpt2", "llama"}) {
+        Runtime runtime;
+        Model m;
+        create_tiny(runtime, m, architecture);
+        Session session, other;
+        CHECK_OK(session.create(runtime, m));
+        CHECK_OK(other.create(runtime, m));
+        const int32_t prompt[] = {1, 2, 4, 3}, stop[] = {0};
+        struct Found {
+            std::vector<int32_t> ids;
+            double logprob, score;
+        };
+        std::vector<Found> all;
+        constexpr int longest = 4;
+        for (int number = 0; number < 5 * 5 * 5 * 5; ++number) {  // the texts of up to four tokens, of which only the last is 0
+            std::vector<int32_t> ids;
+            for (int i = 0, rest = number; i < longest && (i == 0 || ids.back() != 0); ++i, rest /= 5) ids.push_back(rest % 5);
+            int again = number;
+            for (size_t i = 0; i < ids.size(); ++i) again /= 5;
+            if (again != 0) continue;  // the same text has been seen with other digits behind its end
+            other.reset();
+            CHECK_OK(other.feed(prompt));
+            all.push_back(Found{ids, logprob_of(other, Span<const int32_t>(ids.data(), ids.size())), 0});
+        }
+        CHECK(all.size() == 1 + 4 + 16 + 64 * 5);
+        for (const double penalty : {0.0, 1.0, -1.0, 2.5})
+            for (const EarlyStopping early : {EarlyStopping::no, EarlyStopping::yes, EarlyStopping::never}) {
+                for (Found& found : all) found.score = found.logprob / pow(static_cast<double>(found.ids.size()), penalty);
+                std::sort(all.begin(), all.end(), [](const Found& a, const Found& b) { return a.score > b.score; });
+                BeamConfig config;
+                config.beams = 625, config.best = 341, config.tokens = longest, config.length_penalty = penalty;
+                config.early_stopping = early, config.stop_ids = stop;
+                session.reset();
+                CHECK_OK(session.feed(prompt));
+                SearchResult result;
+                CHECK_OK(session.search("", config, result));
+                CHECK(result.best.size() == all.size());
+                int different = 0;
+                for (size_t i = 0; i < result.best.size() && i < all.size(); ++i) {
+                    different += !(fabs(result.best[i].score - all[i].score) < 1e-5 * (1 + fabs(all[i].score)));
+                    different += !(fabs(result.best[i].logprob - all[i].logprob) < 1e-5 * (1 + fabs(all[i].logprob)));
+                    different += result.best[i].ended != (all[i].ids.back() == 0);
+                    if (i + 1 < all.size() && i > 0 && all[i - 1].score - all[i].score > 1e-4 && all[i].score - all[i + 1].score > 1e-4)
+                        different += ids_of(result, i) != all[i].ids;
+                }
+                CHECK(different == 0);
+                CHECK(ids_of(result, 0) == all[0].ids);
+            }
+    }
+}
+
+TEST(one_beam_is_greedy, "a search with one beam would find other tokens than the likeliest one after another") {
+    Runtime runtime;
+    Session session;
+    CHECK_OK(session.create(runtime, model()));
+    for (const char* prompt : {"You: how are you\nMira: ", "You: what", "Mi", "", "bir "})
+        for (const double penalty : {0.0, 1.0, 3.0}) {
+            Array<int32_t> ids(runtime);
+            Generation said;
+            said.ids = &ids;
+            SampleConfig sampling = greedy();
+            sampling.tokens = 40;
+            session.reset();
+            const std::string expected = say(session, prompt, sampling, false, &said);
+            session.reset();
+            BeamConfig config;
+            config.beams = 1, config.tokens = 40, config.length_penalty = penalty, config.early_stopping = EarlyStopping::never;
+            SearchResult result;
+            CHECK_OK(session.search(prompt, config, result));
+            CHECK(ids_of(result, 0) == std::vector<int32_t>(ids.begin(), ids.end()));
+            CHECK(std::string(result.text_of(0).data, result.text_of(0).size) == expected && result.best[0].ended == said.stopped);
+        }
+}
+
+TEST(search,
+     "beams would read each other's keys and values, disturb the session, give other bits with other threads, or find worse than greedy") {
+    std::vector<double> scores[2];
+    std::vector<std::vector<int32_t>> texts[2];
+    for (int variant = 0; variant < 6; ++variant) {
+        Runtime runtime, one;
+        runtime.threads = variant % 3 * 3 + 1, runtime.backend = variant < 3 ? Backend::cpu : Backend::plain;
+        Session session, other;
+        CHECK_OK(session.create(runtime, model()));
+        CHECK_OK(other.create(one, model()));
+        std::vector<double> found;
+        std::vector<std::vector<int32_t>> said;
+        for (int length = 1; length <= 64;
+             length += 9) {  // prompts that end before, at and after the border of a page; the last fills the context
+            std::vector<int32_t> prompt;
+            for (int i = 0; i < length; ++i) prompt.push_back((i * 37 + i * i + length) % model().config.vocab);
+            session.reset();
+            CHECK_OK(session.feed(Span<const int32_t>(prompt.data(), prompt.size())));
+            BeamConfig config;
+            config.beams = 7, config.best = 5, config.tokens = 30 + length % 2 * 10, config.length_penalty = length % 4 * 0.5;
+            config.early_stopping = static_cast<EarlyStopping>(length / 9 % 3);
+            SearchResult result;
+            CHECK_OK(session.search("", config, result));
+            const int kept = session.position;
+            const std::vector<int32_t> read(prompt.end() - kept, prompt.end());
+            other.reset();
+            CHECK_OK(other.feed(Span<const int32_t>(read.data(), read.size())));
+            CHECK(memcmp(other.logits().data, session.logits().data, other.logits().size * sizeof(float)) == 0);
+            for (size_t i = 0; i < result.best.size(); ++i) {
+                const Hypothesis& h = result.best[i];
+                other.reset();
+                CHECK_OK(other.feed(Span<const int32_t>(read.data(), read.size())));
+                CHECK(fabs(logprob_of(other, result.ids_of(i)) - h.logprob) < 1e-4);
+                CHECK(fabs(h.score - h.logprob / pow(static_cast<double>(h.ids), config.length_penalty)) < 1e-9);
+                CHECK(i == 0 || result.best[i - 1].score >= h.score);
+                for (size_t k = 0; k < i; ++k) CHECK(ids_of(result, i) != ids_of(result, k));
+                found.push_back(h.score), found.push_back(h.logprob), said.push_back(ids_of(result, i));
+            }
+            const double best = result.best[0].score;
+            const std::vector<int32_t> winner = ids_of(result, 0);
+            const BeamConfig how = config;
+            config.beams = config.best = 1;
+            CHECK_OK(session.search("", config, result));
+            CHECK(best >= result.best[0].score || how.early_stopping == EarlyStopping::yes);  // which may end before longer texts do
+            CHECK_OK(session.feed(Span<const int32_t>(winner.data(), winner.size())));        // the session goes on as if nothing had been
+            other.reset();
+            CHECK_OK(other.feed(Span<const int32_t>(read.data(), read.size())));
+            CHECK_OK(other.feed(Span<const int32_t>(winner.data(), winner.size())));
+            CHECK(memcmp(other.logits().data, session.logits().data, other.logits().size * sizeof(float)) == 0);
+        }
+        if (variant == 0) scores[0] = found, texts[0] = said;
+        CHECK(found == scores[0] && said == texts[0]);
+    }
+}
+
+TEST(search_ends, "a search would say a banned string, go on behind a stop string, or count the space that the prompt ends in") {
+    Runtime runtime;
+    Session session;
+    CHECK_OK(session.create(runtime, model()));
+    BeamConfig config;
+    config.beams = 4, config.best = 4, config.tokens = 40;
+    const Text stops[] = {"\n", "thank"}, banned[] = {"well", "inn"};
+    SearchResult result;
+    CHECK_OK(session.search("You: how are you\nMira: ", config, result));
+    CHECK(std::string(result.text_of(0).data, result.text_of(0).size) == "I am well, thank you." && result.best[0].ended);
+    config.stop = stops;
+    session.reset();
+    CHECK_OK(session.search("You: how are you\nMira: ", config, result));
+    CHECK(std::string(result.text_of(0).data, result.text_of(0).size) == "I am well, " && result.best[0].ended);
+    config.banned = banned;
+    session.reset();
+    CHECK_OK(session.search("You: how are you\nMira: ", config, result));
+    CHECK(result.best.size() == 4);
+    for (size_t i = 0; i < result.best.size(); ++i) {
+        const std::string text(result.text_of(i).data, result.text_of(i).size);
+        CHECK(text.find("well") == std::string::npos && text.find("inn") == std::string::npos && text.find("thank") == std::string::npos);
+    }
+}
+
+TEST(search_memory, "a search that finds no memory would crash or leak, a second one would take it again, or a session could not go on") {
+    struct Counter {
+        size_t calls = 0, refuse_from = ~size_t(0), in_use = 0;
+    };
+    for (size_t n = 0;; ++n) {
+        Counter counter;
+        Runtime runtime;
+        runtime.threads = 1, runtime.memory_user = &counter;
+        runtime.allocate = [](void* user, size_t bytes, size_t) {
+            Counter& c = *static_cast<Counter*>(user);
+            void* memory = c.calls++ >= c.refuse_from ? nullptr : malloc(bytes);
+            if (memory) c.in_use += bytes;
+            return memory;
+        };
+        runtime.release = [](void* user, void* memory, size_t bytes) {
+            static_cast<Counter*>(user)->in_use -= bytes;
+            free(memory);
+        };
+        bool done = false;
+        {
+            Session session;
+            CHECK_OK(session.create(runtime, model()));
+            const int32_t prompt[] = {5, 9, 70};
+            CHECK_OK(session.feed(prompt));
+            const size_t before = counter.calls;
+            counter.refuse_from = before + n;
+            BeamConfig config;
+            config.beams = 3, config.best = 1;
+            SearchResult result;
+            const Status status = session.search("", config, result);
+            CHECK(status.ok() || status.error == Error::out_of_memory);
+            done = status.ok();
+            counter.refuse_from = ~size_t(0);
+            const size_t first = counter.calls - before;
+            CHECK_OK(session.search("", config, result));
+            if (done) CHECK(counter.calls - before - first < first);
+            int32_t id = 0;
+            CHECK_OK(session.next(greedy(), id));
+        }
+        CHECK(counter.in_use == 0);
+        if (done) break;
+        CHECK(n < 50);
+        if (n > 50) break;
+    }
+}
+
 TEST(kernels_side_by_side, "sessions with different kernels would read each other's packed weights") {
     Runtime best, portable;
     portable.isa = Isa::portable;
@@ -520,6 +746,25 @@ TEST(wrong_calls, "a wrong call would crash") {
     config = SampleConfig();
     config.bias = Span<const LogitBias>(never, static_cast<size_t>(model().config.vocab));
     CHECK(session.next(config, id).error == Error::invalid_argument);  // nothing may come
+    BeamConfig beams;
+    SearchResult found;
+    const auto search_fails = [&](Session& with) {
+        const bool failed = with.search("", beams, found).error == Error::invalid_argument;
+        beams = BeamConfig();
+        return failed;
+    };
+    Session fresh;
+    CHECK(search_fails(fresh));
+    beams.beams = 0;
+    CHECK(search_fails(session));
+    beams.best = 5;
+    CHECK(search_fails(session));
+    beams.tokens = 0;
+    CHECK(search_fails(session));
+    beams.length_penalty = NAN;
+    CHECK(search_fails(session));
+    beams.stop_ids = bad;
+    CHECK(search_fails(session));
     Model none;
     CHECK(none.set_chat("a", "b").error == Error::invalid_argument);
     CHECK(session.create(runtime, none).error == Error::invalid_argument);

@@ -178,6 +178,15 @@ cp out first; run 0 generate m.safetensors --prompt 'You' --tokens 12 --json --t
 sed 's/"tokens_per_second.*//' first > first.text; sed 's/"tokens_per_second.*//' out > second.text
 same 'the same seed, the same text' first.text second.text
 run 0 generate m.safetensors --prompt 'You' --tokens 12 --temperature 0 --stop e
+run 0 generate m.safetensors --prompt 'You' --tokens 12 --beams 4 --best 3 --json; json
+has out '^{"best":\[{"text":".*","ids":\[[0-9,]*\],"score":-[0-9.e-]*,"logprob":-[0-9.e-]*,"ended":false},{.*},{.*}\],"seconds":'
+run 0 generate m.safetensors --prompt 'You' --tokens 12 --beams 4 --best 3; check 'three texts' test "$(wc -l < out)" -eq 3
+run 0 generate m.safetensors --prompt 'You' --tokens 4 --beams 1; cp out one; run 0 generate m.safetensors --prompt 'You' --tokens 4 --temperature 0
+same 'one beam is greedy' one out
+run 2 generate m.safetensors --beams 4 --temperature 0.5;   says 'temperature'
+run 2 generate m.safetensors --beams 4 --best 5;            says 'best 5'
+run 2 generate m.safetensors --length-penalty 2;            says 'belongs to --beams'
+run 2 generate m.safetensors --beams 4 --tokens 0;          says 'tokens 0'
 printf 'Hello\n/reset\nWho are you?\n\n' > talk
 input=talk run 0 chat c.safetensors --tokens 10;         check 'a line in, a line out' test "$(wc -l < out)" -eq 3
 input=talk run 0 chat c.safetensors --tokens 10 --json --reply-turn 'Bram: '; json; check 'an object a line' test "$(grep -c '^{"text":' out)" -eq 3

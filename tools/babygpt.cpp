@@ -1830,6 +1830,39 @@ struct Sampling {
     }
 };
 
+// Beam search in place of drawing tokens.
+struct Searching {
+    BeamConfig config;
+    string early_stopping = "no";
+    vector<Option> options() {
+        config.beams = 0;
+        return {{nullptr, nullptr, "Or the likeliest text, by beam search"},
+                {"--beams", "N", "so many texts go on side by side; 1 is greedy", &config.beams, 1, 4096},
+                {"--best", "N", "write the N best of them (1)", &config.best, 1, 4096},
+                {"--length-penalty", "X", "score = log-probability / tokens^X: above 0 for longer texts, below for shorter (1)",
+                 &config.length_penalty, -10, 10},
+                {"--early-stopping", "no|yes|never",
+                 "yes: end with the first N texts; never: when none better can come; no: likely none (no)", &early_stopping}};
+    }
+    bool wanted(const Arguments& in) const {
+        for (const char* option : {"--best", "--length-penalty", "--early-stopping"})
+            if (!in.has("--beams") && in.has(option)) usage(format("%s belongs to --beams", option));
+        for (const char* option : {"--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed"})
+            if (in.has("--beams") && in.has(option)) usage(format("%s draws tokens, but --beams looks for the likeliest text", option));
+        if (in.has("--beams") && config.best > config.beams)
+            usage(format("--best %d: must be at most --beams, %d", config.best, config.beams));
+        return in.has("--beams");
+    }
+    const BeamConfig& ready(const SampleConfig& sampling) {
+        if (sampling.tokens < 1) usage("--tokens 0: a search needs at least 1");
+        config.tokens = sampling.tokens, config.stop = sampling.stop, config.banned = sampling.banned;
+        config.early_stopping = early_stopping == "yes"     ? EarlyStopping::yes
+                                : early_stopping == "never" ? EarlyStopping::never
+                                                            : EarlyStopping::no;
+        return config;
+    }
+};
+
 // Prints pieces as they come; called by the library, so it must not throw.
 bool print_piece(void*, Text piece) noexcept { return write_output(piece) && flush_output() && !interrupted; }
 
@@ -1837,21 +1870,43 @@ void check_unknown(uint64_t count) {
     if (count > 0) note(format("%llu characters of the text are unknown to the model", static_cast<unsigned long long>(count)));
 }
 
+void print_search(Session& session, const string& prompt, const BeamConfig& config, bool json) {
+    SearchResult result;
+    must(session.search(prompt, config, result));
+    string list;
+    for (size_t i = 0; i < result.best.count; ++i) {
+        const Hypothesis& found = result.best[i];
+        const string text = to_string(result.text_of(i));
+        if (json) {
+            Json one;
+            one.add("text", text).raw("ids", json_list(result.ids_of(i).data, found.ids)).add("score", found.score);
+            list += (i ? "," : "") + one.add("logprob", found.logprob).add("ended", found.ended).text + "}";
+        } else if (config.best > 1) put_line(format("%.4f  ", found.score) + one_line(text, "\\n"));
+        else put_line((is_terminal(stdout) ? prompt : "") + text);
+    }
+    if (json) Json().raw("best", "[" + list + "]").add("seconds", result.seconds).add("unknown", result.unknown).print();
+    else check_unknown(result.unknown);
+}
+
 int generate(Arguments& in) {
     Common common;
     Sampling sampling;
+    Searching searching;
     string prompt;
     bool json = false;
     in.parse(common,
              vector<Option>{{"--prompt", "TEXT", "what the text begins with (without: a new document)", &prompt},
                             {"--json", nullptr, "one JSON object: text and ids without the prompt, log-probabilities, tokens/s", &json}} +
-                 sampling.options(),
+                 sampling.options() + searching.options(),
              1, 1);
+    const bool searches = searching.wanted(in);
+    if (searches) searching.ready(sampling.ready());
     Model model;
     must(model.load(common.runtime, in.operands[0]));
     need_tokenizer(model, in.operands[0]);
     Session session;
     must(session.create(common.runtime, model));
+    if (searches) return print_search(session, prompt, searching.config, json), 0;
     Array<char> text(common.runtime);
     Array<int32_t> ids(common.runtime);
     Array<float> logprobs(common.runtime);
@@ -3018,7 +3073,9 @@ const vector<Command> commands = {
      "  babygpt train story.txt --out story.safetensors --resume\n",
      train},
     {"generate", "M [options]", "Continues a text.",
-     "  babygpt generate story.safetensors --prompt 'Once upon' --temperature 0.6 --tokens 300\n", generate},
+     "  babygpt generate story.safetensors --prompt 'Once upon' --temperature 0.6 --tokens 300\n"
+     "  babygpt generate story.safetensors --prompt 'Once upon' --tokens 20 --beams 8 --best 3\n",
+     generate},
     {"chat", "M [options]",
      "Talks with a model. When standard input is no terminal, each line gets a reply of one line; the line /reset forgets the "
      "conversation.",

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Small random models of Llama and GPT-2 type that transformers writes, in one file, in several, and in bf16: read here, written as a folder,
-read by transformers again. Both ways the logits must be the same, and what both say without chance.
+read by transformers again. Both ways the logits must be the same, and what both say without chance. Then beam search, by these and by a model that
+has learnt a text: the same texts with the same scores.
 
     python3 tools/compare_transformers.py --babygpt build/babygpt
 """
@@ -62,8 +63,60 @@ def compare(model, pieces, dtype):
     return good
 
 
+# Width, how many are wanted, length penalty, early stopping. A text ends with one of some bytes, or after 24.
+SEARCHES = ((1, 1, 1.0, False), (2, 2, 0.0, False), (3, 1, 1.0, "never"), (4, 1, 1.0, True), (4, 4, 1.0, False), (5, 5, -0.7, True), (8, 3, 2.0, "never"),
+            (16, 9, 2.0, False))
+
+
+def compare_searches(model, name, prompts, ends):
+    """transformers' model and ours, saved from it, or the other way round"""
+    different, worst, count = 0, 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        theirs, ours = os.path.join(folder, "theirs"), os.path.join(folder, "ours.safetensors")
+        if isinstance(model, str):
+            os.mkdir(theirs)
+            ours = model
+            ask("convert", ours, theirs)
+            model = GPT2LMHeadModel.from_pretrained(theirs, torch_dtype=torch.float32)
+        else:
+            model.float().save_pretrained(theirs, safe_serialization=True)
+            with open(os.path.join(theirs, "tokenizer.json"), "w") as file:
+                file.write('{"babygpt":{"kind":"bytes"}}')
+            ask("convert", theirs, ours)
+        model.eval()
+        for beams, best, penalty, early in SEARCHES:
+            for prompt in prompts:
+                said = model.generate(torch.tensor([list(prompt.encode())]), do_sample=False, num_beams=beams, num_return_sequences=best, length_penalty=penalty,
+                                      early_stopping=early, max_new_tokens=24, eos_token_id=[ord(c) for c in ends], pad_token_id=0, output_scores=True,
+                                      return_dict_in_generate=True)
+                words = ["--early-stopping", {False: "no", True: "yes"}.get(early, early), "--length-penalty", str(penalty), "--best", str(best)]
+                found = ask("generate", ours, "--json", "--prompt=" + prompt, "--tokens", "24", "--beams", str(beams), *words, *("--stop=" + c for c in ends))["best"]
+                wanted = [row[len(prompt):].tolist() for row in said.sequences]
+                wanted = [row[:next((i + 1 for i, id in enumerate(row) if chr(id) in ends), len(row))] for row in wanted]
+                different += [one["ids"] for one in found] != wanted
+                if beams > 1:
+                    worst = max([worst] + [abs(one["score"] / score.item() - 1) for one, score in zip(found, said.sequences_scores)])
+                count += 1
+    print(f"beam search, {name}: {count} searches, {different} with other texts, relative error of the scores {worst:.2g}")
+    return different == 0 and worst <= LIMIT
+
+
+def trained(folder):
+    path = os.path.join(folder, "trained.safetensors")
+    subprocess.run([babygpt, "train", "examples/village.txt", "--out", path, "--tokenizer", "byte", "--layers", "2", "--heads", "2", "--width", "64", "--context", "64",
+                    "--batch", "8", "--steps", "200", "--lr", "5e-3", "--validation-fraction", "0"], check=True, capture_output=True)
+    return path
+
+
+torch.set_num_threads(1)  # small models
 logging.set_verbosity_error()
+logging.disable_progress_bar()
 torch.manual_seed(0)
 good = [compare(model, pieces, dtype) for model in models() for pieces, dtype in ((False, torch.float32), (True, torch.float32), (False, torch.bfloat16))]
+for model in models():
+    texts = [TEXT[i:i + 5 + i] for i in (0, 7, 15)]
+    good.append(compare_searches(model, "a random " + type(model).__name__, texts, "".join(chr(c) for c in range(40, 60))))
+with tempfile.TemporaryDirectory() as folder:
+    good.append(compare_searches(trained(folder), "a trained GPT2LMHeadModel", ["You: What", "Mira: The ", "You: hello\nMira:", "B"], "\n.?"))
 print(f"{sum(good)} passed, {len(good) - sum(good)} failed")
 sys.exit(0 if all(good) else 1)
