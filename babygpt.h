@@ -412,6 +412,23 @@ struct NgramResult {
 Status ngram_baseline(Runtime& runtime, Data& training, Data& validation, int vocab, NgramResult& result, int max_order = 8,
                       uint64_t cap = uint64_t(64) << 20);
 
+// The same model of one order (2: bigrams), with its counts kept: a baseline that predicts, and is evaluated as a Model is. Read-only once
+// made: any number of threads may use it. Memory: 8 bytes a training token, of which the first `cap` count; while it is made, 12.
+struct Ngram {
+    int order = 0, vocab = 0;
+    Runtime* runtime = nullptr;
+    struct NgramState* state = nullptr;  // ours
+
+    Ngram() = default;
+    Ngram(Ngram&& other) noexcept;
+    Ngram& operator=(Ngram&& other) noexcept;
+    ~Ngram();
+
+    Status create(Runtime& runtime, Data& training, int vocab, int order, uint64_t cap = uint64_t(64) << 20);  // order: 1 to 8
+    // The probability of each id after a history, of which the last order - 1 ids count: [vocab], their sum is 1.
+    Status predict(Span<const int32_t> history, Span<double> probabilities) const;
+};
+
 // ---- Config and Model -------------------------------------------------------------------------------------------------
 
 enum class Architecture : int32_t { gpt2, llama };                      // whose names and layout the tensors have
@@ -650,6 +667,9 @@ struct Trainer {
 Status evaluate(Runtime& runtime, const Model& model, Data& data, Evaluation& result, int batch = 8,
                 bool (*progress)(void* user, double done) = nullptr, void* user = nullptr);
 
+// The same of an n-gram model. It reads the text in one piece.
+Status evaluate(Runtime& runtime, const Ngram& model, Data& data, Evaluation& result);
+
 // "M.safetensors" -> "M.resume.safetensors". That file is itself a model to load: the weights of the last step.
 Status resume_path(Text model_path, Array<char>& path);
 // The TrainConfig that a resume file was made with, so that nobody has to say it again.
@@ -764,6 +784,10 @@ struct Session {
 // to the bit, but the weights are read once for all. One config for all (then give each session another prompt, or they say the same), or one
 // for each. ids: [sessions]. After an error no session has said a token that it has not read.
 Status next(Span<Session* const> sessions, Span<const SampleConfig> configs, int32_t* ids);
+
+// Draws an id from logits (or log-probabilities) of the host's own, as a session does: by temperature, top_k, top_p, min_p, bias and seed, the
+// config's other fields do not count. `sampled`: how many were drawn before. The logits are written over; scratch: as many.
+Status sample(Span<float> logits, const SampleConfig& config, uint64_t sampled, Span<int32_t> scratch, int32_t& id);
 
 // ---- Measuring and checking -------------------------------------------------------------------------------------------
 
@@ -7524,6 +7548,7 @@ bool count_ngrams(const Array<Id>& training, const Array<Id>& validation, size_t
 
 template <class Id>
 Status copy_ids(Data& data, int vocab, uint64_t cap, Array<Id>& ids) {
+    if (!data.state || data.state->examples.size > 0) return fail(Error::invalid_argument, "n-grams need text, not examples");
     const uint64_t count = least(data.tokens, cap);
     size_t bytes;
     if (!product(count, sizeof(Id), bytes) || !ids.resize(static_cast<size_t>(count))) return out_of_memory(count * sizeof(Id));
@@ -7597,6 +7622,133 @@ Status ngram_baseline(Runtime& runtime, Data& training, Data& validation, int vo
     const FloatMode mode;
     return vocab <= 65536 ? ngram_losses<uint16_t>(runtime, training, validation, vocab, result, max_order, cap)
                           : ngram_losses<uint32_t>(runtime, training, validation, vocab, result, max_order, cap);
+}
+
+// Ngram keeps the training ids, and all places in them, sorted by the `order` ids that begin there. What begins with a history stands side by
+// side then: how many there are and what follows is found by halving, and no table of n-grams is needed.
+struct NgramState {
+    Array<int32_t> ids;
+    Array<uint32_t> sorted;
+    Array<uint32_t> starts;  // [vocab + 2] in `sorted`: those that begin with letter i
+    explicit NgramState(Runtime& runtime) : ids(runtime), sorted(runtime), starts(runtime) {}
+    // The id at a place and 1; 0 behind the text's end.
+    uint32_t letter(size_t at) const { return at < ids.count ? static_cast<uint32_t>(ids[at]) + 1 : 0; }
+    // Of sorted[low, high), whose first `depth` letters agree: where those with this letter, or a greater one, at `depth` begin.
+    size_t find(size_t low, size_t high, size_t depth, uint32_t wanted) const {
+        while (low < high) {
+            const size_t middle = low + (high - low) / 2;
+            if (letter(sorted[middle] + depth) < wanted) low = middle + 1;
+            else high = middle;
+        }
+        return low;
+    }
+    // Calls f(id, count) for each id that follows a history of `depth` ids, which stands at sorted[low, high).
+    template <class F>
+    void followers(size_t low, size_t high, size_t depth, const F& f) const {
+        while (low < high) {
+            const uint32_t here = letter(sorted[low] + depth);
+            size_t step = 1;
+            while (step < high - low && letter(sorted[low + step] + depth) == here) step *= 2;
+            const size_t end = find(low + step / 2, least(low + step, high), depth, here + 1);
+            f(here - 1, end - low);
+            low = end;
+        }
+    }
+};
+
+namespace {
+
+// Sorts by the last letter first (LSD): each pass counts how often a letter is there, and keeps the order of equal ones.
+Status sort_places(NgramState& s, int vocab, int order) {
+    Array<uint32_t> other(*s.ids.runtime);
+    const size_t n = s.ids.count, letters = static_cast<size_t>(vocab) + 2;
+    if (!s.sorted.resize(n) || !other.resize(n) || !s.starts.resize(letters)) return out_of_memory((2 * n + letters) * sizeof(uint32_t));
+    for (size_t i = 0; i < n; ++i) s.sorted[i] = static_cast<uint32_t>(i);
+    for (size_t depth = static_cast<size_t>(order); depth-- > 0;) {
+        memset(s.starts.items, 0, letters * sizeof(uint32_t));
+        for (size_t i = 0; i < n; ++i) ++s.starts[s.letter(i + depth)];
+        uint32_t before = 0;
+        for (uint32_t& start : s.starts) {
+            const uint32_t count = start;
+            start = before, before += count;
+        }
+        for (const uint32_t place : s.sorted) other[s.starts[s.letter(place + depth)]++] = place;
+        uint32_t* const items = s.sorted.items;
+        s.sorted.items = other.items, other.items = items;
+    }
+    memmove(s.starts.items + 1, s.starts.items, (letters - 1) * sizeof(uint32_t));  // the last pass moved each to the next one's
+    s.starts[0] = 0;
+    return Status();
+}
+
+void predict_next(const Ngram& model, const int32_t* history, size_t length, double* p) {
+    const NgramState& s = *model.state;
+    const double vocab = model.vocab, n = static_cast<double>(s.ids.count);
+    double kinds = 0;
+    const auto count = [&](int id) {
+        return static_cast<double>(s.starts[static_cast<size_t>(id) + 2] - s.starts[static_cast<size_t>(id) + 1]);
+    };
+    for (int id = 0; id < model.vocab; ++id) kinds += count(id) > 0;
+    for (int id = 0; id < model.vocab; ++id) p[id] = (count(id) + kinds / vocab) / (n + kinds);
+    for (size_t depth = 1; depth <= least(length, static_cast<size_t>(model.order) - 1); ++depth) {
+        const int32_t* h = history + (length - depth);
+        size_t low = s.starts[static_cast<size_t>(h[0]) + 1], high = s.starts[static_cast<size_t>(h[0]) + 2];
+        for (size_t i = 1; i < depth; ++i) {
+            const uint32_t letter = static_cast<uint32_t>(h[i]) + 1;
+            low = s.find(low, high, i, letter);
+            high = s.find(low, high, i, letter + 1);
+        }
+        low = s.find(low, high, depth, 1);  // where the text ends, nothing follows
+        if (low == high) return;            // never seen: longer ones neither
+        kinds = 0;
+        s.followers(low, high, depth, [&](uint32_t, size_t) { ++kinds; });
+        const double scale = 1 / (static_cast<double>(high - low) + kinds);
+        for (int id = 0; id < model.vocab; ++id) p[id] *= kinds * scale;
+        s.followers(low, high, depth, [&](uint32_t id, size_t times) { p[id] += static_cast<double>(times) * scale; });
+    }
+}
+
+BABYGPT_RARE Status no_ngrams() { return fail(Error::invalid_argument, "the n-gram model is empty: create it first"); }
+
+}  // namespace
+
+Ngram::Ngram(Ngram&& other) noexcept { *this = static_cast<Ngram&&>(other); }
+Ngram& Ngram::operator=(Ngram&& other) noexcept {
+    if (this == &other) return *this;
+    if (state) destroy(*runtime, state);
+    order = other.order, vocab = other.vocab, runtime = other.runtime, state = other.state;
+    other.state = nullptr;
+    return *this;
+}
+Ngram::~Ngram() {
+    if (state) destroy(*runtime, state);
+}
+
+BABYGPT_RARE Status Ngram::create(Runtime& from, Data& training, int with_vocab, int of_order, uint64_t cap) {
+    *this = Ngram();
+    if (with_vocab < 1 || with_vocab > INT32_MAX - 2 || of_order < 1 || of_order > 8)
+        return fail(Error::invalid_argument, "the vocabulary is ", with_vocab, " and the order ", of_order, " (1 to 8)");
+    if (training.tokens < 1) return fail(Error::invalid_argument, "there is no text to count n-grams in");
+    Ngram made;
+    made.order = of_order, made.vocab = with_vocab, made.runtime = &from;
+    made.state = babygpt::create<NgramState>(from, from);
+    if (!made.state) return out_of_memory(sizeof(NgramState));
+    BABYGPT_TRY(copy_ids(training, with_vocab, least(most(cap, uint64_t(1)), uint64_t(UINT32_MAX) - 8), made.state->ids));
+    BABYGPT_TRY(sort_places(*made.state, with_vocab, of_order));
+    *this = static_cast<Ngram&&>(made);
+    return Status();
+}
+
+Status Ngram::predict(Span<const int32_t> history, Span<double> probabilities) const {
+    if (!state) return no_ngrams();
+    if (probabilities.size != static_cast<size_t>(vocab))
+        return fail(Error::no_room, "there is room for ", static_cast<uint64_t>(probabilities.size), " probabilities, the vocabulary is ",
+                    vocab);
+    for (const int32_t id : history)
+        if (id < 0 || id >= vocab) return fail(Error::invalid_argument, "the id ", id, " is none of the model's ", vocab);
+    const FloatMode mode;
+    predict_next(*this, history.data, history.size, probabilities.data);
+    return Status();
 }
 
 }  // namespace babygpt
@@ -7987,6 +8139,30 @@ Status Trainer::step(Span<const Example> examples, StepResult& result) {
 
 namespace {
 
+BABYGPT_RARE Status nothing_to_evaluate() {
+    return fail(Error::invalid_argument, "there is nothing to evaluate on: the text has fewer than two tokens");
+}
+struct Sums {  // what an evaluation is made of
+    double loss = 0;
+    uint64_t tokens = 0, best1 = 0, best5 = 0;
+    void add(double token_loss, int32_t rank) {
+        loss += token_loss;
+        ++tokens;
+        best1 += rank < 1, best5 += rank < 5;
+    }
+    void finish(const Data& data, Evaluation& result) const {
+        const double count = static_cast<double>(tokens);
+        const double bytes = static_cast<double>(data.bytes) * (count / static_cast<double>(data.tokens - 1));
+        result.tokens = tokens;
+        result.loss = loss / count;
+        result.perplexity = exp_of(result.loss);
+        result.bits_per_byte = bytes > 0 ? loss * log2_e / bytes : 0;
+        result.top1 = static_cast<double>(best1) / count;
+        result.top5 = static_cast<double>(best5) / count;
+        result.unknown = data.unknown;
+    }
+};
+
 template <class GoOn>
 Status evaluate_windows(Runtime& runtime, TrainerState& s, const Model& model, int batch, Data& data, Evaluation& result,
                         const GoOn& go_on) {
@@ -7996,8 +8172,7 @@ Status evaluate_windows(Runtime& runtime, TrainerState& s, const Model& model, i
     s.regions.weights = model.weights;
     BABYGPT_TRY(check_data(model.config, data));
     result = Evaluation();
-    double loss = 0;
-    uint64_t best1 = 0, best5 = 0;
+    Sums sums;
     for (uint64_t window = 0; window < windows && (window == 0 || go_on(static_cast<double>(window) / static_cast<double>(windows)));) {
         empty_batch(s);
         for (; s.count < batch && window < windows; ++window) {
@@ -8011,22 +8186,11 @@ Status evaluate_windows(Runtime& runtime, TrainerState& s, const Model& model, i
         }
         BABYGPT_TRY(check_ids(s));
         s.backend->forward(runtime, s.tape, s.regions, make_run(s));
-        for (int i = 0; i < s.target_rows; ++i) {
-            if (s.targets[i] < 0) continue;
-            loss += s.regions.losses[i];
-            ++result.tokens;
-            best1 += s.regions.ranks[i] < 1, best5 += s.regions.ranks[i] < 5;
-        }
+        for (int i = 0; i < s.target_rows; ++i)
+            if (s.targets[i] >= 0) sums.add(s.regions.losses[i], s.regions.ranks[i]);
     }
-    if (result.tokens == 0) return fail(Error::invalid_argument, "there is nothing to evaluate on: the text has fewer than two tokens");
-    const double count = static_cast<double>(result.tokens);
-    const double bytes = static_cast<double>(data.bytes) * (count / static_cast<double>(data.tokens - 1));
-    result.loss = loss / count;
-    result.perplexity = exp_of(result.loss);
-    result.bits_per_byte = bytes > 0 ? loss * log2_e / bytes : 0;
-    result.top1 = static_cast<double>(best1) / count;
-    result.top5 = static_cast<double>(best5) / count;
-    result.unknown = data.unknown;
+    if (sums.tokens == 0) return nothing_to_evaluate();
+    sums.finish(data, result);
     return Status();
 }
 
@@ -8054,6 +8218,33 @@ Status evaluate(Runtime& runtime, const Model& model, Data& data, Evaluation& re
     lay_out(layout, state, nullptr, model.config, batch, runtime.thread_count());
     start_pool(runtime);
     return evaluate_windows(runtime, state, model, batch, data, result, [=](double done) { return !progress || progress(user, done); });
+}
+
+BABYGPT_RARE Status evaluate(Runtime& runtime, const Ngram& model, Data& data, Evaluation& result) {
+    if (!model.state) return no_ngrams();
+    if (data.tokens < 2) return nothing_to_evaluate();
+    Array<int32_t> ids(runtime);
+    BABYGPT_TRY(copy_ids(data, model.vocab, data.tokens, ids));
+    start_pool(runtime);
+    const size_t vocab = static_cast<size_t>(model.vocab), threads = static_cast<size_t>(runtime.thread_count()), n = ids.count - 1;
+    Array<double> probabilities(runtime), losses(runtime);
+    Array<int32_t> ranks(runtime);
+    if (!probabilities.resize(threads * vocab) || !losses.resize(n) || !ranks.resize(n))
+        return out_of_memory(threads * vocab * sizeof(double) + n * (sizeof(double) + sizeof(int32_t)));
+    parallel(runtime, static_cast<int>(threads), [&](int thread) {
+        const size_t t = static_cast<size_t>(thread);
+        double* p = probabilities.items + t * vocab;
+        for (size_t i = n * t / threads; i < n * (t + 1) / threads; ++i) {
+            const size_t length = least(i + 1, size_t(8)), target = static_cast<size_t>(ids[i + 1]);
+            predict_next(model, ids.items + (i + 1 - length), length, p);
+            losses[i] = -log_of(p[target]);
+            for (size_t v = 0; v < vocab; ++v) ranks[i] += p[v] > p[target] || (v < target && !(p[v] < p[target]));
+        }
+    });
+    Sums sums;
+    for (size_t i = 0; i < n; ++i) sums.add(losses[i], ranks[i]);
+    sums.finish(data, result);
+    return Status();
 }
 
 // ---- a whole run ---------------------------------------------------------------------------------------------------------
@@ -8446,9 +8637,8 @@ struct Heap {
 
 // Draws from adjusted logits; -1: no token is possible. Temperature first, then top_k, top_p, min_p. Candidates are selected, never all
 // sorted: what is e^-40 below the best is left out at once, and only as many are taken from a heap as top_k and top_p need.
-int32_t draw(SessionState& s, const SampleConfig& c, int vocab, uint64_t key) {
-    float* l = s.adjusted;
-    const float biggest = s.backend->biggest(l, vocab);
+int32_t draw(const BackendFunctions& backend, float* l, int32_t* candidates, const SampleConfig& c, int vocab, uint64_t key) {
+    const float biggest = backend.biggest(l, vocab);
     if (!(biggest >= -bits_as<float>(0x7f7fffffu))) return -1;
     if (c.temperature <= 0 || !is_finite(biggest)) {
         int32_t best = 0;
@@ -8461,16 +8651,16 @@ int32_t draw(SessionState& s, const SampleConfig& c, int vocab, uint64_t key) {
                 inverse = static_cast<float>(1 / c.temperature);
     int count = 0;
     for (int32_t i = 0; i < vocab; ++i) {
-        s.candidates[count] = i;
+        candidates[count] = i;
         count += l[i] >= cut;
     }
-    s.backend->exponentials(l, l, vocab, biggest, inverse);
+    backend.exponentials(l, l, vocab, biggest, inverse);
     double total = 0;
-    for (int i = 0; i < count; ++i) total += static_cast<double>(l[s.candidates[i]]);
-    const int32_t* chosen = s.candidates;
+    for (int i = 0; i < count; ++i) total += static_cast<double>(l[candidates[i]]);
+    const int32_t* chosen = candidates;
     const bool fewer = c.top_k > 0 && c.top_k < count;
     if (fewer || c.top_p < 1) {  // popped candidates stand at the end, the heaviest last
-        Heap heap{s.candidates, l, count};
+        Heap heap{candidates, l, count};
         heap.build();
         const int limit = fewer ? c.top_k : count;
         double mass = 0, aim = fewer ? total : c.top_p * total;
@@ -8480,10 +8670,10 @@ int32_t draw(SessionState& s, const SampleConfig& c, int vocab, uint64_t key) {
         if (fewer && c.top_p < 1) {  // top_p counts among the top_k
             aim = c.top_p * mass;
             mass = 0, taken = 0;
-            do mass += static_cast<double>(l[s.candidates[count - ++taken]]);
+            do mass += static_cast<double>(l[candidates[count - ++taken]]);
             while (taken < limit && mass < aim);
         }
-        chosen = s.candidates + (count - taken);
+        chosen = candidates + (count - taken);
         count = taken;
         total = mass;
         for (; c.min_p > 0 && count > 1 && static_cast<double>(l[chosen[0]]) < c.min_p; ++chosen, --count)  // the lightest stand first
@@ -8594,7 +8784,7 @@ Status draw_token(Session& session, const SampleConfig& c, Text start, int32_t& 
     for (int attempt = 0; !found && attempt <= vocab;
          ++attempt) {  // a token that would complete a banned string is drawn again, without it
         adjust(session, c, start);
-        id = draw(s, c, vocab, mix(key + static_cast<uint64_t>(attempt)));
+        id = draw(*s.backend, s.adjusted, s.candidates, c, vocab, mix(key + static_cast<uint64_t>(attempt)));
         if (id < 0) break;
         found = !completes(s.said, c.banned, said_by(model.tokenizer, id));
         if (!found) s.seen[id] |= seen_banned;
@@ -8622,6 +8812,22 @@ Status next_token(Session& session, const SampleConfig& c, Text start, int32_t& 
 Status Session::next(const SampleConfig& config, int32_t& id, float* logprob) {
     const FloatMode mode;
     return next_token(*this, config, Text(), id, logprob);
+}
+BABYGPT_RARE Status sample(Span<float> logits, const SampleConfig& config, uint64_t sampled, Span<int32_t> scratch, int32_t& id) {
+    const FloatMode mode;
+    BABYGPT_TRY(check(config));
+    if (logits.size == 0 || logits.size > INT32_MAX || scratch.size < logits.size)
+        return fail(Error::invalid_argument, "there are ", static_cast<uint64_t>(logits.size), " logits, and scratch for ",
+                    static_cast<uint64_t>(scratch.size));
+    for (const LogitBias& bias : config.bias) {
+        if (bias.id < 0 || static_cast<size_t>(bias.id) >= logits.size)
+            return fail(Error::invalid_argument, "a bias names the id ", bias.id, ", which is none of ",
+                        static_cast<uint64_t>(logits.size));
+        logits[static_cast<size_t>(bias.id)] += bias.bias;
+    }
+    const uint64_t key = mix(random_key(config.seed, sampled, random_sample, 0));
+    id = draw(*plain_backend(), logits.data, scratch.data, config, static_cast<int>(logits.size), key);
+    return id < 0 ? fail(Error::invalid_argument, "no next token is possible: no logit is above -infinity") : Status();
 }
 Status next(Span<Session* const> sessions, Span<const SampleConfig> configs, int32_t* ids) {
     const FloatMode mode;

@@ -622,6 +622,77 @@ TEST(ngrams_follow_the_formula, "the scoreboard beside every loss would be wrong
     CHECK(ngram_baseline(runtime, empty, on_ab, 3, result).error == Error::invalid_argument);
 }
 
+TEST(ngrams_that_predict, "the n-gram model would be another one than the baseline, or be judged in another way than a GPT") {
+    Runtime runtime;
+    for (int vocab : {1, 2, 5, 300}) {
+        vector<int32_t> training, validation;
+        const auto any = [&] { return static_cast<int32_t>(random_below(static_cast<uint32_t>(vocab))); };
+        for (int i = 0; i < 400; ++i)
+            training.push_back(random_below(3) ? std::min(vocab - 1, static_cast<int32_t>(random_below(2))) : any());
+        for (size_t i = 0; i < 80; ++i) validation.push_back(random_below(4) ? training[i + 100] : any());
+        validation.back() = training.back();  // what only the text's end was seen with
+        Data from, on;
+        CHECK_OK(from.create(runtime, training));
+        CHECK_OK(on.create(runtime, validation));
+        NgramResult counted;
+        CHECK_OK(ngram_baseline(runtime, from, on, vocab, counted));
+        for (int order = 1; order <= 8; ++order) {
+            Ngram model;
+            CHECK_OK(model.create(runtime, from, vocab, order));
+            vector<double> p(static_cast<size_t>(vocab));
+            double worst = 0, top1 = 0, top5 = 0;
+            for (int i = 0; i < 80; ++i) {
+                const int length = std::min(order - 1, i);
+                CHECK_OK(model.predict(Span<const int32_t>(validation.data(), static_cast<size_t>(i)), p));
+                double sum = 0;
+                int better = 0;
+                const int32_t next = validation[static_cast<size_t>(i)];
+                for (int32_t id = 0; id < vocab; ++id) {
+                    const double mine = p[static_cast<size_t>(id)];
+                    sum += mine;
+                    better += mine > p[static_cast<size_t>(next)] || (id < next && mine >= p[static_cast<size_t>(next)]);
+                    if (i % 8 == 0)
+                        worst =
+                            std::max(worst, fabs(mine - naive_probability(training, validation.data() + i - length, length, id, vocab)));
+                }
+                worst = std::max(worst, fabs(sum - 1));
+                if (i > 0) top1 += better < 1, top5 += better < 5;
+            }
+            CHECK(worst < 1e-12);
+            for (const int threads : {1, 3}) {
+                Runtime other;
+                other.threads = threads;
+                Evaluation result;
+                CHECK_OK(evaluate(other, model, on, result));
+                CHECK(fabs(result.loss - counted.loss_by_order[order]) < 1e-12 && result.tokens == 79);
+                CHECK(fabs(result.perplexity - exp(result.loss)) < 1e-9 * result.perplexity);
+                CHECK(fabs(result.top1 - top1 / 79) < 1e-12 && fabs(result.top5 - top5 / 79) < 1e-12);
+            }
+        }
+    }
+    const int32_t ids[] = {0, 1, 2};
+    Data data;
+    CHECK_OK(data.create(runtime, ids));
+    Ngram model, moved;
+    double p[3];
+    Evaluation result;
+    CHECK(model.predict(Span<const int32_t>(), p).error == Error::invalid_argument);
+    CHECK(evaluate(runtime, model, data, result).error == Error::invalid_argument);
+    CHECK(model.create(runtime, data, 2, 2).error == Error::mismatch && !model.state);
+    CHECK(model.create(runtime, data, 3, 9).error == Error::invalid_argument);
+    CHECK(model.create(runtime, data, 3, 0).error == Error::invalid_argument);
+    CHECK_OK(model.create(runtime, data, 3, 2));
+    moved = static_cast<Ngram&&>(model);
+    CHECK(moved.predict(Span<const int32_t>(), Span<double>(p, 2)).error == Error::no_room);
+    const int32_t wrong[] = {3};
+    CHECK(moved.predict(wrong, p).error == Error::invalid_argument);
+    Example example;
+    example.ids = Span<const int32_t>(ids, 3);
+    Data examples;
+    CHECK_OK(examples.create(runtime, Span<const Example>(&example, 1)));
+    CHECK(moved.create(runtime, examples, 3, 2).error == Error::invalid_argument);
+}
+
 static bool near(double value, double published) { return fabs(value - published) < 0.0015; }
 
 TEST(ngrams_on_shakespeare, "the scoreboard would not be the published one") {
@@ -641,6 +712,11 @@ TEST(ngrams_on_shakespeare, "the scoreboard would not be the published one") {
     const double published[] = {0, 3.347, 2.486, 2.049, 1.774, 1.669};
     for (int order = 1; order <= 5; ++order) CHECK(near(result.loss_by_order[order], published[order]));
     CHECK(result.order >= 5);
+    Ngram bigrams;
+    Evaluation evaluation;
+    CHECK_OK(bigrams.create(runtime, training, tokenizer.vocab, 2));
+    CHECK_OK(evaluate(runtime, bigrams, validation, evaluation));
+    CHECK(near(evaluation.loss, 2.486) && evaluation.top1 > 0.2 && evaluation.top5 > evaluation.top1);
 }
 
 TEST(ngrams_on_dialogsum, "the scoreboard would not be the published one") {
@@ -773,6 +849,10 @@ TEST(every_allocation_may_fail, "a host without memory would crash or lose what 
         for (uint64_t n = 0; n < 20 && status.ok(); n += 5) status = training.training_window(1, n, 64, x, y);
         NgramResult result;
         if (status.ok()) status = ngram_baseline(runtime, training, validation, 256, result, 2);
+        Ngram model;
+        Evaluation evaluation;
+        if (status.ok()) status = model.create(runtime, training, 256, 3);
+        if (status.ok()) status = evaluate(runtime, model, validation, evaluation);
         return status;
     };
     const char* const caches[] = {"", "", "ids"};

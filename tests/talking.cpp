@@ -205,6 +205,36 @@ TEST(sampling_follows_the_probabilities, "sampled tokens would not be as frequen
     CHECK(kinds > 20 && chi < kinds + 5 * sqrt(2 * kinds));
 }
 
+TEST(logits_of_the_host, "an n-gram model would draw in another way than a session does") {
+    Runtime runtime;
+    Session session;
+    CHECK_OK(session.create(runtime, model()));
+    const size_t vocab = static_cast<size_t>(model().config.vocab);
+    std::vector<float> logits(vocab);
+    std::vector<int32_t> scratch(vocab);
+    const LogitBias bias[] = {{3, 4.0f}};
+    int32_t first[] = {5}, mine = 0, theirs = 0;
+    for (int variant = 0; variant < 6; ++variant) {
+        session.reset();
+        CHECK_OK(session.feed(first));
+        SampleConfig config;
+        config.temperature = variant == 1 ? 0 : 1.3, config.top_k = variant == 2 ? 5 : 0, config.top_p = variant == 3 ? 0.7 : 1;
+        config.min_p = variant == 4 ? 0 : 0.02, config.seed = 9;
+        if (variant == 5) config.bias = bias;
+        for (uint64_t i = 0; i < 40; ++i) {
+            std::copy(session.logits().begin(), session.logits().end(), logits.begin());
+            if (model().tokenizer.unknown >= 0) logits[static_cast<size_t>(model().tokenizer.unknown)] = -INFINITY;
+            CHECK_OK(sample(logits, config, i, scratch, mine));
+            CHECK_OK(session.next(config, theirs));
+            CHECK(mine == theirs);
+        }
+    }
+    std::fill(logits.begin(), logits.end(), -INFINITY);
+    CHECK(!sample(logits, SampleConfig(), 0, scratch, mine).ok());
+    CHECK(!sample(logits, SampleConfig(), 0, Span<int32_t>(scratch.data(), 3), mine).ok());
+    CHECK(!sample(Span<float>(), SampleConfig(), 0, scratch, mine).ok());
+}
+
 TEST(seeds, "the same seed would give another text, or every seed the same") {
     Runtime runtime;
     Session session;

@@ -226,6 +226,22 @@ for backend in plain cpu; do run 0 generate m8.safetensors --prompt a --tokens 3
 same 'int8 is the same in both backends' plain.out cpu.out
 run 0 bench decode --preset nano --dtype int8 --seconds 0.05 --json; json; has out '"dtype":"int8"'
 
+# ---- counting in the place of a model ----
+run 0 eval ngram:3 b.txt --train a.txt --json; json
+has out '^{"loss":[0-9.]*,"bits_per_byte":[0-9.]*,"perplexity":[0-9.]*,"tokens":[0-9]*,"top1":[0-9.]*,"top5":[0-9.]*,"unknown":[0-9]*}$'
+run 0 eval ngram:2 --train a.txt --tokenizer byte; has out '^loss'
+best=$(sed -n 's/.*"ngram_loss":\([0-9.]*\).*/\1/p' last); order=$(sed -n 's/.*"ngram_order":\([0-9]*\).*/\1/p' last)
+run 0 eval ngram:$order --train a.txt --json; has out "^{\"loss\":$best,"  # train, too, had left out the last tenth
+run 0 generate ngram:3 --train a.txt --prompt 'You: ' --tokens 40 --json; json; has out '^{"text":".*","ids":\[[0-9,]*\],"logprobs":\[[-0-9.,e]*\],"tokens_per_second":'
+run 0 generate ngram:8 --train a.txt --tokenizer bpe:300 --prompt 'You: i' --tokens 60 --temperature 0; cp out greedy
+run 0 generate ngram:8 --train a.txt --tokenizer bpe:300 --prompt 'You: i' --tokens 60 --top-k 1 --threads 1; same 'counting is greedy, too' out greedy
+run 2 eval ngram:9 b.txt --train a.txt;     says "'ngram:9': must be ngram:1 to ngram:8"
+run 2 eval ngram:2 b.txt;                   says 'needs --train FILE'
+run 2 eval m.safetensors;                   says 'eval needs M FILE'
+run 2 eval m.safetensors b.txt --tokenizer char; says 'belongs to ngram:N'
+run 2 generate ngram:2 --train a.txt --stop x; says '--stop does not go with ngram:2'
+run 2 generate m.safetensors --train a.txt; says '--train belongs to ngram:N'
+
 run 0 nearest m.safetensors You - e + o --json --count 3; json; has out '^{"ids":\[[0-9,]*\],"neighbours":\[{"token":".*","id":[0-9]*,"cosine":[-0-9.e]*},'
 run 0 nearest l.safetensors Y;              check 'ten neighbours' test "$(wc -l < out)" -eq 10
 run 1 nearest m.safetensors a - a;          says 'cancel out'

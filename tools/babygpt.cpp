@@ -1323,13 +1323,17 @@ bool named_tokenizer(const string& name) {
     return name == "byte" || name == "char" || starts_with(name, "bpe:") || starts_with(name, "wordpiece:");
 }
 
+void get_tokenizer(Runtime& runtime, const string& name, Corpus& corpus, Tokenizer& tokenizer) {
+    if (!named_tokenizer(name)) return load_tokenizer(runtime, name, tokenizer);
+    TokenizerConfig config;
+    must_be("--tokenizer " + name, parse_tokenizer(name, config));
+    must(tokenizer.train(runtime, config, corpus));
+}
+
 void choose_tokenizer(Training& t) {
     string name = t.options.tokenizer;
     if (name.empty()) name = t.corpus.bytes < 100000 ? "char" : "bpe:1024";
-    if (!named_tokenizer(name)) return load_tokenizer(t.common.runtime, name, t.tokenizer);
-    TokenizerConfig config;
-    must_be("--tokenizer " + name, parse_tokenizer(name, config));
-    must(t.tokenizer.train(t.common.runtime, config, t.corpus));
+    get_tokenizer(t.common.runtime, name, t.corpus, t.tokenizer);
 }
 
 void check_tokenizer(Training& t) {  // --tokenizer beside --resume
@@ -1863,6 +1867,30 @@ struct Searching {
     }
 };
 
+// ngram:N in the place of a model: counts of a text. Its members stay where they are.
+struct Counted {
+    Corpus corpus;
+    Tokenizer tokenizer;
+    Data training;
+    Ngram model;
+
+    static bool is_meant(const string& name) { return starts_with(name, "ngram:"); }
+    static vector<Option> options(vector<string>& files, string& tokenizer) {
+        return {{"--train", "FILE", "ngram:N: the text that is counted (several may be given)", &files},
+                {"--tokenizer", "byte|char|bpe:N|FILE", "ngram:N: of what (char)", &tokenizer}};
+    }
+    // The last part of the text, where there is a validation_fraction, is left out.
+    void count(Runtime& runtime, const string& name, const vector<string>& files, const string& tokenizer_name, const CorpusConfig& how) {
+        int order = 0;
+        if (!read_number(name.substr(6), order) || order < 1 || order > 8) usage("'" + name + "': must be ngram:1 to ngram:8 (2: bigrams)");
+        if (files.empty()) usage(name + " needs --train FILE, the text to count in");
+        open_corpus(runtime, files, how, corpus);
+        get_tokenizer(runtime, tokenizer_name.empty() ? "char" : tokenizer_name, corpus, tokenizer);
+        must(training.create(runtime, corpus, Part::training, tokenizer));
+        must(model.create(runtime, training, tokenizer.vocab, order));
+    }
+};
+
 // Prints pieces as they come; called by the library, so it must not throw.
 bool print_piece(void*, Text piece) noexcept { return write_output(piece) && flush_output() && !interrupted; }
 
@@ -1888,25 +1916,76 @@ void print_search(Session& session, const string& prompt, const BeamConfig& conf
     else check_unknown(result.unknown);
 }
 
+// What Session::generate does, for an n-gram model.
+void continue_counted(const Counted& counted, const string& prompt, const SampleConfig& how, Generation& result) {
+    const double start = now();
+    const Tokenizer& tokenizer = counted.tokenizer;
+    Array<int32_t> ids(*counted.model.runtime);
+    size_t unknown = 0;
+    if (prompt.empty() && tokenizer.end_of_text >= 0 && !ids.push(tokenizer.end_of_text)) throw std::bad_alloc();
+    must(tokenizer.encode(prompt.empty() && tokenizer.end_of_text < 0 ? "\n\n" : prompt, ids, false, &unknown));
+    result.unknown = unknown;
+    vector<double> probabilities(size_t(counted.model.vocab));
+    vector<float> logits(probabilities.size());
+    vector<int32_t> scratch(probabilities.size());
+    Utf8Stream stream;
+    while (result.generated < how.tokens && !result.cancelled) {
+        const size_t length = std::min<size_t>(ids.count, 8);
+        must(counted.model.predict(Span<const int32_t>(ids.items + (ids.count - length), length), probabilities));
+        if (tokenizer.unknown >= 0) probabilities[size_t(tokenizer.unknown)] = 0;
+        for (size_t i = 0; i < logits.size(); ++i) logits[i] = float(std::log(probabilities[i]));
+        int32_t id = 0;
+        must(sample(logits, how, uint64_t(result.generated++), scratch, id));
+        const float logprob = float(std::log(probabilities[size_t(id)]));
+        if (!ids.push(id) || (result.ids && !(result.ids->push(id) && result.logprobs->push(logprob)))) throw std::bad_alloc();
+        result.stopped = id == tokenizer.end_of_text;
+        if (result.stopped) break;
+        const Text bytes = tokenizer.bytes(id);
+        vector<char> whole(bytes.size + 3);
+        const Text piece(whole.data(), stream.push(bytes, whole.data()));
+        if (result.text && !result.text->append(piece.data, piece.size)) throw std::bad_alloc();
+        if (result.stream) result.cancelled = !result.stream(result.user, piece);
+    }
+    char rest[3];
+    const Text piece(rest, stream.finish(rest));
+    if (result.text && !result.text->append(piece.data, piece.size)) throw std::bad_alloc();
+    if (result.stream && !result.cancelled) result.cancelled = !result.stream(result.user, piece);
+    result.seconds = now() - start;
+}
+
 int generate(Arguments& in) {
     Common common;
     Sampling sampling;
     Searching searching;
-    string prompt;
+    TextOptions how_read;
+    string prompt, tokenizer;
+    vector<string> training_files;
     bool json = false;
     in.parse(common,
              vector<Option>{{"--prompt", "TEXT", "what the text begins with (without: a new document)", &prompt},
                             {"--json", nullptr, "one JSON object: text and ids without the prompt, log-probabilities, tokens/s", &json}} +
-                 sampling.options() + searching.options(),
+                 sampling.options() + searching.options() +
+                 vector<Option>{{nullptr, nullptr, "Counting instead of a model (M is ngram:N)"}} +
+                 Counted::options(training_files, tokenizer) + how_read.options(),
              1, 1);
+    const bool counts = Counted::is_meant(in.operands[0]);
+    for (const char* option : {"--train", "--tokenizer", "--field", "--column", "--dialogues"})
+        if (!counts && in.has(option)) usage(string(option) + " belongs to ngram:N");
+    for (const char* option : {"--stop", "--ban", "--repetition-penalty", "--beams"})
+        if (counts && in.has(option)) usage(string(option) + " does not go with " + in.operands[0]);
     const bool searches = searching.wanted(in);
     if (searches) searching.ready(sampling.ready());
     Model model;
-    must(model.load(common.runtime, in.operands[0]));
-    need_tokenizer(model, in.operands[0]);
     Session session;
-    must(session.create(common.runtime, model));
-    if (searches) return print_search(session, prompt, searching.config, json), 0;
+    Counted counted;
+    if (counts) {
+        counted.count(common.runtime, in.operands[0], training_files, tokenizer, how_read.config(0));
+    } else {
+        must(model.load(common.runtime, in.operands[0]));
+        need_tokenizer(model, in.operands[0]);
+        must(session.create(common.runtime, model));
+        if (searches) return print_search(session, prompt, searching.config, json), 0;
+    }
     Array<char> text(common.runtime);
     Array<int32_t> ids(common.runtime);
     Array<float> logprobs(common.runtime);
@@ -1917,7 +1996,8 @@ int generate(Arguments& in) {
         result.stream = print_piece;
         if (is_terminal(stdout)) put_now(prompt);
     }
-    must(session.generate(prompt, sampling.ready(), result));
+    if (counts) continue_counted(counted, prompt, sampling.ready(), result);
+    else must(session.generate(prompt, sampling.ready(), result));
     if (result.cancelled) output_failed();
     const double speed = result.seconds > 0 ? result.generated / result.seconds : 0;
     if (json) {
@@ -2120,44 +2200,14 @@ struct ReadingView {
     }
 };
 
-int eval(Arguments& in) {
-    Common common;
-    TextOptions text;
-    vector<string> training_files;
-    bool json = false;
-    in.parse(
-        common,
-        vector<Option>{{"--train", "FILE", "also say what counting n-grams in this text achieves (several may be given)", &training_files},
-                       {"--json", nullptr, "one JSON object", &json}} +
-            text.options(),
-        2, 1000000);
-    Runtime& runtime = common.runtime;
-    Model model;
-    must(model.load(runtime, in.operands[0]));
-    need_tokenizer(model, in.operands[0]);
-    if (!model.chat.empty()) text.dialogues = true;
-    Corpus corpus, training_corpus;
-    open_corpus(runtime, vector<string>(in.operands.begin() + 1, in.operands.end()), text.config(0), corpus);
-    Data data, training;
-    must(data.create(runtime, corpus, Part::all, model.tokenizer));
-    if (data.tokens < 2) error("the text has fewer than two tokens: there is nothing to predict");
-    Evaluation result;
-    ReadingView view{double(data.tokens)};
-    must(evaluate(runtime, model, data, result, 8, ReadingView::show, &view));
-    view.end_line();
-    NgramResult counting;
-    if (!training_files.empty()) {
-        open_corpus(runtime, training_files, text.config(0), training_corpus);
-        must(training.create(runtime, training_corpus, Part::all, model.tokenizer));
-        must(ngram_baseline(runtime, training, data, model.config.vocab, counting));
-    }
+int show_evaluation(const Evaluation& result, const NgramResult& counting, bool json) {
     if (json) {
         Json line;
         line.add("loss", result.loss)
             .add("bits_per_byte", result.bits_per_byte)
             .add("perplexity", result.perplexity)
             .add("tokens", result.tokens);
-        line.add("top1", result.top1).add("top5", result.top5).add("unknown", data.unknown);
+        line.add("top1", result.top1).add("top5", result.top5).add("unknown", result.unknown);
         if (counting.order > 0) line.add("ngram_loss", counting.loss).add("ngram_order", counting.order);
         line.print();
         return 0;
@@ -2167,10 +2217,64 @@ int eval(Arguments& in) {
     put_line(format("perplexity     %.3f", result.perplexity));
     put_line(format("accuracy       top-1 %.2f %%, top-5 %.2f %%", 100 * result.top1, 100 * result.top5));
     put_line(format("tokens         %s", grouped(int64_t(result.tokens)).c_str()));
-    if (data.unknown > 0)
-        put_line(format("unknown        %s characters that the model has never seen", grouped(int64_t(data.unknown)).c_str()));
+    if (result.unknown > 0)
+        put_line(format("unknown        %s characters that the model has never seen", grouped(int64_t(result.unknown)).c_str()));
     if (counting.order > 0) put_line(format("counting       %.4f nats a token, the best n-gram (order %d)", counting.loss, counting.order));
     return 0;
+}
+
+int eval(Arguments& in) {
+    Common common;
+    TextOptions text;
+    vector<string> training_files;
+    string tokenizer;
+    bool json = false;
+    in.parse(
+        common,
+        vector<Option>{{"--train", "FILE", "also say what counting n-grams in this text achieves (several may be given)", &training_files},
+                       {"--json", nullptr, "one JSON object", &json}} +
+            text.options() +
+            vector<Option>{{nullptr, nullptr,
+                            "Counting instead of a model (M is ngram:N; without FILE the last tenth of --train is left "
+                            "out and evaluated)"},
+                           {"--tokenizer", "byte|char|bpe:N|FILE", "of what (char)", &tokenizer}},
+        1, 1000000);
+    Runtime& runtime = common.runtime;
+    const string& name = in.operands[0];
+    const vector<string> files(in.operands.begin() + 1, in.operands.end());
+    const bool counts = Counted::is_meant(name);
+    if (!counts && files.empty()) usage("eval needs M FILE... (see babygpt eval --help)");
+    if (!counts && in.has("--tokenizer")) usage("--tokenizer belongs to ngram:N");
+    Model model;
+    Counted counted;
+    if (counts) {
+        counted.count(runtime, name, training_files, tokenizer, text.config(files.empty() ? 0.1 : 0));
+    } else {
+        must(model.load(runtime, name));
+        need_tokenizer(model, name);
+        if (!model.chat.empty()) text.dialogues = true;
+    }
+    Corpus corpus, training_corpus;
+    Data data, training;
+    const Tokenizer& reader = counts ? counted.tokenizer : model.tokenizer;
+    if (!files.empty()) open_corpus(runtime, files, text.config(0), corpus);
+    must(data.create(runtime, files.empty() ? counted.corpus : corpus, files.empty() ? Part::validation : Part::all, reader));
+    if (data.tokens < 2) error("the text has fewer than two tokens: there is nothing to predict");
+    Evaluation result;
+    NgramResult counting;
+    if (counts) {
+        must(evaluate(runtime, counted.model, data, result));
+        return show_evaluation(result, counting, json);
+    }
+    ReadingView view{double(data.tokens)};
+    must(evaluate(runtime, model, data, result, 8, ReadingView::show, &view));
+    view.end_line();
+    if (!training_files.empty()) {
+        open_corpus(runtime, training_files, text.config(0), training_corpus);
+        must(training.create(runtime, training_corpus, Part::all, model.tokenizer));
+        must(ngram_baseline(runtime, training, data, model.config.vocab, counting));
+    }
+    return show_evaluation(result, counting, json);
 }
 
 int score(Arguments& in) {
@@ -3072,9 +3176,10 @@ const vector<Command> commands = {
      "--time 3600 --out m.safetensors\n"
      "  babygpt train story.txt --out story.safetensors --resume\n",
      train},
-    {"generate", "M [options]", "Continues a text.",
+    {"generate", "M [options]", "Continues a text. M may be ngram:N, which counts in --train FILE how tokens follow N - 1 others.",
      "  babygpt generate story.safetensors --prompt 'Once upon' --temperature 0.6 --tokens 300\n"
-     "  babygpt generate story.safetensors --prompt 'Once upon' --tokens 20 --beams 8 --best 3\n",
+     "  babygpt generate story.safetensors --prompt 'Once upon' --tokens 20 --beams 8 --best 3\n"
+     "  babygpt generate ngram:5 --train story.txt --prompt 'Once upon' --temperature 1\n",
      generate},
     {"chat", "M [options]",
      "Talks with a model. When standard input is no terminal, each line gets a reply of one line; the line /reset forgets the "
@@ -3082,7 +3187,10 @@ const vector<Command> commands = {
      "  babygpt chat village.safetensors\n  printf 'Hello\\nWho are you?\\n' | babygpt chat village.safetensors --reply-turn 'Smith: ' "
      "--json\n",
      chat},
-    {"eval", "M FILE... [options]", "How well a model predicts a text.", "  babygpt eval m.safetensors test.txt --train train.txt\n", eval},
+    {"eval", "M FILE... [options]", "How well a model predicts a text. M may be ngram:N, counting in --train FILE.",
+     "  babygpt eval m.safetensors test.txt --train train.txt\n  babygpt eval ngram:2 test.txt --train train.txt\n"
+     "  babygpt eval ngram:2 --train story.txt\n",
+     eval},
     {"score", "M [options]", "The log-probability of each token of a text (standard input), and their sum.",
      "  echo 'To be or not to be' | babygpt score m.safetensors\n", score},
     {"encode", "T [options]",
