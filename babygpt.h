@@ -327,7 +327,7 @@ struct Utf8Stream {
 
 // ---- Corpus and Data: from files to batches -----------------------------------------------------------------------------
 
-enum class TextFormat : int32_t { automatic, text, jsonl, csv };  // automatic: by the name's ending
+enum class TextFormat : int32_t { automatic, text, jsonl, csv, tsv };  // automatic: by the name's ending; tsv: a document a line
 
 struct CorpusConfig {
     TextFormat format = TextFormat::automatic;
@@ -379,6 +379,7 @@ struct Data {
     uint64_t bytes = 0;        // of text that these tokens came from; 0 where the ids came from the host
     uint64_t unknown = 0;      // characters that the tokenizer had never seen
     uint64_t fingerprint = 0;  // of the ids: two runs with equal fingerprints had equal data
+    uint64_t left_out = 0;     // pairs that are too long
 
     Data() = default;
     Data(Data&& other) noexcept;
@@ -390,7 +391,11 @@ struct Data {
                   uint64_t memory_limit = uint64_t(256) << 20);
     Status create(Runtime& runtime, Span<const int32_t> ids);       // the host's own ids, which must live as long
     Status create(Runtime& runtime, Span<const Example> examples);  // in the place of windows; they and what they show must live as long
-    uint64_t windows(int context) const;                            // in one epoch; 0: too little text for one
+    // Pairs of texts for an encoder-decoder, a line each of a tsv corpus: SOURCE tab TARGET. The source ends with the end-of-text token (E),
+    // which the tokenizer must have; ids: E target; targets: target E. Pairs of which one side is longer than `context` are left out. All
+    // ids are kept in memory; `bytes` counts the targets only.
+    Status create_pairs(Runtime& runtime, Corpus& corpus, Part part, const Tokenizer& tokenizer, int context);
+    uint64_t windows(int context) const;  // in one epoch; 0: too little text for one
     // Window number n of training, n counted over all epochs: ids and the ids that follow each of them.
     Status training_window(uint64_t seed, uint64_t n, int context, int32_t* ids, int32_t* targets);
     // Window number n of a fixed division from the first token to the last (n < evaluation_windows): returns its length, the last may be short.
@@ -476,7 +481,8 @@ struct Config {
 // nano, tiny, small, baby, gpt2, gpt2-medium, gpt2-large, gpt2-xl: how large. Leaves vocab alone except for GPT-2's own (50257).
 Status preset(Text name, Config& config);
 // gpt2: learned positions, layer norm, GELU, biases, a tied head. llama (Touvron et al. 2023): rotary positions, RMSNorm, SwiGLU, no biases,
-// an untied head. Leaves the size alone.
+// an untied head. transformer (Vaswani et al. 2017): GPT-2's names, but sinusoidal positions, norms after the additions, ReLU. Leaves the size
+// alone, encoder_layers too.
 Status preset_architecture(Text name, Config& config);
 Status check(const Config& config);  // says which field is wrong, and what it may be
 
@@ -556,7 +562,8 @@ double flops_per_token(const Config& config);
 
 // ---- Trainer ----------------------------------------------------------------------------------------------------------
 
-enum class Schedule : int32_t { cosine, linear, constant, wsd };  // wsd: warm-up, stable, decay over the last fifth
+// wsd: warm-up, stable, decay over the last fifth. inverse_sqrt: as 1 / sqrt(step) after the warm-up (Vaswani et al. 2017).
+enum class Schedule : int32_t { cosine, linear, constant, wsd, inverse_sqrt };
 
 // muon (Jordan et al. 2024): what the blocks' matrices gather as momentum is made orthogonal before it is added; the rest learns by AdamW.
 enum class Optimizer : int32_t { adamw, muon };
@@ -566,7 +573,7 @@ struct TrainConfig {
     int accumulate = 1;    // micro-batches a step; the same bits as one batch of batch * accumulate
     int64_t steps = 1000;  // the total, and the schedule's horizon
     double lr = 1e-3;
-    double min_lr = -1;   // negative: lr / 10
+    double min_lr = -1;   // negative: lr / 10, with inverse_sqrt 0
     int64_t warmup = -1;  // steps; negative: the smaller of 100 and steps / 10
     Schedule schedule = Schedule::cosine;
     Optimizer optimizer = Optimizer::adamw;
@@ -760,12 +767,17 @@ struct Session {
     ~Session();
 
     Status create(Runtime& runtime, const Model& model);
-    void reset();                          // forget everything
+    void reset();  // forget everything
+    // An encoder-decoder must read a source before anything else. What had been read and said is forgotten, and all that is said from now on
+    // looks at this source. As text it ends with the end-of-text token; from 1 to `context` ids.
+    Status read_source(Text text);
+    Status read_source(Span<const int32_t> ids);
     Status feed(Span<const int32_t> ids);  // reads ids; the logits of the last one are ready then
     Span<const float> logits() const;      // of the token that comes next, `vocab` of them; empty before the first feed
     // Draws one token from the logits and feeds it: a game calls this once a frame.
     Status next(const SampleConfig& config, int32_t& id, float* logprob = nullptr);
-    // Continues a prompt. An empty prompt on a fresh session starts a new document.
+    // Continues a prompt. An empty prompt on a fresh session starts a new document; with a source, all that is said begins with the
+    // end-of-text token.
     Status generate(Text prompt, const SampleConfig& config, Generation& result);
     // One turn of a chat by the model's template; `reply_turn`, where not empty, stands in for the model's own (another character speaks).
     Status reply(Text user, const SampleConfig& config, Generation& result, Text reply_turn = Text());
@@ -775,7 +787,8 @@ struct Session {
     // memory (beams * vocab floats, KV pages for beams * tokens positions, small things) is taken by the first search, kept for the
     // following ones, and enlarged where one needs more; a step allocates nothing. The same bits for any number of threads.
     Status search(Text prompt, const BeamConfig& config, SearchResult& result);
-    // Log-probability of each token of a text after what the session has read (the first of a fresh session has none: 0). Returns the sum.
+    // Log-probability of each token of a text after what the session has read (the first of a fresh session has none: 0, but where there is
+    // a source, the end-of-text token stands before it). Returns the sum.
     Status score(Text text, Array<int32_t>& ids, Array<float>& logprobs, double& sum);
     // The attention of the ids read so far: probabilities [heads][position][position] of one layer.
     Status attention(int layer, Array<float>& probabilities);
@@ -5743,6 +5756,7 @@ template <class T>
 void plain_op_forward(const Tape& tape, const Regions<T>& r, const Run& run, int number) {
     const Op& op = tape.ops[static_cast<size_t>(number)];
     const Stream in = run.on(op.side);
+    if (in.rows == 0) return;  // a source that has been read before
     const int64_t size = static_cast<int64_t>(in.rows) * op.in;
     const T *x = values(tape, r, op.x), *w = weights(tape, r, op.w), *b = weights(tape, r, op.b);
     T *y = values(tape, r, op.y), *aux = values(tape, r, op.aux);
@@ -5767,7 +5781,7 @@ void plain_op_forward(const Tape& tape, const Regions<T>& r, const Run& run, int
         case OpKind::add:
             return add_forward(y, x, values(tape, r, op.x2), size);
         case OpKind::attention:
-            for (size_t i = 0; i < in.sequences.size && in.rows > 0; ++i)
+            for (size_t i = 0; i < in.sequences.size; ++i)
                 attention_forward(Attention<T>(tape, r, run, op, i), Dropout(run, number, op.side), r.scratch);
             return;
         case OpKind::pool:
@@ -6234,19 +6248,19 @@ Status preset(Text name, Config& config) {
 }
 
 Status preset_architecture(Text name, Config& config) {
-    const bool llama = equal(name, Text("llama"));
-    if (!llama && !equal(name, Text("gpt2")))
-        return fail(Error::invalid_argument, "there is no architecture '", name, "'; there are gpt2 and llama");
+    const bool llama = equal(name, Text("llama")), first = equal(name, Text("transformer"));
+    if (!llama && !first && !equal(name, Text("gpt2")))
+        return fail(Error::invalid_argument, "there is no architecture '", name, "'; there are gpt2, llama and transformer");
     const Config plain;
     config.architecture = llama ? Architecture::llama : Architecture::gpt2;
     config.kv_heads = config.hidden = 0;
     config.tied = config.bias = !llama;
-    config.activation = llama ? Activation::silu : plain.activation;
+    config.activation = llama ? Activation::silu : first ? Activation::relu : plain.activation;
     config.gated = llama;
     config.norm = llama ? Norm::rms : Norm::layer;
-    config.norm_after = false;
+    config.norm_after = first;
     config.norm_epsilon = plain.norm_epsilon, config.rope_base = plain.rope_base;
-    config.positions = llama ? Positions::rotary : Positions::learned;
+    config.positions = llama ? Positions::rotary : first ? Positions::sinusoidal : Positions::learned;
     return Status();
 }
 
@@ -6789,7 +6803,7 @@ struct Reader {
                 continue;
             }
             for (bool more = true;;) {
-                if (!has_record) BABYGPT_TRY(of.format == TextFormat::csv ? read_csv(more) : read_jsonl(more));
+                if (!has_record) BABYGPT_TRY(of.format == TextFormat::csv ? read_csv(more) : read_line(more));
                 if (!more) break;
                 if (place.inside < record.count) return Status();
                 end_document();
@@ -6855,7 +6869,8 @@ struct Reader {
         record_end = place.offset + row.size, record_lines = row.lines;
         return Status();
     }
-    Status read_jsonl(bool& more) {
+    // jsonl, tsv
+    Status read_line(bool& more) {
         BABYGPT_TRY(fill(1));
         more = unread().size > 0;
         if (!more) return Status();
@@ -6870,6 +6885,10 @@ struct Reader {
         record.count = 0;
         has_record = true;
         record_end = place.offset + line.size + (line_end != nullptr), record_lines = 1;
+        if (source().format == TextFormat::tsv) {
+            if (line.size > 0 && line[line.size - 1] == '\r') --line.size;
+            return append(record, line) ? Status() : out_of_memory(line.size);
+        }
         size_t blank = 0;
         while (blank < line.size && is_ascii_space(line[blank])) ++blank;
         return blank == line.size ? Status() : parse_jsonl(line);
@@ -6902,7 +6921,7 @@ struct Reader {
 // A name's ending decides the format.
 inline TextFormat format_of(Text name) {
     if (ends_with(name, ".jsonl") || ends_with(name, ".ndjson")) return TextFormat::jsonl;
-    return ends_with(name, ".csv") ? TextFormat::csv : TextFormat::text;
+    return ends_with(name, ".csv") ? TextFormat::csv : ends_with(name, ".tsv") ? TextFormat::tsv : TextFormat::text;
 }
 
 // Standard input to its end.
@@ -6917,7 +6936,7 @@ inline Status read_standard_input(Array<char>& bytes) {
 
 // Where the validation part begins. The split point lies `validation_fraction` of the bytes before the end. When a document begins there,
 // this is it. A split point inside of a document moves to the document's end; but the last document, or one of more than a 20th of the
-// text, is cut: after the first line end, or else before the first white space, or else at the first character that follows the split point
+// text, is cut (no line of a tsv file is): after the first line end, or else before the first white space, or else at the first character that follows the split point
 // (no farther than 64 KiB and half of the validation part).
 inline Status find_split(CorpusState& corpus, double validation_fraction) {
     const uint64_t bytes = corpus.bytes, wanted = static_cast<uint64_t>(validation_fraction * static_cast<double>(bytes));
@@ -6929,10 +6948,11 @@ inline Status find_split(CorpusState& corpus, double validation_fraction) {
     if (reader.place.inside == 0) return Status();
     const uint64_t begin = split - reader.place.inside;
     const Place at_split = reader.place;
+    const bool whole = corpus.sources[at_split.source]->format == TextFormat::tsv;
     bool found = true;
-    for (reader.ends = false; found && !reader.ends && reader.place.text - begin <= bytes / 20;) BABYGPT_TRY(reader.next(found));
+    for (reader.ends = false; found && !reader.ends && (whole || reader.place.text - begin <= bytes / 20);) BABYGPT_TRY(reader.next(found));
     corpus.training_bytes = reader.place.text;
-    if (reader.place.text - begin <= bytes / 20 && reader.place.text < bytes) return Status();
+    if (whole || (reader.place.text - begin <= bytes / 20 && reader.place.text < bytes)) return Status();
 
     reader.go_to(at_split);
     BABYGPT_TRY(reader.next(found));
@@ -7170,6 +7190,8 @@ struct DataState {
     IdPlace where = IdPlace::memory;
     Span<const int32_t> host;
     Span<const Example> examples;
+    Array<Example> pairs;  // what `examples` shows where they are our own,
+    Array<int32_t> pair_ids;
     IdStore store;  // memory: all ids; groups: those of one
     uint64_t tokens = 0;
     uint64_t group_ids = largest_group;  // the last group may have fewer
@@ -7178,7 +7200,7 @@ struct DataState {
     IdStream* stream = nullptr;    // groups: reads them again,
     Tokenizer tokenizer;           // with a copy, since the host may have handed its own to a model
     File cache;
-    explicit DataState(Runtime& runtime) : store(runtime), groups(runtime), cache(runtime) {}
+    explicit DataState(Runtime& runtime) : pairs(runtime), pair_ids(runtime), store(runtime), groups(runtime), cache(runtime) {}
     ~DataState() { destroy(store.runtime, stream); }
 };
 
@@ -7289,6 +7311,72 @@ inline Status load_group(DataState& state, uint64_t index) {
     return Status();
 }
 
+// A line's two texts grow the arrays by an example, without its pointers, and by its ids: source E E target E.
+inline Status add_pair(Data& data, DataState& state, const Tokenizer& tokenizer, const Reader& reader, Text line, size_t context) {
+    size_t tabs = 0, tab = 0;
+    for (size_t i = line.size; i-- > 0;)
+        if (line[i] == '\t') ++tabs, tab = i;
+    const auto wrong = [&](const char* what) {
+        return fail(Error::bad_file, "'", view(reader.corpus.sources[reader.from.source]->name), "', line ", reader.from.line, ": ", what,
+                    "; a pair is SOURCE, a tab, TARGET");
+    };
+    if (tabs != 1) return wrong(tabs == 0 ? "there is no tab" : "there is more than one tab");
+    if (tab == 0 || tab + 1 == line.size) return wrong(tab == 0 ? "the source is empty" : "the target is empty");
+    Array<int32_t>& ids = state.pair_ids;
+    const size_t before = ids.count;
+    size_t unknown[2] = {};
+    BABYGPT_TRY(tokenizer.encode(Text(line.data, tab), ids, false, &unknown[0]));
+    const size_t source = ids.count + 1 - before;
+    bool good = ids.push(tokenizer.end_of_text) && ids.push(tokenizer.end_of_text);
+    if (good) BABYGPT_TRY(tokenizer.encode(Text(line.data + tab + 1, line.size - tab - 1), ids, false, &unknown[1]));
+    const size_t target = ids.count - before - source;
+    good = good && ids.push(tokenizer.end_of_text);
+    if (good && (source > context || target > context)) {
+        ids.count = before;
+        ++data.left_out;
+        return Status();
+    }
+    Example example;
+    example.source.size = source, example.ids.size = example.targets.size = target;
+    if (!good || !state.pairs.push(example)) return out_of_memory(sizeof example);
+    data.bytes += line.size - tab - 1;
+    data.unknown += unknown[0] + unknown[1];
+    return Status();
+}
+
+BABYGPT_RARE Status read_pairs(Data& data, DataState& state, const Corpus& corpus, Part part, const Tokenizer& tokenizer, int context) {
+    Runtime& runtime = state.store.runtime;
+    for (const Source* source : corpus.state->sources)
+        if (source->format != TextFormat::tsv)
+            return fail(Error::invalid_argument, "'", view(source->name), "' is no tsv file, which pairs are read from");
+    Reader reader(*corpus.state);
+    BABYGPT_TRY(reader.seek(part_begin(*corpus.state, part)));
+    const uint64_t end = part_end(*corpus.state, part);
+    Array<char> line(runtime);
+    for (bool found = true;;) {
+        BABYGPT_TRY(reader.next_before(end, found));
+        if (!found) break;
+        if (reader.ends && line.count == 0) {
+            BABYGPT_TRY(add_pair(data, state, tokenizer, reader, reader.piece, static_cast<size_t>(context)));
+            continue;
+        }
+        if (!append(line, reader.piece)) return out_of_memory(line.count + reader.piece.size);  // a very long line comes in pieces
+        if (reader.ends) BABYGPT_TRY(add_pair(data, state, tokenizer, reader, view(line), static_cast<size_t>(context)));
+        if (reader.ends) line.count = 0;
+    }
+    const int32_t* at = state.pair_ids.items;
+    for (Example& e : state.pairs) {
+        e.source.data = at, e.ids.data = at + e.source.size, e.targets.data = e.ids.data + 1;
+        at = e.targets.data + e.targets.size;
+    }
+    return Status();
+}
+
+// Examples have no windows.
+inline Status need_running_text(const Data& data) {
+    return data.evaluation_example(0) ? fail(Error::invalid_argument, "the data is made of examples, not of running text") : Status();
+}
+
 // Ids at, at + 1, ..., at + n - 1, wherever they lie.
 inline Status fetch_ids(DataState& state, uint64_t at, size_t n, int32_t* to) {
     switch (state.where) {
@@ -7372,9 +7460,9 @@ Data& Data::operator=(Data&& other) noexcept {
     if (this == &other) return *this;
     if (state) destroy(*runtime, state);
     runtime = other.runtime, state = other.state;
-    tokens = other.tokens, bytes = other.bytes, unknown = other.unknown, fingerprint = other.fingerprint;
+    tokens = other.tokens, bytes = other.bytes, unknown = other.unknown, fingerprint = other.fingerprint, left_out = other.left_out;
     other.state = nullptr;
-    other.tokens = other.bytes = other.unknown = other.fingerprint = 0;
+    other.tokens = other.bytes = other.unknown = other.fingerprint = other.left_out = 0;
     return *this;
 }
 Data::~Data() {
@@ -7407,23 +7495,51 @@ Status Data::create(Runtime& from, Span<const int32_t> ids) {
     return Status();
 }
 
+namespace {
+
+void take_examples(Data& data, Span<const Example> examples) {
+    data.state->where = IdPlace::host;
+    data.state->examples = examples;
+    uint64_t hash = empty_fingerprint;
+    for (const Example& e : examples) {
+        data.tokens += e.ids.size;
+        const Span<const int32_t> all[] = {e.ids, e.targets, e.source};
+        for (const Span<const int32_t>& ids : all) hash = add_to_fingerprint(hash, ids.data, ids.size);
+        for (const float number : e.features) hash = mix(hash ^ bits_as<uint32_t>(number));
+    }
+    data.fingerprint = mix(hash ^ examples.size);
+}
+
+}  // namespace
+
 Status Data::create(Runtime& from, Span<const Example> examples) {
     *this = Data();
     if (examples.size == 0) return fail(Error::invalid_argument, "there is no example");
     runtime = &from;
     state = babygpt::create<DataState>(from, from);
     if (!state) return out_of_memory(sizeof(DataState));
-    state->where = IdPlace::host;
-    state->examples = examples;
-    uint64_t hash = empty_fingerprint;
-    for (const Example& e : examples) {
-        tokens += e.ids.size;
-        const Span<const int32_t> all[] = {e.ids, e.targets, e.source};
-        for (const Span<const int32_t>& ids : all) hash = add_to_fingerprint(hash, ids.data, ids.size);
-        for (const float number : e.features) hash = mix(hash ^ bits_as<uint32_t>(number));
-    }
-    fingerprint = mix(hash ^ examples.size);
+    take_examples(*this, examples);
     return Status();
+}
+
+BABYGPT_RARE Status Data::create_pairs(Runtime& from, Corpus& corpus, Part part, const Tokenizer& tokenizer, int context) {
+    *this = Data();
+    if (!corpus.state) return fail(Error::invalid_argument, "the corpus is not open");
+    if (context < 1) return fail(Error::invalid_argument, "context is ", context, ", but must be 1 or more");
+    if (tokenizer.end_of_text < 0)
+        return fail(Error::invalid_argument, "pairs need a tokenizer with an end-of-text token, as bpe and wordpiece have it");
+    runtime = &from;
+    state = babygpt::create<DataState>(from, from);
+    if (!state) return out_of_memory(sizeof(DataState));
+    Status status = read_pairs(*this, *state, corpus, part, tokenizer, context);
+    const Array<Example>& pairs = state->pairs;
+    if (status.ok() && pairs.count == 0)
+        status = left_out > 0
+                     ? fail(Error::invalid_argument, "all ", left_out, " pairs are longer than context, ", context, ", on one side")
+                     : fail(Error::invalid_argument, "there is no pair in this part of the corpus");
+    if (status.ok()) take_examples(*this, Span<const Example>(pairs.items, pairs.count));
+    else *this = Data();
+    return status;
 }
 
 const Example* Data::training_example(uint64_t seed, uint64_t n) const {
@@ -7443,6 +7559,7 @@ uint64_t Data::windows(int context) const {
 }
 
 Status Data::training_window(uint64_t seed, uint64_t n, int context, int32_t* ids, int32_t* targets) {
+    BABYGPT_TRY(need_running_text(*this));
     const uint64_t count = windows(context);
     if (count == 0)
         return fail(Error::invalid_argument, "there are ", tokens, " tokens, but a window of context ", context, " needs ",
@@ -7458,6 +7575,7 @@ uint64_t Data::evaluation_windows(int context) const {
 }
 
 Status Data::evaluation_window(uint64_t n, int context, int32_t* ids, int32_t* targets, int& length) {
+    BABYGPT_TRY(need_running_text(*this));
     const uint64_t count = evaluation_windows(context);
     if (n >= count)
         return fail(Error::invalid_argument, "there is no evaluation window ", n, ": ", tokens, " tokens give ", count, " of context ",
@@ -7617,6 +7735,8 @@ Status ngram_losses(Runtime& runtime, Data& training, Data& validation, int voca
 Status ngram_baseline(Runtime& runtime, Data& training, Data& validation, int vocab, NgramResult& result, int max_order, uint64_t cap) {
     if (vocab < 1 || max_order < 1 || max_order > 8)
         return fail(Error::invalid_argument, "the vocabulary is ", vocab, " and max_order ", max_order, " (1 to 8)");
+    BABYGPT_TRY(need_running_text(training));
+    BABYGPT_TRY(need_running_text(validation));
     if (training.tokens < 1 || validation.tokens < 2) return fail(Error::invalid_argument, "too little text to count n-grams in");
     cap = least(most(cap, uint64_t(2)), uint64_t(UINT32_MAX));
     const FloatMode mode;
@@ -7757,8 +7877,8 @@ Status Ngram::predict(Span<const int32_t> history, Span<double> probabilities) c
 
 namespace babygpt {
 
-// Warm-up is linear from lr / warmup; then lr falls to min_lr, along half a cosine (Loshchilov & Hutter 2017), a line, not at all, or along
-// a line over the last fifth of the run (wsd, Hu et al. 2024).
+// Warm-up is linear from lr / warmup; then lr falls to min_lr, along half a cosine (Loshchilov & Hutter 2017), a line, not at all, along a
+// line over the last fifth of the run (wsd, Hu et al. 2024), or as lr sqrt(warmup / step) (Vaswani et al. 2017, equation 3).
 double Trainer::learning_rate(int64_t step) const {
     const double low = config.schedule == Schedule::constant ? config.lr : config.min_lr;
     if (step < config.warmup) return config.lr * static_cast<double>(step + 1) / static_cast<double>(config.warmup);
@@ -7768,6 +7888,8 @@ double Trainer::learning_rate(int64_t step) const {
     switch (config.schedule) {
         case Schedule::constant:
             return config.lr;
+        case Schedule::inverse_sqrt:
+            return most(low, config.lr * root(static_cast<double>(most<int64_t>(config.warmup, 1)) / static_cast<double>(step + 1)));
         case Schedule::cosine:
             return low + (config.lr - low) * 0.5 * (1 + cos_pi(1 - left));
         case Schedule::linear:
@@ -7897,7 +8019,7 @@ Status fill(Trainer& trainer, Runtime& from, const Model& of, const TrainConfig&
     BABYGPT_TRY(check(wanted, of.config.context));
     TrainConfig& config = trainer.config;
     config = wanted;
-    if (config.min_lr < 0) config.min_lr = config.lr / 10;
+    if (config.min_lr < 0) config.min_lr = config.schedule == Schedule::inverse_sqrt ? 0 : config.lr / 10;
     if (config.warmup < 0) config.warmup = least<int64_t>(100, config.steps / 10);
     if (config.evaluate_every <= 0) config.evaluate_every = most<int64_t>(1, config.steps / 20);
     const BackendFunctions* backend;
@@ -8152,7 +8274,8 @@ struct Sums {  // what an evaluation is made of
     }
     void finish(const Data& data, Evaluation& result) const {
         const double count = static_cast<double>(tokens);
-        const double bytes = static_cast<double>(data.bytes) * (count / static_cast<double>(data.tokens - 1));
+        const double of_all = data.evaluation_example(0) ? 1 : count / static_cast<double>(data.tokens - 1);
+        const double bytes = static_cast<double>(data.bytes) * of_all;
         result.tokens = tokens;
         result.loss = loss / count;
         result.perplexity = exp_of(result.loss);
@@ -8376,6 +8499,7 @@ struct SessionState {
     float* kv = nullptr;            // the keys and values of what has been read
     int32_t* pages = nullptr;       // [context / kv_page]
     int32_t* history = nullptr;     // [context] ids read
+    int32_t* source_ids = nullptr;  // [context] of an encoder-decoder's source
     int32_t* targets = nullptr;     // [chunk]
     float* logits = nullptr;        // [vocab]
     float* adjusted = nullptr;      // [vocab] after bias and penalty, then the candidates' weights
@@ -8384,6 +8508,7 @@ struct SessionState {
     char* held = nullptr;           // text that may yet turn out to be a stop string
     Said said{};
     size_t held_room = 0;    // of both
+    Sequence source{};       // length 0: none has been read. Its keys and values stay in the activations
     int chunk = 0;           // rows read at once
     int page_count = 0;      // of the KV cache: the session's own, and behind them those of searches
     int turn = 0;            // where the newest turn of a chat begins
@@ -8411,6 +8536,7 @@ inline void lay_out(Layout& layout, SessionState& s, int threads, size_t longest
     s.regions.losses = layout.take<double>(tape.rows_on(Side::text));
     s.pages = layout.take<int32_t>(context_pages(tape.context));
     s.history = layout.take<int32_t>(tape.context);
+    s.source_ids = layout.take<int32_t>(tape.rows_on(Side::source));
     s.targets = layout.take<int32_t>(tape.rows_on(Side::text));
     s.logits = layout.take<float>(tape.head_out);
     s.adjusted = layout.take<float>(tape.vocab);
@@ -8446,7 +8572,7 @@ Status pack_weights(Runtime& runtime, const Model& model, Tape& tape, const Back
 
 Status fill(Session& session, Runtime& from, const Model& of) {
     if (!of.weights) return fail(Error::invalid_argument, "the model is empty: create or load it first");
-    if (!of.config.causal || of.config.encoder_layers > 0 || of.config.classes > 0 || of.config.features > 0)
+    if (!of.config.causal || of.config.classes > 0 || of.config.features > 0)
         return fail(Error::unsupported, "only a decoder can talk, and this model is none");
     const BackendFunctions* backend;
     BABYGPT_TRY(backend_for(from, backend));
@@ -8507,6 +8633,7 @@ void Session::reset() {
     if (!state) return;
     state->turn = 0;
     state->said.count = 0;
+    state->source.length = 0;
     state->ready = state->line_open = false;
 }
 
@@ -8524,6 +8651,13 @@ void have_read(Session& session, const int32_t* ids, int count) {
     s.line_open = ids[count - 1] != tokenizer.end_of_text && !(last.size > 0 && last[last.size - 1] == '\n');
 }
 
+// Of a run that does not read the source, only looks at it.
+inline Stream seen_source(const SessionState& s) {
+    Stream source;
+    if (s.source.length > 0) source.sequences = Span<const Sequence>(&s.source, 1);
+    return source;
+}
+
 // Reads `count` ids (they fit the context) in chunks. With losses: losses[i] = -log p(ids[i+1]), the last one for `after` (-1: none).
 void read_ids(Session& session, const int32_t* ids, int count, double* losses, int32_t after) {
     SessionState& s = *session.state;
@@ -8534,6 +8668,7 @@ void read_ids(Session& session, const int32_t* ids, int count, double* losses, i
         run.rows = rows;
         run.sequences = Span<const Sequence>(&sequence, 1);
         run.ids = ids + done;
+        run.source = seen_source(s);
         if (losses) {
             for (int i = 0; i < rows; ++i) s.targets[i] = done + i + 1 < count ? ids[done + i + 1] : after;
             run.targets = s.targets;
@@ -8560,18 +8695,50 @@ void make_room(Session& session, int count) {
     read_ids(session, s.history + from, kept, nullptr, -1);
 }
 
-Status check_session(const Session& session, Span<const int32_t> ids) {
+Status check_session_ids(const Session& session, Span<const int32_t> ids) {
     if (!session.state) return fail(Error::invalid_argument, "the session is empty: create it first");
     for (const int32_t id : ids)
         if (id < 0 || id >= session.model->config.vocab)
             return fail(Error::invalid_argument, "the id ", id, " is none of the model's ", session.model->config.vocab);
     return Status();
 }
+Status check_session(const Session& session, Span<const int32_t> ids) {
+    BABYGPT_TRY(check_session_ids(session, ids));
+    if (session.model->config.encoder_layers == 0 || session.state->source.length > 0) return Status();
+    return fail(Error::invalid_argument, "the model has an encoder, and the session no source yet: let it read one first");
+}
 
 // The largest piece that make_room can always make room for.
 inline int piece_rows(const Session& session) { return most(1, session.model->config.context / 2); }
 
 }  // namespace
+
+BABYGPT_RARE Status Session::read_source(Span<const int32_t> ids) {
+    BABYGPT_TRY(check_session_ids(*this, ids));
+    if (model->config.encoder_layers == 0) return fail(Error::invalid_argument, "the model has no encoder, which reads sources");
+    if (ids.size < 1 || ids.size > static_cast<size_t>(model->config.context))
+        return fail(Error::invalid_argument, "the source has ", uint64_t(ids.size), " ids, but must have from 1 to context, ",
+                    model->config.context);
+    const FloatMode mode;
+    BABYGPT_TRY(pack_weights(*runtime, *model, state->tape, *state->backend, state->regions.packed));
+    reset();
+    memcpy(state->source_ids, ids.data, ids.size * sizeof(int32_t));
+    state->source = Sequence{0, static_cast<int>(ids.size), 0, nullptr};
+    Run run;
+    run.source = Stream{state->source.length, Span<const Sequence>(&state->source, 1), state->source_ids};
+    state->regions.weights = model->weights;
+    state->backend->forward(*runtime, state->tape, state->regions, run);
+    return Status();
+}
+BABYGPT_RARE Status Session::read_source(Text text) {
+    BABYGPT_TRY(check_session_ids(*this, Span<const int32_t>()));
+    const Tokenizer& tokenizer = model->tokenizer;
+    if (tokenizer.kind == TokenizerKind::none) return fail(Error::invalid_argument, "the model has no tokenizer: let it read ids");
+    Array<int32_t> ids(*runtime);
+    BABYGPT_TRY(tokenizer.encode(text, ids));
+    if (tokenizer.end_of_text >= 0 && !ids.push(tokenizer.end_of_text)) return out_of_memory(sizeof(int32_t));
+    return read_source(Span<const int32_t>(ids.items, ids.count));
+}
 
 Status Session::feed(Span<const int32_t> ids) {
     BABYGPT_TRY(check_session(*this, ids));
@@ -8845,6 +9012,11 @@ Status next(Span<Session* const> sessions, Span<const SampleConfig> configs, int
         BABYGPT_TRY(pack_weights(*one.runtime, *one.model, s.tape, *s.backend, s.regions.packed));
     }
     Status status;
+    if (sessions.size > 0 && sessions[0]->model->config.encoder_layers > 0) {  // each has its source in its own activations
+        for (size_t i = 0; status.ok() && i < sessions.size; ++i)
+            status = next_token(*sessions[i], configs[configs.size == 1 ? 0 : i], Text(), ids[i], nullptr);
+        return status;
+    }
     for (size_t i = 0; status.ok() && i < sessions.size;) {
         Session& first = *sessions[i];
         SessionState& s = *first.state;
@@ -8969,6 +9141,13 @@ Status feed_text(Session& session, Text text, bool new_document, Generation& res
     return Status();
 }
 
+// What belongs to a source begins with the end-of-text token, as what was learnt did.
+Status begin_target(Session& session) {
+    const int32_t first = session.model->tokenizer.end_of_text;
+    if (session.model->config.encoder_layers == 0 || session.position > 0 || first < 0) return Status();
+    return session.feed(Span<const int32_t>(&first, 1));
+}
+
 // A prompt that ends in a space would be cut where the training text never is (the space belongs to the next word's token): the
 // space is taken off, and the first token must begin with it.
 inline Text take_last_space(const Tokenizer& tokenizer, Text& prompt) {
@@ -8993,6 +9172,7 @@ Status Session::generate(Text prompt, const SampleConfig& config, Generation& re
     start_result(result);
     const Text start = take_last_space(model->tokenizer, prompt);
     const double begin = seconds_now();
+    BABYGPT_TRY(begin_target(*this));
     BABYGPT_TRY(feed_text(*this, prompt, position == 0 && prompt.size == 0, result));
     result.seconds = seconds_now() - begin;
     return continue_text(*this, config, start, result);
@@ -9273,6 +9453,7 @@ struct SessionSearch {
             Run run;
             run.rows = n;
             run.sequences = Span<const Sequence>(sequences, static_cast<size_t>(n));
+            run.source = seen_source(s);
             run.ids = m.ids + first;
             s.regions.weights = session.model->weights;
             s.backend->forward(*session.runtime, s.tape, s.regions, run);
@@ -9335,6 +9516,7 @@ Status Session::search(Text prompt, const BeamConfig& config, SearchResult& resu
     const double begin = seconds_now();
     Text start;
     Generation read;
+    BABYGPT_TRY(begin_target(*this));
     if (prompt.size > 0 || !state->ready) {
         start = take_last_space(model->tokenizer, prompt);
         BABYGPT_TRY(feed_text(*this, prompt, position == 0 && prompt.size == 0, read));
@@ -9362,6 +9544,7 @@ Status Session::score(Text text, Array<int32_t>& ids, Array<float>& logprobs, do
     BABYGPT_TRY(check_session(*this, Span<const int32_t>()));
     const FloatMode mode;
     BABYGPT_TRY(pack_weights(*runtime, *model, state->tape, *state->backend, state->regions.packed));
+    BABYGPT_TRY(begin_target(*this));
     ids = Array<int32_t>(*runtime);
     logprobs = Array<float>(*runtime);
     BABYGPT_TRY(model->tokenizer.encode(text, ids));
@@ -9409,6 +9592,8 @@ Status Session::attention(int layer, Array<float>& probabilities) {
     run.rows = position;
     run.sequences = Span<const Sequence>(&sequence, 1);
     run.ids = state->history;
+    run.source = seen_source(*state);
+    run.source.rows = state->source.length, run.source.ids = state->source_ids;
     r.weights = model->weights;
     state->backend->forward(*runtime, tape, r, run);
     for (const Op& op : tape.ops) {
@@ -9619,8 +9804,11 @@ constexpr Word<Norm> norm_words[] = {{Norm::layer, "layer"}, {Norm::rms, "rms"}}
 constexpr Word<Architecture> architecture_words[] = {{Architecture::gpt2, "gpt2"}, {Architecture::llama, "llama"}};
 constexpr Word<Dtype> dtype_words[] = {{Dtype::f32, "float32"}, {Dtype::bf16, "bfloat16"}, {Dtype::int8, "int8"}};
 constexpr Word<Optimizer> optimizer_words[] = {{Optimizer::adamw, "adamw"}, {Optimizer::muon, "muon"}};
-constexpr Word<Schedule> schedule_words[] = {
-    {Schedule::cosine, "cosine"}, {Schedule::linear, "linear"}, {Schedule::constant, "constant"}, {Schedule::wsd, "wsd"}};
+constexpr Word<Schedule> schedule_words[] = {{Schedule::cosine, "cosine"},
+                                             {Schedule::linear, "linear"},
+                                             {Schedule::constant, "constant"},
+                                             {Schedule::wsd, "wsd"},
+                                             {Schedule::inverse_sqrt, "inverse_sqrt"}};
 
 bool append_value(Array<char>& to, int64_t value) { return append_json(to, value); }
 bool append_value(Array<char>& to, int value) { return append_json(to, static_cast<int64_t>(value)); }

@@ -164,6 +164,12 @@ static bool read_all(const string& path, string& bytes) {
     return true;
 }
 
+static vector<int32_t> encode(const Tokenizer& tokenizer, Text text) {
+    Array<int32_t> ids(*tokenizer.runtime);
+    CHECK_OK(tokenizer.encode(text, ids));
+    return vector<int32_t>(ids.begin(), ids.end());
+}
+
 // ---- files to documents -------------------------------------------------------------------------------------------------
 
 TEST(csv_follows_rfc_4180, "tables from spreadsheets would be read wrongly") {
@@ -216,6 +222,78 @@ TEST(jsonl_reads_one_field, "records would be read wrongly, or errors hidden") {
     CHECK(status.error == Error::bad_file && has(status, "line 1"));
     jsonl.field = "dialogue";
     CHECK(documents(runtime, "\xef\xbb\xbf{\"text\":\"a\",\"dialogue\":\"b\"}\n", jsonl) == (Documents{"b"}));
+}
+
+TEST(pairs_of_texts, "a translator would learn other pairs than those of the file, or nobody would find a wrong line") {
+    Runtime runtime;
+    Tokenizer bytes, tokenizer;
+    CHECK_OK(bytes.create_bytes(runtime));
+    CHECK_OK(tokenizer.train(runtime, {TokenizerKind::bpe, 257}, "xy"));  // the bytes and the end of text
+    const int32_t end = tokenizer.end_of_text;
+    const auto list = [](Span<const int32_t> ids) { return vector<int32_t>(ids.begin(), ids.end()); };
+    const string file = "\xef\xbb\xbfone\tuno\r\n\nlong source\tx\nx\tlong target\r\ntwo\tdos\nfour\tcinco5";
+    CHECK(documents(runtime, file, as(TextFormat::tsv)) ==
+          (Documents{"one\tuno", "long source\tx", "x\tlong target", "two\tdos", "four\tcinco5"}));
+    Corpus corpus;
+    Data data;
+    CHECK_OK(corpus.open_memory(runtime, file, as(TextFormat::tsv)));
+    CHECK_OK(data.create_pairs(runtime, corpus, Part::all, tokenizer, 7));
+    CHECK(data.left_out == 2 && data.tokens == 4 + 4 + 7 && data.bytes == 3 + 3 + 6 && data.unknown == 0);
+    const char* const sources[] = {"one", "two", "four"};
+    const char* const targets[] = {"uno", "dos", "cinco5"};
+    for (uint64_t i = 0; i < 3; ++i) {
+        const Example* pair = data.evaluation_example(i);
+        if (!CHECK(pair)) return;
+        vector<int32_t> source, target;
+        for (const int32_t id : encode(tokenizer, sources[i])) source.push_back(id);
+        for (const int32_t id : encode(tokenizer, targets[i])) target.push_back(id);
+        source.push_back(end), target.push_back(end);
+        CHECK(list(pair->source) == source && list(pair->targets) == target);
+        target.pop_back(), target.insert(target.begin(), end);
+        CHECK(list(pair->ids) == target);
+    }
+    CHECK(!data.evaluation_example(3) && data.windows(7) == 3);
+    int32_t ids[8], after[8];
+    int length;
+    CHECK(data.training_window(1, 0, 7, ids, after).error == Error::invalid_argument);
+    CHECK(data.evaluation_window(0, 7, ids, after, length).error == Error::invalid_argument);
+    NgramResult counting;
+    CHECK(ngram_baseline(runtime, data, data, 257, counting).error == Error::invalid_argument);
+    CHECK(has(data.create_pairs(runtime, corpus, Part::all, tokenizer, 2), "all 5 pairs are longer than context, 2"));
+    CHECK(has(data.create_pairs(runtime, corpus, Part::all, bytes, 7), "end-of-text"));
+    CHECK(!data.state && data.left_out == 0);
+    const auto wrong = [&](const char* text, const char* what, TextFormat format = TextFormat::tsv) {
+        CHECK_OK(corpus.open_memory(runtime, text, as(format)));
+        const Status status = data.create_pairs(runtime, corpus, Part::all, tokenizer, 7);
+        CHECK(!status.ok() && has(status, what) && !data.state);
+    };
+    wrong("a\tb\n\nc d\n", "line 3: there is no tab");
+    wrong("a\tb\tc\n", "line 1: there is more than one tab");
+    wrong("a\tb\n\tc\n", "line 2: the source is empty");
+    wrong("a\t\r\n", "line 1: the target is empty");
+    wrong("a\tb\n", "is no tsv file", TextFormat::text);
+    // A very long line comes in pieces.
+    string long_line;
+    for (const char c : random_text(3 << 20)) long_line += c == '\n' || c == '\t' ? ' ' : c;
+    long_line = "a\tb\n" + long_line + "\tb\nc\td";
+    CHECK_OK(corpus.open_memory(runtime, long_line, as(TextFormat::tsv)));
+    CHECK_OK(data.create_pairs(runtime, corpus, Part::all, tokenizer, 7));
+    CHECK(data.left_out == 1 && data.windows(7) == 2);
+    // The two parts are all pairs, each whole.
+    for (int percent = 0; percent < 100; percent += 7) {
+        string text;
+        for (int i = 0; i < 9; ++i) text += "s" + std::to_string(i) + "\tt" + std::to_string(i * 1000) + "\n";
+        CHECK_OK(corpus.open_memory(runtime, text, as(TextFormat::tsv, percent / 100.0)));
+        uint64_t count = 0;
+        Data validation;
+        if (corpus.training_bytes > 0) CHECK_OK(data.create_pairs(runtime, corpus, Part::training, tokenizer, 7));
+        if (corpus.training_bytes > 0) count += data.windows(7);
+        if (corpus.training_bytes < corpus.bytes) CHECK_OK(validation.create_pairs(runtime, corpus, Part::validation, tokenizer, 7));
+        else CHECK(has(validation.create_pairs(runtime, corpus, Part::validation, tokenizer, 7), "no pair"));
+        count += validation.windows(7);
+        CHECK(count == 9 && (percent < 15 || validation.windows(7) > 0));
+        CHECK(data.fingerprint != validation.fingerprint);
+    }
 }
 
 TEST(text_and_its_blocks, "dialogues in a text file would be glued together or lose lines") {
@@ -326,12 +404,6 @@ TEST(validation_is_the_last_part, "validation would see training text, or miss s
 }
 
 // ---- pieces -------------------------------------------------------------------------------------------------------------------
-
-static vector<int32_t> encode(const Tokenizer& tokenizer, Text text) {
-    Array<int32_t> ids(*tokenizer.runtime);
-    CHECK_OK(tokenizer.encode(text, ids));
-    return vector<int32_t>(ids.begin(), ids.end());
-}
 
 TEST(pieces_have_the_ids_of_the_whole, "long texts would get other tokens than short ones") {
     Runtime runtime;
@@ -754,9 +826,14 @@ TEST(damaged_tables_are_an_error_or_text, "a damaged file could crash or hang th
         csv += std::to_string(i) + ",\"a \"\"word\"\", a\nline\",plain " + std::to_string(i) + "\r\n";
         jsonl += "{\"id\":" + std::to_string(i) + ",\"text\":\"a \\\"word\\\" \\u00e9\\n\",\"list\":[1,2.5e3,{\"x\":null}],\"ok\":true}\n";
     }
-    for (int kind = 0; kind < 2; ++kind) {
-        const string& whole = kind ? csv : jsonl;
-        const CorpusConfig config = as(kind ? TextFormat::csv : TextFormat::jsonl, 0.1);
+    Tokenizer tokenizer;
+    CHECK_OK(tokenizer.train(runtime, {TokenizerKind::bpe, 257}, "xy"));
+    const uint64_t held = memory.now;
+    string tsv;
+    for (int i = 0; i < 40; ++i) tsv += "source " + std::to_string(i) + "\ttarget" + (i % 2 ? "\n" : "\r\n");
+    for (int kind = 0; kind < 3; ++kind) {
+        const string& whole = kind == 2 ? tsv : kind ? csv : jsonl;
+        const CorpusConfig config = as(kind == 2 ? TextFormat::tsv : kind ? TextFormat::csv : TextFormat::jsonl, 0.1);
         const auto check = [&](const string& bytes) {
             Corpus corpus;
             const Status status = corpus.open_memory(runtime, bytes, config);
@@ -765,10 +842,14 @@ TEST(damaged_tables_are_an_error_or_text, "a damaged file could crash or hang th
                 return;
             }
             CHECK(collect(corpus, Part::training).all.size() + collect(corpus, Part::validation).all.size() == corpus.bytes);
+            if (kind < 2) return;
+            Data pairs;
+            const Status read = pairs.create_pairs(runtime, corpus, Part::training, tokenizer, 16);
+            CHECK(read.ok() || read.error == Error::bad_file || read.error == Error::invalid_argument);
         };
         check(whole);
         for (size_t cut = 0; cut < whole.size(); ++cut) check(whole.substr(0, cut));
-        static const char special[] = "\"\\,\r\n{}[]:u\0\xff";
+        static const char special[] = "\"\\,\r\n{}[]:u\t\0\xff";
         for (int round = 0; round < 20000; ++round) {
             string bytes = whole;
             for (uint32_t n = 1 + random_below(4); n > 0; --n) {
@@ -790,7 +871,7 @@ TEST(damaged_tables_are_an_error_or_text, "a damaged file could crash or hang th
             }
             check(bytes);
         }
-        CHECK(memory.now == 0 && memory.peak < 64 * whole.size() + 100000);
+        CHECK(memory.now == held && memory.peak < 64 * whole.size() + 100000 + held);
     }
 }
 
@@ -836,6 +917,7 @@ TEST(every_allocation_may_fail, "a host without memory would crash or lose what 
     disk.files["a.csv"] = "id,text\n1,\"some \"\"text\"\"\"\n2,more of it\n";
     disk.files["b.jsonl"] = "{\"text\":\"and more\",\"x\":1}\n{\"text\":\"the end of it\"}\n";
     disk.files["c.txt"] = random_text(70000);
+    disk.files["d.tsv"] = "one\tuno\ntwo\tdos\n";
     const Text paths[] = {"a.csv", "b.jsonl", "c.txt"};
     const auto all = [&](const char* cache, uint64_t limit) {
         Corpus corpus;
@@ -853,6 +935,10 @@ TEST(every_allocation_may_fail, "a host without memory would crash or lose what 
         Evaluation evaluation;
         if (status.ok()) status = model.create(runtime, training, 256, 3);
         if (status.ok()) status = evaluate(runtime, model, validation, evaluation);
+        const Text table = "d.tsv";
+        if (status.ok()) status = corpus.open(runtime, Span<const Text>(&table, 1));
+        if (status.ok()) status = tokenizer.train(runtime, {TokenizerKind::bpe, 257}, "xy");
+        if (status.ok()) status = training.create_pairs(runtime, corpus, Part::training, tokenizer, 8);
         return status;
     };
     const char* const caches[] = {"", "", "ids"};

@@ -379,6 +379,176 @@ static void check_attention(const Model& m) {
         }
     CHECK(session.attention(2, p).error == Error::invalid_argument);
 }
+// A fresh encoder-decoder that has read a source, which reads ids at once or one by one.
+static std::vector<float> said_of(const Model& m, Runtime& runtime, Span<const int32_t> source, Span<const int32_t> ids, bool one_by_one) {
+    Session session;
+    CHECK_OK(session.create(runtime, m));
+    CHECK_OK(session.read_source(source));
+    for (size_t i = 0; i < ids.size; i += one_by_one ? 1 : ids.size)
+        CHECK_OK(session.feed(Span<const int32_t>(ids.data + i, one_by_one ? 1 : ids.size)));
+    return std::vector<float>(session.logits().begin(), session.logits().end());
+}
+
+TEST(sources, "what a decoder says would not look at its source as training did, or would depend on what the session had read before") {
+    Runtime fast, one, slow;
+    fast.threads = 3, one.threads = 1, slow.backend = Backend::plain;
+    for (int variant = 0; variant < 4; ++variant) {
+        Config config;
+        config.layers = 2, config.encoder_layers = 3, config.heads = 3, config.width = 42, config.context = 40, config.vocab = 90;
+        if (variant != 1) CHECK_OK(preset_architecture("transformer", config));
+        if (variant == 1) config.kv_heads = 1, config.positions = Positions::rotary;
+        Model m;
+        CHECK_OK(m.create(fast, config, Tokenizer()));
+        int32_t source[40], other[7] = {5, 6, 7, 8, 1, 0, 89}, ids[33], targets[32];
+        for (int i = 0; i < 40; ++i) source[i] = (i * 31 + i * i) % 90;
+        for (int i = 0; i < 33; ++i) ids[i] = (i * 17 + i * i) % 90;
+        for (int i = 0; i < 32; ++i) targets[i] = ids[i + 1];
+        // The loss of training's tape, all at once and among other examples, is the score's.
+        const Example examples[] = {{{ids, 32}, {targets, 32}, source, {}}, {{ids, 32}, {targets, 32}, other, {}}};
+        for (int which = 0; which < 2 && variant < 2; ++which) {
+            Data data;
+            Evaluation evaluation;
+            CHECK_OK(data.create(fast, Span<const Example>(examples + which, 1)));
+            CHECK_OK(evaluate(fast, m, data, evaluation));
+            Session session;
+            CHECK_OK(session.create(one, m));
+            CHECK_OK(session.read_source(examples[which].source));
+            double sum = 0;
+            for (int i = 0; i < 32; ++i) {
+                CHECK_OK(session.feed(Span<const int32_t>(ids + i, 1)));
+                double total = 0;
+                for (const float logit : session.logits()) total += exp(static_cast<double>(logit));
+                sum += log(total) - static_cast<double>(session.logits()[static_cast<size_t>(targets[i])]);
+            }
+            CHECK(fabs(sum / 32 - evaluation.loss) < 1e-6 * evaluation.loss);
+        }
+        if (variant == 2) CHECK_OK(m.convert(Dtype::bf16));
+        if (variant == 3) CHECK_OK(m.convert(Dtype::int8));
+        const std::vector<float> said = said_of(m, one, source, Span<const int32_t>(ids), false);
+        CHECK(said == said_of(m, fast, source, Span<const int32_t>(ids), true));
+        CHECK(said == said_of(m, slow, source, Span<const int32_t>(ids), true));
+        CHECK(said != said_of(m, one, other, Span<const int32_t>(ids), false));
+        CHECK(said != said_of(m, one, Span<const int32_t>(source, 39), Span<const int32_t>(ids), false));
+        Session session;  // a second source leaves nothing of the first
+        CHECK_OK(session.create(one, m));
+        CHECK_OK(session.read_source(other));
+        CHECK_OK(session.feed(Span<const int32_t>(ids, 9)));
+        CHECK_OK(session.read_source(source));
+        CHECK(session.position == 0 && session.logits().size == 0);
+        CHECK_OK(session.feed(Span<const int32_t>(ids)));
+        CHECK(said == std::vector<float>(session.logits().begin(), session.logits().end()));
+        Array<float> p(one);
+        CHECK_OK(session.attention(1, p));
+        CHECK(p.size() == 3 * 33 * 33);
+    }
+}
+
+TEST(sources_side_by_side, "sessions that go on together would look at each other's sources") {
+    Runtime runtime;
+    Config config;
+    config.layers = 1, config.encoder_layers = 1, config.heads = 2, config.width = 24, config.context = 16, config.vocab = 50;
+    Model m;
+    CHECK_OK(m.create(runtime, config, Tokenizer()));
+    Session alone[3], together[3];
+    Session* sessions[3];
+    for (int32_t i = 0; i < 3; ++i) {
+        const int32_t source[] = {i * 7, i + 3, 9}, first = 1;
+        for (Session* session : {&alone[i], &together[i]}) {
+            CHECK_OK(session->create(runtime, m));
+            CHECK_OK(session->read_source(source));
+            CHECK_OK(session->feed(Span<const int32_t>(&first, 1)));
+        }
+        sessions[i] = &together[i];
+    }
+    for (int step = 0; step < 20; ++step) {  // beyond the end of the context, too
+        int32_t ids[3], id = 0;
+        const SampleConfig how = SampleConfig();
+        CHECK_OK(next(sessions, Span<const SampleConfig>(&how, 1), ids));
+        for (int i = 0; i < 3; ++i) {
+            CHECK_OK(alone[i].next(how, id));
+            CHECK(id == ids[i]);
+            CHECK(memcmp(alone[i].logits().data, together[i].logits().data, 50 * sizeof(float)) == 0);
+        }
+    }
+}
+
+TEST(translating, "a model that knows its pairs by heart would not translate them, or a wrong call would crash") {
+    static const char pairs[] =
+        "one cat\tbir kedi\ntwo dogs\tiki k\xc3\xb6pek\na red house\tk\xc4\xb1rm\xc4\xb1z\xc4\xb1 bir ev\nthe sea\tdeniz\n";
+    Runtime runtime;
+    CorpusConfig tsv;
+    tsv.format = TextFormat::tsv, tsv.validation_fraction = 0;
+    Corpus corpus;
+    Tokenizer tokenizer;
+    Model m;
+    Data data;
+    Trainer trainer;
+    Session session;
+    Config config;
+    CHECK_OK(preset_architecture("transformer", config));
+    config.layers = config.encoder_layers = 1, config.heads = 2, config.width = 32, config.context = 24;
+    TrainConfig how;
+    how.batch = 4, how.steps = 120, how.lr = 5e-3, how.warmup = 20, how.schedule = Schedule::inverse_sqrt, how.label_smoothing = 0.1;
+    RunResult run;
+    CHECK_OK(corpus.open_memory(runtime, pairs, tsv));
+    CHECK_OK(tokenizer.train(runtime, {TokenizerKind::bpe, 280}, corpus));
+    CHECK_OK(m.create(runtime, config, static_cast<Tokenizer&&>(tokenizer)));
+    CHECK_OK(data.create_pairs(runtime, corpus, Part::all, m.tokenizer, 24));
+    CHECK_OK(trainer.create(runtime, m, how, data));
+    CHECK_OK(trainer.run(RunConfig(), run));
+    CHECK_OK(session.create(runtime, m));
+    Generation result;
+    Array<int32_t> ids(runtime);
+    Array<float> logprobs(runtime);
+    double sum = 0;
+    CHECK(session.generate("", greedy(), result).error == Error::invalid_argument);  // no source
+    CHECK(session.feed(Span<const int32_t>()).error == Error::invalid_argument);
+    CHECK(session.score("x", ids, logprobs, sum).error == Error::invalid_argument);
+    for (const char* line : {"the sea\tdeniz", "one cat\tbir kedi", "a red house\tk\xc4\xb1rm\xc4\xb1z\xc4\xb1 bir ev"}) {
+        const std::string pair = line, source = pair.substr(0, pair.find('\t')), target = pair.substr(pair.find('\t') + 1);
+        CHECK_OK(session.read_source(source));
+        CHECK(say(session, "", greedy(), false, &result) == target && result.stopped);
+        SearchResult found;
+        BeamConfig search;
+        for (const int beams : {1, 3}) {  // all see the same source
+            search.beams = beams;
+            CHECK_OK(session.read_source(source));
+            CHECK_OK(session.search("", search, found));
+            CHECK(std::string(found.text_of(0).data, found.text_of(0).size) == target && found.best[0].ended);
+        }
+        double last = found.best[0].logprob;
+        CHECK_OK(session.read_source(source));  // what the search says of its best is what the session says when it reads it
+        CHECK_OK(session.feed(Span<const int32_t>(&m.tokenizer.end_of_text, 1)));
+        for (const int32_t id : found.ids_of(0)) {
+            double total = 0;
+            for (const float logit : session.logits()) total += exp(static_cast<double>(logit));
+            last -= static_cast<double>(session.logits()[static_cast<size_t>(id)]) - log(total);
+            CHECK_OK(session.feed(Span<const int32_t>(&id, 1)));
+        }
+        CHECK(fabs(last) < 1e-5);
+        CHECK_OK(session.read_source(source));
+        CHECK(say(session, target.substr(0, 3).c_str(), greedy()).size() > 0);  // the beginning may be given
+        CHECK_OK(session.read_source(source));
+        CHECK_OK(session.score(target, ids, logprobs, sum));
+        CHECK(sum > -4 && logprobs[0] < 0);
+        const double right = sum;
+        CHECK_OK(session.read_source("two dogs"));
+        CHECK_OK(session.score(target, ids, logprobs, sum));
+        CHECK(sum < right - 4);
+        session.reset();
+        CHECK(session.generate("", greedy(), result).error == Error::invalid_argument);
+    }
+    int32_t many[25] = {};
+    CHECK(session.read_source(Span<const int32_t>(many)).error == Error::invalid_argument);
+    CHECK(session.read_source(Span<const int32_t>()).error == Error::invalid_argument);
+    many[0] = m.config.vocab;
+    CHECK(session.read_source(Span<const int32_t>(many, 1)).error == Error::invalid_argument);
+    Session talks;
+    CHECK(talks.read_source("x").error == Error::invalid_argument);
+    CHECK_OK(talks.create(runtime, model()));
+    CHECK(talks.read_source("x").error == Error::invalid_argument);
+}
+
 TEST(attention_rows, "attention would not be a probability over what came before") {
     check_attention(model());
     Runtime runtime;

@@ -196,6 +196,35 @@ run 0 eval m.safetensors b.txt;             has out '^loss'
 input=b.txt run 0 score m.safetensors;      has out '^sum of'
 printf '{"text":"You: hello"}\n' > lines
 input=lines run 0 score m.safetensors --jsonl; json; has out '^{"ids":\[.*\],"logprobs":\[.*\],"sum":-[0-9.]*}$'
+# ---- pairs: a model that translates ----
+printf 'one cat\tbir kedi\ntwo dogs\tiki kopek\nthe sea\tdeniz\na very long line that is left out\tx\nthe dog\tkopek\n' > p.tsv
+translator="--arch transformer --layers 1 --heads 2 --width 16 --context 16 --batch 2 --threads 1 --tokenizer bpe:280 --validation p.tsv"
+run 0 train p.tsv --out p.safetensors $translator --steps 40 --schedule inverse_sqrt --label-smoothing 0.1 --stop-at 20
+has err '4 training and 4 validation pairs (2 others are longer than --context 16, and are left out)'; has out 'babygpt translate p.safetensors'
+run 1 train p.tsv --out p.safetensors --resume;                    has err 'other validation data'
+run 1 train p.tsv --out p.safetensors --resume --validation p.tsv --arch gpt2;   says '--arch "gpt2" contradicts.*transformer'
+run 1 train p.tsv --out p.safetensors --resume --validation p.tsv --encoder-layers 2; says '--encoder-layers 2 contradicts'
+run 0 train p.tsv --out p.safetensors --resume $translator
+run 0 train p.tsv --out q.safetensors $translator --steps 40 --schedule inverse_sqrt --label-smoothing 0.1
+run 0 compare p.resume.safetensors q.resume.safetensors
+printf 'one cat\n\nthe sea\n' > lines
+input=lines run 0 translate p.safetensors; check 'a line in, a line out' test "$(wc -l < out)" -eq 3; cp out piped
+run 0 translate p.safetensors lines;                               same 'a file as standard input' out piped
+run 0 translate p.safetensors lines --json; json;                  has out '^{"source":"the sea","text":".*","score":-[0-9.]*,"logprob":-[0-9.]*,"tokens":[0-9]*,"ended":'
+run 0 translate p.safetensors lines --beams 3 --length-penalty 0.6; check 'beams: a line in, a line out' test "$(wc -l < out)" -eq 3
+run 0 generate p.safetensors --source 'one cat' --beams 2 --best 2; check 'two translations' test "$(wc -l < out)" -eq 2
+printf 'a\n%040d\n' 7 > lines; input=lines run 1 translate p.safetensors; says 'standard input, line 2: the source has'
+run 0 generate p.safetensors --source 'one cat' --temperature 0
+run 1 generate p.safetensors;                                      says 'no source yet'
+run 2 generate m.safetensors --source x;                           says 'no encoder'
+run 1 translate m.safetensors lines;                               says 'no encoder'
+run 0 eval p.safetensors p.tsv --json; json;                       has out '"left_out":1'
+run 0 info p.safetensors;                                          has out 'gpt2, 1 encoder and 1 layers.*relu, layer norm after, sinusoidal'; has out 'encoder.h.0.attn.c_attn'
+run 2 train p.tsv --out none --encoder-layers 1 --tokenizer char;     says '--tokenizer.*end-of-text'
+run 1 train p.tsv --out none --encoder-layers 1 --context 2 --steps 2; says 'all .* pairs are longer than context, 2'
+run 1 train a.txt --out none --encoder-layers 1 --steps 2;            says 'a.txt.*, line 1: there is no tab'
+run 2 train p.tsv --out none --encoder-layers 1 --token-cache c --steps 2; says '--token-cache is not for'
+
 # ---- numbers of fewer bits ----
 run 0 convert m.safetensors --dtype int8 --out m8.safetensors;  has out 'm8.safetensors: .* kB in int8 (.* kB before)'
 run 1 convert m.safetensors --dtype bf16 --out m8.safetensors;  says 'm8.safetensors exists.*--overwrite'

@@ -337,7 +337,10 @@ static void check_memory(const Config& config) {
         CHECK_OK(memory_needed(runtime, config, Purpose::training, 4, training));
         CHECK_OK(memory_needed(runtime, config, Purpose::running, 1, running));
         Data data;
-        CHECK_OK(data.create(runtime, Span<const int32_t>(some_ids(500), 500)));
+        Example examples[5];
+        for (Example& e : examples) e.ids = e.targets = e.source = Span<const int32_t>(some_ids(9), 9);
+        if (config.encoder_layers > 0) CHECK_OK(data.create(runtime, Span<const Example>(examples)));
+        else CHECK_OK(data.create(runtime, Span<const int32_t>(some_ids(500), 500)));
         const size_t others = counter.in_use;
         Model model;
         CHECK_OK(model.create(runtime, config, Tokenizer()));
@@ -353,6 +356,7 @@ static void check_memory(const Config& config) {
         Session session;
         CHECK_OK(session.create(runtime, model));
         const int32_t ids[] = {1, 2, 3};
+        if (config.encoder_layers > 0) CHECK_OK(session.read_source(Span<const int32_t>(ids)));
         CHECK_OK(session.feed(ids));
         const size_t calls = counter.calls;
         SampleConfig sampling;
@@ -368,6 +372,9 @@ static void check_memory(const Config& config) {
 TEST(memory, "memory_needed would be a guess, or a step or a token would allocate") {
     check_memory(tiny_config());
     check_memory(tiny_llama());
+    Config translator = tiny_config();
+    translator.encoder_layers = 3;
+    check_memory(translator);
 }
 
 TEST(out_of_memory, "an allocation that fails would crash or leak") {
@@ -478,6 +485,9 @@ TEST(schedules, "the learning rate would not follow its schedule") {
     CHECK(near(t.learning_rate(55), 0.55) && near(t.learning_rate(100), 0.1));
     t.config.schedule = Schedule::constant;
     CHECK(near(t.learning_rate(4), 0.5) && near(t.learning_rate(99), 1));
+    t.config.schedule = Schedule::inverse_sqrt;
+    CHECK(near(t.learning_rate(4), 0.5) && near(t.learning_rate(9), 1) && near(t.learning_rate(39), 0.5) &&
+          near(t.learning_rate(10000), 0.1));
     t.config.schedule = Schedule::wsd;
     CHECK(near(t.learning_rate(80), 1) && near(t.learning_rate(90), 0.55) && near(t.learning_rate(100), 0.1));
 }

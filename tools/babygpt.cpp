@@ -1138,7 +1138,9 @@ struct Lock {
 #endif
 };
 
-const char* const architecture_help = "the fields and names of GPT-2 or Llama; the options below change single ones (gpt2)";
+const char* const architecture_help =
+    "the fields and names of GPT-2 or Llama, or the first Transformer's, with as many --encoder-layers as --layers; the options below "
+    "change single ones (gpt2)";
 const char* const architecture_names[] = {"gpt2", "llama"};
 const char* const activation_names[] = {"none", "gelu", "gelu_tanh", "relu", "silu"};
 const char* const position_names[] = {"learned", "rotary", "sinusoidal", "none"};
@@ -1181,7 +1183,8 @@ struct TrainOptions {
                    {"--log", "FILE.csv", "a row a step", &log},
                    {"--plot", "FILE.svg", "the loss curves as a picture", &plot},
                    {"--json", nullptr, "one JSON object a step on standard output, a last one at the end", &json},
-                   {nullptr, nullptr, "How text is read (FILE: .txt, .jsonl, .csv, or - for standard input)"},
+                   {nullptr, nullptr,
+                    "How text is read (FILE: .txt, .jsonl, .csv, or - for standard input; with --encoder-layers, lines SOURCE tab TARGET)"},
                    {"--tokenizer", "byte|char|bpe:N|wordpiece:N|FILE",
                     "wordpiece makes capitals small and drops accents, wordpiece:N:cased does not (bpe:1024, and char below 100 kB of "
                     "text)",
@@ -1197,7 +1200,9 @@ struct TrainOptions {
                vector<Option>{
                    {nullptr, nullptr, "The model"},
                    {"--preset", "NAME", "nano, tiny, small, baby, gpt2, gpt2-medium, gpt2-large, gpt2-xl (tiny)", &preset_name},
-                   {"--arch", "gpt2|llama", architecture_help, &architecture},
+                   {"--arch", "gpt2|llama|transformer", architecture_help, &architecture},
+                   {"--encoder-layers", "N", "an encoder of so many layers reads the source of each pair: the model translates (0)",
+                    &shape.encoder_layers, 0, 1000},
                    {"--layers", "N", "blocks of attention and feed-forward", &shape.layers, 1, 1000},
                    {"--heads", "N", "of attention in a block", &shape.heads, 1, 1000},
                    {"--kv-heads", "N", "of keys and values, each for a group of heads (as many as heads)", &shape.kv_heads, 1, 1000},
@@ -1226,7 +1231,8 @@ struct TrainOptions {
                     10},
                    {"--min-lr", "X", "where it ends (a tenth of --lr)", &learning.min_lr, 0, 10},
                    {"--warmup", "N", "steps (100, or a tenth of the run)", &learning.warmup, 0, 1e15},
-                   {"--schedule", "cosine|linear|constant|wsd", "(cosine)", &schedule},
+                   {"--schedule", "cosine|linear|constant|wsd|inverse_sqrt",
+                    "inverse_sqrt: the first Transformer's, a longer --warmup suits it (cosine)", &schedule},
                    {"--weight-decay", "X", "(0.1)", &learning.weight_decay, 0, 100},
                    {"--beta1", "X", "(0.9)", &learning.beta1, 0, 0.999999},
                    {"--beta2", "X", "(0.99)", &learning.beta2, 0, 0.999999},
@@ -1250,6 +1256,7 @@ struct Training {
     Tokenizer tokenizer;
     Data data, validation;
     bool has_validation = false;
+    bool pairs = false;  // the model has an encoder, and learns to translate
     Model model;
     TrainConfig config;
     Trainer trainer;
@@ -1266,7 +1273,17 @@ void agree(const Arguments& in, const char* option, const T& given, const T& sto
     if (in.has(option) && !(given == stored)) contradicts(option, json_value(given), json_value(stored));
 }
 
-const char* const schedules[] = {"cosine", "linear", "constant", "wsd"};
+const char* const schedules[] = {"cosine", "linear", "constant", "wsd", "inverse_sqrt"};
+
+// What --arch calls a model in which options changed single fields.
+string architecture_name(const Arguments& in, const Config& c) {
+    const bool differs[] = {c.positions == Positions::sinusoidal, c.norm_after, c.activation == Activation::relu};
+    const char* options[] = {"--positions", "--norm-after", "--activation"};
+    int asked = 0, like_the_first = 0;
+    for (int i = 0; i < 3; ++i)
+        if (!in.has(options[i])) ++asked, like_the_first += differs[i];
+    return asked > 0 && asked == like_the_first ? "transformer" : architecture_names[int(c.architecture)];
+}
 
 // What was said again beside --resume must be what was said first.
 void check_agreement(const Arguments& in, const TrainOptions& o, const Model& model, const TrainConfig& stored) {
@@ -1283,13 +1300,14 @@ void check_agreement(const Arguments& in, const TrainOptions& o, const Model& mo
                         format("%d layers, %d heads, width %d, context %d", shape.layers, shape.heads, shape.width, shape.context));
     }
     agree(in, "--layers", o.shape.layers, shape.layers);
+    agree(in, "--encoder-layers", o.shape.encoder_layers, shape.encoder_layers);
     agree(in, "--heads", o.shape.heads, shape.heads);
     agree(in, "--width", o.shape.width, shape.width);
     agree(in, "--context", o.shape.context, shape.context);
     agree(in, "--untie", o.untie, !shape.tied);
     agree(in, "--tie", o.tie, shape.tied);
     agree(in, "--no-bias", o.no_bias, !shape.bias);
-    agree(in, "--arch", o.architecture, string(architecture_names[int(shape.architecture)]));
+    agree(in, "--arch", o.architecture, architecture_name(in, shape));
     agree(in, "--kv-heads", o.shape.kv_heads, shape.kv_heads);
     agree(in, "--hidden", o.shape.hidden, shape.hidden);
     agree(in, "--activation", o.activation, activation_name(shape));
@@ -1332,7 +1350,7 @@ void get_tokenizer(Runtime& runtime, const string& name, Corpus& corpus, Tokeniz
 
 void choose_tokenizer(Training& t) {
     string name = t.options.tokenizer;
-    if (name.empty()) name = t.corpus.bytes < 100000 ? "char" : "bpe:1024";
+    if (name.empty()) name = t.corpus.bytes < 100000 && !t.pairs ? "char" : "bpe:1024";
     get_tokenizer(t.common.runtime, name, t.corpus, t.tokenizer);
 }
 
@@ -1364,23 +1382,46 @@ void check_tokenizer(Training& t) {  // --tokenizer beside --resume
     if (to_string(a) != to_string(b)) contradicts("--tokenizer", name, "another vocabulary");
 }
 
-void open_data(Training& t, const vector<string>& files) {
+// The sequence length where no text is too short for it.
+int wanted_context(const Arguments& in, const Training& t) {
+    if (t.options.resume) return t.model.config.context;
+    if (in.has("--context")) return t.options.shape.context;
+    Config shape;
+    must_be("--preset", preset(t.options.preset_name, shape));
+    return shape.context;
+}
+
+void create_data(const Arguments& in, Training& t, Corpus& corpus, Part part, const string& cache, Data& data) {
+    if (!t.pairs) return must(data.create(t.common.runtime, corpus, part, t.tokenizer, cache));
+    const Status status = data.create_pairs(t.common.runtime, corpus, part, t.tokenizer, wanted_context(in, t));
+    if (status.error == Error::invalid_argument && t.tokenizer.end_of_text < 0)
+        usage("--tokenizer: " + string(status.message) + "; take bpe:N or wordpiece:N");
+    must(status);
+}
+
+void open_data(const Arguments& in, Training& t) {
     TrainOptions& o = t.options;
     Runtime& runtime = t.common.runtime;
     if (!o.user_turn.empty() || !t.model.chat.empty()) o.text.dialogues = true;
-    open_corpus(runtime, files, o.text.config(o.validation.empty() ? o.validation_fraction : 0), t.corpus);
-    if (!o.validation.empty()) open_corpus(runtime, {o.validation}, o.text.config(0), t.validation_corpus);
+    const auto config = [&](double fraction) {
+        CorpusConfig result = o.text.config(fraction);
+        if (t.pairs) result.format = TextFormat::tsv;
+        return result;
+    };
+    open_corpus(runtime, in.operands, config(o.validation.empty() ? o.validation_fraction : 0), t.corpus);
+    if (!o.validation.empty()) open_corpus(runtime, {o.validation}, config(0), t.validation_corpus);
     if (o.resume) {
         if (!o.tokenizer.empty()) check_tokenizer(t);
         must(t.tokenizer.copy(runtime, t.model.tokenizer));
     } else {
         choose_tokenizer(t);
     }
-    must(t.data.create(runtime, t.corpus, o.validation.empty() ? Part::training : Part::all, t.tokenizer, o.cache));
+    create_data(in, t, t.corpus, o.validation.empty() ? Part::training : Part::all, o.cache, t.data);
     if (t.data.tokens < 2) error(format("the text has %lld tokens: too little to learn from", static_cast<long long>(t.data.tokens)));
     if (!o.validation.empty() || o.validation_fraction > 0) {
-        must(o.validation.empty() ? t.validation.create(runtime, t.corpus, Part::validation, t.tokenizer)
-                                  : t.validation.create(runtime, t.validation_corpus, Part::all, t.tokenizer));
+        const bool is_there = !t.pairs || !o.validation.empty() || t.corpus.training_bytes < t.corpus.bytes;
+        if (is_there && o.validation.empty()) create_data(in, t, t.corpus, Part::validation, "", t.validation);
+        if (is_there && !o.validation.empty()) create_data(in, t, t.validation_corpus, Part::all, "", t.validation);
         t.has_validation = t.validation.tokens >= 2;
         if (!t.has_validation) note("the validation text is too short: the last model will be kept instead of the best");
     }
@@ -1396,8 +1437,9 @@ Config choose_shape(const Arguments& in, Training& t) {
     if (in.has("--layers")) shape.layers = o.shape.layers;
     if (in.has("--heads")) shape.heads = o.shape.heads;
     if (in.has("--width")) shape.width = o.shape.width;
+    if (t.pairs) shape.encoder_layers = in.has("--encoder-layers") ? o.shape.encoder_layers : shape.layers;
     if (in.has("--context")) shape.context = o.shape.context;
-    else if (t.data.tokens <= uint64_t(shape.context)) shape.context = int(t.data.tokens) - 1;  // a very short text
+    else if (!t.pairs && t.data.tokens <= uint64_t(shape.context)) shape.context = int(t.data.tokens) - 1;  // a very short text
     if (in.has("--kv-heads")) shape.kv_heads = o.shape.kv_heads;
     if (in.has("--hidden")) shape.hidden = o.shape.hidden;
     if (o.untie || o.tie) shape.tied = o.tie;
@@ -1408,7 +1450,7 @@ Config choose_shape(const Arguments& in, Training& t) {
         shape.activation = named<Activation>("--activation", plain, activation_names);
     }
     if (in.has("--norm")) shape.norm = named<Norm>("--norm", o.norm, norm_names);
-    shape.norm_after = o.shape.norm_after;
+    if (o.shape.norm_after) shape.norm_after = true;
     if (in.has("--positions")) shape.positions = named<Positions>("--positions", o.positions, position_names);
     must_be("the model's shape", check(shape));
     if (t.data.windows(shape.context) == 0)
@@ -1444,6 +1486,8 @@ double seconds_per_step(Training& t, const Config& shape, double budget) {
 
 void choose_steps(const Arguments& in, Training& t, const Config& shape, double budget) {
     const double windows_a_step = double(t.config.batch) * t.config.accumulate;
+    const double tokens_a_step =
+        windows_a_step * (t.pairs ? double(t.data.tokens) / double(t.data.windows(shape.context)) : double(shape.context));
     if (in.has("--steps")) return;
     if (in.has("--epochs")) {
         t.config.steps =
@@ -1454,7 +1498,7 @@ void choose_steps(const Arguments& in, Training& t, const Config& shape, double 
     budget = std::max(budget * 0.1, budget * 0.97 - (now() - start));
     // An evaluation costs about a third of the training steps that read as many tokens: twenty of them, but no more than a quarter of the
     // time.
-    const double evaluation = t.has_validation ? step / 3 * double(t.validation.tokens) / (windows_a_step * shape.context) : 0;
+    const double evaluation = t.has_validation ? step / 3 * double(t.validation.tokens) / tokens_a_step : 0;
     double evaluations = std::clamp(budget / 4 / std::max(evaluation, 1e-9), 1.0, 20.0);
     if (in.has("--evaluate-every")) evaluations = budget / (step * double(t.config.evaluate_every) + evaluation);
     t.config.steps = std::max<int64_t>(1, int64_t((budget - std::floor(evaluations) * evaluation) / step));
@@ -1505,6 +1549,11 @@ struct TrainingView {
         how.tokens = std::min(80, t.model.config.context);
         Generation result;
         result.text = &text;
+        if (t.pairs) {  // the likeliest translation of the first pair that is not learnt from
+            const Example& pair = *(t.has_validation ? t.validation : t.data).evaluation_example(0);
+            how.temperature = 0;
+            must(session.read_source(pair.source));
+        }
         must(session.generate("", how, result));
         return to_string(text);
     }
@@ -1576,14 +1625,26 @@ void show_start(Training& t) {
     Memory memory;
     must(memory_needed(t.common.runtime, c, Purpose::training, t.config.batch, memory, t.config.dropout));
     const char* kinds[] = {"no", "byte", "character", "BPE", "WordPiece", "SentencePiece"};
-    note(format("%s of text: %s training and %s validation tokens (%s tokenizer, vocabulary %s)", bytes_text(t.corpus.bytes).c_str(),
+    const auto windows = [&](const Data& data) { return static_cast<long long>(data.windows(c.context)); };
+    if (t.pairs) {
+        const uint64_t left_out = t.data.left_out + t.validation.left_out;
+        note(format("%lld training and %lld validation pairs%s", windows(t.data), t.has_validation ? windows(t.validation) : 0,
+                    left_out == 0 ? ""
+                                  : format(" (%lld others are longer than --context %d, and are left out)",
+                                           static_cast<long long>(left_out), c.context)
+                                        .c_str()));
+    }
+    note(format("%s of text: %s training and %s validation tokens%s (%s tokenizer, vocabulary %s)", bytes_text(t.corpus.bytes).c_str(),
                 grouped(int64_t(t.data.tokens)).c_str(), grouped(int64_t(t.has_validation ? t.validation.tokens : 0)).c_str(),
-                kinds[int(t.tokenizer.kind)], grouped(c.vocab).c_str()));
-    note(format("%d layers, %d heads, width %d, context %d: %s parameters, %s to train; %s %s, %d threads", c.layers, c.heads, c.width,
-                c.context, grouped(t.parameters()).c_str(), bytes_text(memory.total()).c_str(), t.common.backend.c_str(),
-                t.common.runtime.isa_name(), t.common.runtime.thread_count()));
-    note(format("%lld steps of %lld tokens (%.1f times through the text), lr %g, %s schedule, seed %llu",
-                static_cast<long long>(t.config.steps), static_cast<long long>(int64_t(t.config.batch) * t.config.accumulate * c.context),
+                t.pairs ? " of the targets" : "", kinds[int(t.tokenizer.kind)], grouped(c.vocab).c_str()));
+    note(format("%s%d layers, %d heads, width %d, context %d: %s parameters, %s to train; %s %s, %d threads",
+                c.encoder_layers > 0 ? format("%d encoder and ", c.encoder_layers).c_str() : "", c.layers, c.heads, c.width, c.context,
+                grouped(t.parameters()).c_str(), bytes_text(memory.total()).c_str(), t.common.backend.c_str(), t.common.runtime.isa_name(),
+                t.common.runtime.thread_count()));
+    const int64_t sequences = int64_t(t.config.batch) * t.config.accumulate;
+    note(format("%lld steps of %lld %s (%.1f times through the text), lr %g, %s schedule, seed %llu",
+                static_cast<long long>(t.config.steps), static_cast<long long>(t.pairs ? sequences : sequences * c.context),
+                t.pairs ? "pairs" : "tokens",
                 double(t.config.steps) * t.config.batch * t.config.accumulate / double(std::max<uint64_t>(1, t.data.windows(c.context))),
                 t.config.lr, schedules[int(t.config.schedule)], static_cast<unsigned long long>(t.config.seed)));
 }
@@ -1618,7 +1679,10 @@ void show_report(Training& t, const TrainingView& view, const RunResult& result,
                         std::fabs(gain), gain > 0 ? "better" : "worse, it has not learnt enough yet"));
     }
     if (view.curve.training.size() > 1) put_line("\n" + draw_terminal(view.curve));
-    put_line(format("The model is %s; talk to it: babygpt %s %s", t.options.out.c_str(), t.model.chat.empty() ? "generate" : "chat",
+    put_line(format("The model is %s; talk to it: babygpt %s %s", t.options.out.c_str(),
+                    t.pairs                ? "translate"
+                    : t.model.chat.empty() ? "generate"
+                                           : "chat",
                     t.options.out.c_str()));
 }
 
@@ -1629,13 +1693,17 @@ void need_ordinary(const char* option, const string& path) {
     if (fs::exists(there) && !fs::is_regular_file(there)) error(string(option) + " " + path + " is no ordinary file; choose another name");
 }
 
-void check_train_options(const Arguments& in, const TrainOptions& o) {
+void check_train_options(const Arguments& in, const Training& t) {
+    const TrainOptions& o = t.options;
     if (o.out.empty()) usage("train needs --out M.safetensors");
     if (o.resume && o.overwrite) usage("--resume and --overwrite exclude each other");
     if (in.has("--steps") + in.has("--epochs") + in.has("--time") > 1) usage("give only one of --steps, --epochs and --time");
     if (in.has("--validation") && in.has("--validation-fraction")) usage("--validation and --validation-fraction exclude each other");
     if (in.has("--user-turn") != in.has("--reply-turn")) usage("--user-turn and --reply-turn belong together: a chat needs both");
     if (in.has("--user-turn") && (o.user_turn.empty() || o.reply_turn.empty())) usage("--user-turn and --reply-turn must not be empty");
+    if (t.pairs)
+        for (const char* option : {"--user-turn", "--token-cache"})
+            if (in.has(option)) usage(string(option) + " is not for a model with an encoder, which learns from pairs");
     const vector<std::pair<const char*, string>> written = {
         {"--out", o.out}, {"--log", o.log}, {"--plot", o.plot}, {"--token-cache", o.cache}};
     vector<string> inputs = in.operands;
@@ -1659,7 +1727,8 @@ int train(Arguments& in) {
     Training t;
     TrainOptions& o = t.options;
     in.parse(t.common, o.options(), 1, 1000000);
-    check_train_options(in, o);
+    t.pairs = in.has("--encoder-layers") ? o.shape.encoder_layers > 0 : o.architecture == "transformer";
+    check_train_options(in, t);
     if (!o.log.empty()) check_log(o.log);
     Runtime& runtime = t.common.runtime;
     Array<char> resume_name(runtime);
@@ -1677,8 +1746,9 @@ int train(Arguments& in) {
         must(read_train_config(runtime, resume_file, t.config));
         if (o.learning.min_lr < 0) o.learning.min_lr = t.config.min_lr;
         check_agreement(in, o, t.model, t.config);
+        t.pairs = t.model.config.encoder_layers > 0;
     }
-    open_data(t, in.operands);
+    open_data(in, t);
     if (o.resume) {
         if (in.has("--epochs")) {
             const double steps =
@@ -1691,7 +1761,7 @@ int train(Arguments& in) {
             note(format("--time was measured when the run began: it goes on to step %lld", static_cast<long long>(t.config.steps)));
     } else {
         t.config = o.learning;
-        for (int i = 0; i < 4; ++i)
+        for (int i = 0; i < 5; ++i)
             if (o.schedule == schedules[i]) t.config.schedule = Schedule(i);
         t.config.optimizer = o.optimizer == "muon" ? Optimizer::muon : Optimizer::adamw;
         const Config shape = choose_shape(in, t);
@@ -1732,7 +1802,7 @@ int train(Arguments& in) {
     release_interrupts();
 
     NgramResult counting;
-    if (t.has_validation && !o.no_counting && !result.cancelled) {
+    if (t.has_validation && !t.pairs && !o.no_counting && !result.cancelled) {
         must(ngram_baseline(runtime, t.data, t.validation, t.model.config.vocab, counting));
         view.curve.counting = counting.loss;
     }
@@ -1958,20 +2028,21 @@ int generate(Arguments& in) {
     Sampling sampling;
     Searching searching;
     TextOptions how_read;
-    string prompt, tokenizer;
+    string prompt, tokenizer, source;
     vector<string> training_files;
     bool json = false;
-    in.parse(common,
-             vector<Option>{{"--prompt", "TEXT", "what the text begins with (without: a new document)", &prompt},
-                            {"--json", nullptr, "one JSON object: text and ids without the prompt, log-probabilities, tokens/s", &json}} +
-                 sampling.options() + searching.options() +
-                 vector<Option>{{nullptr, nullptr, "Counting instead of a model (M is ngram:N)"}} +
-                 Counted::options(training_files, tokenizer) + how_read.options(),
-             1, 1);
+    in.parse(
+        common,
+        vector<Option>{{"--prompt", "TEXT", "what the text begins with (without: a new document)", &prompt},
+                       {"--source", "TEXT", "what the encoder of a model that translates reads (see also: babygpt translate)", &source},
+                       {"--json", nullptr, "one JSON object: text and ids without the prompt, log-probabilities, tokens/s", &json}} +
+            sampling.options() + searching.options() + vector<Option>{{nullptr, nullptr, "Counting instead of a model (M is ngram:N)"}} +
+            Counted::options(training_files, tokenizer) + how_read.options(),
+        1, 1);
     const bool counts = Counted::is_meant(in.operands[0]);
     for (const char* option : {"--train", "--tokenizer", "--field", "--column", "--dialogues"})
         if (!counts && in.has(option)) usage(string(option) + " belongs to ngram:N");
-    for (const char* option : {"--stop", "--ban", "--repetition-penalty", "--beams"})
+    for (const char* option : {"--stop", "--ban", "--repetition-penalty", "--beams", "--source"})
         if (counts && in.has(option)) usage(string(option) + " does not go with " + in.operands[0]);
     const bool searches = searching.wanted(in);
     if (searches) searching.ready(sampling.ready());
@@ -1984,6 +2055,7 @@ int generate(Arguments& in) {
         must(model.load(common.runtime, in.operands[0]));
         need_tokenizer(model, in.operands[0]);
         must(session.create(common.runtime, model));
+        if (in.has("--source")) must_be("--source", session.read_source(source));
         if (searches) return print_search(session, prompt, searching.config, json), 0;
     }
     Array<char> text(common.runtime);
@@ -2011,6 +2083,47 @@ int generate(Arguments& in) {
     put_line("");
     check_unknown(result.unknown);
     if (is_terminal(stderr)) note(format("%d tokens, %.0f tokens/s", result.generated, speed));
+    return 0;
+}
+
+// A line of FILE, or of standard input, in, a line out: the likeliest translation that so many beams find.
+int translate(Arguments& in) {
+    Common common;
+    BeamConfig how;
+    how.beams = 1, how.tokens = 65536;
+    bool json = false;
+    in.parse(common,
+             {{"--beams", "N", "so many translations of a line go on side by side; 1 is greedy (1)", &how.beams, 1, 4096},
+              {"--length-penalty", "X", "score = log-probability / tokens^X: above 0 for longer ones, below for shorter (1)",
+               &how.length_penalty, -10, 10},
+              {"--tokens", "N", "at most so many for a line (as the context holds)", &how.tokens, 1, 65536},
+              {"--json", nullptr, "one JSON object a line: source, text, score, logprob, tokens, ended", &json}},
+             1, 2);
+    Model model;
+    must(model.load(common.runtime, in.operands[0]));
+    need_tokenizer(model, in.operands[0]);
+    how.tokens = std::min(how.tokens, model.config.context);
+    const string name = in.operands.size() > 1 && in.operands[1] != "-" ? in.operands[1] : "standard input";
+    if (name != "standard input" && !freopen(name.c_str(), "rb", stdin)) error("cannot open " + name + ": " + strerror(errno));
+    Session session;
+    must(session.create(common.runtime, model));
+    string line;
+    for (size_t number = 1; read_line(line) == Line::text; ++number) {
+        SearchResult result;
+        Hypothesis best;
+        string text;
+        if (!line.empty()) {
+            const Status status = session.read_source(line);
+            if (!status.ok()) error(format("%s, line %zu: %s", name.c_str(), number, status.message));
+            must(session.search("", how, result));
+            best = result.best[0], text = one_line(to_string(result.text_of(0)), " ");
+        }
+        if (json) {
+            Json object;
+            object.add("source", line).add("text", text).add("score", best.score).add("logprob", best.logprob);
+            object.add("tokens", best.ids).add("ended", best.ended).print();
+        } else put_now(text + "\n");
+    }
     return 0;
 }
 
@@ -2200,7 +2313,7 @@ struct ReadingView {
     }
 };
 
-int show_evaluation(const Evaluation& result, const NgramResult& counting, bool json) {
+int show_evaluation(const Evaluation& result, const NgramResult& counting, uint64_t left_out, bool json) {
     if (json) {
         Json line;
         line.add("loss", result.loss)
@@ -2208,6 +2321,7 @@ int show_evaluation(const Evaluation& result, const NgramResult& counting, bool 
             .add("perplexity", result.perplexity)
             .add("tokens", result.tokens);
         line.add("top1", result.top1).add("top5", result.top5).add("unknown", result.unknown);
+        if (left_out > 0) line.add("left_out", left_out);
         if (counting.order > 0) line.add("ngram_loss", counting.loss).add("ngram_order", counting.order);
         line.print();
         return 0;
@@ -2217,6 +2331,7 @@ int show_evaluation(const Evaluation& result, const NgramResult& counting, bool 
     put_line(format("perplexity     %.3f", result.perplexity));
     put_line(format("accuracy       top-1 %.2f %%, top-5 %.2f %%", 100 * result.top1, 100 * result.top5));
     put_line(format("tokens         %s", grouped(int64_t(result.tokens)).c_str()));
+    if (left_out > 0) put_line(format("left out       %s pairs, which are too long", grouped(int64_t(left_out)).c_str()));
     if (result.unknown > 0)
         put_line(format("unknown        %s characters that the model has never seen", grouped(int64_t(result.unknown)).c_str()));
     if (counting.order > 0) put_line(format("counting       %.4f nats a token, the best n-gram (order %d)", counting.loss, counting.order));
@@ -2257,14 +2372,19 @@ int eval(Arguments& in) {
     Corpus corpus, training_corpus;
     Data data, training;
     const Tokenizer& reader = counts ? counted.tokenizer : model.tokenizer;
-    if (!files.empty()) open_corpus(runtime, files, text.config(0), corpus);
-    must(data.create(runtime, files.empty() ? counted.corpus : corpus, files.empty() ? Part::validation : Part::all, reader));
+    const bool pairs = !counts && model.config.encoder_layers > 0;
+    if (pairs && !training_files.empty()) usage("--train is not for a model with an encoder: there is nothing to count");
+    CorpusConfig read = text.config(0);
+    if (pairs) read.format = TextFormat::tsv;
+    if (!files.empty()) open_corpus(runtime, files, read, corpus);
+    if (pairs) must(data.create_pairs(runtime, corpus, Part::all, reader, model.config.context));
+    else must(data.create(runtime, files.empty() ? counted.corpus : corpus, files.empty() ? Part::validation : Part::all, reader));
     if (data.tokens < 2) error("the text has fewer than two tokens: there is nothing to predict");
     Evaluation result;
     NgramResult counting;
     if (counts) {
         must(evaluate(runtime, counted.model, data, result));
-        return show_evaluation(result, counting, json);
+        return show_evaluation(result, counting, data.left_out, json);
     }
     ReadingView view{double(data.tokens)};
     must(evaluate(runtime, model, data, result, 8, ReadingView::show, &view));
@@ -2274,7 +2394,7 @@ int eval(Arguments& in) {
         must(training.create(runtime, training_corpus, Part::all, model.tokenizer));
         must(ngram_baseline(runtime, training, data, model.config.vocab, counting));
     }
-    return show_evaluation(result, counting, json);
+    return show_evaluation(result, counting, data.left_out, json);
 }
 
 int score(Arguments& in) {
@@ -2357,7 +2477,7 @@ int info(Arguments& in) {
     bool json = false;
     in.parse(common,
              {{"--preset", "NAME", "a preset instead of a model file", &name},
-              {"--arch", "gpt2|llama", "the preset's architecture (gpt2)", &architecture},
+              {"--arch", "gpt2|llama|transformer", "the preset's architecture; transformer: with an encoder (gpt2)", &architecture},
               {"--vocab", "N", "the preset's vocabulary (96, GPT-2's own for gpt2...)", &shape.vocab, 1, 1e8},
               {"--context", "N", "the preset with another context", &shape.context, 1, 1e6},
               {"--batch", "N", "sequences at once (1)", &batch, 1, 1e6},
@@ -2375,6 +2495,7 @@ int info(Arguments& in) {
         config.vocab = 0;
         must_be("--preset", preset(name, config));
         must_be("--arch", preset_architecture(architecture, config));
+        if (architecture == "transformer") config.encoder_layers = config.layers;
         if (in.has("--vocab")) config.vocab = shape.vocab;
         else if (config.vocab == 0) config.vocab = 96;
         if (in.has("--context")) config.context = shape.context;
@@ -2403,6 +2524,7 @@ int info(Arguments& in) {
         }
         Json line;
         line.add("layers", config.layers)
+            .add("encoder_layers", config.encoder_layers)
             .add("heads", config.heads)
             .add("width", config.width)
             .add("context", config.context)
@@ -2431,11 +2553,13 @@ int info(Arguments& in) {
     put_line(row_text("total", "", grouped(parameters), grouped(multiply_adds), ""));
     put_line("");
     put_line(
-        format("%s, %d layers, %d heads (%d of keys and values), width %d, context %d, vocabulary %d, %s head, %s, %s, %s norm %s, %s "
+        format("%s, %s%d layers, %d heads (%d of keys and values), width %d, context %d, vocabulary %d, %s head, %s, %s, %s norm %s, %s "
                "positions, %s",
-               architecture_names[int(config.architecture)], config.layers, config.heads, config.kv_heads ? config.kv_heads : config.heads,
-               config.width, config.context, config.vocab, config.tied ? "tied" : "untied", config.bias ? "biases" : "no biases",
-               activation.c_str(), norm, config.norm_after ? "after" : "before", positions, dtype_names[int(config.dtype)]));
+               architecture_names[int(config.architecture)],
+               config.encoder_layers > 0 ? format("%d encoder and ", config.encoder_layers).c_str() : "", config.layers, config.heads,
+               config.kv_heads ? config.kv_heads : config.heads, config.width, config.context, config.vocab,
+               config.tied ? "tied" : "untied", config.bias ? "biases" : "no biases", activation.c_str(), norm,
+               config.norm_after ? "after" : "before", positions, dtype_names[int(config.dtype)]));
     if (name.empty()) {
         put_line(format("tokenizer %s%s", kinds[int(model.tokenizer.kind)], model.chat.empty() ? "; no chat template" : ""));
         if (!model.chat.empty())
@@ -3181,6 +3305,9 @@ const vector<Command> commands = {
      "  babygpt generate story.safetensors --prompt 'Once upon' --tokens 20 --beams 8 --best 3\n"
      "  babygpt generate ngram:5 --train story.txt --prompt 'Once upon' --temperature 1\n",
      generate},
+    {"translate", "M [FILE] [options]", "Translates with a model that was trained with an encoder: a line in, a line out.",
+     "  babygpt train en-tr.tsv --arch transformer --out en-tr.safetensors\n  echo 'Good morning.' | babygpt translate en-tr.safetensors\n",
+     translate},
     {"chat", "M [options]",
      "Talks with a model. When standard input is no terminal, each line gets a reply of one line; the line /reset forgets the "
      "conversation.",
