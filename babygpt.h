@@ -471,6 +471,7 @@ struct Config {
         false;  // one half of the hidden layer, activated, multiplies the other (Shazeer 2020): SwiGLU with silu, GeGLU with gelu_tanh
     Norm norm = Norm::layer;
     bool norm_after = false;  // each sub-layer's addition is normalized, as in Vaswani et al. 2017, not its input, as in GPT-2
+    bool norm_last = false;   // norm_after: one more before the head, which GPT-2 has anyway
     bool head_bias = false;   // of the output head; a classifier's has one if other layers do
     double norm_epsilon = 1e-5;
     Positions positions = Positions::learned;  // rotary: width / heads must be even
@@ -481,8 +482,8 @@ struct Config {
 // nano, tiny, small, baby, gpt2, gpt2-medium, gpt2-large, gpt2-xl: how large. Leaves vocab alone except for GPT-2's own (50257).
 Status preset(Text name, Config& config);
 // gpt2: learned positions, layer norm, GELU, biases, a tied head. llama (Touvron et al. 2023): rotary positions, RMSNorm, SwiGLU, no biases,
-// an untied head. transformer (Vaswani et al. 2017): GPT-2's names, but sinusoidal positions, norms after the additions, ReLU. Leaves the size
-// alone, encoder_layers too.
+// an untied head. transformer (Vaswani et al. 2017): GPT-2's names, but sinusoidal positions, norms after the additions, ReLU. lecture: as some
+// write a first GPT: norms after and at the end, ReLU, an untied head with a bias. Leaves the size alone, encoder_layers too.
 Status preset_architecture(Text name, Config& config);
 Status check(const Config& config);  // says which field is wrong, and what it may be
 
@@ -6186,7 +6187,7 @@ void record_transformer(Tape& t, const Config& c) {
         return t.drop("embedding.drop", x);
     };
     const auto last_norm = [&](const char* name, int x) {
-        return c.norm_after ? x : t.norm(name, x, c.bias && c.norm == Norm::layer, c.norm);
+        return c.norm_after && !c.norm_last ? x : t.norm(name, x, c.bias && c.norm == Norm::layer, c.norm);
     };
     t.output_rows = llama;
     int source = nothing;
@@ -6248,17 +6249,17 @@ Status preset(Text name, Config& config) {
 }
 
 Status preset_architecture(Text name, Config& config) {
-    const bool llama = equal(name, Text("llama")), first = equal(name, Text("transformer"));
-    if (!llama && !first && !equal(name, Text("gpt2")))
-        return fail(Error::invalid_argument, "there is no architecture '", name, "'; there are gpt2, llama and transformer");
+    const bool llama = equal(name, Text("llama")), first = equal(name, Text("transformer")), lecture = equal(name, Text("lecture"));
+    if (!llama && !first && !lecture && !equal(name, Text("gpt2")))
+        return fail(Error::invalid_argument, "there is no architecture '", name, "'; there are gpt2, llama, transformer and lecture");
     const Config plain;
     config.architecture = llama ? Architecture::llama : Architecture::gpt2;
     config.kv_heads = config.hidden = 0;
-    config.tied = config.bias = !llama;
-    config.activation = llama ? Activation::silu : first ? Activation::relu : plain.activation;
+    config.tied = !llama && !lecture, config.bias = !llama;
+    config.activation = llama ? Activation::silu : first || lecture ? Activation::relu : plain.activation;
     config.gated = llama;
     config.norm = llama ? Norm::rms : Norm::layer;
-    config.norm_after = first;
+    config.norm_after = first || lecture, config.norm_last = config.head_bias = lecture;
     config.norm_epsilon = plain.norm_epsilon, config.rope_base = plain.rope_base;
     config.positions = llama ? Positions::rotary : first ? Positions::sinusoidal : Positions::learned;
     return Status();
@@ -9926,6 +9927,7 @@ void each_field(const Config* c, const F& f) {
     f("classes", "classes", &Config::classes);
     f("pool_first", "pool_first", &Config::pool_first);
     f("features", "features", &Config::features);
+    f("norm_last", "norm_last", &Config::norm_last);
     f("head_bias", "head_bias", &Config::head_bias);
 }
 template <class F>
@@ -10001,7 +10003,7 @@ bool is_one_of(const char* key, const char* const (&names)[N]) {
 // What GPT-2 does not have; where a GPT-2 model does not either, it is not written.
 constexpr const char* beyond_gpt2[] = {"num_key_value_heads", "n_inner", "gated", "norm", "norm_after", "rope_theta"};
 // The same of any decoder.
-constexpr const char* beyond_decoders[] = {"encoder_layers", "causal", "classes", "pool_first", "features", "head_bias"};
+constexpr const char* beyond_decoders[] = {"encoder_layers", "causal", "classes", "pool_first", "features", "norm_last", "head_bias"};
 // What files of the first kind, or other people's, may lack; it then has its default.
 inline bool is_optional(const char* key) {
     static constexpr const char* names[] = {

@@ -340,7 +340,7 @@ TEST(encoders, "an encoder, an encoder-decoder, a classifier or a model of pictu
     for (bool tied : {false, true})
         for (bool after : {false, true}) {
             Config encoder = config_of(2, 2, 8, 5, tied, true, Activation::gelu);
-            encoder.causal = false, encoder.norm_after = after, encoder.head_bias = true;
+            encoder.causal = false, encoder.norm_after = after, encoder.norm_last = tied, encoder.head_bias = true;
             check_model("an encoder", encoder, {4, 2}, 0.2);
             Config both = config_of(2, 2, 8, 5, tied, !after, Activation::relu);
             both.encoder_layers = 2, both.norm_after = after, both.positions = after ? Positions::sinusoidal : Positions::learned;

@@ -202,7 +202,7 @@ translator="--arch transformer --layers 1 --heads 2 --width 16 --context 16 --ba
 run 0 train p.tsv --out p.safetensors $translator --steps 40 --schedule inverse_sqrt --label-smoothing 0.1 --stop-at 20
 has err '4 training and 4 validation pairs (2 others are longer than --context 16, and are left out)'; has out 'babygpt translate p.safetensors'
 run 1 train p.tsv --out p.safetensors --resume;                    has err 'other validation data'
-run 1 train p.tsv --out p.safetensors --resume --validation p.tsv --arch gpt2;   says '--arch "gpt2" contradicts.*transformer'
+run 1 train p.tsv --out p.safetensors --resume --validation p.tsv --arch gpt2;   says '--arch gpt2 contradicts.*sinusoidal positions, relu'
 run 1 train p.tsv --out p.safetensors --resume --validation p.tsv --encoder-layers 2; says '--encoder-layers 2 contradicts'
 run 0 train p.tsv --out p.safetensors --resume $translator
 run 0 train p.tsv --out q.safetensors $translator --steps 40 --schedule inverse_sqrt --label-smoothing 0.1
@@ -235,10 +235,13 @@ run 0 convert m.safetensors hf/;                                  has out 'Huggi
 run 0 convert hf back.safetensors --json; json;                   has out '"read":"Hugging Face folder"'
 run 0 compare m.safetensors back.safetensors
 run 1 convert m.safetensors m.bin;                                says 'only Llama'
+run 0 train a.txt --out lecture.safetensors --arch lecture --layers 1 --heads 2 --width 8 --context 8 --batch 2 --threads 1 --steps 3 --stop-at 2
+run 1 train a.txt --out lecture.safetensors --resume --arch transformer; says '--arch transformer contradicts.*a bias in the head'
+run 0 train a.txt --out lecture.safetensors --resume --arch lecture;     run 0 generate lecture.safetensors --prompt a --tokens 3
 run 0 train a.txt --out l.safetensors --arch llama --kv-heads 1 --layers 2 --heads 2 --width 8 --context 8 --batch 2 --threads 1 --steps 3
 run 0 info l.safetensors;                                         has out 'llama, 2 layers, 2 heads (1 of keys and values).*swiglu, rms norm'
 run 0 info l.safetensors;                                         has out 'model.layers.1.self_attn.qkv'
-run 1 train a.txt --out l.safetensors --resume --arch gpt2;       says '--arch "gpt2" contradicts.*llama'
+run 1 train a.txt --out l.safetensors --resume --arch gpt2;       says '--arch gpt2 contradicts.*llama'
 run 2 train a.txt --out x --heads 4 --kv-heads 3 --width 8 --steps 3; says 'multiple of kv_heads, 3'
 run 0 convert l.safetensors l.bin;                                has out 'llama2.c file from a babygpt checkpoint; llama'
 run 0 convert l.bin l2.safetensors

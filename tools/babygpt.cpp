@@ -1139,8 +1139,9 @@ struct Lock {
 };
 
 const char* const architecture_help =
-    "the fields and names of GPT-2 or Llama, or the first Transformer's, with as many --encoder-layers as --layers; the options below "
-    "change single ones (gpt2)";
+    "the fields and names of GPT-2 or Llama; the first Transformer's, with as many --encoder-layers as --layers; or those of a lecture's "
+    "GPT: "
+    "norms after, ReLU, a head of its own with a bias; the options below change single ones (gpt2)";
 const char* const architecture_names[] = {"gpt2", "llama"};
 const char* const activation_names[] = {"none", "gelu", "gelu_tanh", "relu", "silu"};
 const char* const position_names[] = {"learned", "rotary", "sinusoidal", "none"};
@@ -1200,7 +1201,7 @@ struct TrainOptions {
                vector<Option>{
                    {nullptr, nullptr, "The model"},
                    {"--preset", "NAME", "nano, tiny, small, baby, gpt2, gpt2-medium, gpt2-large, gpt2-xl (tiny)", &preset_name},
-                   {"--arch", "gpt2|llama|transformer", architecture_help, &architecture},
+                   {"--arch", "gpt2|llama|transformer|lecture", architecture_help, &architecture},
                    {"--encoder-layers", "N", "an encoder of so many layers reads the source of each pair: the model translates (0)",
                     &shape.encoder_layers, 0, 1000},
                    {"--layers", "N", "blocks of attention and feed-forward", &shape.layers, 1, 1000},
@@ -1275,14 +1276,22 @@ void agree(const Arguments& in, const char* option, const T& given, const T& sto
 
 const char* const schedules[] = {"cosine", "linear", "constant", "wsd", "inverse_sqrt"};
 
-// What --arch calls a model in which options changed single fields.
-string architecture_name(const Arguments& in, const Config& c) {
-    const bool differs[] = {c.positions == Positions::sinusoidal, c.norm_after, c.activation == Activation::relu};
-    const char* options[] = {"--positions", "--norm-after", "--activation"};
-    int asked = 0, like_the_first = 0;
-    for (int i = 0; i < 3; ++i)
-        if (!in.has(options[i])) ++asked, like_the_first += differs[i];
-    return asked > 0 && asked == like_the_first ? "transformer" : architecture_names[int(c.architecture)];
+// --arch says what many fields are, but for those that options name.
+void check_architecture(const Arguments& in, const TrainOptions& o, const Config& shape) {
+    if (!in.has("--arch")) return;
+    Config wanted = shape;
+    must_be("--arch", preset_architecture(o.architecture, wanted));
+    if (in.has("--positions")) wanted.positions = shape.positions;
+    if (in.has("--activation")) wanted.activation = shape.activation, wanted.gated = shape.gated;
+    if (in.has("--norm")) wanted.norm = shape.norm;
+    if (in.has("--norm-after")) wanted.norm_after = shape.norm_after;
+    if (wanted.architecture != shape.architecture || wanted.positions != shape.positions || wanted.activation != shape.activation ||
+        wanted.gated != shape.gated || wanted.norm != shape.norm || wanted.norm_after != shape.norm_after ||
+        wanted.norm_last != shape.norm_last || wanted.head_bias != shape.head_bias)
+        contradicts("--arch", o.architecture,
+                    format("%s%s, %s positions, %s, norms %s", architecture_names[int(shape.architecture)],
+                           shape.head_bias ? ", a bias in the head" : "", position_names[int(shape.positions)],
+                           activation_name(shape).c_str(), shape.norm_after ? "after" : "before"));
 }
 
 // What was said again beside --resume must be what was said first.
@@ -1307,7 +1316,7 @@ void check_agreement(const Arguments& in, const TrainOptions& o, const Model& mo
     agree(in, "--untie", o.untie, !shape.tied);
     agree(in, "--tie", o.tie, shape.tied);
     agree(in, "--no-bias", o.no_bias, !shape.bias);
-    agree(in, "--arch", o.architecture, architecture_name(in, shape));
+    check_architecture(in, o, shape);
     agree(in, "--kv-heads", o.shape.kv_heads, shape.kv_heads);
     agree(in, "--hidden", o.shape.hidden, shape.hidden);
     agree(in, "--activation", o.activation, activation_name(shape));
@@ -2477,7 +2486,7 @@ int info(Arguments& in) {
     bool json = false;
     in.parse(common,
              {{"--preset", "NAME", "a preset instead of a model file", &name},
-              {"--arch", "gpt2|llama|transformer", "the preset's architecture; transformer: with an encoder (gpt2)", &architecture},
+              {"--arch", "gpt2|llama|transformer|lecture", "the preset's architecture; transformer: with an encoder (gpt2)", &architecture},
               {"--vocab", "N", "the preset's vocabulary (96, GPT-2's own for gpt2...)", &shape.vocab, 1, 1e8},
               {"--context", "N", "the preset with another context", &shape.context, 1, 1e6},
               {"--batch", "N", "sequences at once (1)", &batch, 1, 1e6},
