@@ -367,6 +367,7 @@ struct Example {
     Span<const int32_t> targets;  // one for each id, -1: counts for nothing; of a classifier one, the class
     Span<const int32_t> source;   // what the encoder of an encoder-decoder reads, 1 to `context`
     Span<const float> features;   // [ids][Config::features]
+    float weight = 1;             // its loss and gradients count so many times; the mean is over the sum of these
 };
 
 // Token ids, cut into windows of `context`. One epoch visits every window once, in an order drawn from (seed, epoch).
@@ -378,6 +379,7 @@ struct Data {
     uint64_t tokens = 0;
     uint64_t bytes = 0;        // of text that these tokens came from; 0 where the ids came from the host
     uint64_t unknown = 0;      // characters that the tokenizer had never seen
+    uint64_t learnt = 0;       // tokens that are not only read: all, or those of answers; of examples, all ids
     uint64_t fingerprint = 0;  // of the ids: two runs with equal fingerprints had equal data
     uint64_t left_out = 0;     // pairs that are too long
 
@@ -387,8 +389,10 @@ struct Data {
     ~Data();
 
     // Tokenizes a part. The corpus and the tokenizer must outlive it. `cache`: a path for the tokens instead of memory ("": none).
+    // `answers`: where not empty, only what follows this text in lines that begin with it (a chat's reply_turn) is learnt, up to the line's
+    // end: all other targets are -1. For tokenizers that keep line ends.
     Status create(Runtime& runtime, Corpus& corpus, Part part, const Tokenizer& tokenizer, Text cache = Text(),
-                  uint64_t memory_limit = uint64_t(256) << 20);
+                  uint64_t memory_limit = uint64_t(256) << 20, Text answers = Text());
     Status create(Runtime& runtime, Span<const int32_t> ids);       // the host's own ids, which must live as long
     Status create(Runtime& runtime, Span<const Example> examples);  // in the place of windows; they and what they show must live as long
     // Pairs of texts for an encoder-decoder, a line each of a tsv corpus: SOURCE tab TARGET. The source ends with the end-of-text token (E),
@@ -396,7 +400,7 @@ struct Data {
     // ids are kept in memory; `bytes` counts the targets only.
     Status create_pairs(Runtime& runtime, Corpus& corpus, Part part, const Tokenizer& tokenizer, int context);
     uint64_t windows(int context) const;  // in one epoch; 0: too little text for one
-    // Window number n of training, n counted over all epochs: ids and the ids that follow each of them.
+    // Window number n of training, n counted over all epochs: ids and the ids that follow each of them (-1: not to be learnt).
     Status training_window(uint64_t seed, uint64_t n, int context, int32_t* ids, int32_t* targets);
     // Window number n of a fixed division from the first token to the last (n < evaluation_windows): returns its length, the last may be short.
     uint64_t evaluation_windows(int context) const;
@@ -593,7 +597,7 @@ struct TrainConfig {
 
 struct StepResult {
     int64_t step = 0;  // steps done so far
-    double loss = 0;   // nats per token, the mean over the step's batch
+    double loss = 0;   // nats per token, the mean over the step's batch (by the examples' weights)
     double lr = 0;
     double grad_norm = 0;  // before clipping
     double tokens_per_second = 0;
@@ -4707,11 +4711,12 @@ struct Stream {
 struct Run {
     int rows = 0;
     Span<const Sequence> sequences;
-    const int32_t* ids = nullptr;      // [rows]
-    const float* features = nullptr;   // [rows][Config::features]
-    Stream source;                     // sequences without rows: they were read in a run before
-    const int32_t* targets = nullptr;  // of the head's rows, -1: counts for nothing; null: no loss is wanted
-    bool training = false;             // dropout is on and gradients follow
+    const int32_t* ids = nullptr;        // [rows]
+    const float* features = nullptr;     // [rows][Config::features]
+    Stream source;                       // sequences without rows: they were read in a run before
+    const int32_t* targets = nullptr;    // of the head's rows, -1: counts for nothing; null: no loss is wanted
+    const float* row_weights = nullptr;  // of the head's rows: how many times their gradients count; null: once
+    bool training = false;               // dropout is on and gradients follow
     double dropout = 0;
     double label_smoothing = 0;
     uint64_t seed = 0, step = 0;
@@ -4747,7 +4752,7 @@ struct Regions {
     T* activations = nullptr;
     T* scratch = nullptr;           // as the backend asked for
     int threads = 0;                // that `scratch` has room for; 0: as many as the runtime has
-    double* losses = nullptr;       // [rows], nats; written where there are targets
+    double* losses = nullptr;       // [rows], nats, each counted once; written where there are targets
     int32_t* ranks = nullptr;       // [rows], how many tokens were thought likelier than the target; may be null
     const float* packed = nullptr;  // the fast backend's copies of the weights, when running
 };
@@ -5707,10 +5712,10 @@ void head_forward(double* losses, int32_t* ranks, T* softmax, const T* x, const 
             for (int v = 0; v < vocab; ++v) ranks[row] += logits[v] > logits[target] || (v < target && !(logits[v] < logits[target]));
     }
 }
-// dl = softmax(l) - (1-e) [v is the target] - e/V;  dx = dl W,  dW += dl^T x,  db += dl.
+// dl = softmax(l) - (1-e) [v is the target] - e/V, times the row's weight;  dx = dl W,  dW += dl^T x,  db += dl.
 template <class T>
-void head_backward(T* dx, T* dw, T* db, const T* softmax, const T* x, const T* w, const T* b, const int32_t* targets, int rows, int width,
-                   int vocab, double smoothing, bool adds, T* logits) {
+void head_backward(T* dx, T* dw, T* db, const T* softmax, const T* x, const T* w, const T* b, const int32_t* targets,
+                   const float* row_weights, int rows, int width, int vocab, double smoothing, bool adds, T* logits) {
     for (int row = 0; row < rows; ++row, x += width, dx += width, softmax += 2) {
         const int target = targets[row];
         for (int c = 0; c < width && !adds; ++c) dx[c] = 0;
@@ -5720,6 +5725,7 @@ void head_backward(T* dx, T* dw, T* db, const T* softmax, const T* x, const T* w
         for (int64_t v = 0; v < vocab; ++v) {
             T dl = exp_of(logits[v] - softmax[0]) * inverse - static_cast<T>(smoothing / vocab);
             if (v == target) dl = dl - static_cast<T>(1 - smoothing);
+            if (row_weights) dl = dl * static_cast<T>(row_weights[row]);
             if (db) db[v] = db[v] + dl;
             for (int c = 0; c < width; ++c) {
                 dx[c] = madd(dl, w[v * width + c], dx[c]);
@@ -5841,8 +5847,8 @@ void plain_op_backward(const Tape& tape, const Regions<T>& r, const Run& run, in
         case OpKind::pool:
             return pool_backward(dx, dy, run.sequences, op.in, op.first, op.adds_to_dx);
         case OpKind::head:
-            return head_backward(dx, dw, db, aux, x, w, b, run.targets, in.rows, op.in, op.out, run.label_smoothing, op.adds_to_dx,
-                                 r.scratch);
+            return head_backward(dx, dw, db, aux, x, w, b, run.targets, run.row_weights, in.rows, op.in, op.out, run.label_smoothing,
+                                 op.adds_to_dx, r.scratch);
     }
 }
 template <class T>
@@ -7092,10 +7098,15 @@ namespace {
 
 // ---- ids, and the order in which training sees them -------------------------------------------------------------------
 
+// Where only answers are learnt, the ids of what belongs to none are marked, by their highest bit: so the marks go wherever the ids go.
+constexpr int32_t only_read = INT32_MIN;
+inline int32_t id_of(int32_t marked) { return marked & INT32_MAX; }
+
 // Ids in blocks of memory, 16 bits each where the vocabulary allows it. Blocks are kept when it is emptied.
 struct IdStore {
     Runtime& runtime;
     size_t width = 4;      // bytes an id
+    bool marked = false;   // ids may be marked
     size_t block_ids = 0;  // ids a block
     Array<void*> blocks;
     uint64_t count = 0;
@@ -7125,26 +7136,27 @@ struct IdStore {
     void read(uint64_t at, size_t n, int32_t* out) const {
         for (size_t done = 0; done < n;) {
             const size_t inside = static_cast<size_t>((at + done) % block_ids), run = least(n - done, block_ids - inside);
-            widen(static_cast<const char*>(blocks[static_cast<size_t>((at + done) / block_ids)]) + inside * width, run, width, out + done);
+            widen(static_cast<const char*>(blocks[static_cast<size_t>((at + done) / block_ids)]) + inside * width, run, width, marked,
+                  out + done);
             done += run;
         }
     }
-    // Both work in place, too: narrow to the beginning of `ids`, widen from the last bytes of `to`.
+    // Both work in place, too: narrow to the beginning of `ids`, widen from the last bytes of `to`. In 16 bits, marked: the highest is a mark.
     static void narrow(const int32_t* ids, size_t n, size_t width, char* to) {
         if (width == 4) memmove(to, ids, n * 4);
         else
             for (size_t i = 0; i < n; ++i) {
-                const uint16_t id = static_cast<uint16_t>(ids[i]);
+                const uint16_t id = static_cast<uint16_t>(ids[i] | (ids[i] < 0 ? 0x8000 : 0));
                 memcpy(to + 2 * i, &id, 2);
             }
     }
-    static void widen(const char* from, size_t n, size_t width, int32_t* to) {
+    static void widen(const char* from, size_t n, size_t width, bool marked, int32_t* to) {
         if (width == 4) memmove(to, from, n * 4);
         else
             for (size_t i = 0; i < n; ++i) {
                 uint16_t id;
                 memcpy(&id, from + 2 * i, 2);
-                to[i] = id;
+                to[i] = marked && (id & 0x8000) ? (id & 0x7fff) | only_read : id;
             }
     }
 };
@@ -7155,7 +7167,11 @@ struct IdStream {
     const Tokenizer* tokenizer;
     uint64_t end;  // of the part
     Array<int32_t> separator, ids;
-    uint64_t unknown = 0;  // characters of the last piece
+    uint64_t unknown = 0;       // characters of the last piece
+    Text answers;               // what an answer's line begins with; "": everything is learnt
+    size_t matched = 0;         // bytes of that at the beginning of the line that we are in: all, in an answer; `never`: it is another line
+    size_t matched_before = 0;  // ... where the last piece began
+    static constexpr size_t never = SIZE_MAX;
     IdStream(const CorpusState& corpus, const Tokenizer& with, Part part)
         : reader(corpus), tokenizer(&with), end(part_end(corpus, part)), separator(corpus.runtime), ids(corpus.runtime) {}
     Status start(uint64_t begin) {
@@ -7165,13 +7181,28 @@ struct IdStream {
     }
     Status next(bool& found) {
         ids.count = 0;
+        matched_before = matched;
         BABYGPT_TRY(reader.next_before(end, found));
         if (!found) return Status();
         size_t strange = 0;
         BABYGPT_TRY(tokenizer->encode(reader.piece, ids, false, &strange));
         unknown = strange;
-        if (reader.ends && !ids.append(separator.items, separator.count)) return out_of_memory(separator.count * sizeof(int32_t));
+        for (int32_t& id : ids) mark(id, tokenizer->bytes(id));
+        if (!reader.ends) return Status();
+        if (!ids.append(separator.items, separator.count)) return out_of_memory(separator.count * sizeof(int32_t));
+        for (size_t i = ids.count - separator.count; i < ids.count; ++i) mark(ids[i], "\n");  // the first may end an answer
         return Status();
+    }
+    // An id is learnt where one of its bytes is an answer's: after what its line begins with, up to the line's end.
+    void mark(int32_t& id, Text bytes) {
+        if (answers.size == 0) return;
+        bool learnt = false;
+        for (const char c : bytes) {
+            learnt = learnt || matched == answers.size;
+            if (c == '\n') matched = 0;
+            else if (matched < answers.size) matched = c == answers[matched] ? matched + 1 : never;
+        }
+        if (!learnt) id |= only_read;
     }
 };
 
@@ -7179,8 +7210,9 @@ struct IdStream {
 // nothing but a memory limit that is too small for four of them: with any larger one the order is the same, wherever the ids lie.
 constexpr uint64_t largest_group = uint64_t(1) << 24, smallest_group = uint64_t(1) << 16;
 struct Group {
-    Place place;  // of the piece in which its first id lies,
-    size_t skip;  // after so many others
+    Place place;     // of the piece in which its first id lies,
+    size_t skip;     // after so many others
+    size_t matched;  // IdStream's, where the piece begins
 };
 
 enum class IdPlace { memory, groups, file, host };
@@ -7200,8 +7232,10 @@ struct DataState {
     uint64_t loaded = UINT64_MAX;  // groups: the one in `store`
     IdStream* stream = nullptr;    // groups: reads them again,
     Tokenizer tokenizer;           // with a copy, since the host may have handed its own to a model
+    Array<char> answers;           // IdStream's
     File cache;
-    explicit DataState(Runtime& runtime) : pairs(runtime), pair_ids(runtime), store(runtime), groups(runtime), cache(runtime) {}
+    explicit DataState(Runtime& runtime)
+        : pairs(runtime), pair_ids(runtime), store(runtime), groups(runtime), answers(runtime), cache(runtime) {}
     ~DataState() { destroy(store.runtime, stream); }
 };
 
@@ -7232,12 +7266,14 @@ inline Status read_ids(Data& data, DataState& state, uint64_t memory_limit, File
         BABYGPT_TRY(stream.next(found));
         if (!found) break;
         for (; state.groups.count * state.group_ids < data.tokens + ids.count;) {
-            const Group group = {stream.reader.from, static_cast<size_t>(state.groups.count * state.group_ids - data.tokens)};
+            const Group group = {stream.reader.from, static_cast<size_t>(state.groups.count * state.group_ids - data.tokens),
+                                 stream.matched_before};
             if (!state.groups.push(group)) return out_of_memory(sizeof(Group));
         }
         data.tokens += ids.count;
         data.bytes += stream.reader.piece.size + (stream.reader.ends && stream.tokenizer->end_of_text < 0 ? 2 : 0);
         data.unknown += stream.unknown;
+        for (const int32_t id : ids) data.learnt += id >= 0;
         data.fingerprint = add_to_fingerprint(data.fingerprint, ids.items, ids.count);
         if (file) {
             char* bytes = reinterpret_cast<char*>(ids.items);  // made narrow in their place
@@ -7256,13 +7292,16 @@ inline Status read_ids(Data& data, DataState& state, uint64_t memory_limit, File
 }
 
 inline Status create_data(Data& data, DataState& state, const Corpus& corpus, Part part, const Tokenizer& tokenizer, Text cache,
-                          uint64_t memory_limit) {
+                          uint64_t memory_limit, Text answers) {
     Runtime& runtime = state.store.runtime;
     state.stream = create<IdStream>(runtime, *corpus.state, tokenizer, part);
     if (!state.stream) return out_of_memory(sizeof(IdStream));
+    if (!append(state.answers, answers)) return out_of_memory(answers.size);
+    state.stream->answers = view(state.answers);
+    state.store.marked = answers.size > 0;
     const uint64_t begin = part_begin(*corpus.state, part);
     BABYGPT_TRY(state.stream->start(begin));
-    state.store.width = tokenizer.vocab <= 65536 ? 2 : 4;
+    state.store.width = tokenizer.vocab <= (state.store.marked ? 32768 : 65536) ? 2 : 4;
     while (state.group_ids > smallest_group && state.group_ids * state.store.width > memory_limit / 4) state.group_ids /= 2;
     // No token is shorter than a byte.
     const uint64_t most_ids = state.stream->end - begin + (corpus.documents + 1) * state.stream->separator.count;
@@ -7281,6 +7320,8 @@ inline Status create_data(Data& data, DataState& state, const Corpus& corpus, Pa
     } else {
         BABYGPT_TRY(read_ids(data, state, memory_limit, nullptr));
     }
+    if (state.store.marked && data.tokens > 0 && data.learnt == 0)
+        return fail(Error::invalid_argument, "no line of the text begins with '", answers, "', so there is no answer to learn");
     if (state.where == IdPlace::groups) {
         state.store.block_ids = static_cast<size_t>(smallest_group);
         BABYGPT_TRY(state.tokenizer.copy(runtime, tokenizer));
@@ -7300,6 +7341,7 @@ inline Status load_group(DataState& state, uint64_t index) {
     const uint64_t wanted = least(state.group_ids, state.tokens - index * state.group_ids);
     IdStream& stream = *state.stream;
     stream.reader.go_to(group.place);
+    stream.matched = group.matched;
     for (size_t skip = group.skip; state.store.count < wanted; skip = 0) {
         bool found;
         BABYGPT_TRY(stream.next(found));
@@ -7394,7 +7436,7 @@ inline Status fetch_ids(DataState& state, uint64_t at, size_t n, int32_t* to) {
             BABYGPT_TRY(state.cache.read(static_cast<int64_t>(at * width), bytes, static_cast<int64_t>(n * width), got));
             if (static_cast<uint64_t>(got) != n * width)
                 return fail(Error::cannot_read, "the token cache '", Text(state.cache.name), "' has become shorter");
-            IdStore::widen(bytes, n, width, to);
+            IdStore::widen(bytes, n, width, state.store.marked, to);
             break;
         }
         case IdPlace::groups:
@@ -7413,7 +7455,9 @@ inline Status fetch_ids(DataState& state, uint64_t at, size_t n, int32_t* to) {
 inline Status fetch_window(DataState& state, uint64_t at, size_t n, int32_t* ids, int32_t* targets) {
     BABYGPT_TRY(fetch_ids(state, at, n, ids));
     memcpy(targets, ids + 1, (n - 1) * sizeof(int32_t));
-    return fetch_ids(state, at + n, 1, targets + n - 1);
+    BABYGPT_TRY(fetch_ids(state, at + n, 1, targets + n - 1));
+    for (size_t i = 0; i < n && state.store.marked; ++i) ids[i] = id_of(ids[i]), targets[i] = most(targets[i], -1);
+    return Status();
 }
 
 // Where item i of `count` stands in a random order, without a list of it: a Feistel network (Luby & Rackoff 1988) over the next power of
@@ -7463,21 +7507,22 @@ Data& Data::operator=(Data&& other) noexcept {
     runtime = other.runtime, state = other.state;
     tokens = other.tokens, bytes = other.bytes, unknown = other.unknown, fingerprint = other.fingerprint, left_out = other.left_out;
     other.state = nullptr;
-    other.tokens = other.bytes = other.unknown = other.fingerprint = other.left_out = 0;
+    learnt = other.learnt;
+    other.tokens = other.bytes = other.unknown = other.learnt = other.fingerprint = other.left_out = 0;
     return *this;
 }
 Data::~Data() {
     if (state) destroy(*runtime, state);
 }
 
-Status Data::create(Runtime& from, Corpus& corpus, Part part, const Tokenizer& tokenizer, Text cache, uint64_t memory_limit) {
+Status Data::create(Runtime& from, Corpus& corpus, Part part, const Tokenizer& tokenizer, Text cache, uint64_t memory_limit, Text answers) {
     *this = Data();
     if (!corpus.state) return fail(Error::invalid_argument, "the corpus is not open");
     if (tokenizer.vocab <= 0) return fail(Error::invalid_argument, "the tokenizer is empty");
     runtime = &from;
     state = babygpt::create<DataState>(from, from);
     if (!state) return out_of_memory(sizeof(DataState));
-    const Status status = create_data(*this, *state, corpus, part, tokenizer, cache, memory_limit);
+    const Status status = create_data(*this, *state, corpus, part, tokenizer, cache, memory_limit, answers);
     if (!status.ok()) *this = Data();
     return status;
 }
@@ -7491,7 +7536,7 @@ Status Data::create(Runtime& from, Span<const int32_t> ids) {
     if (!state) return out_of_memory(sizeof(DataState));
     state->where = IdPlace::host;
     state->host = ids;
-    state->tokens = tokens = ids.size;
+    state->tokens = tokens = learnt = ids.size;
     fingerprint = mix(add_to_fingerprint(empty_fingerprint, ids.data, ids.size) ^ tokens);
     return Status();
 }
@@ -7507,7 +7552,9 @@ void take_examples(Data& data, Span<const Example> examples) {
         const Span<const int32_t> all[] = {e.ids, e.targets, e.source};
         for (const Span<const int32_t>& ids : all) hash = add_to_fingerprint(hash, ids.data, ids.size);
         for (const float number : e.features) hash = mix(hash ^ bits_as<uint32_t>(number));
+        if (e.weight < 1 || e.weight > 1) hash = mix(hash ^ bits_as<uint32_t>(e.weight));
     }
+    data.learnt = data.tokens;
     data.fingerprint = mix(hash ^ examples.size);
 }
 
@@ -7593,7 +7640,7 @@ namespace {
 // P(w | h) = (c(h, w) + T(h) P(w | h')) / (c(h) + T(h)), where h' is h without its oldest token, T(h) counts the different tokens that
 // followed h in training, and P of order 0 is uniform. A history that training never saw leaves the decision to the shorter one.
 // Only histories that occur in the validation text are counted. They are divided into parts by their hash, so that the table of one part
-// is small; a table that becomes too full makes the parts smaller. Memory: 2 bytes a token (4 where the vocabulary is above 65,536), 16 a
+// is small; a table that becomes too full makes the parts smaller. Memory: 2 bytes a token (4 where the vocabulary is above 65,536), 17 a
 // validation token, and a table of 4 MiB (more for such a vocabulary) for each thread. Two histories whose 64-bit hashes are equal would be
 // taken for one; with 10^7 histories that happens about once in 10^5 texts.
 
@@ -7665,19 +7712,23 @@ bool count_ngrams(const Array<Id>& training, const Array<Id>& validation, size_t
     return true;
 }
 
+// learnt, where not null: whether each counts.
 template <class Id>
-Status copy_ids(Data& data, int vocab, uint64_t cap, Array<Id>& ids) {
+Status copy_ids(Data& data, int vocab, uint64_t cap, Array<Id>& ids, Array<char>* learnt = nullptr) {
     if (!data.state || data.state->examples.size > 0) return fail(Error::invalid_argument, "n-grams need text, not examples");
     const uint64_t count = least(data.tokens, cap);
     size_t bytes;
     if (!product(count, sizeof(Id), bytes) || !ids.resize(static_cast<size_t>(count))) return out_of_memory(count * sizeof(Id));
+    if (learnt && !learnt->resize(ids.count)) return out_of_memory(count);
     int32_t buffer[1024];
     for (size_t i = 0; i < ids.count; i += 1024) {
         const size_t n = least(ids.count - i, size_t(1024));
         BABYGPT_TRY(fetch_ids(*data.state, i, n, buffer));
         for (size_t j = 0; j < n; ++j) {
-            if (buffer[j] >= vocab) return fail(Error::mismatch, "id ", buffer[j], " in the text, but the vocabulary is ", vocab);
-            ids[i + j] = static_cast<Id>(buffer[j]);
+            const int32_t id = id_of(buffer[j]);
+            if (id >= vocab) return fail(Error::mismatch, "id ", id, " in the text, but the vocabulary is ", vocab);
+            ids[i + j] = static_cast<Id>(id);
+            if (learnt) (*learnt)[i + j] = buffer[j] >= 0;
         }
     }
     return Status();
@@ -7687,7 +7738,8 @@ template <class Id>
 Status ngram_losses(Runtime& runtime, Data& training, Data& validation, int vocab, NgramResult& result, int max_order, uint64_t cap) {
     Array<Id> from(runtime), on(runtime);
     BABYGPT_TRY(copy_ids(training, vocab, cap, from));
-    BABYGPT_TRY(copy_ids(validation, vocab, cap, on));
+    Array<char> learnt(runtime);
+    BABYGPT_TRY(copy_ids(validation, vocab, cap, on, &learnt));
     Array<double> shorter(runtime), longer(runtime);
     if (!shorter.resize(on.count) || !longer.resize(on.count)) return out_of_memory(2 * on.count * sizeof(double));
     for (double& p : shorter) p = 1.0 / vocab;
@@ -7720,9 +7772,10 @@ Status ngram_losses(Runtime& runtime, Data& training, Data& validation, int voca
             for (int i = 0; i < threads; ++i) done &= !full[i];
             if (!done && (parts *= 2) > 1 << 22) return fail(Error::unsupported, "the text is too large to count its n-grams");
         }
-        double sum = 0;
-        for (size_t i = 1; i < on.count; ++i) sum -= log_of(longer[i]);
-        const double loss = sum / static_cast<double>(on.count - 1);
+        double sum = 0, count = 0;
+        for (size_t i = 1; i < on.count; ++i)
+            if (learnt[i]) sum -= log_of(longer[i]), ++count;
+        const double loss = sum / most(count, 1.0);
         result.loss_by_order[order] = loss;
         if (order == 1 || loss < result.loss) result.order = order, result.loss = loss;
         double* const items = shorter.items;
@@ -7909,6 +7962,8 @@ struct TrainerState {
     const BackendFunctions* backend = nullptr;
     Regions<float> regions;
     int32_t *ids = nullptr, *targets = nullptr, *source_ids = nullptr;  // [batch * context] of one micro-batch
+    float* row_weights = nullptr;                                       // of the targets
+    bool weighted = false;                                              // not all of these are 1
     float* features = nullptr;                                          // [batch * context][Config::features]
     Sequence *sequences = nullptr, *sources = nullptr;                  // [batch]
     int count = 0, rows = 0, source_rows = 0, target_rows = 0;          // of what lies there
@@ -7949,6 +8004,7 @@ inline void lay_out(Layout& layout, TrainerState& s, Trainer* trainer, const Con
     s.regions.ranks = layout.take<int32_t>(rows);
     s.ids = layout.take<int32_t>(rows);
     s.targets = layout.take<int32_t>(rows);
+    s.row_weights = layout.take<float>(rows);
     s.source_ids = layout.take<int32_t>(sources);
     s.features = layout.take<float>(rows * config.features);
     s.sequences = layout.take<Sequence>(batch);
@@ -8017,6 +8073,7 @@ Status check_data(const Config& c, const Data& data) {
 Status no_trainer() { return fail(Error::invalid_argument, "the trainer is empty: create it first"); }
 
 Status fill(Trainer& trainer, Runtime& from, const Model& of, const TrainConfig& wanted) {
+    if (!of.weights) return fail(Error::invalid_argument, "the model is empty: create or load it first");
     BABYGPT_TRY(check(wanted, of.config.context));
     TrainConfig& config = trainer.config;
     config = wanted;
@@ -8091,13 +8148,20 @@ inline Run make_run(const TrainerState& state) {
         run.source.sequences = Span<const Sequence>(state.sources, static_cast<size_t>(state.count));
     }
     run.targets = state.targets;
+    run.row_weights = state.weighted ? state.row_weights : nullptr;
     return run;
 }
-inline void empty_batch(TrainerState& s) { s.count = s.rows = s.source_rows = s.target_rows = 0; }
+inline void empty_batch(TrainerState& s) { s.count = s.rows = s.source_rows = s.target_rows = 0, s.weighted = false; }
+// So many targets more.
+inline void add_targets(TrainerState& s, int count, float weight) {
+    s.weighted = s.weighted || weight < 1 || weight > 1;
+    for (const int end = s.target_rows + count; s.target_rows < end;) s.row_weights[s.target_rows++] = weight;
+}
 // The batch grows by a sequence of running text, whose ids and targets already stand where they belong.
 inline void add_window(TrainerState& s, int length) {
     s.sequences[s.count++] = Sequence{s.rows, length, 0, nullptr};
-    s.rows += length, s.target_rows += length;
+    s.rows += length;
+    add_targets(s, length, 1);
 }
 // The batch grows by an example.
 Status add_example(TrainerState& s, const Config& c, const Example& e) {
@@ -8112,6 +8176,8 @@ Status add_example(TrainerState& s, const Config& c, const Example& e) {
                     c.encoder_layers > 0 ? " ids, but must have from 1 to context" : " ids, but the model has no encoder");
     if (e.features.size != features)
         return fail(Error::invalid_argument, "an example has ", uint64_t(e.features.size), " features, but must have ", uint64_t(features));
+    if (!(e.weight >= 0) || !is_finite(e.weight))
+        return fail(Error::invalid_argument, "an example's weight is ", static_cast<double>(e.weight), ", but must not be below 0");
     const auto put = [](auto* to, const auto& from) {
         if (from.size > 0) memcpy(to, from.data, from.size * sizeof *to);
     };
@@ -8123,7 +8189,8 @@ Status add_example(TrainerState& s, const Config& c, const Example& e) {
         s.sources[source] = Sequence{s.source_rows, source_length, 0, nullptr};
     }
     s.sequences[s.count++] = Sequence{s.rows, length, 0, nullptr, nullptr, nullptr, -1, source};
-    s.rows += length, s.source_rows += source_length, s.target_rows += static_cast<int>(targets);
+    s.rows += length, s.source_rows += source_length;
+    add_targets(s, static_cast<int>(targets), e.weight);
     return Status();
 }
 
@@ -8167,14 +8234,20 @@ Status fill_batch(Trainer& t, const Given& given, int micro) {
     return check_ids(s);
 }
 
-// One update. Gradients are sums over tokens; they are divided once, here: so micro-batches add up to the bits of the large batch.
+// The sum of the micro-batch's losses, and of their weights.
+inline void add_losses(const TrainerState& s, double& loss, double& weight) {
+    for (int i = 0; i < s.target_rows; ++i) {
+        const double counts = s.targets[i] < 0 ? 0 : static_cast<double>(s.row_weights[i]);
+        loss += counts * s.regions.losses[i], weight += counts;
+    }
+}
+// One update. Gradients are weighted sums over tokens; they are divided once, here: so micro-batches add up to the bits of the large batch.
 Status update(Trainer& t, const Given& given, StepResult& result) {
     const FloatMode mode;
     const double start = seconds_now();
     TrainerState& s = *t.state;
     s.regions.weights = t.model->weights;
-    double loss = 0;
-    int64_t tokens = 0;
+    double loss = 0, weight = 0;
     uint64_t first_row[3] = {};
     for (int micro = 0; micro < t.config.accumulate; ++micro) {
         const Status status = fill_batch(t, given, micro);
@@ -8197,9 +8270,9 @@ Status update(Trainer& t, const Given& given, StepResult& result) {
         s.backend->forward(*t.runtime, s.tape, s.regions, run);
         s.backend->backward(*t.runtime, s.tape, s.regions, run);
         s.regions.ranks = ranks;
-        for (int i = 0; i < s.target_rows; ++i) loss += s.regions.losses[i], tokens += s.targets[i] >= 0;
+        add_losses(s, loss, weight);
     }
-    const double count = static_cast<double>(most<int64_t>(tokens, 1));
+    const double count = weight > 0 ? weight : 1;
     const double norm = root(s.backend->square_sum(*t.runtime, s.tape, s.regions, s.partial)) / count;
     result = StepResult();
     result.loss = loss / count;
@@ -8263,13 +8336,13 @@ Status Trainer::step(Span<const Example> examples, StepResult& result) {
 namespace {
 
 BABYGPT_RARE Status nothing_to_evaluate() {
-    return fail(Error::invalid_argument, "there is nothing to evaluate on: the text has fewer than two tokens");
+    return fail(Error::invalid_argument, "there is nothing to evaluate on: the text has fewer than two tokens, or no answers");
 }
 struct Sums {  // what an evaluation is made of
-    double loss = 0;
+    double loss = 0, weight = 0;
     uint64_t tokens = 0, best1 = 0, best5 = 0;
-    void add(double token_loss, int32_t rank) {
-        loss += token_loss;
+    void add(double token_loss, int32_t rank, double counts = 1) {
+        loss += counts * token_loss, weight += counts;
         ++tokens;
         best1 += rank < 1, best5 += rank < 5;
     }
@@ -8278,7 +8351,7 @@ struct Sums {  // what an evaluation is made of
         const double of_all = data.evaluation_example(0) ? 1 : count / static_cast<double>(data.tokens - 1);
         const double bytes = static_cast<double>(data.bytes) * of_all;
         result.tokens = tokens;
-        result.loss = loss / count;
+        result.loss = loss / weight;
         result.perplexity = exp_of(result.loss);
         result.bits_per_byte = bytes > 0 ? loss * log2_e / bytes : 0;
         result.top1 = static_cast<double>(best1) / count;
@@ -8311,9 +8384,9 @@ Status evaluate_windows(Runtime& runtime, TrainerState& s, const Model& model, i
         BABYGPT_TRY(check_ids(s));
         s.backend->forward(runtime, s.tape, s.regions, make_run(s));
         for (int i = 0; i < s.target_rows; ++i)
-            if (s.targets[i] >= 0) sums.add(s.regions.losses[i], s.regions.ranks[i]);
+            if (s.targets[i] >= 0) sums.add(s.regions.losses[i], s.regions.ranks[i], static_cast<double>(s.row_weights[i]));
     }
-    if (sums.tokens == 0) return nothing_to_evaluate();
+    if (!(sums.weight > 0)) return nothing_to_evaluate();
     sums.finish(data, result);
     return Status();
 }
@@ -8348,7 +8421,8 @@ BABYGPT_RARE Status evaluate(Runtime& runtime, const Ngram& model, Data& data, E
     if (!model.state) return no_ngrams();
     if (data.tokens < 2) return nothing_to_evaluate();
     Array<int32_t> ids(runtime);
-    BABYGPT_TRY(copy_ids(data, model.vocab, data.tokens, ids));
+    Array<char> learnt(runtime);
+    BABYGPT_TRY(copy_ids(data, model.vocab, data.tokens, ids, &learnt));
     start_pool(runtime);
     const size_t vocab = static_cast<size_t>(model.vocab), threads = static_cast<size_t>(runtime.thread_count()), n = ids.count - 1;
     Array<double> probabilities(runtime), losses(runtime);
@@ -8366,7 +8440,9 @@ BABYGPT_RARE Status evaluate(Runtime& runtime, const Ngram& model, Data& data, E
         }
     });
     Sums sums;
-    for (size_t i = 0; i < n; ++i) sums.add(losses[i], ranks[i]);
+    for (size_t i = 0; i < n; ++i)
+        if (learnt[i + 1]) sums.add(losses[i], ranks[i]);
+    if (sums.tokens == 0) return nothing_to_evaluate();
     sums.finish(data, result);
     return Status();
 }
@@ -12823,8 +12899,13 @@ BABYGPT_INLINE void forward_part(const Work& work, int from, int to) {
         case OpKind::head: {
             const int row = work.first_row + from;
             int32_t* ranks = work.r.ranks ? work.r.ranks + row : nullptr;
-            return R::head_rows(work.r.losses + row, ranks, aux + 2 * static_cast<int64_t>(row), work.logits + from * work.logits_stride,
-                                work.logits_stride, run.targets + row, op.out, run.label_smoothing, work.logits_gradient, to - from);
+            R::head_rows(work.r.losses + row, ranks, aux + 2 * static_cast<int64_t>(row), work.logits + from * work.logits_stride,
+                         work.logits_stride, run.targets + row, op.out, run.label_smoothing, work.logits_gradient, to - from);
+            for (int i = from; i < to && run.row_weights && work.logits_gradient; ++i) {
+                float* logits = work.logits + i * work.logits_stride;
+                R::scale(logits, logits, op.out, run.row_weights[work.first_row + i]);
+            }
+            return;
         }
     }
 }

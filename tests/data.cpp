@@ -624,6 +624,87 @@ TEST(evaluation_windows_cover_the_text, "a validation loss would leave out or re
         }
 }
 
+TEST(answers_alone, "a chat would learn what its user says, or miss a part of its own lines, or differ with where the ids lie") {
+    const string turn = "Mira: ";
+    string text;
+    for (unsigned n = 0, random = 7; text.size() < 240000; ++n) {
+        random = random * 1664525u + 1013904223u;
+        const char* const lines[] = {"You: who are you",
+                                     "Mira: I am Mira: the innkeeper.",
+                                     "Mira:no blank, no answer",
+                                     "Borin: Mira: is hers",
+                                     "Mira: G\xc3\xbcle g\xc3\xbcle!",
+                                     "Mira: ",
+                                     " Mira: not at the beginning",
+                                     "Mi"};
+        text += lines[random >> 24 & 7];
+        text += (random >> 20 & 7) == 0 ? "\n\n" : "\n";
+    }
+    text += "You: bye\nMira: Bye";
+    string stream = text + "\n\n";  // with what stands between documents
+    vector<bool> answers(stream.size());
+    for (size_t at = 0, end; at < stream.size(); at = end + 1) {
+        end = stream.find('\n', at);
+        if (stream.compare(at, turn.size(), turn) == 0)
+            for (size_t i = at + turn.size(); i <= end; ++i) answers[i] = true;
+    }
+    Disk disk;
+    Runtime runtime;
+    disk.lend(runtime);
+    CorpusConfig how;
+    how.split_documents = true, how.validation_fraction = 0;
+    for (const char* kind : {"byte", "char", "bpe:400"}) {
+        TokenizerConfig config;
+        Corpus corpus;
+        Tokenizer tokenizer;
+        CHECK_OK(parse_tokenizer(kind, config));
+        CHECK_OK(corpus.open_memory(runtime, text, how));
+        CHECK_OK(tokenizer.train(runtime, config, corpus));
+        Data memory, groups, file, all;
+        CHECK_OK(memory.create(runtime, corpus, Part::all, tokenizer, Text(), 1 << 30, turn));
+        CHECK_OK(groups.create(runtime, corpus, Part::all, tokenizer, Text(), 100000, turn));
+        CHECK_OK(file.create(runtime, corpus, Part::all, tokenizer, "ids.cache", 100000, turn));
+        CHECK_OK(all.create(runtime, corpus, Part::all, tokenizer));
+        CHECK(all.learnt == all.tokens && all.fingerprint != memory.fingerprint && all.tokens == memory.tokens);
+        CHECK(groups.fingerprint == memory.fingerprint && file.fingerprint == memory.fingerprint);
+        const int context = 61;
+        int32_t ids[4][61], targets[4][61];
+        size_t at = 0;  // in the stream
+        uint64_t learnt = 0;
+        bool good = true;
+        for (uint64_t n = 0; n < memory.evaluation_windows(context); ++n) {
+            int length[4];
+            Data* const each[] = {&memory, &groups, &file, &all};
+            for (int i = 0; i < 4; ++i) CHECK_OK(each[i]->evaluation_window(n, context, ids[i], targets[i], length[i]));
+            const size_t size = static_cast<size_t>(length[0]) * sizeof(int32_t);
+            for (int i = 1; i < 4; ++i) good = good && length[i] == length[0] && memcmp(ids[0], ids[i], size) == 0;
+            good = good && memcmp(targets[0], targets[1], size) == 0 && memcmp(targets[0], targets[2], size) == 0;
+            for (int i = 0; i < length[0]; ++i) {
+                const auto bytes = [&](int32_t id) { return id == tokenizer.end_of_text ? size_t(2) : tokenizer.bytes(id).size; };
+                at += bytes(ids[3][i]);
+                bool answer = false;
+                for (size_t k = at; k < at + bytes(targets[3][i]) && k < stream.size(); ++k) answer = answer || answers[k];
+                good = good && targets[0][i] == (answer ? targets[3][i] : -1);
+                learnt += answer;
+            }
+        }
+        CHECK(good && learnt > 1000 && learnt < memory.tokens / 2);
+        CHECK(memory.learnt == learnt && groups.learnt == learnt);
+        for (uint64_t n = 0; n < memory.windows(context) && good; n += 97) {  // the order of training is that of all text
+            CHECK_OK(memory.training_window(5, n, context, ids[0], targets[0]));
+            CHECK_OK(groups.training_window(5, n, context, ids[1], targets[1]));
+            CHECK_OK(file.training_window(5, n, context, ids[2], targets[2]));
+            CHECK_OK(all.training_window(5, n, context, ids[3], targets[3]));
+            good = memcmp(ids[0], ids[3], sizeof ids[0]) == 0 && memcmp(ids[1], ids[2], sizeof ids[0]) == 0 &&
+                   memcmp(targets[1], targets[2], sizeof ids[0]) == 0;
+            for (int i = 0; i < context; ++i) good = good && (targets[0][i] == targets[3][i] || targets[0][i] == -1);
+        }
+        CHECK(good);
+        const Status none = memory.create(runtime, corpus, Part::all, tokenizer, Text(), 1 << 30, "Smith: ");
+        CHECK(none.error == Error::invalid_argument && strstr(none.message, "Smith: "));
+    }
+}
+
 TEST(fingerprints_tell_data_apart, "a run could be resumed on other data") {
     Runtime runtime;
     const int32_t a[] = {1, 2, 3}, b[] = {1, 3, 2}, c[] = {1, 2, 3, 0}, d[] = {1, 2, 3};

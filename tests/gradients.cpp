@@ -17,11 +17,11 @@ constexpr double smallest_reference = 1e-4;  // the absolute floor: gradients be
 double uniform(uint64_t key, uint64_t i) { return random_uniform(key, i) - 0.5; }
 
 // What a tape is run on: sequences one after the other, random ids, random targets of which every fourth counts for nothing. The sources
-// are of other lengths, and stand in another order.
+// are of other lengths, and stand in another order. Where there are several sequences, rows have weights.
 struct Input {
     std::vector<Sequence> sequences, sources;
     std::vector<int32_t> ids, targets, source_ids;
-    std::vector<float> features;
+    std::vector<float> features, row_weights;
     Run run;
     Input(const std::vector<int>& lengths, int vocab, int position = 0, int outputs = 0, int features_a_row = 0) {
         const auto id = [](uint64_t key, size_t i, int below) { return static_cast<int32_t>(random_uniform(key, i) * below); };
@@ -35,6 +35,7 @@ struct Input {
         for (size_t i = 0; i < static_cast<size_t>(run.rows); ++i) {
             ids.push_back(id(1, i, vocab));
             targets.push_back(i % 4 == 2 ? -1 : id(2, i, outputs ? outputs : vocab));
+            row_weights.push_back(i == 3 ? 0 : static_cast<float>(uniform(6, i) + 1));
         }
         for (size_t i = 0; i < static_cast<size_t>(run.source.rows); ++i) source_ids.push_back(id(3, i, vocab));
         for (size_t i = 0; i < ids.size() * static_cast<size_t>(features_a_row); ++i) features.push_back(static_cast<float>(uniform(4, i)));
@@ -44,6 +45,7 @@ struct Input {
     const Run& get() {
         run.sequences = Span<const Sequence>(sequences.data(), sequences.size());
         run.ids = ids.data(), run.targets = targets.data(), run.features = features.data();
+        if (sequences.size() > 1) run.row_weights = row_weights.data();
         run.source.sequences = Span<const Sequence>(sources.data(), sources.size()), run.source.ids = source_ids.data();
         return run;
     }
@@ -84,7 +86,7 @@ double loss(const Tape& tape, Buffers<double>& m, const Run& run) {
     const int rows = run.on(last.side).rows;
     double total = 0;
     if (last.kind == OpKind::head)
-        for (int i = 0; i < rows; ++i) total += m.losses[static_cast<size_t>(i)];
+        for (int i = 0; i < rows; ++i) total += (run.row_weights ? double(run.row_weights[i]) : 1) * m.losses[static_cast<size_t>(i)];
     else
         for (int64_t i = 0; i < int64_t(rows) * last.out; ++i) total += projection(i) * values(tape, m.r, last.y)[i];
     return total;
@@ -389,7 +391,7 @@ void accumulate_on(Backend which) {
                 Run part = run;
                 part.rows = 7 * micro, part.first_row[0] = static_cast<uint64_t>(7 * first);
                 part.sequences = Span<const Sequence>(run.sequences.data, static_cast<size_t>(micro));  // all start alike
-                part.ids = run.ids + 7 * first, part.targets = run.targets + 7 * first;
+                part.ids = run.ids + 7 * first, part.targets = run.targets + 7 * first, part.row_weights = run.row_weights + 7 * first;
                 backend->forward(runtime, tape, parts.r, part);
                 backend->backward(runtime, tape, parts.r, part);
                 losses.insert(losses.end(), parts.losses.begin(), parts.losses.end());

@@ -224,6 +224,19 @@ run 2 train p.tsv --out none --encoder-layers 1 --tokenizer char;     says '--to
 run 1 train p.tsv --out none --encoder-layers 1 --context 2 --steps 2; says 'all .* pairs are longer than context, 2'
 run 1 train a.txt --out none --encoder-layers 1 --steps 2;            says 'a.txt.*, line 1: there is no tab'
 run 2 train p.tsv --out none --encoder-layers 1 --token-cache c --steps 2; says '--token-cache is not for'
+# ---- fine-tuning ----
+run 0 train b.txt --from c.safetensors --out f.safetensors --batch 2 --steps 12 --threads 1 --answers-only --json; json; cp f.resume.safetensors whole
+run 0 info f.safetensors;                   has out 'You: '
+run 0 train b.txt --from c.safetensors --out f.safetensors --overwrite --batch 2 --steps 12 --answers-only --stop-at 5
+run 1 train b.txt --out f.safetensors --resume;  says 'training data.*--answers-only'
+run 0 train b.txt --out f.safetensors --resume --answers-only
+same 'resuming on answers is exact' f.resume.safetensors whole
+run 1 train b.txt --from c.safetensors --out g.safetensors --width 16; says '--width 16 contradicts.*8'
+run 1 train b.txt --from c.safetensors --out g.safetensors --tokenizer byte; says '--tokenizer byte contradicts.*char'
+run 2 train b.txt --from c.safetensors --out c.safetensors --overwrite; says 'c.safetensors is a file to read from'
+run 2 train b.txt --from c.safetensors --out f.safetensors --resume; says '--resume and --from exclude'
+run 2 train b.txt --out g.safetensors --answers-only; says '--answers-only needs --reply-turn'
+run 1 train b.txt --out g.safetensors --answers-only --user-turn 'You: ' --reply-turn 'Nobody: '; says "begins with 'Nobody: '"
 
 # ---- numbers of fewer bits ----
 run 0 convert m.safetensors --dtype int8 --out m8.safetensors;  has out 'm8.safetensors: .* kB in int8 (.* kB before)'

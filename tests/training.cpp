@@ -203,6 +203,66 @@ TEST(examples, "an encoder-decoder could not learn to read one thing and say ano
     }
     CHECK(hashes[0] == hashes[1] && hashes[1] == hashes[2]);
 }
+TEST(weights_of_examples, "an example of weight 2 would not count as two, or weights would cost the bits that backends share") {
+    static Reversals data_of;
+    Runtime runtime;
+    Data data;
+    StepResult result, other;
+    const auto step = [&](Span<const Example> examples, StepResult& to) {  // of a fresh model; with its weights' hash
+        Model model;
+        Trainer trainer;
+        TrainConfig how = tiny_run(5);
+        how.batch = static_cast<int>(examples.size), how.clip = 0;
+        CHECK_OK(model.create(runtime, reverser(), Tokenizer()));
+        CHECK_OK(data.create(runtime, examples));
+        CHECK_OK(trainer.create(runtime, model, how, data));
+        CHECK_OK(trainer.step(examples, to));
+        return hash(model.weights, model.block);
+    };
+    Example some[3] = {data_of.examples[0], data_of.examples[1], data_of.examples[2]};
+    const Example twice[4] = {some[0], some[0], some[1], some[2]};
+    some[0].weight = 2;
+    step(Span<const Example>(some, 3), result), step(Span<const Example>(twice, 4), other);
+    CHECK(fabs(result.loss - other.loss) < 1e-9 && fabs(result.grad_norm - other.grad_norm) < 1e-6 * other.grad_norm);
+    some[0].weight = 0;
+    step(Span<const Example>(some, 3), result), step(Span<const Example>(some + 1, 2), other);
+    CHECK(fabs(result.loss - other.loss) < 1e-9 && fabs(result.grad_norm - other.grad_norm) < 1e-6 * other.grad_norm);
+    const uint64_t unweighted = step(Span<const Example>(some + 1, 2), result);
+    some[1].weight = some[2].weight = 0.25f;  // of all alike: nothing changes, and a power of two not even a bit
+    CHECK(step(Span<const Example>(some + 1, 2), other) == unweighted && !(result.loss < other.loss) && !(result.loss > other.loss));
+
+    for (int n = 0; n < Reversals::count; ++n) data_of.examples[n].weight = 0.3f * static_cast<float>(n % 5);
+    CHECK_OK(data.create(runtime, Span<const Example>(data_of.examples)));
+    uint64_t hashes[3];
+    for (int way = 0; way < 3; ++way) {
+        TrainConfig how = tiny_run(5);
+        how.batch = way == 0 ? 12 : 3, how.accumulate = way == 0 ? 1 : 4;
+        Runtime own;
+        own.threads = way + 1, own.backend = way == 2 ? Backend::plain : Backend::cpu;
+        Model model;
+        Trainer trainer;
+        CHECK_OK(model.create(own, reverser(), Tokenizer()));
+        CHECK_OK(trainer.create(own, model, how, data));
+        for (int i = 0; i < 5; ++i) CHECK_OK(trainer.step(result));
+        hashes[way] = hash(model.weights, model.block);
+    }
+    CHECK(hashes[0] == hashes[1] && hashes[1] == hashes[2]);
+    const uint64_t fingerprint = data.fingerprint;
+    data_of.examples[7].weight = 5;
+    CHECK_OK(data.create(runtime, Span<const Example>(data_of.examples)));
+    CHECK(data.fingerprint != fingerprint);
+    for (const float wrong : {-1.0f, static_cast<float>(NAN), static_cast<float>(INFINITY)}) {
+        Model model;
+        Trainer trainer;
+        TrainConfig how = tiny_run(5);
+        how.batch = 1;
+        Example example = data_of.examples[0];
+        example.weight = wrong;
+        CHECK_OK(model.create(runtime, reverser(), Tokenizer()));
+        CHECK_OK(trainer.create(runtime, model, how, data));
+        CHECK(trainer.step(Span<const Example>(&example, 1), result).error == Error::invalid_argument && trainer.step_count == 0);
+    }
+}
 TEST(wrong_examples, "an example that does not fit its model would be read beyond its end") {
     Runtime runtime;
     Model model, decoder;
@@ -446,6 +506,14 @@ TEST(not_finite, "a loss that is not a number would reach the weights") {
 }
 
 TEST(wrong_calls, "wrong numbers would be taken, or crash") {
+    {
+        Runtime runtime;
+        Model empty;
+        Data data;
+        Trainer trainer;
+        CHECK_OK(data.create(runtime, Span<const int32_t>(some_ids(100), 100)));
+        CHECK(trainer.create(runtime, empty, tiny_run(10), data).error == Error::invalid_argument);
+    }
     Runtime runtime;
     Model model;
     Data data;

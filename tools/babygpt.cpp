@@ -1162,10 +1162,10 @@ E named(const char* option, const string& name, const char* const (&names)[N]) {
 }
 
 struct TrainOptions {
-    string out, tokenizer, preset_name = "tiny", schedule = "cosine", validation, user_turn, reply_turn, log, plot, cache,
-                           architecture = "gpt2", activation, norm, positions, optimizer = "adamw";
+    string out, from, tokenizer, preset_name = "tiny", schedule = "cosine", validation, user_turn, reply_turn, log, plot, cache,
+                                 architecture = "gpt2", activation, norm, positions, optimizer = "adamw";
     bool resume = false, overwrite = false, untie = false, tie = false, no_bias = false, no_counting = false, json = false,
-         plain_words = false;
+         plain_words = false, answers_only = false;
     double epochs = 0, time = 0, validation_fraction = 0.1;
     int64_t stop_at = 0, save_every = 0;
     Config shape;
@@ -1181,6 +1181,8 @@ struct TrainOptions {
                     "--validation, ...)",
                     &resume},
                    {"--overwrite", nullptr, "start anew although --out exists", &overwrite},
+                   {"--from", "M.safetensors",
+                    "go on from this model, on other text: its shape, tokenizer and chat, but a schedule and moments of its own", &from},
                    {"--log", "FILE.csv", "a row a step", &log},
                    {"--plot", "FILE.svg", "the loss curves as a picture", &plot},
                    {"--json", nullptr, "one JSON object a step on standard output, a last one at the end", &json},
@@ -1194,6 +1196,8 @@ struct TrainOptions {
                    {"--reply-turn", "TEXT", "a chat: what stands before the model's line, e.g. '#Person2#: '", &reply_turn},
                    {"--plain-words", nullptr,
                     "a chat: the text has the user's lines in small letters without punctuation; so will the chat", &plain_words},
+                   {"--answers-only", nullptr, "a chat: learn what follows --reply-turn in its line, and only read the rest",
+                    &answers_only},
                    {"--validation", "FILE", "validate on this file instead of the text's last part", &validation},
                    {"--validation-fraction", "X", "share of the text that is held out, its last part (0.1)", &validation_fraction, 0, 0.9},
                    {"--token-cache", "FILE", "keep the training tokens in this file instead of in memory", &cache}} +
@@ -1265,8 +1269,8 @@ struct Training {
 };
 
 [[noreturn]] void contradicts(const char* option, const string& given, const string& stored) {
-    error(format("%s %s contradicts the checkpoint, which was made with %s; leave the option out, or start anew with --overwrite", option,
-                 given.c_str(), stored.c_str()));
+    error(format("%s %s contradicts the checkpoint, which was made with %s; leave the option out, or start anew", option, given.c_str(),
+                 stored.c_str()));
 }
 
 template <class T>
@@ -1294,9 +1298,8 @@ void check_architecture(const Arguments& in, const TrainOptions& o, const Config
                            activation_name(shape).c_str(), shape.norm_after ? "after" : "before"));
 }
 
-// What was said again beside --resume must be what was said first.
-void check_agreement(const Arguments& in, const TrainOptions& o, const Model& model, const TrainConfig& stored) {
-    const Config& shape = model.config;
+// What is said about a model that is there must be so.
+void check_shape(const Arguments& in, const TrainOptions& o, const Config& shape) {
     if (in.has("--preset")) {
         Config wanted = shape;
         must_be("--preset", preset(o.preset_name, wanted));
@@ -1323,6 +1326,11 @@ void check_agreement(const Arguments& in, const TrainOptions& o, const Model& mo
     agree(in, "--norm", o.norm, string(norm_names[int(shape.norm)]));
     agree(in, "--norm-after", o.shape.norm_after, shape.norm_after);
     agree(in, "--positions", o.positions, string(position_names[int(shape.positions)]));
+}
+
+// What was said again beside --resume must be what was said first.
+void check_agreement(const Arguments& in, const TrainOptions& o, const Model& model, const TrainConfig& stored) {
+    check_shape(in, o, model.config);
     agree(in, "--batch", o.learning.batch, stored.batch);
     agree(in, "--accumulate", o.learning.accumulate, stored.accumulate);
     agree(in, "--steps", o.learning.steps, stored.steps);
@@ -1363,7 +1371,7 @@ void choose_tokenizer(Training& t) {
     get_tokenizer(t.common.runtime, name, t.corpus, t.tokenizer);
 }
 
-void check_tokenizer(Training& t) {  // --tokenizer beside --resume
+void check_tokenizer(Training& t) {  // --tokenizer beside --resume or --from
     const string& name = t.options.tokenizer;
     const Tokenizer& stored = t.model.tokenizer;
     const string kinds[] = {"none", "byte", "char", "bpe:" + std::to_string(stored.vocab), "wordpiece", "sentencepiece"};
@@ -1393,7 +1401,7 @@ void check_tokenizer(Training& t) {  // --tokenizer beside --resume
 
 // The sequence length where no text is too short for it.
 int wanted_context(const Arguments& in, const Training& t) {
-    if (t.options.resume) return t.model.config.context;
+    if (t.options.resume || !t.options.from.empty()) return t.model.config.context;
     if (in.has("--context")) return t.options.shape.context;
     Config shape;
     must_be("--preset", preset(t.options.preset_name, shape));
@@ -1401,7 +1409,9 @@ int wanted_context(const Arguments& in, const Training& t) {
 }
 
 void create_data(const Arguments& in, Training& t, Corpus& corpus, Part part, const string& cache, Data& data) {
-    if (!t.pairs) return must(data.create(t.common.runtime, corpus, part, t.tokenizer, cache));
+    const TrainOptions& o = t.options;
+    const string answers = !o.answers_only ? "" : o.reply_turn.empty() ? to_string(t.model.chat.reply_turn) : o.reply_turn;
+    if (!t.pairs) return must(data.create(t.common.runtime, corpus, part, t.tokenizer, cache, uint64_t(256) << 20, answers));
     const Status status = data.create_pairs(t.common.runtime, corpus, part, t.tokenizer, wanted_context(in, t));
     if (status.error == Error::invalid_argument && t.tokenizer.end_of_text < 0)
         usage("--tokenizer: " + string(status.message) + "; take bpe:N or wordpiece:N");
@@ -1419,12 +1429,22 @@ void open_data(const Arguments& in, Training& t) {
     };
     open_corpus(runtime, in.operands, config(o.validation.empty() ? o.validation_fraction : 0), t.corpus);
     if (!o.validation.empty()) open_corpus(runtime, {o.validation}, config(0), t.validation_corpus);
-    if (o.resume) {
+    if (t.model.tokenizer.kind != TokenizerKind::none) {
         if (!o.tokenizer.empty()) check_tokenizer(t);
         must(t.tokenizer.copy(runtime, t.model.tokenizer));
     } else {
+        if (!o.from.empty() && (o.tokenizer.empty() || named_tokenizer(o.tokenizer)))
+            usage(o.from + " has no tokenizer: give the file of its own with --tokenizer FILE");
         choose_tokenizer(t);
+        if (!o.from.empty()) {
+            const int vocab = t.model.config.vocab;
+            if (t.tokenizer.vocab > vocab)
+                error(format("--tokenizer %s has %d ids, but %s only %d", o.tokenizer.c_str(), t.tokenizer.vocab, o.from.c_str(), vocab));
+            must(t.model.tokenizer.copy(runtime, t.tokenizer));
+        }
     }
+    if (o.answers_only && o.reply_turn.empty() && t.model.chat.reply_turn.count == 0)
+        usage("--answers-only needs --reply-turn: " + o.from + o.out + " has no chat template");
     create_data(in, t, t.corpus, o.validation.empty() ? Part::training : Part::all, o.cache, t.data);
     if (t.data.tokens < 2) error(format("the text has %lld tokens: too little to learn from", static_cast<long long>(t.data.tokens)));
     if (!o.validation.empty() || o.validation_fraction > 0) {
@@ -1439,7 +1459,15 @@ void open_data(const Arguments& in, Training& t) {
 // The model's shape and the way of learning, from the options.
 Config choose_shape(const Arguments& in, Training& t) {
     const TrainOptions& o = t.options;
-    Config shape;
+    Config shape = t.model.config;
+    if (!o.from.empty()) {
+        check_shape(in, o, shape);
+        shape.dtype = Dtype::f32;
+        if (t.data.windows(shape.context) > 0) return shape;
+        error(format("the training text has %lld tokens, too few for the context of %s, %d; give more text",
+                     static_cast<long long>(t.data.tokens), o.from.c_str(), shape.context));
+    }
+    shape = Config();
     must_be("--preset", preset(o.preset_name, shape));
     must_be("--arch", preset_architecture(o.architecture, shape));
     shape.vocab = t.tokenizer.vocab;
@@ -1472,8 +1500,9 @@ void create_model(Training& t, const Config& shape, Model& model) {
     Tokenizer copy;
     must(copy.copy(t.common.runtime, t.tokenizer));
     must(model.create(t.common.runtime, shape, std::move(copy), t.config.seed));
-    must(model.set_chat(t.options.user_turn, t.options.reply_turn, t.options.plain_words));
 }
+
+void set_chat(const Training& t, Model& model) { must(model.set_chat(t.options.user_turn, t.options.reply_turn, t.options.plain_words)); }
 
 // The mean time of a step, by training a throw-away model for a moment. The first step, which touches all memory, does not count.
 double seconds_per_step(Training& t, const Config& shape, double budget) {
@@ -1706,17 +1735,18 @@ void check_train_options(const Arguments& in, const Training& t) {
     const TrainOptions& o = t.options;
     if (o.out.empty()) usage("train needs --out M.safetensors");
     if (o.resume && o.overwrite) usage("--resume and --overwrite exclude each other");
+    if (o.resume && !o.from.empty()) usage("--resume and --from exclude each other: a run goes on from the file beside its --out");
     if (in.has("--steps") + in.has("--epochs") + in.has("--time") > 1) usage("give only one of --steps, --epochs and --time");
     if (in.has("--validation") && in.has("--validation-fraction")) usage("--validation and --validation-fraction exclude each other");
     if (in.has("--user-turn") != in.has("--reply-turn")) usage("--user-turn and --reply-turn belong together: a chat needs both");
     if (in.has("--user-turn") && (o.user_turn.empty() || o.reply_turn.empty())) usage("--user-turn and --reply-turn must not be empty");
     if (t.pairs)
-        for (const char* option : {"--user-turn", "--token-cache"})
+        for (const char* option : {"--user-turn", "--answers-only", "--token-cache"})
             if (in.has(option)) usage(string(option) + " is not for a model with an encoder, which learns from pairs");
     const vector<std::pair<const char*, string>> written = {
         {"--out", o.out}, {"--log", o.log}, {"--plot", o.plot}, {"--token-cache", o.cache}};
     vector<string> inputs = in.operands;
-    inputs.push_back(o.validation);
+    inputs.insert(inputs.end(), {o.validation, o.from});
     for (size_t i = 0; i < written.size(); ++i) {
         if (written[i].second.empty()) continue;
         if (written[i].first != string("--plot")) need_ordinary(written[i].first, written[i].second);
@@ -1755,8 +1785,8 @@ int train(Arguments& in) {
         must(read_train_config(runtime, resume_file, t.config));
         if (o.learning.min_lr < 0) o.learning.min_lr = t.config.min_lr;
         check_agreement(in, o, t.model, t.config);
-        t.pairs = t.model.config.encoder_layers > 0;
-    }
+    } else if (!o.from.empty()) must(t.model.load(runtime, o.from));
+    if (o.resume || !o.from.empty()) t.pairs = t.model.config.encoder_layers > 0;
     open_data(in, t);
     if (o.resume) {
         if (in.has("--epochs")) {
@@ -1776,7 +1806,8 @@ int train(Arguments& in) {
         const Config shape = choose_shape(in, t);
         if (!in.has("--lr")) t.config.lr = std::clamp(1e-3 * 384 / shape.width, 3e-4, 3e-3);
         choose_steps(in, t, shape, in.has("--time") ? o.time : 120);
-        create_model(t, shape, t.model);
+        if (o.from.empty()) create_model(t, shape, t.model);
+        if (o.from.empty() || !o.user_turn.empty()) set_chat(t, t.model);
     }
     const Status created = t.trainer.create(runtime, t.model, t.config, t.data, t.has_validation ? &t.validation : nullptr);
     if (created.error == Error::invalid_argument && !o.resume) usage(created.message);
@@ -1784,7 +1815,8 @@ int train(Arguments& in) {
     if (o.resume) {
         const Status loaded = t.trainer.load(resume_file);
         if (loaded.error == Error::mismatch)
-            error(string(loaded.message) + "; give the same files, --field, --column, --dialogues, --validation and --validation-fraction");
+            error(string(loaded.message) +
+                  "; give the same files, --field, --column, --dialogues, --answers-only, --validation and --validation-fraction");
         must(loaded);
     }
     show_start(t);
@@ -3307,7 +3339,8 @@ const vector<Command> commands = {
      "  babygpt train story.txt --out story.safetensors\n"
      "  babygpt train talks.jsonl --field dialogue --user-turn '#Person1#: ' --reply-turn '#Person2#: ' --preset baby --tokenizer char "
      "--time 3600 --out m.safetensors\n"
-     "  babygpt train story.txt --out story.safetensors --resume\n",
+     "  babygpt train story.txt --out story.safetensors --resume\n"
+     "  babygpt train talks.txt --from m.safetensors --answers-only --out n.safetensors\n",
      train},
     {"generate", "M [options]", "Continues a text. M may be ngram:N, which counts in --train FILE how tokens follow N - 1 others.",
      "  babygpt generate story.safetensors --prompt 'Once upon' --temperature 0.6 --tokens 300\n"
