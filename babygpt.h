@@ -548,13 +548,52 @@ struct Model {
     Status set_chat(Text user_turn, Text reply_turn, bool plain_words = false);
 };
 
+// ---- Adapter ----------------------------------------------------------------------------------------------------------
+
+struct AdapterConfig {
+    int rank = 8;
+    double alpha = 16;  // what an adapter adds counts alpha / rank times
+    Text targets;  // which matrices: the ends of their names, with commas between ("q_proj,v_proj", "attn.c_proj"); "": all of the layers
+};
+
+// LoRA (Hu et al. 2021): beside the matrix W of a linear layer stand two small ones, A (rank x in) and B (out x rank), and where the layer
+// says x W, it says x W + (x A^T) B^T alpha / rank. They alone are trained, the model stays as it is; many adapters share one model. The
+// tensors have the names of Hugging Face's PEFT. Read-only once trained, as a model is.
+struct Adapter {
+    AdapterConfig config;
+    float* weights = nullptr;
+    int64_t parameters = 0;  // without the padding
+    int64_t block = 0;       // floats in the block
+    Span<Weight> names;      // "h.0.attn.c_attn.lora_A.weight", "h.0.attn.c_attn.lora_B.weight", ...
+    uint64_t version = 0;    // grows with each change of the weights
+    Runtime* runtime = nullptr;
+    struct AdapterState* state = nullptr;  // ours
+
+    Adapter() = default;
+    Adapter(Adapter&& other) noexcept;
+    Adapter& operator=(Adapter&& other) noexcept;
+    ~Adapter();
+
+    // A fresh one changes nothing: A is random, B is 0. The model is only looked at.
+    Status create(Runtime& runtime, const Model& model, const AdapterConfig& config, uint64_t seed = 1);
+    // A safetensors file of ours, or PEFT's folder with adapter_config.json and adapter_model.safetensors, for this model.
+    Status load(Runtime& runtime, const Model& model, Text path);
+    Status load_memory(Runtime& runtime, const Model& model, Text bytes);
+    Status save(Text path) const;  // a file; the content of adapter_config.json stands in its metadata
+    Status save_memory(Array<char>& bytes) const;
+    Status save_peft(Text folder) const;  // adapter_config.json and adapter_model.safetensors; the folder must be there
+};
+// Adds what the adapter adds to the model's own matrices: W + A^T B^T alpha / rank. The model is f32 then.
+Status merge(Model& model, const Adapter& adapter);
+
 enum class Purpose : int32_t { training, running };
 struct Memory {  // exact, in bytes
     uint64_t weights = 0, gradients = 0, moments = 0, activations = 0, kv = 0, scratch = 0, records = 0;
     uint64_t total() const { return weights + gradients + moments + activations + kv + scratch + records; }
 };
-// What a Trainer (with its Model) or a Session (with its Model) takes. batch: sequences at once.
-Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, int batch, Memory& memory, double dropout = 0);
+// What a Trainer (with its Model) or a Session (with its Model) takes. batch: sequences at once. adapter: where one is trained, or used.
+Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, int batch, Memory& memory, double dropout = 0,
+                     const AdapterConfig* adapter = nullptr);
 
 struct SummaryRow {  // one row of info's table
     char layer[48];
@@ -642,14 +681,15 @@ struct RunResult {
 // may use the model while a call runs. After create, a step allocates nothing (unless its data is kept in groups).
 struct Trainer {
     TrainConfig config;
-    Model* model = nullptr;
+    const Model* model = nullptr;
+    Adapter* adapter = nullptr;  // what is trained, and saved, in the place of the model; may be null
     Data* training = nullptr;
     Data* validation = nullptr;  // may be null
     int64_t step_count = 0;
     double best_validation_loss = 0;
     int64_t best_step = -1;       // -1: none yet
     int64_t bad_evaluations = 0;  // in a row
-    float* gradients = nullptr;   // sums over the step's tokens, laid out as Model::weights
+    float* gradients = nullptr;   // sums over the step's tokens, laid out as Model::weights, or as those of the adapter
     float* moment1 = nullptr;
     float* moment2 = nullptr;
     Runtime* runtime = nullptr;
@@ -661,6 +701,9 @@ struct Trainer {
     ~Trainer();
 
     Status create(Runtime& runtime, Model& model, const TrainConfig& config, Data& training, Data* validation = nullptr);
+    // Trains the adapter, by AdamW. The model, of any dtype, is only read: others may use it meanwhile.
+    Status create(Runtime& runtime, const Model& model, Adapter& adapter, const TrainConfig& config, Data& training,
+                  Data* validation = nullptr);
     Status step(StepResult& result);  // one update
     // The host's own batch: config.batch * config.accumulate rows of config.context ids and their targets (a target of -1 counts for nothing).
     Status step(Span<const int32_t> ids, Span<const int32_t> targets, StepResult& result);
@@ -677,7 +720,7 @@ struct Trainer {
 // How well a model predicts a text, with memory for reading only (`batch` windows at a time). progress, where given, is called between two
 // batches with the share that is done, and ends it by returning false: then the result is of what was read.
 Status evaluate(Runtime& runtime, const Model& model, Data& data, Evaluation& result, int batch = 8,
-                bool (*progress)(void* user, double done) = nullptr, void* user = nullptr);
+                bool (*progress)(void* user, double done) = nullptr, void* user = nullptr, const Adapter* adapter = nullptr);
 
 // The same of an n-gram model. It reads the text in one piece.
 Status evaluate(Runtime& runtime, const Ngram& model, Data& data, Evaluation& result);
@@ -772,7 +815,11 @@ struct Session {
     ~Session();
 
     Status create(Runtime& runtime, const Model& model);
-    void reset();  // forget everything
+    // Goes on with this adapter, which must live as long and stay what it is, or with the model alone (null). What has been read is read
+    // again with it, unless keep_cache says that the keys and values that are there serve on: then the next token is still drawn from the
+    // logits that are there, and a change costs next to nothing.
+    Status use(const Adapter* adapter, bool keep_cache = false);
+    void reset();  // forget everything, but not the adapter
     // An encoder-decoder must read a source before anything else. What had been read and said is forgotten, and all that is said from now on
     // looks at this source. As text it ends with the end-of-text token; from 1 to `context` ids.
     Status read_source(Text text);
@@ -4671,6 +4718,8 @@ struct Op {
     Activation activation = Activation::none;
     bool adds_to_dx = false;  // some later op has already written a gradient of x (x2): add to it, do not set it
     bool adds_to_dx2 = false;
+    int lora = nothing, loras = 0;  // linear: the first of those beside it in Tape::loras, and how many they are
+    int low = nothing;              // of these, in training: [rank * loras], x A^T times the scale
     int dim() const { return in / (sight == Sight::source ? heads : heads + 2 * kv_heads); }  // attention, rope: columns of a head
 };
 
@@ -4682,6 +4731,12 @@ struct WeightPlan {
     int matrices;      // in it that Muon keeps apart; 0: it leaves this weight to AdamW
     int outputs[3];    // of each of these: so many columns, or rows where ...
     bool output_rows;  // ... the layout is Tape::output_rows
+};
+
+// LoRA beside a linear op, or beside one of the parts that it computes at once: y gets (x A^T) B^T times a scale.
+struct Lora {
+    int a, b;            // [rank][in], [outputs][rank]: indices into Tape::adapter
+    int first, outputs;  // columns of y
 };
 
 // One of the tensors that make a weight: what it is called, and for how many outputs it stands.
@@ -4747,7 +4802,9 @@ constexpr int kv_page = 32;
 template <class T>
 struct Regions {
     const T* weights = nullptr;
-    T* gradients = nullptr;         // laid out as the weights: sums over tokens, added to
+    const T* adapter = nullptr;     // its weights
+    T* low = nullptr;               // running with an adapter: Op::low, of each op in turn
+    T* gradients = nullptr;         // laid out as the weights, or as the adapter's where the tape is frozen: sums over tokens, added to
     T* lookup_gradients = nullptr;  // of a token embedding that others share: each embedding's part, apart, so that it is one chain
     T* activations = nullptr;
     T* scratch = nullptr;           // as the backend asked for
@@ -4778,13 +4835,20 @@ struct Tape {
     bool output_rows = false;  // the matrices of linear ops have a row for each output, not a column
     Dtype dtype = Dtype::f32;  // running: what the matrices' numbers are
     bool tied = false;
+    Array<WeightPlan> adapter;  // LoRA's matrices, in a block of their own
+    Array<Lora> loras;
+    int64_t adapter_block = 0, adapter_parameters = 0;
+    int rank = 0, low_columns = 0;  // of Op::low, at most
+    double lora_scale = 0;
+    bool frozen = false;    // training: the adapter's weights are learnt, and no others
     bool training = false;  // plan gradients, and keep what backward reads
     double dropout = 0;
     double epsilon = 1e-5;  // of the norms
     double rope_base = 10000;
     bool no_memory = false;
 
-    explicit Tape(Runtime& from) : runtime(&from), tensors(from), ops(from), weights(from), names(from), waves(from) {}
+    explicit Tape(Runtime& from)
+        : runtime(&from), tensors(from), ops(from), weights(from), names(from), waves(from), adapter(from), loras(from) {}
 
     // ---- recording: each call appends one op and returns the tensor that it writes ----
 
@@ -4890,11 +4954,83 @@ struct Tape {
         if (!no_memory && !ops.push(op)) no_memory = true;
     }
 
+    // ---- an adapter: LoRA is put beside linear ops that have been recorded ----
+
+    // Without one again.
+    void unadapt() {
+        for (Op& op : ops) op.lora = op.low = nothing, op.loras = 0;
+        adapter.count = loras.count = 0;
+        adapter_block = adapter_parameters = 0, low_columns = 0;
+    }
+    // Beside the matrices of layers whose names end in one of the targets. In training before plan; else at any time, and again.
+    BABYGPT_RARE Status adapt(const AdapterConfig& config) {
+        const auto stem = [](const Weight& one) { return Text(one.name, Text(one.name).size - Text(".weight").size); };
+        unadapt();
+        rank = config.rank, lora_scale = config.alpha / config.rank;
+        for (size_t i = 0; i < ops.count; ++i) {
+            Op& op = ops[i];
+            if (op.kind != OpKind::linear || op.layer < 0) continue;
+            const Weight& whole = weight(op.w);
+            const int64_t end = whole.offset + whole.rows * whole.cols;
+            op.lora = static_cast<int>(loras.count);
+            for (const Weight& one : names) {
+                if (one.offset < whole.offset || one.offset >= end || !is_target(stem(one), config.targets)) continue;
+                Lora lora{};
+                lora.first = output_rows ? static_cast<int>((one.offset - whole.offset) / one.cols) : 0;
+                lora.outputs = static_cast<int>(output_rows ? one.rows : one.cols);
+                lora.a = declare_lora(stem(one), ".lora_A.weight", rank, op.in);
+                lora.b = declare_lora(stem(one), ".lora_B.weight", lora.outputs, rank);
+                if (no_memory || !loras.push(lora)) return no_memory = false, unadapt(), out_of_memory(sizeof lora);
+                ++op.loras;
+            }
+            low_columns = most(low_columns, op.loras * rank);
+            if (op.loras == 0 || !training) continue;
+            layer = op.layer;
+            const int low = tensor("lora", ".low", op.loras * rank, op.side);
+            layer = -1;
+            op.low = low;
+        }
+        if (frozen) lookups = 0;
+        if (no_memory) return out_of_memory(0);
+        return loras.count ? Status() : fail(Error::invalid_argument, "no matrix of the model's layers is called '", config.targets, "'");
+    }
+    // Does "h.0.attn.c_proj" end in one of "c_attn,c_proj"? Whole words, as PEFT has it.
+    static bool is_target(Text name, Text targets) {
+        for (size_t at = 0; at < targets.size;) {
+            const void* comma = memchr(targets.data + at, ',', targets.size - at);
+            const size_t end = comma ? static_cast<size_t>(static_cast<const char*>(comma) - targets.data) : targets.size;
+            const Text target(targets.data + at, end - at);
+            const size_t before = name.size - least(name.size, target.size);
+            if (target.size > 0 && equal(Text(name.data + before, name.size - before), target) && (before == 0 || name[before - 1] == '.'))
+                return true;
+            at = end + 1;
+        }
+        return false;
+    }
+    // What training changes.
+    Span<const WeightPlan> learnt() const {
+        const Array<WeightPlan>& plans = frozen ? adapter : weights;
+        return Span<const WeightPlan>(plans.items, plans.count);
+    }
+    int64_t learnt_block() const { return frozen ? adapter_block : weight_block; }
+    // Regions::low
+    int64_t low_block() const {
+        const int64_t rows = most(most(max_rows[0], max_rows[1]), max_rows[2]);
+        return training ? 0 : round_up(rows * low_columns, static_cast<int64_t>(16));
+    }
+
     // ---- what the ops declare: which values does an op's backward read? ----
 
     static bool backward_reads_x(const Op& op) {
         return op.kind == OpKind::norm || op.kind == OpKind::linear || op.kind == OpKind::gate || op.kind == OpKind::attention ||
                op.kind == OpKind::head;
+    }
+    // A frozen matrix needs no x for a gradient of its own.
+    bool needs_x(const Op& op) const { return backward_reads_x(op) && (op.kind != OpKind::linear || !frozen || op.loras > 0); }
+    // Has the op a backward pass? None where nothing before it is learnt.
+    bool runs_backward(const Op& op) const {
+        const int t = op.y != nothing ? op.y : op.x;
+        return training && !tensors[static_cast<size_t>(t)].fixed;
     }
     static bool backward_reads_x2(const Op& op) { return op.kind == OpKind::attention; }
     static bool backward_reads_y(const Op& op) { return op.kind == OpKind::attention; }
@@ -4914,18 +5050,20 @@ struct Tape {
         max_rows[static_cast<int>(Side::whole)] = sequences;
         const int n = static_cast<int>(ops.count);
         for (Tensor& t : tensors) t.born = t.gradient_born = INT32_MAX, t.dies = t.gradient_dies = -1, t.gradient = t.again = -1;
+        if (frozen) fix();
         for (int i = 0; i < n; ++i) {
             Op& op = ops[static_cast<size_t>(i)];
             const int back = 2 * n - 1 - i;
-            touch(op.x, i), touch(op.x2, i), touch(op.y, i), touch(op.aux, i);
-            if (!training) {
-                if (op.sight == Sight::source) touch(op.x2, 0), touch(op.x2, n);
-                continue;
-            }
-            touch(op.aux, back);
-            op.remakes = backward_reads_x(op) && op.kind == OpKind::linear ? cheap_maker(op.x) : nothing;
-            if (op.remakes != nothing) tensors[static_cast<size_t>(op.x)].again = back;
-            else if (backward_reads_x(op)) touch(op.x, back);
+            touch(op.x, i), touch(op.x2, i), touch(op.y, i), touch(op.aux, i), touch(op.low, i);
+            if (!training && op.sight == Sight::source) touch(op.x2, 0), touch(op.x2, n);
+            if (!runs_backward(op)) continue;
+            touch(op.aux, back), touch(op.low, back), touch_gradient(op.low, back);
+            op.remakes = needs_x(op) && op.kind == OpKind::linear ? cheap_maker(op.x) : nothing;
+            if (op.remakes != nothing) {
+                const Op& maker = ops[static_cast<size_t>(op.remakes)];
+                tensors[static_cast<size_t>(op.x)].again = back;
+                touch(maker.kind == OpKind::linear ? nothing : maker.x, back), touch(maker.aux, back);
+            } else if (needs_x(op)) touch(op.x, back);
             if (backward_reads_x2(op)) touch(op.x2, back);
             if (backward_reads_y(op)) touch(op.y, back);
             const int writes = op.kind == OpKind::head ? i : back;
@@ -4936,6 +5074,7 @@ struct Tape {
             if (!seen.resize(tensors.count)) return out_of_memory(tensors.count);
             for (int i = n - 1; i >= 0; --i) {
                 Op& op = ops[static_cast<size_t>(i)];
+                if (!runs_backward(op)) continue;
                 if (op.x != nothing) op.adds_to_dx = seen[static_cast<size_t>(op.x)] != 0, seen[static_cast<size_t>(op.x)] = 1;
                 if (op.x2 != nothing) op.adds_to_dx2 = seen[static_cast<size_t>(op.x2)] != 0, seen[static_cast<size_t>(op.x2)] = 1;
             }
@@ -4946,7 +5085,7 @@ struct Tape {
             t.offset = place(i, false, t.born, t.dies, t.again);
             if (t.gradient_dies >= 0) t.gradient = place(i, true, t.gradient_born, t.gradient_dies, -1);
         }
-        for (const WeightPlan& plan : weights)  // Muon works there once the activations are not needed any more
+        for (const WeightPlan& plan : learnt())  // Muon works there once the activations are not needed any more
             if (training && plan.matrices) activation_block = most(activation_block, muon_space(plan));
         return Status();
     }
@@ -4971,6 +5110,28 @@ struct Tape {
     int64_t kv_page_block() const { return static_cast<int64_t>(layers) * 2 * kv_width * kv_page; }
 
  private:
+    // Marks what no learnt weight stands before. Of the two that attention reads to see a source both get a gradient, or none.
+    void fix() {
+        const auto is_fixed = [&](int t) { return t == nothing || tensors[static_cast<size_t>(t)].fixed; };
+        for (const Op& op : ops) {
+            if (op.y == nothing || op.y == op.x) continue;
+            const bool fixed = op.loras == 0 && is_fixed(op.x) && is_fixed(op.x2);
+            tensors[static_cast<size_t>(op.y)].fixed = fixed;
+            if (!fixed && op.kind == OpKind::attention && op.x2 != nothing)
+                tensors[static_cast<size_t>(op.x)].fixed = tensors[static_cast<size_t>(op.x2)].fixed = false;
+        }
+    }
+    int declare_lora(Text stem, const char* suffix, int rows, int cols) {
+        WeightPlan plan{};
+        Line name(plan.weight.name, sizeof plan.weight.name);
+        name.put(stem), name.put(suffix);
+        plan.weight.offset = adapter_block, plan.weight.rows = rows, plan.weight.cols = cols;
+        plan.weight.decay = plan.weight.scaled_rows = true;
+        const int64_t size = static_cast<int64_t>(rows) * cols;
+        adapter_parameters += size, adapter_block += round_up(size, static_cast<int64_t>(16));
+        if (no_memory || !adapter.push(plan)) no_memory = true;
+        return static_cast<int>(adapter.count) - 1;
+    }
     BABYGPT_CALL Op start(OpKind kind, int x) {
         Op op{};
         op.kind = kind;
@@ -5283,7 +5444,7 @@ void norm_backward(T* dx, T* dw, T* db, const T* dy, const T* x, const T* statis
         const T mean_gh = dot_lanes<T>(n, g, h) / static_cast<T>(n);
         for (int i = 0; i < n; ++i) {
             const T d = scale * madd(-h(i), mean_gh, g(i) - mean_g);
-            dw[i] = madd(dy[i], h(i), dw[i]);
+            if (dw) dw[i] = madd(dy[i], h(i), dw[i]);
             if (db) db[i] = db[i] + dy[i];
             dx[i] = adds ? dx[i] + d : d;
         }
@@ -5380,7 +5541,8 @@ void linear_forward(T* y, T* before, const T* x, const T* w, const T* b, int row
             y[row * out + o] = activate(s, activation);
         }
 }
-// dy becomes the gradient before the activation, in place; then db = sum over rows of dy, dW = x^T dy, dx = dy W^T (null: not wanted).
+// dy becomes the gradient before the activation, in place; then db = sum over rows of dy, dW = x^T dy, dx = dy W^T (each may be null: not
+// wanted).
 template <class T>
 void linear_backward(T* dx, T* dw, T* db, T* dy, const T* before, const T* x, const T* w, int rows, int in, int out, bool output_rows,
                      Activation activation, bool adds) {
@@ -5390,7 +5552,7 @@ void linear_backward(T* dx, T* dw, T* db, T* dy, const T* before, const T* x, co
     for (int64_t row = 0; row < rows; ++row) {
         for (int64_t o = 0; o < out; ++o)
             if (db) db[o] = db[o] + dy[row * out + o];
-        for (int64_t i = 0; i < in; ++i)
+        for (int64_t i = 0; dw && i < in; ++i)
             for (int64_t o = 0; o < out; ++o) {
                 T& d = dw[i * next_in + o * next_out];
                 d = madd(x[row * in + i], dy[row * out + o], d);
@@ -5400,6 +5562,41 @@ void linear_backward(T* dx, T* dw, T* db, T* dy, const T* before, const T* x, co
             for (int64_t o = 0; o < out; ++o) s = madd(dy[row * out + o], w[i * next_in + o * next_out], s);
             dx[row * in + i] = s;
         }
+    }
+}
+
+// ---- LoRA (Hu et al. 2021): y += h B^T, h = (x A^T) scale, A [rank][in], B [outputs][rank] -----------------------------------
+
+// Strides: of y's rows, and of h's.
+template <class T>
+void lora_forward(T* y, T* h, const T* x, const T* a, const T* b, int rows, int in, int outputs, int rank, int64_t y_stride,
+                  int64_t h_stride, T scale) {
+    for (int row = 0; row < rows; ++row, x += in, y += y_stride, h += h_stride) {
+        for (int64_t k = 0; k < rank; ++k) {
+            T s = 0;
+            for (int64_t i = 0; i < in; ++i) s = madd(x[i], a[k * in + i], s);
+            h[k] = s * scale;
+        }
+        for (int64_t o = 0; o < outputs; ++o)
+            for (int64_t k = 0; k < rank; ++k) y[o] = madd(h[k], b[o * rank + k], y[o]);
+    }
+}
+// dB = dy^T h,  dh = (dy B) scale,  dA = dh^T x,  dx += dh A  (null: not wanted).
+template <class T>
+void lora_backward(T* dx, T* da, T* db, T* dh, const T* dy, const T* h, const T* x, const T* a, const T* b, int rows, int in, int outputs,
+                   int rank, int64_t y_stride, int64_t h_stride, T scale) {
+    for (int row = 0; row < rows; ++row, x += in, dy += y_stride, h += h_stride, dh += h_stride) {
+        for (int64_t o = 0; o < outputs; ++o)
+            for (int64_t k = 0; k < rank; ++k) db[o * rank + k] = madd(dy[o], h[k], db[o * rank + k]);
+        for (int64_t k = 0; k < rank; ++k) {
+            T s = 0;
+            for (int64_t o = 0; o < outputs; ++o) s = madd(dy[o], b[o * rank + k], s);
+            dh[k] = s * scale;
+            for (int64_t i = 0; i < in; ++i) da[k * in + i] = madd(dh[k], x[i], da[k * in + i]);
+        }
+        for (int64_t i = 0; dx && i < in; ++i)
+            for (int64_t k = 0; k < rank; ++k) dx[i] = madd(dh[k], a[k * in + i], dx[i]);
+        if (dx) dx += in;
     }
 }
 
@@ -5635,8 +5832,8 @@ void add_forward(T* y, const T* a, const T* b, int64_t n) {
 }
 template <class T>
 void add_backward(T* da, T* db, const T* dy, int64_t n, bool adds_a, bool adds_b) {
-    for (int64_t i = 0; i < n; ++i) da[i] = adds_a ? da[i] + dy[i] : dy[i];
-    for (int64_t i = 0; i < n; ++i) db[i] = adds_b ? db[i] + dy[i] : dy[i];
+    for (int64_t i = 0; da && i < n; ++i) da[i] = adds_a ? da[i] + dy[i] : dy[i];
+    for (int64_t i = 0; db && i < n; ++i) db[i] = adds_b ? db[i] + dy[i] : dy[i];
 }
 
 // ---- pool: a row for each sequence, its first one or the mean of all ---------------------------------------------------------
@@ -5729,7 +5926,7 @@ void head_backward(T* dx, T* dw, T* db, const T* softmax, const T* x, const T* w
             if (db) db[v] = db[v] + dl;
             for (int c = 0; c < width; ++c) {
                 dx[c] = madd(dl, w[v * width + c], dx[c]);
-                dw[v * width + c] = madd(dl, x[c], dw[v * width + c]);
+                if (dw) dw[v * width + c] = madd(dl, x[c], dw[v * width + c]);
             }
         }
     }
@@ -5756,7 +5953,48 @@ const T* weights(const Tape& tape, const Regions<T>& r, int weight) {
 }
 template <class T>
 T* weight_gradient(const Tape& tape, const Regions<T>& r, int weight) {
-    return weight == nothing ? nullptr : r.gradients + tape.weight(weight).offset;
+    return weight == nothing || tape.frozen ? nullptr : r.gradients + tape.weight(weight).offset;
+}
+// The same of one beside a linear op, whatever its number; h and its gradient, of the op.
+template <class T>
+struct LoraPlaces {
+    const T *a, *b;
+    T *da, *db, *h, *dh;
+    int64_t stride;  // of h
+    LoraPlaces(const Tape& tape, const Regions<T>& r, const Op& op, int number) {
+        const Lora& lora = tape.loras[static_cast<size_t>(op.lora + number)];
+        const auto offset = [&](int index) { return tape.adapter[static_cast<size_t>(index)].weight.offset; };
+        a = r.adapter + offset(lora.a), b = r.adapter + offset(lora.b);
+        da = tape.frozen ? r.gradients + offset(lora.a) : nullptr, db = tape.frozen ? r.gradients + offset(lora.b) : nullptr;
+        h = (op.low == nothing ? r.low : values(tape, r, op.low)) + number * tape.rank;
+        dh = tape.frozen ? gradient(tape, r, op.low) + number * tape.rank : nullptr;
+        stride = static_cast<int64_t>(op.loras) * tape.rank;
+    }
+};
+
+template <class T>
+void plain_linear_forward(const Tape& tape, const Regions<T>& r, const Op& op, int rows) {
+    const T *x = values(tape, r, op.x), *w = weights(tape, r, op.w), *b = weights(tape, r, op.b);
+    T *y = values(tape, r, op.y), *before = values(tape, r, op.aux);
+    if (op.loras == 0) return linear_forward(y, before, x, w, b, rows, op.in, op.out, tape.output_rows, op.activation);
+    if (!before) before = y;
+    linear_forward<T>(before, nullptr, x, w, b, rows, op.in, op.out, tape.output_rows, Activation::none);
+    for (int i = 0; i < op.loras; ++i) {
+        const LoraPlaces<T> l(tape, r, op, i);
+        const Lora& lora = tape.loras[static_cast<size_t>(op.lora + i)];
+        lora_forward(before + lora.first, l.h, x, l.a, l.b, rows, op.in, lora.outputs, tape.rank, op.out, l.stride,
+                     static_cast<T>(tape.lora_scale));
+    }
+    for (int64_t i = 0; i < static_cast<int64_t>(rows) * op.out; ++i) y[i] = activate(before[i], op.activation);
+}
+template <class T>
+void plain_lora_backward(const Tape& tape, const Regions<T>& r, const Op& op, int rows) {
+    for (int i = 0; i < op.loras; ++i) {
+        const LoraPlaces<T> l(tape, r, op, i);
+        const Lora& lora = tape.loras[static_cast<size_t>(op.lora + i)];
+        lora_backward<T>(gradient(tape, r, op.x), l.da, l.db, l.dh, gradient(tape, r, op.y) + lora.first, l.h, values(tape, r, op.x), l.a,
+                         l.b, rows, op.in, lora.outputs, tape.rank, op.out, l.stride, static_cast<T>(tape.lora_scale));
+    }
 }
 
 template <class T>
@@ -5778,7 +6016,7 @@ void plain_op_forward(const Tape& tape, const Regions<T>& r, const Run& run, int
         case OpKind::waves:
             return add_waves(y, tape.waves.items, in.sequences, op.in, false);
         case OpKind::linear:
-            return linear_forward(y, aux, x, w, b, in.rows, op.in, op.out, tape.output_rows, op.activation);
+            return plain_linear_forward(tape, r, op, in.rows);
         case OpKind::gate:
             return gate_forward(y, x, in.rows, op.out, op.activation);
         case OpKind::rope:
@@ -5819,6 +6057,7 @@ void plain_op_backward(const Tape& tape, const Regions<T>& r, const Run& run, in
     const T *x = values(tape, r, op.x), *aux = values(tape, r, op.aux), *w = weights(tape, r, op.w), *b = weights(tape, r, op.b);
     T *dx = gradient(tape, r, op.x), *dy = gradient(tape, r, op.y), *dw = weight_gradient(tape, r, op.w),
       *db = weight_gradient(tape, r, op.b);
+    if (!tape.runs_backward(op)) return;
     if (op.remakes != nothing) plain_remake(tape, r, run, op.remakes);
     switch (op.kind) {
         case OpKind::embedding:
@@ -5831,7 +6070,8 @@ void plain_op_backward(const Tape& tape, const Regions<T>& r, const Run& run, in
         case OpKind::waves:
             return add_waves(dx, tape.waves.items, in.sequences, op.in, true);
         case OpKind::linear:
-            return linear_backward(dx, dw, db, dy, aux, x, w, in.rows, op.in, op.out, tape.output_rows, op.activation, op.adds_to_dx);
+            linear_backward(dx, dw, db, dy, aux, x, w, in.rows, op.in, op.out, tape.output_rows, op.activation, op.adds_to_dx);
+            return plain_lora_backward(tape, r, op, in.rows);
         case OpKind::gate:
             return gate_backward(dx, dy, x, in.rows, op.out, op.activation, op.adds_to_dx);
         case OpKind::rope:
@@ -6075,7 +6315,7 @@ const BackendFunctions* find_backend(const Runtime& runtime);  // null: not buil
 
 // How many partial sums square_sum needs.
 inline int64_t square_blocks(const Tape& tape) {
-    return (tape.weight_block + square_block - 1) / square_block + static_cast<int64_t>(tape.weights.count);
+    return (tape.learnt_block() + square_block - 1) / square_block + static_cast<int64_t>(tape.learnt().size);
 }
 
 template <class T>
@@ -6088,7 +6328,7 @@ void fold_lookup_gradients(const Tape& tape, const Regions<T>& r) {
 inline double plain_square_sum(Runtime&, const Tape& tape, const Regions<float>& r, double*) {
     fold_lookup_gradients(tape, r);
     double total = 0;
-    for (const WeightPlan& plan : tape.weights) {
+    for (const WeightPlan& plan : tape.learnt()) {
         const int64_t size = plan.weight.rows * plan.weight.cols;
         for (int64_t i = 0; i < size; i += square_block)
             total += sum_of_squares(r.gradients + plan.weight.offset + i, static_cast<int>(least(square_block, size - i)));
@@ -6096,14 +6336,14 @@ inline double plain_square_sum(Runtime&, const Tape& tape, const Regions<float>&
     return total;
 }
 inline void plain_update(Runtime&, const Tape& tape, const Regions<float>& r, float* w, float* m, float* v, const UpdateRule& rule) {
-    for (const WeightPlan& plan : tape.weights) {
+    for (const WeightPlan& plan : tape.learnt()) {
         const int64_t at = plan.weight.offset, size = plan.weight.rows * plan.weight.cols;
         if (rule.uses_muon && plan.matrices) {
             muon_momentum(w + at, m + at, r.gradients + at, size, rule.muon);
             muon_steps(plan, w + at, r.gradients + at, rule.muon, r.activations, PlainProducts());
         } else adamw(w + at, m + at, v + at, r.gradients + at, size, rule.adam, plan.weight.decay);
     }
-    memset(r.gradients, 0, static_cast<size_t>(tape.weight_block) * sizeof(float));
+    memset(r.gradients, 0, static_cast<size_t>(tape.learnt_block()) * sizeof(float));
 }
 inline const BackendFunctions* plain_backend() {
     static constexpr BackendFunctions functions = {
@@ -6217,13 +6457,15 @@ Config complete(Config c) {
     return c;
 }
 
-// The tape of a config, planned for `rows` tokens of so many sequences at once (and as many sources).
-BABYGPT_RARE Status record(Tape& tape, const Config& config, int rows, bool training, double dropout, int sequences = 1) {
+// The tape of a config, planned for `rows` tokens of so many sequences at once (and as many sources), perhaps with an adapter.
+BABYGPT_RARE Status record(Tape& tape, const Config& config, int rows, bool training, double dropout, int sequences = 1,
+                           const AdapterConfig* adapter = nullptr) {
     const Config c = complete(config);
     tape.layers = c.layers, tape.width = c.width, tape.vocab = c.vocab, tape.context = c.context;
     tape.tied = c.tied, tape.training = training, tape.dropout = dropout;
     tape.epsilon = c.norm_epsilon, tape.rope_base = c.rope_base;
     record_transformer(tape, c);
+    if (adapter && !tape.no_memory) BABYGPT_TRY(tape.adapt(*adapter));
     return tape.plan(rows, rows > 0 && c.encoder_layers > 0 ? sequences * c.context : 0, rows > 0 ? sequences : 0);
 }
 
@@ -6468,6 +6710,145 @@ const Weight* Model::find(Text name) const {
     for (const Weight& weight : names)
         if (equal(name, Text(weight.name))) return &weight;
     return nullptr;
+}
+
+// ---- the adapter ---------------------------------------------------------------------------------------------------------
+
+struct AdapterState {
+    Array<Weight> names;
+    Array<char> targets;
+    Block weights;
+    Architecture architecture = Architecture::gpt2;  // of its model
+    explicit AdapterState(Runtime& runtime) : names(runtime), targets(runtime) {}
+};
+
+namespace {
+
+// The matrices of all layers.
+Text all_targets(const Config& c) {
+    if (c.architecture == Architecture::gpt2) return c.encoder_layers > 0 ? "c_attn,c_proj,c_fc,q_attn" : "c_attn,c_proj,c_fc";
+    return c.gated ? "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj" : "q_proj,k_proj,v_proj,o_proj,up_proj,down_proj";
+}
+
+// Each of the targets names a matrix.
+Status check_targets(const Tape& tape, Text targets) {
+    for (size_t at = 0; at <= targets.size;) {
+        size_t end = at;
+        while (end < targets.size && targets[end] != ',') ++end;
+        const Text target(targets.data + at, end - at);
+        bool found = false;
+        for (const WeightPlan& plan : tape.adapter) {
+            const Text name(plan.weight.name);
+            found = found || Tape::is_target(Text(name.data, name.size - Text(".lora_A.weight").size), target);
+        }
+        if (!found) return fail(Error::invalid_argument, "no matrix of the model's layers is called '", target, "'");
+        at = end + 1;
+    }
+    return Status();
+}
+
+// Is this what the tape's model can use?
+Status check_adapter(const Tape& tape, const Adapter& adapter) {
+    bool same = tape.adapter.count == adapter.names.size;
+    for (size_t i = 0; same && i < tape.adapter.count; ++i) {
+        const Weight &a = tape.adapter[i].weight, &b = adapter.names[i];
+        same = equal(Text(a.name), Text(b.name)) && a.rows == b.rows && a.cols == b.cols;
+    }
+    return same ? Status() : fail(Error::mismatch, "the adapter was made for a model of another shape");
+}
+
+Status check(const AdapterConfig& config) {
+    if (config.rank < 1 || config.rank > 65536)
+        return fail(Error::invalid_argument, "rank is ", config.rank, ", but must be from 1 to 65536");
+    if (!(config.alpha > 0) || !is_finite(config.alpha))
+        return fail(Error::invalid_argument, "alpha is ", config.alpha, ", but must be above 0");
+    return Status();
+}
+
+// Memory for its weights, all zero, and their names.
+BABYGPT_RARE Status allocate_adapter(Runtime& runtime, const Model& model, const AdapterConfig& config, Adapter& adapter) {
+    adapter = Adapter();
+    if (!model.weights) return fail(Error::invalid_argument, "the model is empty: create or load it first");
+    BABYGPT_TRY(check(config));
+    AdapterState* const state = create<AdapterState>(runtime, runtime);
+    if (!state) return out_of_memory(sizeof(AdapterState));
+    adapter.runtime = &runtime, adapter.state = state;
+    if (!append(state->targets, config.targets.size > 0 ? config.targets : all_targets(model.config))) return out_of_memory(64);
+    adapter.config = config, adapter.config.targets = view(state->targets);
+    state->architecture = model.config.architecture;
+    Tape tape(runtime);
+    BABYGPT_TRY(record(tape, model.config, 0, false, 0, 1, &adapter.config));
+    BABYGPT_TRY(check_targets(tape, adapter.config.targets));
+    for (const WeightPlan& plan : tape.adapter)
+        if (!state->names.push(plan.weight)) return out_of_memory(sizeof(Weight));
+    size_t bytes;
+    if (!product(tape.adapter_block, sizeof(float), bytes) || !state->weights.take(runtime, bytes, true))
+        return out_of_memory(static_cast<uint64_t>(tape.adapter_block) * sizeof(float));
+    adapter.weights = reinterpret_cast<float*>(state->weights.memory);
+    adapter.parameters = tape.adapter_parameters, adapter.block = tape.adapter_block;
+    adapter.names = Span<Weight>(state->names.items, state->names.count);
+    adapter.version = 1;
+    return Status();
+}
+
+}  // namespace
+
+Adapter::Adapter(Adapter&& other) noexcept { *this = static_cast<Adapter&&>(other); }
+Adapter& Adapter::operator=(Adapter&& other) noexcept {
+    if (this == &other) return *this;
+    if (state) destroy(*runtime, state);
+    config = other.config, weights = other.weights, parameters = other.parameters, block = other.block, names = other.names;
+    version = other.version, runtime = other.runtime, state = other.state;
+    other.weights = nullptr, other.state = nullptr, other.names = Span<Weight>(), other.config = AdapterConfig();
+    other.parameters = other.block = 0;
+    return *this;
+}
+Adapter::~Adapter() {
+    if (state) destroy(*runtime, state);
+}
+
+// A: uniform up to 1 / sqrt(in), as PEFT has it. B: 0.
+Status Adapter::create(Runtime& from, const Model& model, const AdapterConfig& wanted, uint64_t seed) {
+    const FloatMode mode;
+    Adapter made;
+    BABYGPT_TRY(allocate_adapter(from, model, wanted, made));
+    for (size_t t = 0; t < made.names.size; t += 2) {
+        const Weight& a = made.names[t];
+        const uint64_t key = random_key(seed, 1, random_weights, t);
+        const double most_of_it = 1 / root(static_cast<double>(a.cols));
+        for (int64_t i = 0; i < a.rows * a.cols; ++i)
+            made.weights[a.offset + i] = static_cast<float>((2 * random_uniform(key, static_cast<uint64_t>(i)) - 1) * most_of_it);
+    }
+    *this = static_cast<Adapter&&>(made);
+    return Status();
+}
+
+Status merge(Model& model, const Adapter& adapter) {
+    const FloatMode mode;
+    if (!model.weights || !adapter.weights) return fail(Error::invalid_argument, "an empty model or adapter cannot be merged");
+    Tape tape(*model.runtime);
+    BABYGPT_TRY(record(tape, model.config, 0, false, 0, 1, &adapter.config));
+    BABYGPT_TRY(check_adapter(tape, adapter));
+    const double scale = adapter.config.alpha / adapter.config.rank;
+    const bool output_rows = tape.output_rows;
+    for (const Op& op : tape.ops)
+        for (int n = 0; n < op.loras; ++n) {
+            const Lora& lora = tape.loras[static_cast<size_t>(op.lora + n)];
+            const auto matrix = [&](int index) { return adapter.weights + tape.adapter[static_cast<size_t>(index)].weight.offset; };
+            const float *a = matrix(lora.a), *b = matrix(lora.b);
+            float* w = model.weights + tape.weight(op.w).offset + (output_rows ? static_cast<int64_t>(lora.first) * op.in : lora.first);
+            for (int64_t o = 0; o < lora.outputs; ++o)
+                for (int64_t i = 0; i < op.in; ++i) {
+                    double sum = 0;
+                    for (int64_t k = 0; k < tape.rank; ++k)
+                        sum += static_cast<double>(b[o * tape.rank + k]) * static_cast<double>(a[k * op.in + i]);
+                    float& to = w[output_rows ? o * op.in + i : i * op.out + o];
+                    to = static_cast<float>(static_cast<double>(to) + scale * sum);
+                }
+        }
+    model.config.dtype = Dtype::f32;
+    ++model.version;
+    return Status();
 }
 
 Status Model::set_chat(Text user_turn, Text reply_turn, bool plain_words) {
@@ -7959,6 +8340,7 @@ double Trainer::learning_rate(int64_t step) const {
 struct TrainerState {
     Tape tape;
     Block memory;
+    Model* trained = nullptr;  // null: the adapter is
     const BackendFunctions* backend = nullptr;
     Regions<float> regions;
     int32_t *ids = nullptr, *targets = nullptr, *source_ids = nullptr;  // [batch * context] of one micro-batch
@@ -7991,13 +8373,14 @@ inline void lay_out(Layout& layout, TrainerState& s, Trainer* trainer, const Con
     const Tape& tape = s.tape;
     const int64_t rows = tape.rows_on(Side::text), sources = tape.rows_on(Side::source);
     if (trainer) {
-        trainer->gradients = layout.take<float>(tape.weight_block);
-        trainer->moment1 = layout.take<float>(tape.weight_block);
-        trainer->moment2 = layout.take<float>(tape.weight_block);
+        trainer->gradients = layout.take<float>(tape.learnt_block());
+        trainer->moment1 = layout.take<float>(tape.learnt_block());
+        trainer->moment2 = layout.take<float>(tape.learnt_block());
         s.regions.gradients = trainer->gradients;
         s.regions.lookup_gradients = layout.take<float>(tape.lookup_block());
     }
     s.regions.activations = layout.take<float>(tape.activation_block);
+    s.regions.low = layout.take<float>(tape.low_block());
     s.regions.scratch = layout.take<float>(s.backend->scratch(tape, threads));
     s.regions.threads = threads;
     s.regions.losses = layout.take<double>(rows);
@@ -8015,7 +8398,8 @@ inline void lay_out(Layout& layout, TrainerState& s, Trainer* trainer, const Con
 // Bytes that a tape's own records take.
 inline uint64_t record_bytes(const Tape& tape) {
     return tape.tensors.capacity * sizeof(Tensor) + tape.ops.capacity * sizeof(Op) + tape.weights.capacity * sizeof(WeightPlan) +
-           tape.names.capacity * sizeof(Weight) + tape.waves.capacity * sizeof(float);
+           tape.names.capacity * sizeof(Weight) + tape.waves.capacity * sizeof(float) + tape.adapter.capacity * sizeof(WeightPlan) +
+           tape.loras.capacity * sizeof(Lora);
 }
 
 Status check_batch(int batch, int context) {
@@ -8072,7 +8456,9 @@ Status check_data(const Config& c, const Data& data) {
 
 Status no_trainer() { return fail(Error::invalid_argument, "the trainer is empty: create it first"); }
 
-Status fill(Trainer& trainer, Runtime& from, const Model& of, const TrainConfig& wanted) {
+Status fill(Trainer& trainer, Runtime& from, const Model& of, Adapter* adapter, const TrainConfig& wanted) {
+    if (adapter && !adapter->weights) return fail(Error::invalid_argument, "the adapter is empty: create or load it first");
+    if (adapter && wanted.optimizer != Optimizer::adamw) return fail(Error::invalid_argument, "an adapter learns by adamw, not by muon");
     if (!of.weights) return fail(Error::invalid_argument, "the model is empty: create or load it first");
     BABYGPT_TRY(check(wanted, of.config.context));
     TrainConfig& config = trainer.config;
@@ -8086,7 +8472,10 @@ Status fill(Trainer& trainer, Runtime& from, const Model& of, const TrainConfig&
     TrainerState* const state = trainer.state = create<TrainerState>(from, from);
     if (!state) return out_of_memory(sizeof(TrainerState));
     state->backend = backend;
-    BABYGPT_TRY(record(state->tape, of.config, config.batch * of.config.context, true, config.dropout, config.batch));
+    state->tape.frozen = adapter != nullptr;
+    BABYGPT_TRY(record(state->tape, of.config, config.batch * of.config.context, true, config.dropout, config.batch,
+                       adapter ? &adapter->config : nullptr));
+    if (adapter) BABYGPT_TRY(check_adapter(state->tape, *adapter));
     Layout layout;
     lay_out(layout, *state, &trainer, of.config, config.batch, from.thread_count());
     if (!state->memory.take(from, layout.bytes, true)) return out_of_memory(layout.bytes);
@@ -8095,13 +8484,27 @@ Status fill(Trainer& trainer, Runtime& from, const Model& of, const TrainConfig&
     return Status();
 }
 
+Status start(Trainer& t, Runtime& from, const Model& of, Adapter* adapter, const TrainConfig& wanted, Data& data, Data* held_out) {
+    t = Trainer();
+    Status status = fill(t, from, of, adapter, wanted);
+    if (status.ok()) status = check_data(of.config, data);
+    if (status.ok() && held_out && held_out->evaluation_windows(of.config.context) == 0)
+        status = fail(Error::invalid_argument, "the validation data has fewer than two tokens: leave it out or give more text");
+    if (!status.ok()) return t = Trainer(), status;
+    t.model = &of, t.adapter = adapter;
+    t.training = &data, t.validation = held_out;
+    start_pool(from);
+    return status;
+}
+
 }  // namespace
 
 Trainer::Trainer(Trainer&& other) noexcept { *this = static_cast<Trainer&&>(other); }
 Trainer& Trainer::operator=(Trainer&& other) noexcept {
     if (this == &other) return *this;
     if (state) destroy(*runtime, state);
-    config = other.config, model = other.model, training = other.training, validation = other.validation, step_count = other.step_count;
+    config = other.config, model = other.model, adapter = other.adapter, training = other.training, validation = other.validation;
+    step_count = other.step_count;
     best_validation_loss = other.best_validation_loss, best_step = other.best_step, bad_evaluations = other.bad_evaluations;
     gradients = other.gradients, moment1 = other.moment1, moment2 = other.moment2, runtime = other.runtime, state = other.state;
     other.state = nullptr;
@@ -8112,23 +8515,13 @@ Trainer::~Trainer() {
     if (state) destroy(*runtime, state);
 }
 
+Status Trainer::create(Runtime& from, const Model& of, Adapter& learner, const TrainConfig& wanted, Data& data, Data* held_out) {
+    return start(*this, from, of, &learner, wanted, data, held_out);
+}
 Status Trainer::create(Runtime& from, Model& of, const TrainConfig& wanted, Data& data, Data* held_out) {
-    *this = Trainer();
-    Status status = fill(*this, from, of, wanted);
-    if (status.ok()) status = check_data(of.config, data);
-    if (!status.ok()) {
-        *this = Trainer();
-        return status;
-    }
-    model = &of;
+    BABYGPT_TRY(start(*this, from, of, nullptr, wanted, data, held_out));
+    state->trained = &of;
     of.config.dtype = Dtype::f32;
-    training = &data;
-    validation = held_out;
-    if (held_out && held_out->evaluation_windows(of.config.context) == 0) {
-        *this = Trainer();
-        return fail(Error::invalid_argument, "the validation data has fewer than two tokens: leave it out or give more text");
-    }
-    start_pool(from);
     return Status();
 }
 
@@ -8247,12 +8640,13 @@ Status update(Trainer& t, const Given& given, StepResult& result) {
     const double start = seconds_now();
     TrainerState& s = *t.state;
     s.regions.weights = t.model->weights;
+    s.regions.adapter = t.adapter ? t.adapter->weights : nullptr;
     double loss = 0, weight = 0;
     uint64_t first_row[3] = {};
     for (int micro = 0; micro < t.config.accumulate; ++micro) {
         const Status status = fill_batch(t, given, micro);
         if (!status.ok()) {  // nothing may be left of the micro-batches before
-            memset(t.gradients, 0, static_cast<size_t>(s.tape.weight_block) * sizeof(float));
+            memset(t.gradients, 0, static_cast<size_t>(s.tape.learnt_block()) * sizeof(float));
             memset(s.regions.lookup_gradients, 0, static_cast<size_t>(s.tape.lookup_block()) * sizeof(float));
             return status;
         }
@@ -8280,7 +8674,7 @@ Status update(Trainer& t, const Given& given, StepResult& result) {
     result.grad_norm = norm;
     result.skipped = !is_finite(loss) || !is_finite(norm);
     const int64_t number = t.step_count + 1;
-    if (result.skipped) memset(t.gradients, 0, static_cast<size_t>(s.tape.weight_block) * sizeof(float));
+    if (result.skipped) memset(t.gradients, 0, static_cast<size_t>(s.tape.learnt_block()) * sizeof(float));
     else {
         const TrainConfig& c = t.config;
         const double clipping = c.clip > 0 && norm > c.clip ? c.clip / norm : 1;
@@ -8300,8 +8694,8 @@ Status update(Trainer& t, const Given& given, StepResult& result) {
         rule.muon.momentum = static_cast<float>(momentum), rule.muon.one_minus_momentum = static_cast<float>(1 - momentum);
         rule.muon.step_size = static_cast<float>(muon_lr);
         rule.muon.keep = static_cast<float>(1 - muon_lr * c.weight_decay);
-        s.backend->update(*t.runtime, s.tape, s.regions, t.model->weights, t.moment1, t.moment2, rule);
-        ++t.model->version;
+        s.backend->update(*t.runtime, s.tape, s.regions, t.adapter ? t.adapter->weights : s.trained->weights, t.moment1, t.moment2, rule);
+        ++(t.adapter ? t.adapter->version : s.trained->version);
     }
     result.step = t.step_count = number;
     const double rows = static_cast<double>(first_row[0] + first_row[1]);  // of text and source
@@ -8361,12 +8755,13 @@ struct Sums {  // what an evaluation is made of
 };
 
 template <class GoOn>
-Status evaluate_windows(Runtime& runtime, TrainerState& s, const Model& model, int batch, Data& data, Evaluation& result,
-                        const GoOn& go_on) {
+Status evaluate_windows(Runtime& runtime, TrainerState& s, const Model& model, const Adapter* adapter, int batch, Data& data,
+                        Evaluation& result, const GoOn& go_on) {
     const FloatMode mode;
     const int context = model.config.context;
     const uint64_t windows = data.evaluation_windows(context);
     s.regions.weights = model.weights;
+    s.regions.adapter = adapter ? adapter->weights : nullptr;
     BABYGPT_TRY(check_data(model.config, data));
     result = Evaluation();
     Sums sums;
@@ -8395,11 +8790,11 @@ Status evaluate_windows(Runtime& runtime, TrainerState& s, const Model& model, i
 
 Status Trainer::evaluate(Data& data, Evaluation& result) {
     if (!state) return no_trainer();
-    return evaluate_windows(*runtime, *state, *model, config.batch, data, result, [](double) { return true; });
+    return evaluate_windows(*runtime, *state, *model, adapter, config.batch, data, result, [](double) { return true; });
 }
 
 Status evaluate(Runtime& runtime, const Model& model, Data& data, Evaluation& result, int batch, bool (*progress)(void* user, double done),
-                void* user) {
+                void* user, const Adapter* adapter) {
     const BackendFunctions* backend;
     BABYGPT_TRY(backend_for(runtime, backend));
     TrainConfig config;
@@ -8407,14 +8802,17 @@ Status evaluate(Runtime& runtime, const Model& model, Data& data, Evaluation& re
     BABYGPT_TRY(check(config, model.config.context));
     TrainerState state(runtime);
     state.backend = backend;
-    BABYGPT_TRY(record(state.tape, model.config, batch * model.config.context, false, 0, batch));
+    if (adapter && !adapter->weights) return fail(Error::invalid_argument, "the adapter is empty: create or load it first");
+    BABYGPT_TRY(record(state.tape, model.config, batch * model.config.context, false, 0, batch, adapter ? &adapter->config : nullptr));
+    if (adapter) BABYGPT_TRY(check_adapter(state.tape, *adapter));
     Layout layout;
     lay_out(layout, state, nullptr, model.config, batch, runtime.thread_count());
     if (!state.memory.take(runtime, layout.bytes, true)) return out_of_memory(layout.bytes);
     layout = Layout{state.memory.memory, 0};
     lay_out(layout, state, nullptr, model.config, batch, runtime.thread_count());
     start_pool(runtime);
-    return evaluate_windows(runtime, state, model, batch, data, result, [=](double done) { return !progress || progress(user, done); });
+    return evaluate_windows(runtime, state, model, adapter, batch, data, result,
+                            [=](double done) { return !progress || progress(user, done); });
 }
 
 BABYGPT_RARE Status evaluate(Runtime& runtime, const Ngram& model, Data& data, Evaluation& result) {
@@ -8459,7 +8857,7 @@ Status Trainer::run(const RunConfig& how, RunResult& result) {
     // The model to use is the best by validation, or, where nothing is validated, the last. It is written before the state that goes beyond it.
     const auto save_all = [&]() {
         if (!saves) return Status();
-        if (best_step < 0) BABYGPT_TRY(model->save(how.out));
+        if (best_step < 0) BABYGPT_TRY(adapter ? adapter->save(how.out) : model->save(how.out));
         return save(view(resume));
     };
     result = RunResult();
@@ -8490,7 +8888,7 @@ Status Trainer::run(const RunConfig& how, RunResult& result) {
             ++bad_evaluations;
             if (progress.best) {
                 best_validation_loss = evaluation.loss, best_step = step_count, bad_evaluations = 0;
-                if (saves) BABYGPT_TRY(model->save(how.out));
+                if (saves) BABYGPT_TRY(adapter ? adapter->save(how.out) : model->save(how.out));
             }
         }
         result.stopped_early = config.patience > 0 && bad_evaluations >= config.patience;
@@ -8569,7 +8967,8 @@ struct SearchMemory {
 
 struct SessionState {
     Tape tape;
-    Block memory, kv_memory;
+    Block memory, kv_memory, low_memory;
+    const Adapter* adapter = nullptr;
     SearchMemory search{};
     const BackendFunctions* backend = nullptr;
     Regions<float> regions;
@@ -8728,6 +9127,20 @@ void have_read(Session& session, const int32_t* ids, int count) {
     s.line_open = ids[count - 1] != tokenizer.end_of_text && !(last.size > 0 && last[last.size - 1] == '\n');
 }
 
+void bind_weights(Session& session) {
+    SessionState& s = *session.state;
+    s.regions.weights = session.model->weights;
+    s.regions.adapter = s.adapter ? s.adapter->weights : nullptr;
+}
+// The encoder's run.
+void look_at_source(Session& session) {
+    SessionState& s = *session.state;
+    Run run;
+    run.source = Stream{s.source.length, Span<const Sequence>(&s.source, 1), s.source_ids};
+    bind_weights(session);
+    s.backend->forward(*session.runtime, s.tape, s.regions, run);
+}
+
 // Of a run that does not read the source, only looks at it.
 inline Stream seen_source(const SessionState& s) {
     Stream source;
@@ -8750,7 +9163,7 @@ void read_ids(Session& session, const int32_t* ids, int count, double* losses, i
             for (int i = 0; i < rows; ++i) s.targets[i] = done + i + 1 < count ? ids[done + i + 1] : after;
             run.targets = s.targets;
         }
-        s.regions.weights = session.model->weights;
+        bind_weights(session);
         s.backend->forward(*session.runtime, s.tape, s.regions, run);
         if (losses) memcpy(losses + done, s.regions.losses, static_cast<size_t>(rows) * sizeof(double));
         have_read(session, ids + done, rows);
@@ -8801,10 +9214,7 @@ BABYGPT_RARE Status Session::read_source(Span<const int32_t> ids) {
     reset();
     memcpy(state->source_ids, ids.data, ids.size * sizeof(int32_t));
     state->source = Sequence{0, static_cast<int>(ids.size), 0, nullptr};
-    Run run;
-    run.source = Stream{state->source.length, Span<const Sequence>(&state->source, 1), state->source_ids};
-    state->regions.weights = model->weights;
-    state->backend->forward(*runtime, state->tape, state->regions, run);
+    look_at_source(*this);
     return Status();
 }
 BABYGPT_RARE Status Session::read_source(Text text) {
@@ -8815,6 +9225,34 @@ BABYGPT_RARE Status Session::read_source(Text text) {
     BABYGPT_TRY(tokenizer.encode(text, ids));
     if (tokenizer.end_of_text >= 0 && !ids.push(tokenizer.end_of_text)) return out_of_memory(sizeof(int32_t));
     return read_source(Span<const int32_t>(ids.items, ids.count));
+}
+Status Session::use(const Adapter* adapter, bool keep_cache) {
+    BABYGPT_TRY(check_session_ids(*this, Span<const int32_t>()));
+    const FloatMode mode;
+    SessionState& s = *state;
+    if (adapter && !adapter->weights) return fail(Error::invalid_argument, "the adapter is empty: create or load it first");
+    const auto put = [&](const Adapter* wanted) {
+        s.tape.unadapt();
+        s.adapter = nullptr;
+        if (!wanted) return Status();
+        BABYGPT_TRY(s.tape.adapt(wanted->config));
+        BABYGPT_TRY(check_adapter(s.tape, *wanted));
+        const uint64_t bytes = static_cast<uint64_t>(s.tape.low_block()) * sizeof(float);
+        if (s.low_memory.bytes < bytes && !s.low_memory.take(*runtime, bytes, true)) return out_of_memory(bytes);
+        s.regions.low = reinterpret_cast<float*>(s.low_memory.memory);
+        s.adapter = wanted;
+        return Status();
+    };
+    const Adapter* const before = s.adapter;
+    const Status status = put(adapter);
+    if (!status.ok()) return (void)put(before), status;  // as before, or, where there is no memory even for that, without one
+    if (keep_cache || (position == 0 && s.source.length == 0)) return Status();
+    BABYGPT_TRY(pack_weights(*runtime, *model, s.tape, *s.backend, s.regions.packed));
+    if (s.source.length > 0) look_at_source(*this);
+    const int count = position;
+    position = 0;
+    if (count > 0) read_ids(*this, s.history, count, nullptr, -1);
+    return Status();
 }
 
 Status Session::feed(Span<const int32_t> ids) {
@@ -9102,6 +9540,7 @@ Status next(Span<Session* const> sessions, Span<const SampleConfig> configs, int
         for (; i + static_cast<size_t>(count) < sessions.size && count < least(most_at_once, s.chunk); ++count) {
             const size_t k = i + static_cast<size_t>(count);
             Session& session = *sessions[k];
+            if (session.state->adapter != s.adapter) break;  // its turn comes in the next pass
             status = draw_token(session, configs[configs.size == 1 ? 0 : k], Text(), ids[k], nullptr);
             if (!status.ok()) break;  // those before still read what they have said
             make_room(session, 1);
@@ -9112,7 +9551,7 @@ Status next(Span<Session* const> sessions, Span<const SampleConfig> configs, int
         run.rows = count;
         run.sequences = Span<const Sequence>(sequences, static_cast<size_t>(count));
         run.ids = ids + i;
-        s.regions.weights = first.model->weights;
+        bind_weights(first);
         s.backend->forward(*first.runtime, s.tape, s.regions, run);
         for (int k = 0; k < count; ++k, ++i) have_read(*sessions[i], ids + i, 1);
     }
@@ -9532,7 +9971,7 @@ struct SessionSearch {
             run.sequences = Span<const Sequence>(sequences, static_cast<size_t>(n));
             run.source = seen_source(s);
             run.ids = m.ids + first;
-            s.regions.weights = session.model->weights;
+            bind_weights(session);
             s.backend->forward(*session.runtime, s.tape, s.regions, run);
         }
     }
@@ -9653,7 +10092,7 @@ Status Session::attention(int layer, Array<float>& probabilities) {
     if (position == 0) return fail(Error::invalid_argument, "nothing has been read yet");
     // A tape planned as for training keeps queries, keys and softmax sums.
     Tape tape(*runtime);
-    BABYGPT_TRY(record(tape, model->config, position, true, 0));
+    BABYGPT_TRY(record(tape, model->config, position, true, 0, 1, state->adapter ? &state->adapter->config : nullptr));
     Layout layout;
     Regions<float> r;
     Block memory;
@@ -9671,7 +10110,7 @@ Status Session::attention(int layer, Array<float>& probabilities) {
     run.ids = state->history;
     run.source = seen_source(*state);
     run.source.rows = state->source.length, run.source.ids = state->source_ids;
-    r.weights = model->weights;
+    r.weights = model->weights, r.adapter = state->adapter ? state->adapter->weights : nullptr;
     state->backend->forward(*runtime, tape, r, run);
     for (const Op& op : tape.ops) {
         if (op.kind != OpKind::attention || op.layer != layer || op.side != Side::text || op.sight == Sight::source) continue;
@@ -9698,20 +10137,37 @@ Status Session::attention(int layer, Array<float>& probabilities) {
 
 // ---- what things take ----------------------------------------------------------------------------------------------------
 
-BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, int batch, Memory& memory, double dropout) {
+BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, int batch, Memory& memory, double dropout,
+                                  const AdapterConfig* beside) {
     memory = Memory();
     BABYGPT_TRY(check(config));
     BABYGPT_TRY(check_batch(batch, config.context));
+    AdapterConfig full = beside ? *beside : AdapterConfig();
+    const AdapterConfig* const adapter = beside ? &full : nullptr;
+    if (full.targets.size == 0) full.targets = all_targets(config);
+    BABYGPT_TRY(check(full));
     const BackendFunctions* backend;
     BABYGPT_TRY(backend_for(runtime, backend));
     const bool training = purpose == Purpose::training;
     int64_t weight_block;
-    {  // the model's own
+    uint64_t learnt;  // bytes of what is trained
+    {                 // the model's own, and the adapter's
         Tape tape(runtime);
-        BABYGPT_TRY(record(tape, config, 0, false, 0));
+        BABYGPT_TRY(record(tape, config, 0, false, 0, 1, adapter));
         weight_block = tape.weight_block;
         memory.weights = static_cast<uint64_t>(weight_block) * sizeof(float);
         memory.records = sizeof(ModelState) + tape.weights.capacity * sizeof(WeightPlan) + tape.names.capacity * sizeof(Weight);
+        learnt = memory.weights;
+        if (adapter) {
+            learnt = static_cast<uint64_t>(tape.adapter_block) * sizeof(float);
+            memory.weights += learnt;
+            Array<Weight> names(runtime);
+            Array<char> targets(runtime);
+            if (!append(targets, full.targets)) return out_of_memory(full.targets.size);
+            for (const WeightPlan& plan : tape.adapter)
+                if (!names.push(plan.weight)) return out_of_memory(sizeof(Weight));
+            memory.records += sizeof(AdapterState) + names.capacity * sizeof(Weight) + targets.capacity;
+        }
     }
     Layout layout;
     const auto activations = [&](const Tape& tape) {
@@ -9724,18 +10180,18 @@ BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpos
         TrainerState state(runtime);
         Trainer trainer;
         state.backend = backend;
-        BABYGPT_TRY(record(state.tape, config, batch * config.context, true, dropout, batch));
+        state.tape.frozen = adapter != nullptr;
+        BABYGPT_TRY(record(state.tape, config, batch * config.context, true, dropout, batch, adapter));
         lay_out(layout, state, &trainer, config, batch, runtime.thread_count());
-        memory.gradients =
-            memory.weights + round_up(static_cast<uint64_t>(state.tape.lookup_block()) * sizeof(float), uint64_t(cache_line));
-        memory.moments = 2 * memory.weights;
+        memory.gradients = learnt + round_up(static_cast<uint64_t>(state.tape.lookup_block()) * sizeof(float), uint64_t(cache_line));
+        memory.moments = 2 * learnt;
         memory.activations = activations(state.tape);
         memory.scratch = scratch(state.tape);
         memory.records += sizeof(TrainerState) + record_bytes(state.tape);
     } else {
         SessionState state(runtime);
         state.backend = backend;
-        BABYGPT_TRY(record(state.tape, config, chunk_rows(config), false, 0));
+        BABYGPT_TRY(record(state.tape, config, chunk_rows(config), false, 0, 1, adapter));
         lay_out(layout, state, runtime.thread_count(), longest_stop);
         memory.weights += static_cast<uint64_t>(backend->packed(state.tape)) * sizeof(float);
         memory.activations = activations(state.tape);
@@ -9743,6 +10199,7 @@ BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpos
         memory.kv = pages_bytes(state.tape, context_pages(config.context));
         memory.records += sizeof(SessionState) + record_bytes(state.tape);
         layout.bytes *= static_cast<size_t>(batch);  // `batch` sessions of one model
+        memory.records += static_cast<uint64_t>(batch) * static_cast<uint64_t>(state.tape.low_block()) * sizeof(float);
         memory.activations *= static_cast<uint64_t>(batch), memory.scratch *= static_cast<uint64_t>(batch),
             memory.kv *= static_cast<uint64_t>(batch);
     }
@@ -9797,6 +10254,11 @@ BABYGPT_RARE Status summary(Runtime& runtime, const Config& config, int batch, A
 //     babygpt.tokenizer        a tokenizer.json; absent where there is none
 //     babygpt.chat             {"user_turn": ..., "reply_turn": ..., "plain_words": false}; absent where there is none
 //     babygpt.training         {"config": TrainConfig, "state": ...}: only in a resume file, beside the tensors moment1.* and moment2.*
+//
+// An adapter is such a file of its own, with PEFT's names: "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight". In the place of
+// config, tokenizer and chat stands
+//
+//     babygpt.adapter          what PEFT writes into adapter_config.json
 //
 // In this order: values as JSON, reading a header, checking it against its config, other people's files, writing, then Model's and Trainer's
 // calls.
@@ -10492,6 +10954,8 @@ Status open_checkpoint(Runtime& runtime, Checkpoint& c, bool moments) {
     Array<char> version(runtime), text(runtime);
     BABYGPT_TRY(read_metadata(runtime, c, "babygpt.format_version", version));
     BABYGPT_TRY(read_metadata(runtime, c, "babygpt.config", text));
+    if (find_by_name(c.metadata, "babygpt.adapter"))
+        return fail(Error::unsupported, "'", name, "' is an adapter: load the model that it stands beside");
     const char* missing = version.count == 0 ? "babygpt.format_version" : text.count == 0 ? "babygpt.config" : nullptr;
     if (missing)
         return fail(Error::unsupported, "'", name, "' is a safetensors file, but not one of babygpt: its metadata lack '", missing,
@@ -10858,31 +11322,12 @@ Status write_tensor(Runtime& runtime, const Weight& weight, const float* values,
     return scales.count ? write(scales.items, scales.count * sizeof(float)) : Status();
 }
 
-// The header, from the eight bytes of its length to its last space.
-BABYGPT_RARE Status build_header(const Model& model, Span<const Section> sections, Text training, Array<char>& to) {
-    Runtime& runtime = *model.runtime;
-    to = Array<char>(runtime);
-    Array<char> config(runtime), tokenizer(runtime), chat(runtime);
-    bool good = config.push('{') && append_config(config, model.config) && config.push('}');
-    if (model.tokenizer.kind != TokenizerKind::none) BABYGPT_TRY(model.tokenizer.save_memory(tokenizer));
-    if (!model.chat.empty()) {
-        good = good && chat.push('{') && append_member(chat, "user_turn", view(model.chat.user_turn));
-        good = good && append_member(chat, "reply_turn", view(model.chat.reply_turn));
-        good = good && append_member(chat, "plain_words", model.chat.plain_words) && chat.push('}');
-    }
-    good = good && to.resize(8) && append(to, "{\"__metadata__\":{\"format\":\"pt\"");
-    const bool ours = !sections[0].foreign;
-    if (ours) {
-        good = good && append_member(to, "babygpt.format_version", Text(Words(BABYGPT_FORMAT_VERSION)));
-        good = good && append_member(to, "babygpt.config", view(config));
-    }
-    if (tokenizer.count && ours) good = good && append_member(to, "babygpt.tokenizer", view(tokenizer));
-    if (chat.count && ours) good = good && append_member(to, "babygpt.chat", view(chat));
-    if (training.size) good = good && append_member(to, "babygpt.training", training);
-    good = good && to.push('}');
+// The end of a header: the tensors, and the length in its first eight bytes.
+BABYGPT_RARE Status finish_header(Span<const Section> sections, Span<const Weight> names, Array<char>& to) {
+    bool good = to.push('}');
     uint64_t offset = 0;
     for (const Section& section : sections)
-        for (const Weight& weight : model.names) {
+        for (const Weight& weight : names) {
             const auto entry = [&](const Weight& tensor, Stored type) {
                 const uint64_t bytes = static_cast<uint64_t>(tensor.rows * tensor.cols) * stored_size(type);
                 const bool bare = section.foreign && equal(Text(tensor.name), Text("lm_head.weight"));
@@ -10904,19 +11349,172 @@ BABYGPT_RARE Status build_header(const Model& model, Span<const Section> section
     return Status();
 }
 
+// The header, from the eight bytes of its length to its last space.
+BABYGPT_RARE Status build_header(const Model& model, Span<const Section> sections, Text training, Array<char>& to) {
+    Runtime& runtime = *model.runtime;
+    to = Array<char>(runtime);
+    Array<char> config(runtime), tokenizer(runtime), chat(runtime);
+    bool good = config.push('{') && append_config(config, model.config) && config.push('}');
+    if (model.tokenizer.kind != TokenizerKind::none) BABYGPT_TRY(model.tokenizer.save_memory(tokenizer));
+    if (!model.chat.empty()) {
+        good = good && chat.push('{') && append_member(chat, "user_turn", view(model.chat.user_turn));
+        good = good && append_member(chat, "reply_turn", view(model.chat.reply_turn));
+        good = good && append_member(chat, "plain_words", model.chat.plain_words) && chat.push('}');
+    }
+    good = good && to.resize(8) && append(to, "{\"__metadata__\":{\"format\":\"pt\"");
+    const bool ours = !sections[0].foreign;
+    if (ours) {
+        good = good && append_member(to, "babygpt.format_version", Text(Words(BABYGPT_FORMAT_VERSION)));
+        good = good && append_member(to, "babygpt.config", view(config));
+    }
+    if (tokenizer.count && ours) good = good && append_member(to, "babygpt.tokenizer", view(tokenizer));
+    if (chat.count && ours) good = good && append_member(to, "babygpt.chat", view(chat));
+    if (training.size) good = good && append_member(to, "babygpt.training", training);
+    return good ? finish_header(sections, model.names, to) : out_of_memory(to.count);
+}
+
+Status write_tensors(Runtime& runtime, Span<const Section> sections, Span<const Weight> names, const Array<char>& header, Text path) {
+    return write_atomically(runtime, path, [&](File& file) {
+        Status status = file.write(header.items, static_cast<int64_t>(header.count));
+        for (const Section& section : sections)
+            for (const Weight& weight : names)
+                if (status.ok())
+                    status = write_tensor(runtime, weight, section.values + weight.offset, section.of(weight),
+                                          [&](const void* bytes, size_t count) { return file.write(bytes, static_cast<int64_t>(count)); });
+        return status;
+    });
+}
 Status save_checkpoint(const Model& model, Span<const Section> sections, Text training, Text path) {
     if (!model.weights) return fail(Error::invalid_argument, "an empty model cannot be saved to '", path, "'");
     Array<char> header;
     BABYGPT_TRY(build_header(model, sections, training, header));
-    return write_atomically(*model.runtime, path, [&](File& file) {
-        Status status = file.write(header.items, static_cast<int64_t>(header.count));
-        for (const Section& section : sections)
-            for (const Weight& weight : model.names)
-                if (status.ok())
-                    status = write_tensor(*model.runtime, weight, section.values + weight.offset, section.of(weight),
-                                          [&](const void* bytes, size_t count) { return file.write(bytes, static_cast<int64_t>(count)); });
-        return status;
-    });
+    return write_tensors(*model.runtime, sections, model.names, header, path);
+}
+
+// ---- adapters --------------------------------------------------------------------------------------------------------
+
+// What stands before the names of an adapter's tensors.
+inline const char* peft_prefix(Architecture architecture) {
+    return architecture == Architecture::gpt2 ? "base_model.model.transformer." : "base_model.model.";
+}
+
+// PEFT's adapter_config.json.
+bool append_adapter_config(Array<char>& to, const Adapter& adapter) {
+    const AdapterConfig& c = adapter.config;
+    const bool gpt2 = adapter.state->architecture == Architecture::gpt2;
+    bool good = append(to, "{\"peft_type\":\"LORA\",\"task_type\":\"CAUSAL_LM\",\"base_model_name_or_path\":null,\"bias\":\"none\"");
+    good = good && append_member(to, "r", c.rank) && append_key(to, "lora_alpha") && append_shown(to, c.alpha);
+    good = good && append(to, ",\"lora_dropout\":0.0") && append_member(to, "fan_in_fan_out", gpt2);
+    good = good && append(to, ",\"inference_mode\":true,\"target_modules\":[");
+    for (size_t at = 0, end; good && at <= c.targets.size; at = end + 1) {
+        for (end = at; end < c.targets.size && c.targets[end] != ',';) ++end;
+        good = (at == 0 || to.push(',')) && append_json(to, Text(c.targets.data + at, end - at));
+    }
+    return good && append(to, "]}");
+}
+// targets: where those of `config` will lie.
+BABYGPT_RARE Status parse_adapter_config(Runtime& runtime, Text text, Text where, AdapterConfig& config, Array<char>& targets) {
+    Json json(runtime, text);
+    bool rank = false, alpha = false;
+    targets = Array<char>(runtime);
+    const auto none = [&](const char* problem) {  // null, false, or nothing in it
+        Text value;
+        const JsonType type = json.peek();
+        if (json.skip(value) && type != JsonType::null && !equal(value, "false") && !equal(value, "{}") && !equal(value, "[]"))
+            json.reject(problem);
+    };
+    for (json.enter_object(); json.next_key();) {
+        Text word;
+        if (json.key_is("r")) rank = read_value(json, config.rank);
+        else if (json.key_is("lora_alpha")) alpha = json.number(config.alpha);
+        else if (json.key_is("peft_type")) (void)(read_plain(json, word) && (equal(word, "LORA") || json.reject("only LORA is read")));
+        else if (json.key_is("bias")) (void)(read_plain(json, word) && (equal(word, "none") || json.reject("bias must be none")));
+        else if (json.key_is("target_modules")) {
+            if (json.peek() == JsonType::string) {
+                if (read_plain(json, word) && !equal(word, "all-linear")) json.reject("target_modules must be a list, or \"all-linear\"");
+                continue;
+            }
+            for (json.enter_array(); json.next_item();) {
+                if (!read_plain(json, word)) break;
+                if ((targets.count > 0 && !targets.push(',')) || !append(targets, word)) return out_of_memory(targets.count);
+            }
+        } else if (json.key_is("use_rslora")) none("use_rslora is not supported");
+        else if (json.key_is("use_dora")) none("use_dora is not supported");
+        else if (json.key_is("rank_pattern")) none("rank_pattern is not supported");
+        else if (json.key_is("alpha_pattern")) none("alpha_pattern is not supported");
+        else if (json.key_is("modules_to_save")) none("modules_to_save is not supported");
+        else if (json.key_is("layers_to_transform")) none("layers_to_transform is not supported");
+        else json.skip();
+    }
+    BABYGPT_TRY(json.finish(where));
+    config.targets = view(targets);
+    if (!rank || !alpha) return fail(Error::bad_file, "'", where, "' lacks '", rank ? "lora_alpha" : "r", "'");
+    const Status status = check(config);
+    return status.ok() ? status : fail(Error::bad_file, "'", where, "': ", Text(status.message));
+}
+
+// The header of an adapter's file.
+BABYGPT_RARE Status build_adapter_header(const Adapter& adapter, Span<const Section> sections, Text training, Array<char>& to) {
+    to = Array<char>(*adapter.runtime);
+    Array<char> config(*adapter.runtime);
+    bool good = append_adapter_config(config, adapter) && to.resize(8) && append(to, "{\"__metadata__\":{\"format\":\"pt\"");
+    good = good && append_member(to, "babygpt.format_version", Text(Words(BABYGPT_FORMAT_VERSION)));
+    good = good && append_member(to, "babygpt.adapter", view(config));
+    if (training.size) good = good && append_member(to, "babygpt.training", training);
+    return good ? finish_header(sections, adapter.names, to) : out_of_memory(to.count);
+}
+Status save_adapter(const Adapter& adapter, Span<const Section> sections, Text training, Text path) {
+    Array<char> header;
+    BABYGPT_TRY(build_adapter_header(adapter, sections, training, header));
+    return write_tensors(*adapter.runtime, sections, adapter.names, header, path);
+}
+
+// Are the file's tensors the adapter's, and no others but moments? prefix: what stands before their names.
+Status match_adapter(const Checkpoint& c, const Adapter& adapter, bool moments, const char*& prefix) {
+    prefix = peft_prefix(adapter.state->architecture);
+    const Words first(Text(prefix), Text(adapter.names[0].name));
+    if (!find_by_name(c.tensors, first)) prefix = "base_model.model.";  // of a model without a head
+    const StoredTensor *found, *scales;
+    for (const Weight& weight : adapter.names) {
+        BABYGPT_TRY(find_tensor(c, Text(prefix), weight, found, &scales));
+        if (moments) BABYGPT_TRY(find_tensor(c, "moment1.", weight, found, &scales));
+        if (moments) BABYGPT_TRY(find_tensor(c, "moment2.", weight, found, &scales));
+    }
+    for (const StoredTensor& tensor : c.tensors) {
+        const bool moment = starts_with(tensor.name, "moment1.") || starts_with(tensor.name, "moment2.");
+        if (!tensor.wanted && (moments || !moment))
+            return c.bad(" has a tensor '", Shown(tensor.name), "' of shape ", Shown(tensor.shown), ", which is none of the adapter's");
+    }
+    return Status();
+}
+
+// The adapter's config, which stands in the metadata.
+Status read_adapter_config(Runtime& runtime, Checkpoint& c, AdapterConfig& config, Array<char>& targets) {
+    Array<char> text(runtime);
+    BABYGPT_TRY(read_header(runtime, c));
+    BABYGPT_TRY(read_metadata(runtime, c, "babygpt.adapter", text));
+    if (text.count == 0) return c.bad(" is no adapter: its metadata lack 'babygpt.adapter'; of Hugging Face's PEFT, name the folder");
+    return parse_adapter_config(runtime, view(text), Words("babygpt.adapter of ", c.source.name), config, targets);
+}
+Status read_adapter(Runtime& runtime, const Checkpoint& c, const Model& model, const AdapterConfig& config, Adapter& result) {
+    Adapter adapter;
+    const char* prefix;
+    bool as_converted;
+    const Status status = allocate_adapter(runtime, model, config, adapter);
+    if (status.error == Error::invalid_argument) return c.bad(": ", Text(status.message));
+    BABYGPT_TRY(status);
+    BABYGPT_TRY(match_adapter(c, adapter, false, prefix));
+    BABYGPT_TRY(read_tensors(runtime, c, Text(prefix), adapter.names, adapter.weights, as_converted));
+    result = static_cast<Adapter&&>(adapter);
+    return Status();
+}
+Status load_adapter(Runtime& runtime, const Model& model, ByteSource& source, Adapter& result) {
+    Checkpoint c(runtime, source);
+    AdapterConfig config;
+    Array<char> targets(runtime);
+    if (!model.weights) return fail(Error::invalid_argument, "the adapter's model is empty: create or load it first");
+    BABYGPT_TRY(read_adapter_config(runtime, c, config, targets));
+    return read_adapter(runtime, c, model, config, result);
 }
 
 // ---- the state of training -------------------------------------------------------------------------------------------
@@ -10956,11 +11554,10 @@ Status parse_training(Runtime& runtime, const Checkpoint& c, TrainConfig& config
 }
 
 // Does the file go on with what this trainer was made for?
-Status check_resume(const Trainer& t, const Checkpoint& c, const TrainConfig& config, const TrainingState& there) {
+Status check_resume(const Trainer& t, const Checkpoint& c) {
     Runtime& runtime = *t.runtime;
     const Text name = c.source.name;
     BABYGPT_TRY(must_agree(runtime, name, c.config, t.model->config));
-    BABYGPT_TRY(must_agree(runtime, name, config, t.config));
     Array<char> stored(runtime), ours(runtime);
     BABYGPT_TRY(read_metadata(runtime, c, "babygpt.tokenizer", stored));
     if (t.model->tokenizer.kind != TokenizerKind::none) BABYGPT_TRY(t.model->tokenizer.save_memory(ours));
@@ -10976,6 +11573,10 @@ Status check_resume(const Trainer& t, const Checkpoint& c, const TrainConfig& co
     BABYGPT_TRY(same_turn("reply_turn", chat.reply_turn, t.model->chat.reply_turn));
     if (chat.plain_words != t.model->chat.plain_words)
         return fail(Error::mismatch, "the checkpoint was made ", chat.plain_words ? "with" : "without", " plain_words");
+    return Status();
+}
+Status check_resume(const Trainer& t, Text name, const TrainConfig& config, const TrainingState& there) {
+    BABYGPT_TRY(must_agree(*t.runtime, name, config, t.config));
     const auto same_data = [&](const char* what, uint64_t tokens, uint64_t fingerprint, uint64_t our_tokens, uint64_t our_fingerprint) {
         if (tokens == our_tokens && fingerprint == our_fingerprint) return Status();
         return fail(Error::mismatch, "'", name, "' was made with other ", what, " data: ", tokens, " tokens (fingerprint ", fingerprint,
@@ -11086,13 +11687,70 @@ Status Model::save_llama2c(Text path) const {
     });
 }
 
+Status Adapter::load(Runtime& from, const Model& model, Text path) {
+    const FloatMode mode;
+    const Path inside(path, "/adapter_config.json"), tensors(path, "/adapter_model.safetensors");  // is it a folder?
+    File file(from);
+    ByteSource source(file);
+    Array<char> json(from), targets(from);
+    if (inside.fits && tensors.fits && path.size) {
+        const Status status = read_file(from, Text(inside.text), json);
+        if (status.ok()) {
+            Checkpoint c(from, source);
+            AdapterConfig wanted;
+            if (!model.weights) return fail(Error::invalid_argument, "the adapter's model is empty: create or load it first");
+            BABYGPT_TRY(parse_adapter_config(from, view(json), Words("adapter_config.json of ", path), wanted, targets));
+            BABYGPT_TRY(source.open(Text(tensors.text)));
+            BABYGPT_TRY(read_header(from, c));
+            return read_adapter(from, c, model, wanted, *this);
+        }
+        if (status.error != Error::cannot_open) return status;
+    }
+    BABYGPT_TRY(source.open(path));
+    return load_adapter(from, model, source, *this);
+}
+Status Adapter::load_memory(Runtime& from, const Model& model, Text bytes) {
+    const FloatMode mode;
+    ByteSource source(bytes);
+    return load_adapter(from, model, source, *this);
+}
+Status Adapter::save(Text path) const {
+    if (!weights) return fail(Error::invalid_argument, "an empty adapter cannot be saved to '", path, "'");
+    const Section sections[] = {{peft_prefix(state->architecture), weights, Dtype::f32}};
+    return save_adapter(*this, sections, Text(), path);
+}
+Status Adapter::save_memory(Array<char>& bytes) const {
+    if (!weights) return fail(Error::invalid_argument, "an empty adapter cannot be saved");
+    const Section sections[] = {{peft_prefix(state->architecture), weights, Dtype::f32}};
+    BABYGPT_TRY(build_adapter_header(*this, Span<const Section>(sections), Text(), bytes));
+    for (const Weight& weight : names) {
+        const size_t size = static_cast<size_t>(weight.rows * weight.cols) * sizeof(float);
+        if (!bytes.append(reinterpret_cast<const char*>(weights + weight.offset), size)) return out_of_memory(bytes.count + size);
+    }
+    return Status();
+}
+BABYGPT_RARE Status Adapter::save_peft(Text folder) const {
+    if (!weights) return fail(Error::invalid_argument, "an empty adapter cannot be saved to '", folder, "'");
+    const Path path(folder, "/adapter_model.safetensors"), config_path(folder, "/adapter_config.json");
+    if (!path.fits || !config_path.fits) return fail(Error::cannot_write, "the path of the folder is too long");
+    Array<char> json(*runtime);
+    if (!append_adapter_config(json, *this) || !json.push('\n')) return out_of_memory(json.count);
+    BABYGPT_TRY(save(Text(path.text)));
+    return write_atomically(*runtime, Text(config_path.text),
+                            [&](File& file) { return file.write(json.items, static_cast<int64_t>(json.count)); });
+}
+
 Status Trainer::save(Text path) const {
     if (!model) return fail(Error::invalid_argument, "an empty trainer cannot be saved to '", path, "'");
     Array<char> training_json(*runtime);
     bool good = append(training_json, "{\"config\":{") && append_fields(training_json, config) && append(training_json, "},\"state\":{");
     good = good && append_fields(training_json, state_of(*this)) && append(training_json, "}}");
     if (!good) return out_of_memory(training_json.count);
-    const Section sections[] = {{"", model->weights, Dtype::f32}, {"moment1.", moment1, Dtype::f32}, {"moment2.", moment2, Dtype::f32}};
+    const Section sections[] = {
+        {adapter ? peft_prefix(model->config.architecture) : "", adapter ? adapter->weights : model->weights, Dtype::f32},
+        {"moment1.", moment1, Dtype::f32},
+        {"moment2.", moment2, Dtype::f32}};
+    if (adapter) return save_adapter(*adapter, sections, view(training_json), path);
     return save_checkpoint(*model, sections, view(training_json), path);
 }
 
@@ -11105,15 +11763,27 @@ Status Trainer::load(Text path) {
     Checkpoint c(*runtime, source);
     TrainConfig stored_config;
     TrainingState stored{};
-    BABYGPT_TRY(open_checkpoint(*runtime, c, true));
+    const char* prefix = "";
+    if (adapter) {
+        AdapterConfig there;
+        Array<char> targets(*runtime);
+        BABYGPT_TRY(read_adapter_config(*runtime, c, there, targets));
+        if (there.rank != adapter->config.rank || there.alpha != adapter->config.alpha || !equal(there.targets, adapter->config.targets))
+            return fail(Error::mismatch, "'", path, "' was made with rank ", there.rank, ", alpha ", there.alpha, " and the targets ",
+                        there.targets, ", but here they are ", adapter->config.rank, ", ", adapter->config.alpha, " and ",
+                        adapter->config.targets);
+        BABYGPT_TRY(match_adapter(c, *adapter, true, prefix));
+    } else BABYGPT_TRY(open_checkpoint(*runtime, c, true));
     BABYGPT_TRY(parse_training(*runtime, c, stored_config, stored));
-    BABYGPT_TRY(check_resume(*this, c, stored_config, stored));
+    if (!adapter) BABYGPT_TRY(check_resume(*this, c));
+    BABYGPT_TRY(check_resume(*this, c.source.name, stored_config, stored));
     // From here on the trainer changes.
-    ++model->version;
+    ++(adapter ? adapter->version : state->trained->version);
+    const Span<const Weight> names = adapter ? adapter->names : model->names;
     bool as_converted;
-    Status status = read_tensors(*runtime, c, "", model->names, model->weights, as_converted);
-    if (status.ok()) status = read_tensors(*runtime, c, "moment1.", model->names, moment1, as_converted);
-    if (status.ok()) status = read_tensors(*runtime, c, "moment2.", model->names, moment2, as_converted);
+    Status status = read_tensors(*runtime, c, Text(prefix), names, adapter ? adapter->weights : state->trained->weights, as_converted);
+    if (status.ok()) status = read_tensors(*runtime, c, "moment1.", names, moment1, as_converted);
+    if (status.ok()) status = read_tensors(*runtime, c, "moment2.", names, moment2, as_converted);
     if (!status.ok()) return fail(status.error, Text(status.message), "; the model is now half loaded: load again before it is used");
     step_count = stored.step_count, best_step = stored.best_step, bad_evaluations = stored.bad_evaluations;
     best_validation_loss = stored.best_validation_loss;
@@ -12941,8 +13611,9 @@ BABYGPT_INLINE void backward_part(const Work& work, int from, int to) {
         case OpKind::dropout:
             return R::dropout_backward(dx, dy, Dropout(run, work.number, op.side), op.in, op.adds_to_dx, from, to);
         case OpKind::add:
-            R::add_backward(dx + first, dy + first, count, op.adds_to_dx);
-            return R::add_backward(dx2 + first, dy + first, count, op.adds_to_dx2);
+            if (dx) R::add_backward(dx + first, dy + first, count, op.adds_to_dx);
+            if (dx2) R::add_backward(dx2 + first, dy + first, count, op.adds_to_dx2);
+            return;
         case OpKind::pool:
             return R::pool_backward(dx, dy, run.sequences, op.in, op.first, op.adds_to_dx, from, to);
         case OpKind::head:
@@ -13283,6 +13954,7 @@ struct Walk {
                 float* before = values(tape, r, op.aux != nothing ? op.aux : op.y);
                 const Product p{before, op.out, b, 0, Factor{x, op.in, along}, forward_factor(tape, op, w), rows, op.out, op.in};
                 multiply_weights(number, p);
+                if (op.loras > 0) lora_forward(op, before, x, rows);
                 if (op.activation != Activation::none) finish_forward(work);
                 return;
             }
@@ -13306,6 +13978,41 @@ struct Walk {
         share_forward(work, run.on(op.side).rows, static_cast<int64_t>(op.out) * (op.activation != Activation::none ? 8 : 2));
     }
 
+    // What LoRA adds to y, before an activation.
+    BABYGPT_CALL void lora_forward(const Op& op, float* y, const float* x, int rows) const {
+        const int rank = tape.rank;
+        for (int i = 0; i < op.loras; ++i) {
+            const LoraPlaces<float> l(tape, r, op, i);
+            product(Product{l.h, l.stride, nullptr, 0, Factor{x, op.in, along}, Factor{l.a, op.in, along}, rows, rank, op.in});
+        }
+        float* h = LoraPlaces<float>(tape, r, op, 0).h;
+        scale(h, h, static_cast<int64_t>(rows) * op.loras * rank, static_cast<float>(tape.lora_scale));
+        for (int i = 0; i < op.loras; ++i) {
+            const LoraPlaces<float> l(tape, r, op, i);
+            const Lora& lora = tape.loras[static_cast<size_t>(op.lora + i)];
+            float* to = y + lora.first;
+            product(Product{to, op.out, to, op.out, Factor{l.h, l.stride, along}, Factor{l.b, rank, along}, rows, lora.outputs, rank});
+        }
+    }
+    // Its gradients, and what they add to dx.
+    BABYGPT_CALL void lora_backward(const Op& op, float* dx, const float* dy, const float* x, int rows) const {
+        const int rank = tape.rank;
+        for (int i = 0; i < op.loras; ++i) {
+            const LoraPlaces<float> l(tape, r, op, i);
+            const Lora& lora = tape.loras[static_cast<size_t>(op.lora + i)];
+            const float* from = dy + lora.first;
+            product(Product{l.db, rank, l.db, rank, Factor{from, op.out, down}, Factor{l.h, l.stride, down}, lora.outputs, rank, rows});
+            product(Product{l.dh, l.stride, nullptr, 0, Factor{from, op.out, along}, Factor{l.b, rank, down}, rows, rank, lora.outputs});
+        }
+        float* dh = LoraPlaces<float>(tape, r, op, 0).dh;
+        scale(dh, dh, static_cast<int64_t>(rows) * op.loras * rank, static_cast<float>(tape.lora_scale));
+        for (int i = 0; i < op.loras; ++i) {
+            const LoraPlaces<float> l(tape, r, op, i);
+            product(Product{l.da, op.in, l.da, op.in, Factor{l.dh, l.stride, down}, Factor{x, op.in, down}, rank, op.in, rows});
+            if (dx) product(Product{dx, op.in, dx, op.in, Factor{l.dh, l.stride, along}, Factor{l.a, op.in, down}, rows, op.in, rank});
+        }
+    }
+
     // Chunk of rows after chunk of rows; in training the logits turn into their gradients, and those of x and W follow at once.
     void head(int number) const {
         const Op& op = tape.ops[static_cast<size_t>(number)];
@@ -13324,10 +14031,10 @@ struct Walk {
             if (!run.training) continue;
             Work columns = work;
             columns.by_columns = true;
-            if (b) share_backward(columns, (out + column_group - 1) / column_group, static_cast<int64_t>(rows) * column_group);
+            if (b && dw) share_backward(columns, (out + column_group - 1) / column_group, static_cast<int64_t>(rows) * column_group);
             const float* there = op.adds_to_dx ? dx + at : nullptr;
             product(Product{dx + at, in, there, in, Factor{logits, wide, along}, Factor{w, in, down}, rows, in, out});
-            product(Product{dw, in, dw, in, Factor{logits, wide, down}, Factor{x + at, in, down}, out, in, rows});
+            if (dw) product(Product{dw, in, dw, in, Factor{logits, wide, down}, Factor{x + at, in, down}, out, in, rows});
         }
         // The rows whose logits are wanted: those that stand beneath each other are done together.
         const size_t all = run.sequences.size, at_once = static_cast<size_t>(scratch.chunk);
@@ -13354,6 +14061,7 @@ struct Walk {
         Work columns = work;
         columns.by_columns = true;
         const int groups = (op.out + column_group - 1) / column_group, rows = run.on(op.side).rows;
+        if (!tape.runs_backward(op)) return;
         switch (op.kind) {
             case OpKind::attention:
                 return share_attention(work, op, true);
@@ -13362,17 +14070,19 @@ struct Walk {
                 float *dx = gradient(tape, r, op.x), *dy = gradient(tape, r, op.y), *dw = weight_gradient(tape, r, op.w);
                 if (op.remakes != nothing) finish_forward(Work{tape, r, run, op.remakes});
                 if (op.activation != Activation::none) share_backward(work, rows, static_cast<int64_t>(op.out) * 8);
-                if (op.b != nothing) share_backward(columns, groups, static_cast<int64_t>(rows) * column_group);
+                if (op.b != nothing && dw) share_backward(columns, groups, static_cast<int64_t>(rows) * column_group);
                 const Factor from_x{x, op.in, down}, from_dy{dy, op.out, down};
-                product(tape.output_rows ? Product{dw, op.in, dw, op.in, from_dy, from_x, op.out, op.in, rows}
-                                         : Product{dw, op.out, dw, op.out, from_x, from_dy, op.in, op.out, rows});
-                if (!dx) return;
-                product(Product{dx, op.in, op.adds_to_dx ? dx : nullptr, op.in, Factor{dy, op.out, along}, backward_factor(op, w), rows,
-                                op.in, op.out});
+                if (dw)
+                    product(tape.output_rows ? Product{dw, op.in, dw, op.in, from_dy, from_x, op.out, op.in, rows}
+                                             : Product{dw, op.out, dw, op.out, from_x, from_dy, op.in, op.out, rows});
+                if (dx)
+                    product(Product{dx, op.in, op.adds_to_dx ? dx : nullptr, op.in, Factor{dy, op.out, along}, backward_factor(op, w), rows,
+                                    op.in, op.out});
+                if (op.loras > 0) lora_backward(op, dx, dy, x, rows);
                 return;
             }
             case OpKind::norm:
-                share_backward(columns, groups, static_cast<int64_t>(rows) * column_group * 2);
+                if (!tape.frozen) share_backward(columns, groups, static_cast<int64_t>(rows) * column_group * 2);
                 return share_backward(work, rows, static_cast<int64_t>(op.out) * 4);
             case OpKind::embedding:
                 return share_backward(columns, groups, static_cast<int64_t>(rows) * column_group * 2);
@@ -13428,7 +14138,7 @@ struct Walk {
     }
     BABYGPT_CALL double square_sum(double* partial) const {
         double total = 0;
-        for (const WeightPlan& plan : tape.weights) {
+        for (const WeightPlan& plan : tape.learnt()) {
             Update u{};
             u.g = r.gradients + plan.weight.offset, u.size = plan.weight.rows * plan.weight.cols;
             for (int k = 0; k < tape.lookups && &plan == &tape.weights[static_cast<size_t>(tape.shared_embedding())]; ++k) {
@@ -13442,7 +14152,7 @@ struct Walk {
         return total;
     }
     BABYGPT_CALL void update(float* w, float* m, float* v, const UpdateRule& rule) const {
-        for (const WeightPlan& plan : tape.weights) {
+        for (const WeightPlan& plan : tape.learnt()) {
             const int64_t at = plan.weight.offset;
             const bool by_muon = rule.uses_muon && plan.matrices;
             Update u{};

@@ -54,14 +54,16 @@ struct Input {
 // The memory of a tape.
 template <class T>
 struct Buffers {
-    std::vector<T> weights, gradients, lookup, activations, scratch;
+    std::vector<T> weights, adapter, gradients, lookup, activations, low, scratch;
     std::vector<double> losses;
     Regions<T> r;
     Buffers(const Tape& tape, int64_t scratch_size)
         : weights(at_least_one(tape.weight_block)),
-          gradients(weights.size()),
+          adapter(at_least_one(tape.adapter_block)),
+          gradients(at_least_one(tape.learnt_block())),
           lookup(at_least_one(tape.lookup_block())),
           activations(at_least_one(tape.activation_block)),
+          low(at_least_one(tape.low_block())),
           scratch(at_least_one(scratch_size)),
           losses(at_least_one(most(tape.rows_on(Side::text), tape.rows_on(Side::whole)))) {
         for (size_t t = 0; t < tape.weights.count; ++t) {
@@ -70,6 +72,8 @@ struct Buffers {
             for (int64_t i = 0; i < plan.weight.rows * plan.weight.cols; ++i)
                 w[i] = static_cast<T>((plan.deviation < 0 ? 1 : 0) + uniform(t + 10, static_cast<uint64_t>(i)));
         }
+        for (size_t i = 0; i < adapter.size(); ++i) adapter[i] = static_cast<T>(uniform(9, i));
+        r.adapter = adapter.data(), r.low = low.data();
         r.weights = weights.data(), r.gradients = gradients.data(), r.lookup_gradients = lookup.data();
         r.activations = activations.data(), r.scratch = scratch.data(), r.losses = losses.data();
     }
@@ -100,15 +104,16 @@ void check_gradients(const char* what, const Tape& tape, const Run& run, double 
         for (int64_t i = 0; i < int64_t(run.on(last.side).rows) * last.out; ++i) gradient(tape, m.r, last.y)[i] = projection(i);
     plain_backward(tape, m.r, run);
     fold_lookup_gradients(tape, m.r);
-    for (const WeightPlan& plan : tape.weights) {
+    std::vector<double>& learnt = tape.frozen ? m.adapter : m.weights;
+    for (const WeightPlan& plan : tape.learnt()) {
         double worst = 0, biggest = smallest_reference;
         for (int64_t i = 0; i < plan.weight.rows * plan.weight.cols; ++i) {
             const size_t at = static_cast<size_t>(plan.weight.offset + i);
-            const double w = m.weights[at], h = 5e-5;
-            const auto moved = [&](double by) { return m.weights[at] = w + by, loss(tape, m, run); };
+            const double w = learnt[at], h = 5e-5;
+            const auto moved = [&](double by) { return learnt[at] = w + by, loss(tape, m, run); };
             // Four points: the error is of order h^4.
             const double difference = (8 * (moved(h) - moved(-h)) - (moved(2 * h) - moved(-2 * h))) / (12 * h);
-            m.weights[at] = w;
+            learnt[at] = w;
             const double wrong = m.gradients[at] - difference;
             if (!(wrong < worst && wrong > -worst)) worst = wrong < 0 ? -wrong : wrong;
             biggest = most(biggest, difference < 0 ? -difference : difference);
@@ -336,6 +341,48 @@ TEST(models, "ops that are right alone would be joined wrongly: the model could 
     check_model("three heads of one", config_of(2, 3, 3, 7, true, false, Activation::gelu_tanh), {7, 7, 1}, 0.2);
 }
 
+TEST(adapters, "what is learnt beside a frozen model would learn wrongly, or the model beneath it") {
+    const auto check_adapter_of = [](const char* what, const Config& config, const std::vector<int>& lengths, const char* targets,
+                                     double dropout) {
+        Runtime runtime;
+        Tape tape(runtime), whole(runtime);
+        Input input(lengths, config.vocab, 0, config.classes, config.features);
+        input.run.dropout = dropout;
+        const AdapterConfig adapter{2, 3, targets};
+        tape.frozen = true;
+        const int sequences = static_cast<int>(lengths.size());
+        if (!CHECK_OK(record(tape, config, input.run.rows, true, dropout, sequences, &adapter)) ||
+            !CHECK_OK(record(whole, config, input.run.rows, true, dropout, sequences)))
+            return;
+        CHECK(tape.activation_block <= whole.activation_block + 16 * static_cast<int64_t>(tape.loras.count) * input.run.rows);
+        check_gradients(what, tape, input.get(), model_limit);
+    };
+    const std::vector<int> lengths{7, 1, 3};
+    const char* const gpt2[] = {"c_attn,c_proj,c_fc", "attn.c_proj", "h.1.mlp.c_proj", "h.1.attn.c_attn"};
+    const char* const llama[] = {"q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "q_proj,v_proj", "layers.1.mlp.up_proj"};
+    for (bool tied : {false, true})
+        for (const char* targets : gpt2) {
+            check_adapter_of("GPT-2", config_of(2, 2, 6, 5, tied, true, Activation::gelu_tanh), lengths, targets, tied ? 0.2 : 0);
+            Config after = config_of(2, 2, 8, 5, tied, false, Activation::relu);
+            after.norm_after = true, after.positions = Positions::sinusoidal;
+            check_adapter_of("norms after", after, lengths, targets, 0);
+        }
+    for (const char* targets : llama) {
+        Config c = config_of(2, 4, 8, 5, false, false, Activation::silu);
+        CHECK_OK(preset_architecture("llama", c));
+        c.kv_heads = 2, c.hidden = 5;
+        check_adapter_of("Llama", c, lengths, targets, 0);
+    }
+    Config both = config_of(2, 2, 8, 5, true, true, Activation::gelu);
+    both.encoder_layers = 2;
+    for (const char* targets :
+         {"c_attn,c_proj,c_fc,q_attn", "h.0.crossattention.q_attn", "h.1.crossattention.c_attn", "encoder.h.1.mlp.c_fc"})
+        check_adapter_of("an encoder-decoder", both, {4, 2, 3}, targets, 0.1);
+    Config classifier = config_of(2, 2, 8, 5, false, true, Activation::gelu);
+    classifier.causal = false, classifier.classes = 3, classifier.features = 3;
+    check_adapter_of("a classifier", classifier, {4, 2, 3}, "c_attn", 0.1);
+}
+
 // ---- bits --------------------------------------------------------------------------------------------------------------
 
 TEST(encoders, "an encoder, an encoder-decoder, a classifier or a model of pictures could not learn") {
@@ -415,14 +462,18 @@ TEST(accumulation_fast, "micro-batches would train otherwise than one large batc
 
 TEST(planner, "two tensors that are needed at the same time would share memory") {
     Runtime runtime;
-    for (bool training : {false, true})
+    for (int kind = 0; kind < 4; ++kind)
         for (double dropout : {0.0, 0.2}) {
+            const bool training = kind % 2 == 1;
+            const AdapterConfig lora{2, 4, "attn.c_attn,c_fc"};
+            const AdapterConfig* adapter = kind < 2 ? nullptr : &lora;
             const Config config = config_of(3, 3, 9, 11, true, true, Activation::gelu_tanh);
             Input input({7, 3, 1}, config.vocab);
             input.run.training = training, input.run.dropout = dropout;
             Tape tape(runtime), apart(runtime);
-            if (!CHECK_OK(record(tape, config, input.run.rows, training, dropout))) return;
-            if (!CHECK_OK(record(apart, config, input.run.rows, training, dropout))) return;
+            tape.frozen = apart.frozen = training && adapter;
+            if (!CHECK_OK(record(tape, config, input.run.rows, training, dropout, 1, adapter))) return;
+            if (!CHECK_OK(record(apart, config, input.run.rows, training, dropout, 1, adapter))) return;
 
             std::vector<Place> places;
             for (const Tensor& t : tape.tensors) {

@@ -234,7 +234,27 @@ same 'resuming on answers is exact' f.resume.safetensors whole
 run 1 train b.txt --from c.safetensors --out g.safetensors --width 16; says '--width 16 contradicts.*8'
 run 1 train b.txt --from c.safetensors --out g.safetensors --tokenizer byte; says '--tokenizer byte contradicts.*char'
 run 2 train b.txt --from c.safetensors --out c.safetensors --overwrite; says 'c.safetensors is a file to read from'
-run 2 train b.txt --from c.safetensors --out f.safetensors --resume; says '--resume and --from exclude'
+run 1 train b.txt --from c.safetensors --out f.safetensors --resume; says 'is no adapter.*only the training of an adapter'
+run 0 eval f.safetensors b.txt --answers-only --json; json
+run 2 eval m.safetensors b.txt --answers-only;   says 'm.safetensors has no chat template'
+run 0 train b.txt --from c.safetensors --out l.safetensors --lora 2 --batch 2 --steps 12 --threads 1 --json; json; cp l.resume.safetensors whole
+run 0 train b.txt --from c.safetensors --out l.safetensors --overwrite --lora 2 --batch 2 --steps 12 --stop-at 5; has err "an adapter's, of rank 2, beside"
+run 0 train b.txt --from c.safetensors --out l.safetensors --resume; has out 'chat c.safetensors --adapter l.safetensors'
+same 'resuming an adapter is exact' l.resume.safetensors whole
+run 1 train b.txt --out l.safetensors --resume;  says 'is an adapter.*say --from MODEL again'
+run 0 eval c.safetensors b.txt --adapter l.safetensors --json; json; sed 's/,.*//' out > beside
+run 0 convert c.safetensors --merge l.safetensors --out merged.safetensors
+run 0 eval merged.safetensors b.txt --json; sed 's/,.*//' out > merged
+check 'merged is what stood beside' test "$(cut -c1-14 merged)" = "$(cut -c1-14 beside)"
+input=talk run 0 chat c.safetensors --adapter l.safetensors --tokens 10; check 'a line in, a line out' test "$(wc -l < out)" -eq 3
+input=b.txt run 0 score c.safetensors --adapter l.safetensors; has out '^sum of'
+run 1 generate c.safetensors --adapter m.safetensors; says 'm.safetensors. is no adapter'
+run 1 generate l.safetensors;                    says 'l.safetensors. is an adapter'
+run 2 train b.txt --out g.safetensors --lora 2;  says '--lora needs --from'
+run 2 train b.txt --from c.safetensors --out g.safetensors --lora-alpha 2; says '--lora-alpha belongs to --lora'
+run 2 train b.txt --from c.safetensors --out g.safetensors --lora 2 --lora-targets q_proj; says "called 'q_proj'"
+run 2 train b.txt --from c.safetensors --out g.safetensors --lora 2 --optimizer muon --steps 3; says 'by adamw'
+rm -f l.safetensors l.resume.safetensors
 run 2 train b.txt --out g.safetensors --answers-only; says '--answers-only needs --reply-turn'
 run 1 train b.txt --out g.safetensors --answers-only --user-turn 'You: ' --reply-turn 'Nobody: '; says "begins with 'Nobody: '"
 

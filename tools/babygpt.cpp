@@ -735,6 +735,18 @@ void need_tokenizer(const Model& model, const string& path) {
     if (model.tokenizer.kind == TokenizerKind::none) error(path + " has no tokenizer, so it can neither read nor write text");
 }
 
+// An adapter that stands beside a model.
+struct Beside {
+    string path;
+    Adapter adapter;
+    Option option() { return {"--adapter", "A", "what train --lora wrote, or PEFT's folder: M with this adapter beside it", &path}; }
+    const Adapter* load(Runtime& runtime, const Model& model) {
+        if (path.empty()) return nullptr;
+        must(adapter.load(runtime, model, path));
+        return &adapter;
+    }
+};
+
 // The options that say how text is read.
 struct TextOptions {
     string field, column;
@@ -1167,6 +1179,8 @@ struct TrainOptions {
     bool resume = false, overwrite = false, untie = false, tie = false, no_bias = false, no_counting = false, json = false,
          plain_words = false, answers_only = false;
     double epochs = 0, time = 0, validation_fraction = 0.1;
+    AdapterConfig lora{0, 0, {}};
+    string lora_targets;
     int64_t stop_at = 0, save_every = 0;
     Config shape;
     TrainConfig learning;
@@ -1183,6 +1197,11 @@ struct TrainOptions {
                    {"--overwrite", nullptr, "start anew although --out exists", &overwrite},
                    {"--from", "M.safetensors",
                     "go on from this model, on other text: its shape, tokenizer and chat, but a schedule and moments of its own", &from},
+                   {"--lora", "RANK", "train only an adapter beside --from's model, which stays as it is; --out is the adapter", &lora.rank,
+                    1, 65536},
+                   {"--lora-alpha", "X", "what the adapter adds counts alpha / rank times (twice the rank)", &lora.alpha, 1e-9, 1e9},
+                   {"--lora-targets", "LIST", "ends of names of matrices, e.g. q_proj,v_proj or attn.c_attn (all of the layers)",
+                    &lora_targets},
                    {"--log", "FILE.csv", "a row a step", &log},
                    {"--plot", "FILE.svg", "the loss curves as a picture", &plot},
                    {"--json", nullptr, "one JSON object a step on standard output, a last one at the end", &json},
@@ -1263,9 +1282,14 @@ struct Training {
     bool has_validation = false;
     bool pairs = false;  // the model has an encoder, and learns to translate
     Model model;
+    Adapter adapter;
+    bool adapts = false;  // the adapter is trained, and the model is as it was
     TrainConfig config;
     Trainer trainer;
-    int64_t parameters() const { return model.parameters; }
+    int64_t parameters() const { return adapts ? adapter.parameters : model.parameters; }
+    Status create(Trainer& to, Model& of, Adapter& beside, const TrainConfig& how, Data* held_out = nullptr) {
+        return adapts ? to.create(common.runtime, of, beside, how, data, held_out) : to.create(common.runtime, of, how, data, held_out);
+    }
 };
 
 [[noreturn]] void contradicts(const char* option, const string& given, const string& stored) {
@@ -1349,6 +1373,7 @@ void check_agreement(const Arguments& in, const TrainOptions& o, const Model& mo
     agree(in, "--seed", o.learning.seed, stored.seed);
     agree(in, "--evaluate-every", o.learning.evaluate_every, stored.evaluate_every);
     agree(in, "--patience", o.learning.patience, stored.patience);
+    if (!o.from.empty()) return;  // of an adapter these are about the text alone
     agree(in, "--user-turn", o.user_turn, to_string(model.chat.user_turn));
     agree(in, "--reply-turn", o.reply_turn, to_string(model.chat.reply_turn));
     agree(in, "--plain-words", o.plain_words, model.chat.plain_words);
@@ -1507,11 +1532,13 @@ void set_chat(const Training& t, Model& model) { must(model.set_chat(t.options.u
 // The mean time of a step, by training a throw-away model for a moment. The first step, which touches all memory, does not count.
 double seconds_per_step(Training& t, const Config& shape, double budget) {
     Model model;
-    create_model(t, shape, model);
+    Adapter adapter;
+    if (t.adapts) must(adapter.create(t.common.runtime, t.model, t.adapter.config));
+    else create_model(t, shape, model);
     TrainConfig config = t.config;
     config.steps = 1000000;
     Trainer trainer;
-    must_be("the options", trainer.create(t.common.runtime, model, config, t.data));
+    must_be("the options", t.create(trainer, t.adapts ? t.model : model, adapter, config));
     StepResult result;
     const double start = now();
     must(trainer.step(result));
@@ -1661,7 +1688,8 @@ void show_start(Training& t) {
     if (t.options.json) return;
     const Config& c = t.model.config;
     Memory memory;
-    must(memory_needed(t.common.runtime, c, Purpose::training, t.config.batch, memory, t.config.dropout));
+    must(memory_needed(t.common.runtime, c, Purpose::training, t.config.batch, memory, t.config.dropout,
+                       t.adapts ? &t.adapter.config : nullptr));
     const char* kinds[] = {"no", "byte", "character", "BPE", "WordPiece", "SentencePiece"};
     const auto windows = [&](const Data& data) { return static_cast<long long>(data.windows(c.context)); };
     if (t.pairs) {
@@ -1679,6 +1707,9 @@ void show_start(Training& t) {
                 c.encoder_layers > 0 ? format("%d encoder and ", c.encoder_layers).c_str() : "", c.layers, c.heads, c.width, c.context,
                 grouped(t.parameters()).c_str(), bytes_text(memory.total()).c_str(), t.common.backend.c_str(), t.common.runtime.isa_name(),
                 t.common.runtime.thread_count()));
+    if (t.adapts)
+        note(format("these are an adapter's, of rank %d, beside %s of %s", t.adapter.config.rank, grouped(t.model.parameters).c_str(),
+                    t.options.from.c_str()));
     const int64_t sequences = int64_t(t.config.batch) * t.config.accumulate;
     note(format("%lld steps of %lld %s (%.1f times through the text), lr %g, %s schedule, seed %llu",
                 static_cast<long long>(t.config.steps), static_cast<long long>(t.pairs ? sequences : sequences * c.context),
@@ -1717,11 +1748,12 @@ void show_report(Training& t, const TrainingView& view, const RunResult& result,
                         std::fabs(gain), gain > 0 ? "better" : "worse, it has not learnt enough yet"));
     }
     if (view.curve.training.size() > 1) put_line("\n" + draw_terminal(view.curve));
-    put_line(format("The model is %s; talk to it: babygpt %s %s", t.options.out.c_str(),
+    const string use = t.adapts ? t.options.from + " --adapter " + t.options.out : t.options.out;
+    put_line(format("The %s is %s; talk to it: babygpt %s %s", t.adapts ? "adapter" : "model", t.options.out.c_str(),
                     t.pairs                ? "translate"
                     : t.model.chat.empty() ? "generate"
                                            : "chat",
-                    t.options.out.c_str()));
+                    use.c_str()));
 }
 
 // What is written by putting a new file in the place of the old one must not be put in the place of a device.
@@ -1735,7 +1767,10 @@ void check_train_options(const Arguments& in, const Training& t) {
     const TrainOptions& o = t.options;
     if (o.out.empty()) usage("train needs --out M.safetensors");
     if (o.resume && o.overwrite) usage("--resume and --overwrite exclude each other");
-    if (o.resume && !o.from.empty()) usage("--resume and --from exclude each other: a run goes on from the file beside its --out");
+    if (o.lora.rank > 0 && o.from.empty()) usage("--lora needs --from M: the model that the adapter stands beside");
+    for (const char* option : {"--lora-alpha", "--lora-targets"})
+        if (in.has(option) && !in.has("--lora")) usage(string(option) + " belongs to --lora");
+    if (o.resume && in.has("--lora")) usage("--resume goes on with the adapter that is there: leave --lora out");
     if (in.has("--steps") + in.has("--epochs") + in.has("--time") > 1) usage("give only one of --steps, --epochs and --time");
     if (in.has("--validation") && in.has("--validation-fraction")) usage("--validation and --validation-fraction exclude each other");
     if (in.has("--user-turn") != in.has("--reply-turn")) usage("--user-turn and --reply-turn belong together: a chat needs both");
@@ -1779,13 +1814,23 @@ int train(Arguments& in) {
             if (exists(path)) error(path + " exists; go on with --resume, start anew with --overwrite, or choose another --out");
     const double start = now();
 
+    t.adapts = o.lora.rank > 0 || (o.resume && !o.from.empty());
     if (o.resume) {
         if (!exists(resume_file)) error("--resume: there is no " + resume_file + " to go on from; leave --resume out");
-        must(t.model.load(runtime, resume_file));
+        const Status there = t.adapts ? Status() : t.model.load(runtime, resume_file);
+        if (!there.ok()) error(string(there.message) + (strstr(there.message, "is an adapter") ? "; say --from MODEL again" : ""));
+        if (t.adapts) must(t.model.load(runtime, o.from));
+        const Status beside = t.adapts ? t.adapter.load(runtime, t.model, resume_file) : Status();
+        if (!beside.ok()) error(string(beside.message) + "; only the training of an adapter goes on with --from");
         must(read_train_config(runtime, resume_file, t.config));
         if (o.learning.min_lr < 0) o.learning.min_lr = t.config.min_lr;
         check_agreement(in, o, t.model, t.config);
-    } else if (!o.from.empty()) must(t.model.load(runtime, o.from));
+    } else if (!o.from.empty()) {
+        must(t.model.load(runtime, o.from));
+        o.lora.targets = o.lora_targets;
+        if (!in.has("--lora-alpha")) o.lora.alpha = 2 * o.lora.rank;
+        if (t.adapts) must_be("--lora", t.adapter.create(runtime, t.model, o.lora, o.learning.seed));
+    }
     if (o.resume || !o.from.empty()) t.pairs = t.model.config.encoder_layers > 0;
     open_data(in, t);
     if (o.resume) {
@@ -1809,7 +1854,7 @@ int train(Arguments& in) {
         if (o.from.empty()) create_model(t, shape, t.model);
         if (o.from.empty() || !o.user_turn.empty()) set_chat(t, t.model);
     }
-    const Status created = t.trainer.create(runtime, t.model, t.config, t.data, t.has_validation ? &t.validation : nullptr);
+    const Status created = t.create(t.trainer, t.model, t.adapter, t.config, t.has_validation ? &t.validation : nullptr);
     if (created.error == Error::invalid_argument && !o.resume) usage(created.message);
     must(created);
     if (o.resume) {
@@ -2071,10 +2116,12 @@ int generate(Arguments& in) {
     TextOptions how_read;
     string prompt, tokenizer, source;
     vector<string> training_files;
+    Beside beside;
     bool json = false;
     in.parse(
         common,
         vector<Option>{{"--prompt", "TEXT", "what the text begins with (without: a new document)", &prompt},
+                       beside.option(),
                        {"--source", "TEXT", "what the encoder of a model that translates reads (see also: babygpt translate)", &source},
                        {"--json", nullptr, "one JSON object: text and ids without the prompt, log-probabilities, tokens/s", &json}} +
             sampling.options() + searching.options() + vector<Option>{{nullptr, nullptr, "Counting instead of a model (M is ngram:N)"}} +
@@ -2083,7 +2130,7 @@ int generate(Arguments& in) {
     const bool counts = Counted::is_meant(in.operands[0]);
     for (const char* option : {"--train", "--tokenizer", "--field", "--column", "--dialogues"})
         if (!counts && in.has(option)) usage(string(option) + " belongs to ngram:N");
-    for (const char* option : {"--stop", "--ban", "--repetition-penalty", "--beams", "--source"})
+    for (const char* option : {"--stop", "--ban", "--repetition-penalty", "--beams", "--source", "--adapter"})
         if (counts && in.has(option)) usage(string(option) + " does not go with " + in.operands[0]);
     const bool searches = searching.wanted(in);
     if (searches) searching.ready(sampling.ready());
@@ -2096,6 +2143,7 @@ int generate(Arguments& in) {
         must(model.load(common.runtime, in.operands[0]));
         need_tokenizer(model, in.operands[0]);
         must(session.create(common.runtime, model));
+        must(session.use(beside.load(common.runtime, model)));
         if (in.has("--source")) must_be("--source", session.read_source(source));
         if (searches) return print_search(session, prompt, searching.config, json), 0;
     }
@@ -2132,9 +2180,11 @@ int translate(Arguments& in) {
     Common common;
     BeamConfig how;
     how.beams = 1, how.tokens = 65536;
+    Beside beside;
     bool json = false;
     in.parse(common,
-             {{"--beams", "N", "so many translations of a line go on side by side; 1 is greedy (1)", &how.beams, 1, 4096},
+             {beside.option(),
+              {"--beams", "N", "so many translations of a line go on side by side; 1 is greedy (1)", &how.beams, 1, 4096},
               {"--length-penalty", "X", "score = log-probability / tokens^X: above 0 for longer ones, below for shorter (1)",
                &how.length_penalty, -10, 10},
               {"--tokens", "N", "at most so many for a line (as the context holds)", &how.tokens, 1, 65536},
@@ -2148,6 +2198,7 @@ int translate(Arguments& in) {
     if (name != "standard input" && !freopen(name.c_str(), "rb", stdin)) error("cannot open " + name + ": " + strerror(errno));
     Session session;
     must(session.create(common.runtime, model));
+    must(session.use(beside.load(common.runtime, model)));
     string line;
     for (size_t number = 1; read_line(line) == Line::text; ++number) {
         SearchResult result;
@@ -2177,9 +2228,11 @@ int chat(Arguments& in) {
     Sampling sampling;
     sampling.config.temperature = 0.7;
     string reply_turn;
+    Beside beside;
     bool json = false;
     in.parse(common,
              vector<Option>{{"--reply-turn", "TEXT", "let another character reply, e.g. 'Smith: '", &reply_turn},
+                            beside.option(),
                             {"--json", nullptr, "one JSON object a reply", &json}} +
                  sampling.options(),
              1, 1);
@@ -2196,6 +2249,7 @@ int chat(Arguments& in) {
     if (terminal) put_line(format("Say something to the model. Commands:\n%s", chat_help)), catch_interrupts(false);
     Session session;
     must(session.create(runtime, model));
+    must(session.use(beside.load(runtime, model)));
     const SampleConfig& how = sampling.ready();
     string line;
     for (;;) {
@@ -2384,10 +2438,13 @@ int eval(Arguments& in) {
     TextOptions text;
     vector<string> training_files;
     string tokenizer;
-    bool json = false;
+    Beside beside;
+    bool json = false, answers_only = false;
     in.parse(
         common,
-        vector<Option>{{"--train", "FILE", "also say what counting n-grams in this text achieves (several may be given)", &training_files},
+        vector<Option>{beside.option(),
+                       {"--answers-only", nullptr, "a chat: count what the model says in its turns, and only read the rest", &answers_only},
+                       {"--train", "FILE", "also say what counting n-grams in this text achieves (several may be given)", &training_files},
                        {"--json", nullptr, "one JSON object", &json}} +
             text.options() +
             vector<Option>{{nullptr, nullptr,
@@ -2401,6 +2458,8 @@ int eval(Arguments& in) {
     const bool counts = Counted::is_meant(name);
     if (!counts && files.empty()) usage("eval needs M FILE... (see babygpt eval --help)");
     if (!counts && in.has("--tokenizer")) usage("--tokenizer belongs to ngram:N");
+    for (const char* option : {"--adapter", "--answers-only"})
+        if (counts && in.has(option)) usage(string(option) + " does not go with " + name);
     Model model;
     Counted counted;
     if (counts) {
@@ -2409,17 +2468,22 @@ int eval(Arguments& in) {
         must(model.load(runtime, name));
         need_tokenizer(model, name);
         if (!model.chat.empty()) text.dialogues = true;
+        else if (answers_only) usage("--answers-only needs a chat, but " + name + " has no chat template");
     }
     Corpus corpus, training_corpus;
     Data data, training;
     const Tokenizer& reader = counts ? counted.tokenizer : model.tokenizer;
     const bool pairs = !counts && model.config.encoder_layers > 0;
     if (pairs && !training_files.empty()) usage("--train is not for a model with an encoder: there is nothing to count");
+    if (pairs && answers_only) usage("--answers-only is not for a model with an encoder");
+    const string answers = answers_only ? to_string(model.chat.reply_turn) : "";
     CorpusConfig read = text.config(0);
     if (pairs) read.format = TextFormat::tsv;
     if (!files.empty()) open_corpus(runtime, files, read, corpus);
     if (pairs) must(data.create_pairs(runtime, corpus, Part::all, reader, model.config.context));
-    else must(data.create(runtime, files.empty() ? counted.corpus : corpus, files.empty() ? Part::validation : Part::all, reader));
+    else
+        must(data.create(runtime, files.empty() ? counted.corpus : corpus, files.empty() ? Part::validation : Part::all, reader, Text(),
+                         uint64_t(256) << 20, answers));
     if (data.tokens < 2) error("the text has fewer than two tokens: there is nothing to predict");
     Evaluation result;
     NgramResult counting;
@@ -2428,7 +2492,7 @@ int eval(Arguments& in) {
         return show_evaluation(result, counting, data.left_out, json);
     }
     ReadingView view{double(data.tokens)};
-    must(evaluate(runtime, model, data, result, 8, ReadingView::show, &view));
+    must(evaluate(runtime, model, data, result, 8, ReadingView::show, &view, beside.load(runtime, model)));
     view.end_line();
     if (!training_files.empty()) {
         open_corpus(runtime, training_files, text.config(0), training_corpus);
@@ -2440,9 +2504,11 @@ int eval(Arguments& in) {
 
 int score(Arguments& in) {
     Common common;
+    Beside beside;
     bool jsonl = false, json = false;
     in.parse(common,
-             {{"--jsonl", nullptr, "lines {\"text\":..} -> {\"ids\":[..],\"logprobs\":[..],\"sum\":..}", &jsonl},
+             {beside.option(),
+              {"--jsonl", nullptr, "lines {\"text\":..} -> {\"ids\":[..],\"logprobs\":[..],\"sum\":..}", &jsonl},
               {"--json", nullptr, "the same object for all of standard input", &json}},
              1, 1);
     Model model;
@@ -2450,6 +2516,7 @@ int score(Arguments& in) {
     need_tokenizer(model, in.operands[0]);
     Session session;
     must(session.create(common.runtime, model));
+    must(session.use(beside.load(common.runtime, model)));
     Array<int32_t> ids(common.runtime);
     Array<float> logprobs(common.runtime);
     double sum = 0;
@@ -3225,9 +3292,12 @@ uint64_t bytes_in(const string& path) {
 int convert(Arguments& in) {
     Common common;
     string dtype, out;
+    Beside beside, rewritten;
     bool overwrite = false, json = false;
     in.parse(common,
-             {{"--dtype", "f32|bf16|int8", "bf16: half the bytes; int8: a quarter; f32: as they are", &dtype},
+             {{"--merge", "A", "add this adapter (of train --lora, or PEFT's folder) to the model's own matrices", &beside.path},
+              {"--adapter", "A", "write this adapter alone, as PEFT's folder or, from there, as a file; IN is its model", &rewritten.path},
+              {"--dtype", "f32|bf16|int8", "bf16: half the bytes; int8: a quarter; f32: as they are", &dtype},
               {"--out", "OUT", "what is written, where OUT does not stand behind IN", &out},
               {"--overwrite", nullptr, "although OUT exists", &overwrite},
               {"--json", nullptr, "one JSON object", &json}},
@@ -3237,13 +3307,30 @@ int convert(Arguments& in) {
     if (out.empty()) usage("convert needs OUT: M.safetensors, M.bin (llama2.c's) or a folder (Hugging Face's); see convert --help");
     const string& from = in.operands[0];
     const Form read = form_of(from, true), written = form_of(out, false);
-    if (dtype.empty() && read == written)
+    if (in.has("--adapter") && (in.has("--merge") || in.has("--dtype"))) usage("--adapter goes with neither --merge nor --dtype");
+    if (dtype.empty() && beside.path.empty() && rewritten.path.empty() && read == written)
         usage("convert from one " + string(form_names[int(read)]) + " to another needs --dtype f32|bf16|int8");
-    const bool is_there = exists(written == Form::folder ? out + "/config.json" : out);
+    const char* const inside = in.has("--adapter") ? "/adapter_config.json" : "/config.json";
+    const bool is_there = exists(written == Form::folder ? out + inside : out);
     if (!overwrite && is_there) error(out + " exists; replace it with --overwrite, or choose another --out");
     Model model;
     must(model.load(common.runtime, from));
+    if (rewritten.load(common.runtime, model)) {
+        std::error_code failed;
+        if (written == Form::folder) fs::create_directories(path_of(out), failed);
+        if (failed) error(out + ": the folder cannot be made: " + failed.message());
+        must(written == Form::folder ? rewritten.adapter.save_peft(out) : rewritten.adapter.save(out));
+        const AdapterConfig& c = rewritten.adapter.config;
+        if (json) Json().add("out", out).add("rank", c.rank).add("alpha", c.alpha).add("targets", to_string(c.targets)).print();
+        else put_line(format("%s: an adapter of rank %d, alpha %g, of %s", out.c_str(), c.rank, c.alpha, to_string(c.targets).c_str()));
+        return 0;
+    }
     const uint64_t before = bytes_in(from);  // it may be replaced
+    const Dtype stored = model.config.dtype;
+    if (beside.load(common.runtime, model)) {
+        must(merge(model, beside.adapter));
+        if (dtype.empty() && stored != Dtype::f32) dtype = dtype_names[int(stored)];
+    }
     if (!dtype.empty()) must(model.convert(dtype_named(dtype)));
     dtype = dtype_names[int(model.config.dtype)];
     if (written == Form::folder) {
@@ -3340,7 +3427,8 @@ const vector<Command> commands = {
      "  babygpt train talks.jsonl --field dialogue --user-turn '#Person1#: ' --reply-turn '#Person2#: ' --preset baby --tokenizer char "
      "--time 3600 --out m.safetensors\n"
      "  babygpt train story.txt --out story.safetensors --resume\n"
-     "  babygpt train talks.txt --from m.safetensors --answers-only --out n.safetensors\n",
+     "  babygpt train talks.txt --from m.safetensors --answers-only --out n.safetensors\n"
+     "  babygpt train talks.txt --from m.safetensors --lora 8 --out adapter.safetensors\n",
      train},
     {"generate", "M [options]", "Continues a text. M may be ngram:N, which counts in --train FILE how tokens follow N - 1 others.",
      "  babygpt generate story.safetensors --prompt 'Once upon' --temperature 0.6 --tokens 300\n"
