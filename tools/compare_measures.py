@@ -6,6 +6,7 @@ finds with what rank_bm25 finds.
 
 What is missing is skipped with a line that says so.
 """
+import functools
 import json
 import os
 import random
@@ -38,6 +39,7 @@ def measure(kind, *texts, options=()):
         return json.loads(subprocess.run([babygpt, "measure", kind, *paths, "--json", *options], check=True, stdout=subprocess.PIPE).stdout)
 
 
+@functools.lru_cache(maxsize=None)  # what is absent is said once
 def records(name):
     path = os.path.join(shared, "data", name)
     if not os.path.exists(path):
