@@ -5,7 +5,8 @@
 
 build/tests/torch_steps makes the weights, saves them as safetensors, and prints its losses and learning rates; this file reads the weights
 and does the same steps. The variants: GPT-2 as it is; an untied head, no biases, erf-GELU; rotary positions; Muon for the matrices; Llama's type
-with grouped queries, by AdamW and by Muon; sinusoidal positions, ReLU and norms after the additions.
+with grouped queries, by AdamW and by Muon; sinusoidal positions, ReLU and norms after the additions; encoder-decoders made of PyTorch's own
+layers, as Vaswani et al. 2017 have them and with GPT-2's norms, positions and GELU (logits, then 50 steps).
 """
 import json
 import math
@@ -25,7 +26,7 @@ except ImportError:
     print("skipped: PyTorch is not here (Debian: apt install python3-torch)")
     sys.exit(0)
 
-LIMIT = 1e-4
+LIMIT, LOGITS_LIMIT = 1e-4, 1e-5
 LAYERS, HEADS, WIDTH, CONTEXT, BATCH = 2, 4, 64, 32, 8
 LR, MUON_LR, WEIGHT_DECAY, BETAS, EPSILON, CLIP = 3e-3, 0.02, 0.1, (0.9, 0.99), 1e-8, 1.0
 
@@ -155,7 +156,123 @@ def loss_of(w, ids, targets, variant):
     return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.flatten())
 
 
+class Translator(torch.nn.Module):
+    """Of torch.nn's layers, with our weights. `first`: norms before the sub-layers, learned positions, GELU."""
+
+    def __init__(self, w, first):
+        super().__init__()
+        shape = dict(d_model=WIDTH, nhead=HEADS, dim_feedforward=4 * WIDTH, dropout=0.0, batch_first=True, norm_first=first,
+                     activation=(lambda x: F.gelu(x, approximate="tanh")) if first else F.relu)
+        self.first = first
+        self.tokens = torch.nn.Parameter(w["wte.weight"].detach().clone())
+        if first:
+            self.positions = torch.nn.ParameterList([w[name].detach().clone() for name in ("encoder.wpe.weight", "wpe.weight")])
+            self.last = torch.nn.ModuleList([torch.nn.LayerNorm(WIDTH), torch.nn.LayerNorm(WIDTH)])
+        self.encoder = torch.nn.ModuleList([torch.nn.TransformerEncoderLayer(**shape) for _ in range(LAYERS)])
+        self.decoder = torch.nn.ModuleList([torch.nn.TransformerDecoderLayer(**shape) for _ in range(LAYERS)])
+        with torch.no_grad():
+            for i in range(LAYERS):
+                self.fill(w, self.encoder[i], f"encoder.h.{i}.", "norm2")
+                self.fill(w, self.decoder[i], f"h.{i}.", "norm3")
+                h, attention = f"h.{i}.crossattention.", self.decoder[i].multihead_attn
+                attention.in_proj_weight.copy_(torch.cat([w[h + "q_attn.weight"].T, w[h + "c_attn.weight"].T]))
+                attention.in_proj_bias.copy_(torch.cat([w[h + "q_attn.bias"], w[h + "c_attn.bias"]]))
+                self.linear(w, attention.out_proj, h + "c_proj")
+                self.norm(w, self.decoder[i].norm2, f"h.{i}.ln_cross_attn")
+            for module, name in zip(self.last if first else (), ("encoder.ln_f", "ln_f")):
+                self.norm(w, module, name)
+
+    def linear(self, w, module, name):
+        module.weight.copy_(w[name + ".weight"].T)
+        module.bias.copy_(w[name + ".bias"])
+
+    def norm(self, w, module, name):
+        module.weight.copy_(w[name + ".weight"])
+        module.bias.copy_(w[name + ".bias"])
+
+    def fill(self, w, layer, h, norm):
+        layer.self_attn.in_proj_weight.copy_(w[h + "attn.c_attn.weight"].T)
+        layer.self_attn.in_proj_bias.copy_(w[h + "attn.c_attn.bias"])
+        self.linear(w, layer.self_attn.out_proj, h + "attn.c_proj")
+        self.linear(w, layer.linear1, h + "mlp.c_fc")
+        self.linear(w, layer.linear2, h + "mlp.c_proj")
+        self.norm(w, layer.norm1, h + "ln_1")
+        self.norm(w, getattr(layer, norm), h + "ln_2")
+
+    def embed(self, ids, which):
+        x = self.tokens[ids]
+        return x + self.positions[which][:ids.shape[1]] if self.first else x * WIDTH**0.5 + waves()[:ids.shape[1]]
+
+    def forward(self, source, unused, ids):
+        x = self.embed(source, 0)
+        for layer in self.encoder:
+            x = layer(x, src_key_padding_mask=unused)
+        x = self.last[0](x) if self.first else x
+        mask = torch.full((ids.shape[1], ids.shape[1]), -math.inf).triu(1)
+        y = self.embed(ids, 1)
+        for layer in self.decoder:
+            y = layer(y, x, tgt_mask=mask, memory_key_padding_mask=unused)
+        return (self.last[1](y) if self.first else y) @ self.tokens.T
+
+
+def pairs():
+    random = 1
+
+    def below(limit):
+        nonlocal random
+        random = (random * 1664525 + 1013904223) % 2**32
+        return (random >> 8) % limit
+
+    def padded(rows, with_what):
+        return torch.tensor([row + [with_what] * (max(map(len, rows)) - len(row)) for row in rows])
+
+    while True:
+        sources, said = [], []
+        for _ in range(BATCH):
+            source = [below(16) for _ in range(1 + below(CONTEXT))]
+            sources.append(source)
+            said.append([0] + [(source[i % len(source)] * 3 + 1) % 16 for i in range(1 + below(CONTEXT))])
+        unused = padded(sources, -1) < 0
+        yield padded(sources, 0), unused, padded([row[:-1] for row in said], 0), padded([row[1:] for row in said], -1)
+
+
+def compare_translators(driver, variant):
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.safetensors")
+        lines = subprocess.run([driver, path, str(variant)], check=True, stdout=subprocess.PIPE, text=True).stdout.split("\n")
+        w = read_safetensors(path)
+    ours = [tuple(map(float, line.split())) for line in lines if line]
+    assert len(ours) == 51 and ("encoder.ln_f.weight" in w) == ("ln_f.weight" in w) == ("wpe.weight" in w) == (variant == 8)
+    model = Translator(w, variant == 8)
+    assert sum(p.numel() for p in model.parameters()) == sum(t.numel() for t in w.values())
+    groups = [{"params": [t for t in model.parameters() if t.dim() == 2], "weight_decay": WEIGHT_DECAY},
+              {"params": [t for t in model.parameters() if t.dim() < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON)
+    worst, where, first, last, apart = 0.0, 0, 0.0, 0.0, 0.0
+    for step, ((our_loss, lr), (source, unused, ids, targets)) in enumerate(zip(ours[1:], pairs())):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        logits = model(source, unused, ids)
+        if step == 0:
+            theirs = logits[0, int((targets[0] >= 0).sum()) - 1].detach()
+            apart = float((torch.tensor(ours[0]) - theirs).abs().max() / theirs.abs().max())
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        first, last = first or loss.item(), loss.item()
+        difference = abs(our_loss - loss.item())
+        if not difference <= worst:
+            worst, where = difference, step + 1
+    print(f"variant {variant}: logits relative {apart:.2g}; loss {first:.4f} to {last:.4f}; from PyTorch {torch.__version__}'s it differs by at "
+          f"most {worst:.2g} (step {where})")
+    return worst <= LIMIT and apart <= LOGITS_LIMIT
+
+
 def compare(driver, variant):
+    if variant >= 7:
+        return compare_translators(driver, variant)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "model.safetensors")
         lines = subprocess.run([driver, path, str(variant)], check=True, stdout=subprocess.PIPE, text=True).stdout.split("\n")
@@ -189,6 +306,6 @@ def compare(driver, variant):
 
 
 torch.set_num_threads(2)
-good = [compare(sys.argv[1] if len(sys.argv) > 1 else "build/tests/torch_steps", variant) for variant in range(7)]
+good = [compare(sys.argv[1] if len(sys.argv) > 1 else "build/tests/torch_steps", variant) for variant in range(9)]
 print(f"{sum(good)} passed, {len(good) - sum(good)} failed")
 sys.exit(0 if all(good) else 1)
