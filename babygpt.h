@@ -298,7 +298,7 @@ struct Tokenizer {
     Status train(Runtime& runtime, const TokenizerConfig& config, Corpus& corpus);
     Status train(Runtime& runtime, const TokenizerConfig& config, Text text);
     // A tokenizer.json (bpe or wordpiece), a .tiktoken file, vocab.bpe or encoder.json (the other one beside it), BERT's vocab.txt, a
-    // SentencePiece .model, llama2.c's tok512.bin, a folder of these, or "byte". A vocab.txt does not say whether it tells capital from
+    // SentencePiece .model, llama2.c's tok512.bin, GGUF's (gpt2, llama, t5, bert), a folder of these but the last, or "byte". A vocab.txt does not say whether it tells capital from
     // small letters: the path must, with "uncased" or "cased" in it or after it ("vocab.txt:uncased").
     Status load(Runtime& runtime, Text path);
     Status load_memory(Runtime& runtime, Text json);  // a tokenizer.json
@@ -530,15 +530,18 @@ struct Model {
 
     // Fresh weights as GPT-2's (normal 0.02, residual projections divided by sqrt(2*layers)). Takes the tokenizer over.
     Status create(Runtime& runtime, const Config& config, Tokenizer&& tokenizer, uint64_t seed = 1);
-    // A checkpoint (safetensors); llama2.c's .bin; or a folder of Hugging Face's with config.json and model.safetensors, in one or several
+    // A checkpoint (safetensors); GGUF of architecture gpt2 or llama in F32, F16, BF16 or Q8_0; llama2.c's .bin; or a folder of Hugging Face's with config.json and model.safetensors, in one or several
     // pieces, of type gpt2 or llama: then also the tokenizer that lies there, where there is one. Other people's models become f32.
     Status load(Runtime& runtime, Text path);
-    Status load_memory(Runtime& runtime, Text bytes);  // a checkpoint or a .bin
+    Status load_memory(Runtime& runtime, Text bytes);  // a checkpoint, GGUF or a .bin
     Status save(Text path) const;                      // a checkpoint: temporary file, sync, rename, sync of the folder
     Status save_memory(Array<char>& bytes) const;
     // For other people's programs; what these cannot express is an error that says so. The folder must be there; transformers loads it.
     Status save_huggingface(Text folder) const;
     Status save_llama2c(Text path) const;
+    // llama.cpp's, of architecture gpt2 or llama: f32 as F32, bf16 as BF16, int8 as Q8_0 (the same numbers; matrices whose rows are no whole
+    // blocks of 32 stay F32), with the tokenizer, whose encoding adds no <s>. `chat` goes along for load, not as a chat template.
+    Status save_gguf(Text path) const;
     const Weight* find(Text name) const;  // null: no such tensor
     // Rounds all matrices to what the dtype can hold; vectors stay f32. bf16: 8 significant bits. int8: whole numbers from -127 to 127
     // times a power of two, one for each output of a layer and each token's vector. Files and what sessions read for every token become half as
@@ -1055,6 +1058,18 @@ void Line::put(double value) {
     }
     if (scientific) put("e"), put(exponent);
 }
+
+// A piece of a file as a message may show it: not too long, and without what would confuse a terminal.
+struct Shown {
+    char text[64];
+    explicit Shown(Text from) {
+        Line line(text, sizeof text);
+        line.put(from);
+        for (char* c = text; *c; ++c)
+            if (static_cast<unsigned char>(*c) < ' ' || *c == 0x7f) *c = '?';
+    }
+    operator Text() const { return Text(text); }
+};
 
 // fail(Error::bad_file, "'", path, "' ends after ", n, " bytes")
 template <class... Parts>
@@ -1695,6 +1710,36 @@ inline Status read_file(Runtime& runtime, Text path, Array<char>& bytes) {
     } while (got == static_cast<int64_t>(piece));
     return Status();
 }
+
+// Where the bytes come from: a file or memory.
+struct ByteSource {
+    File* file = nullptr;
+    Text memory;
+    Text name = "the checkpoint in memory";
+    uint64_t size = 0;
+    explicit ByteSource(Text bytes) : memory(bytes), size(bytes.size) {}
+    explicit ByteSource(File& from) : file(&from) {}
+    Status open(Text path) {
+        BABYGPT_TRY(file->open(path, FileMode::read));
+        name = Text(file->name);
+        const int64_t bytes = file->size();
+        if (bytes < 0) return fail(Error::cannot_read, "cannot read '", name, "': a checkpoint must be a file, not a pipe");
+        size = static_cast<uint64_t>(bytes);
+        return Status();
+    }
+    // offset + bytes <= size
+    Status read(uint64_t offset, void* to, uint64_t bytes) {
+        if (!file) {
+            if (bytes) memcpy(to, memory.data + offset, static_cast<size_t>(bytes));
+            return Status();
+        }
+        int64_t got = 0;
+        BABYGPT_TRY(file->read(static_cast<int64_t>(offset), to, static_cast<int64_t>(bytes), got));
+        if (static_cast<uint64_t>(got) == bytes) return Status();
+        const uint64_t end = offset + static_cast<uint64_t>(got);
+        return fail(Error::cannot_read, "'", name, "' became shorter while it was read: it ends at byte ", end);
+    }
+};
 
 // Writes beside the path, syncs, renames over it, syncs the folder. Until the rename the old file is whole; after it the new one is.
 // write(file) writes the content.
@@ -3439,6 +3484,133 @@ struct Protobuf {
 
 constexpr const char* bert_specials[] = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"};
 
+// llama.cpp's file (github.com/ggml-org/ggml, docs/gguf.md), all little-endian: "GGUF", its version, the counts of tensors and of keys; the
+// keys, each a name, a type and a value; the tensors, each a name, its sizes, a type and where it begins; and then their bytes.
+enum GgufType : uint32_t { gguf_u32 = 4, gguf_i32, gguf_f32, gguf_bool, gguf_string, gguf_array, gguf_f64 = 12 };
+struct Gguf {
+    struct Key {
+        size_t name, name_size;  // in `bytes`
+        uint64_t type;           // of the value, or of an array's items
+        uint64_t count;
+        size_t at;  // of the value in `bytes`
+        bool is_array;
+    };
+    ByteSource& source;
+    Array<char> bytes;  // the file from its beginning, as far as it was needed
+    Array<Key> keys;
+    uint64_t tensors = 0;
+    size_t at = 0;
+    Gguf(Runtime& runtime, ByteSource& from) : source(from), bytes(runtime), keys(runtime) {}
+
+    template <class... Parts>
+    Status bad(Parts... parts) const {
+        return fail(Error::bad_file, "'", source.name, "'", parts...);
+    }
+    Status unsupported(const char* what, Text value) const { return fail(Error::unsupported, "'", source.name, "': ", what, Shown(value)); }
+    static uint64_t load(const char* from, unsigned size) {
+        uint64_t value = 0;
+        for (unsigned i = size; i-- > 0;) value = value << 8 | static_cast<unsigned char>(from[i]);
+        return value;
+    }
+    // `more` bytes from `at` on are in memory.
+    Status need(uint64_t more) {
+        if (more > source.size - at) return bad(" was cut short: more is wanted at byte ", at, " than its ", source.size, " bytes hold");
+        const uint64_t end = at + more, had = bytes.count;
+        if (end <= had) return Status();
+        const uint64_t wanted = least(source.size, most(end, most(2 * had, uint64_t(1) << 16)));
+        if (wanted != static_cast<size_t>(wanted) || !bytes.resize(static_cast<size_t>(wanted))) return out_of_memory(wanted);
+        return source.read(had, bytes.items + had, wanted - had);
+    }
+    Status number(unsigned size, uint64_t& value) {
+        BABYGPT_TRY(need(size));
+        value = load(bytes.items + at, size);
+        at += size;
+        return Status();
+    }
+    Status string(size_t& start, size_t& size) {
+        uint64_t length;
+        BABYGPT_TRY(number(8, length));
+        BABYGPT_TRY(need(length));
+        start = at, size = static_cast<size_t>(length), at += size;
+        return Status();
+    }
+    static unsigned size_of(uint64_t type) {  // 0: of no fixed size
+        static const unsigned char sizes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
+        return sizes[type];
+    }
+    // Everything up to the list of tensors, which begins at `at`.
+    BABYGPT_RARE Status open() {
+        uint64_t version, count;
+        at = 4;
+        if (source.size < 24) return bad(" is no GGUF file: it has only ", source.size, " bytes");
+        BABYGPT_TRY(number(4, version));
+        if (version != 2 && version != 3) return bad(" has GGUF's version ", version, ", but only 2 and 3, little-endian, are read");
+        BABYGPT_TRY(number(8, tensors));
+        BABYGPT_TRY(number(8, count));
+        for (; count > 0; --count) {
+            Key key{};
+            key.count = 1;
+            BABYGPT_TRY(string(key.name, key.name_size));
+            BABYGPT_TRY(number(4, key.type));
+            key.is_array = key.type == gguf_array;
+            if (key.is_array) {
+                BABYGPT_TRY(number(4, key.type));
+                BABYGPT_TRY(number(8, key.count));
+            }
+            key.at = at;
+            if (key.type > gguf_f64 || key.type == gguf_array)
+                return bad(": the key '", Shown(Text(bytes.items + key.name, key.name_size)), "' is of the unknown type ", key.type);
+            if (key.type == gguf_string) {
+                size_t start, size;
+                for (uint64_t i = 0; i < key.count; ++i) BABYGPT_TRY(string(start, size));
+            } else {
+                if (key.count > source.size / size_of(key.type)) return bad(" was cut short: an array would have ", key.count, " items");
+                BABYGPT_TRY(need(key.count * size_of(key.type)));
+                at += static_cast<size_t>(key.count) * size_of(key.type);
+            }
+            if (!keys.push(key)) return out_of_memory(keys.count * sizeof key);
+        }
+        return Status();
+    }
+    const Key* find(Text name) const {
+        for (const Key& key : keys)
+            if (equal(Text(bytes.items + key.name, key.name_size), name)) return &key;
+        return nullptr;
+    }
+    // Item number i of numbers; whole numbers beyond 2^53 come out rounded.
+    double number_at(const Key& key, size_t i) const {
+        const unsigned size = size_of(key.type), unused = 64 - 8 * size;
+        const uint64_t raw = load(bytes.items + key.at + i * size, size);
+        if (key.type == gguf_f32) return static_cast<double>(bits_as<float>(static_cast<uint32_t>(raw)));
+        if (key.type == gguf_f64) return bits_as<double>(raw);
+        const bool is_signed = key.type < gguf_f32 ? key.type % 2 == 1 : key.type == 11;
+        return is_signed ? static_cast<double>(static_cast<int64_t>(raw << unused) >> unused) : static_cast<double>(raw);
+    }
+    // The value of a key, or what it was where there is no such key.
+    Status read(Text name, double& value) const {
+        const Key* key = find(name);
+        if (!key) return Status();
+        if (key->is_array || key->type == gguf_string) return bad(": the key '", name, "' is not a single number");
+        value = number_at(*key, 0);
+        return Status();
+    }
+    Text text(Text name) const {  // "": there is no such key, or it has no text
+        const Key* key = find(name);
+        size_t place = key ? key->at : 0;
+        return key && key->type == gguf_string && !key->is_array ? next_text(place) : Text();
+    }
+    Text next_text(size_t& place) const {
+        const Text result(bytes.items + place + 8, static_cast<size_t>(load(bytes.items + place, 8)));
+        return place += 8 + result.size, result;
+    }
+    // An array of texts, or of numbers; `count`, where not 0, is how many there must be.
+    Status array(Text name, bool texts, uint64_t count, const Key*& key) const {
+        key = find(name);
+        if (!key || (key->is_array && texts == (key->type == gguf_string) && (count == 0 || key->count == count))) return Status();
+        return bad(": the key '", name, "' is no list of ", texts ? "texts" : "numbers", ", or not as long as that of the tokens");
+    }
+};
+
 // Fills the tables of a tokenizer from one of the files that others write. Messages name the file.
 struct TokenizerReader {
     Runtime& runtime;
@@ -3999,14 +4171,8 @@ struct TokenizerReader {
     // The longest token's bytes, then for each its score (float), its size and its bytes; the first three are <unk>, <s> and </s>, then
     // come the 256 bytes. It was made from a SentencePiece BPE model (byte fallback, a blank before the text), which is made anew here.
     Status llama2c(Text text) {
-        Array<char> proto(runtime), piece(runtime), field(runtime);
+        Array<char> proto(runtime);
         const auto number = [&](size_t at) { return PieceEncoder::load_little(text.data + at); };
-        const auto put = [](Array<char>& to, char key, Text bytes) {  // a field of bytes
-            bool good = to.push(key);
-            size_t size = bytes.size;
-            for (; size >= 0x80; size >>= 7) good = good && to.push(static_cast<char>(size | 0x80));
-            return good && to.push(static_cast<char>(size)) && append(to, bytes);
-        };
         if (text.size < 4) return bad("the file is too short");
         size_t id = 0;
         for (size_t at = 4; at < text.size; ++id) {
@@ -4014,21 +4180,119 @@ struct TokenizerReader {
             const Text token(text.data + at + 8, number(at + 4));
             if (token.size > number(0)) return bad("token ", id, " is longer than the file says the longest is");
             const char kind = id == 0 ? piece_unknown : id < 3 ? piece_control : id < 259 ? piece_byte : piece_normal;
-            piece.count = field.count = 0;
-            bool good = true;
-            for (const char c : token) good = good && (c == ' ' ? append(piece, blank_symbol) : piece.push(c));
-            if (id == 1 || id == 2) {  // llama2.c writes them with line ends around
-                piece.count = 0;
-                good = append(piece, id == 1 ? "<s>" : "</s>");
-            }
-            good = good && put(field, 0x0a, view(piece)) && field.push(0x15) && field.append(text.data + at, 4) && field.push(0x18) &&
-                   field.push(kind) && put(proto, 0x0a, view(field));
-            if (!good) return no_memory();
+            const Text piece = id == 1 ? "<s>" : id == 2 ? "</s>" : token;  // llama2.c writes these with line ends around
+            if (!put_piece(proto, piece, number(at), kind)) return no_memory();
             at += 8 + token.size;
         }
-        // Trainer: BPE, byte fallback. Normaliser: a blank before the text, blanks kept.
-        const char settings[] = {0x12, 5, 0x18, 2, static_cast<char>(0x98), 2, 1, 0x1a, 6, 0x18, 1, 0x20, 0, 0x28, 1};
-        return proto.append(settings, sizeof settings) ? sentencepiece(view(proto)) : no_memory();
+        return sentencepiece_of(proto, 2, true, true, false, Text());
+    }
+    // A SentencePiece model is made anew: its pieces first. Blanks become U+2581.
+    static bool put_field(Array<char>& to, char key, Text bytes) {
+        bool good = to.push(key);
+        size_t size = bytes.size;
+        for (; size >= 0x80; size >>= 7) good = good && to.push(static_cast<char>(size | 0x80));
+        return good && to.push(static_cast<char>(size)) && append(to, bytes);
+    }
+    bool put_piece(Array<char>& proto, Text piece, uint32_t score, char kind) {
+        left.count = right.count = 0;
+        bool good = true;
+        for (const char c : piece) good = good && (c == ' ' ? append(left, blank_symbol) : left.push(c));
+        good = good && put_field(right, 0x0a, view(left)) && right.push(0x15);
+        for (int shift = 0; shift < 32; shift += 8) good = good && right.push(static_cast<char>(score >> shift & 0xff));
+        return good && right.push(0x18) && right.push(kind) && put_field(proto, 0x0a, view(right));
+    }
+    // ... then the trainer's settings and the normaliser's.
+    Status sentencepiece_of(Array<char>& proto, char type, bool bytes, bool prefix, bool no_extra_blanks, Text charsmap) {
+        const char settings[] = {0x12, 5, 0x18, type, static_cast<char>(0x98), 2, bytes};
+        const char blanks[] = {0x18, prefix, 0x20, no_extra_blanks, 0x28, 1};
+        left.count = 0;
+        const bool good = proto.append(settings, sizeof settings) && (charsmap.size == 0 || put_field(left, 0x12, charsmap)) &&
+                          left.append(blanks, sizeof blanks) && put_field(proto, 0x1a, view(left));
+        return good ? sentencepiece(view(proto)) : no_memory();
+    }
+
+    // ---- GGUF ----
+    // tokenizer.ggml.model: gpt2 is byte-level BPE, llama SentencePiece's BPE, t5 its unigram model, bert WordPiece.
+    Status gguf(const Gguf& file) {
+        const Text model = file.text("tokenizer.ggml.model");
+        const Gguf::Key *tokens, *types, *scores;
+        BABYGPT_TRY(file.array("tokenizer.ggml.tokens", true, 0, tokens));
+        if (model.size == 0 || !tokens || tokens->count == 0) return unsupported("there is no tokenizer in it");
+        BABYGPT_TRY(file.array("tokenizer.ggml.token_type", false, tokens->count, types));
+        BABYGPT_TRY(file.array("tokenizer.ggml.scores", false, tokens->count, scores));
+        file_size = file.bytes.count;
+        const auto kind_of = [&](size_t id) {
+            const double kind = types ? file.number_at(*types, id) : 1;
+            return kind >= 0 && kind < 7 ? static_cast<int>(kind) : 7;
+        };
+        const size_t count = static_cast<size_t>(tokens->count);
+        size_t place = tokens->at;
+        if (equal(model, "gpt2")) {
+            for (size_t id = 0; id < count; ++id) BABYGPT_TRY(gguf_token(id, file.next_text(place), kind_of(id)));
+            return gguf_bpe(file);
+        }
+        if (equal(model, "bert")) {
+            for (size_t id = 0; id < count; ++id) BABYGPT_TRY(gguf_word(id, file.next_text(place), kind_of(id) == piece_control));
+            tables.kind = TokenizerKind::wordpiece;
+            double lower = 1;
+            BABYGPT_TRY(file.read("tokenizer.ggml.normalizer.lowercase", lower));
+            double strip = lower;
+            BABYGPT_TRY(file.read("tokenizer.ggml.normalizer.strip_accents", strip));
+            tables.lower_case = lower != 0, tables.strip_accents = strip != 0;
+            return finish_wordpiece("[UNK]");
+        }
+        const bool unigram = equal(model, "t5");
+        if (!unigram && !equal(model, "llama"))
+            return file.unsupported("gpt2, llama, t5 and bert are known, but not tokenizer.ggml.model ", model);
+        double prefix = 1, no_extra_blanks = 0;
+        BABYGPT_TRY(file.read("tokenizer.ggml.add_space_prefix", prefix));
+        BABYGPT_TRY(file.read("tokenizer.ggml.remove_extra_whitespaces", no_extra_blanks));
+        const Gguf::Key* map;
+        BABYGPT_TRY(file.array("tokenizer.ggml.precompiled_charsmap", false, 0, map));
+        if (map && (!unigram || Gguf::size_of(map->type) != 1)) return unsupported("a precompiled_charsmap of this kind is not supported");
+        Array<char> proto(runtime);
+        bool bytes = false;
+        for (size_t id = 0; id < count; ++id) {
+            const float score = scores ? static_cast<float>(file.number_at(*scores, id)) : 0;
+            const int kind = kind_of(id);
+            bytes |= kind == piece_byte;
+            if (!put_piece(proto, file.next_text(place), bits_as<uint32_t>(score), static_cast<char>(kind))) return no_memory();
+        }
+        tables.kind = TokenizerKind::sentencepiece;
+        return sentencepiece_of(proto, unigram ? 1 : 2, bytes, prefix != 0, no_extra_blanks != 0 && unigram,
+                                map ? Text(file.bytes.items + map->at, static_cast<size_t>(map->count)) : Text());
+    }
+    Status gguf_token(size_t id, Text token, int kind) {
+        bool memory = true;
+        if (kind == piece_unused) return Status();  // a hole
+        if (kind == piece_control) return add(static_cast<int64_t>(id), token, true);
+        if (kind != piece_normal)
+            return unsupported("token ", id, " '", Shown(token), "' is of type ", kind, ", which byte-level BPE has not here");
+        if (!symbols_to_bytes(token, scratch, memory))
+            return memory ? unsupported("token ", id, " '", Shown(token), "' is not byte-level") : no_memory();
+        return add(static_cast<int64_t>(id), view(scratch), false);
+    }
+    Status gguf_bpe(const Gguf& file) {
+        static const char* const as_gpt2[] = {"gpt-2", "phi-2", "mpt", "olmo"};  // which cut texts into words as GPT-2 does
+        const Text pre = file.text("tokenizer.ggml.pre");
+        bool known = false;
+        for (const char* like : as_gpt2) known |= equal(pre, like);
+        if (!known)
+            return file.unsupported("only GPT-2's pre-tokenizer is known, but tokenizer.ggml.pre is ", pre.size ? pre : Text("not said"));
+        const Gguf::Key* merges;
+        BABYGPT_TRY(file.array("tokenizer.ggml.merges", true, 0, merges));
+        size_t place = merges ? merges->at : 0;
+        for (uint64_t i = 0; merges && i < merges->count; ++i) BABYGPT_TRY(merge_line(file.next_text(place)));
+        return finish();
+    }
+    // What begins a word has U+2581 before it; what goes on with one is bare, and so are names in brackets.
+    Status gguf_word(size_t id, Text token, bool special) {
+        const bool begins = starts_with(token, blank_symbol),
+                   bracketed = starts_with(token, "[") && ends_with(token, "]") && token.size > 1;
+        left.count = 0;
+        if (begins) token = Text(token.data + 3, token.size - 3);
+        if ((!begins && !bracketed && !append(left, "##")) || !append(left, token)) return no_memory();
+        return add_word(static_cast<int64_t>(id), view(left), special);
     }
 };
 
@@ -4284,6 +4548,13 @@ inline Status read_vocab_and_merges(Tokenizer& tokenizer, Runtime& runtime, Text
     });
 }
 
+// A key of ours holds what GGUF has no words for.
+inline Status read_gguf_tokenizer(Tokenizer& tokenizer, Runtime& runtime, const Gguf& gguf) {
+    const Text ours = gguf.text("babygpt.tokenizer"), name = gguf.source.name;
+    if (ours.size) return read_tokenizer_json(tokenizer, runtime, ours, name);
+    return make_tokenizer(tokenizer, runtime, TokenizerKind::bpe, [&](Tables& tables) { return TokenizerReader(tables, name).gguf(gguf); });
+}
+
 // One file of a tokenizer: what it is shows in its name.
 inline Status read_tokenizer_file(Tokenizer& tokenizer, Runtime& runtime, Text path) {
     static const char* const beside[][2] = {{"encoder.json", "vocab.bpe"}, {"vocab.json", "merges.txt"}};
@@ -4295,6 +4566,14 @@ inline Status read_tokenizer_file(Tokenizer& tokenizer, Runtime& runtime, Text p
             if (!vocab.fits || !merges.fits) return fail(Error::cannot_open, "the path '", path, "' is too long");
             return read_vocab_and_merges(tokenizer, runtime, Text(vocab.text), Text(merges.text));
         }
+    if (ends_with(path, ".gguf")) {
+        File opened(runtime);
+        ByteSource source(opened);
+        BABYGPT_TRY(source.open(path));
+        Gguf gguf(runtime, source);
+        BABYGPT_TRY(gguf.open());
+        return read_gguf_tokenizer(tokenizer, runtime, gguf);
+    }
     Array<char> file;
     Text plain = path;  // without ":cased"
     static const char* const marks[] = {":cased", ":uncased"};
@@ -4468,7 +4747,7 @@ Status Tokenizer::load(Runtime& from, Text path) {
     if (equal(path, "byte")) return create_bytes(from);
     const Status status = read_tokenizer_file(*this, from, path);
     if (status.ok() || status.error != Error::cannot_open || path.size == 0) return status;
-    static const char* const endings[] = {".json", ".tiktoken", ".bpe", ".txt", ".model", ".bin", "cased"};
+    static const char* const endings[] = {".json", ".tiktoken", ".bpe", ".txt", ".model", ".bin", "cased", ".gguf"};
     for (const char* ending : endings)
         if (ends_with(path, ending)) return status;
     // Perhaps a folder; its files cannot be listed, so we try the usual names.
@@ -10263,6 +10542,9 @@ BABYGPT_RARE Status summary(Runtime& runtime, const Config& config, int batch, A
 // In this order: values as JSON, reading a header, checking it against its config, other people's files, writing, then Model's and Trainer's
 // calls.
 //
+// GGUF, llama.cpp's file, comes in as it is found (gpt2 and llama; F32, F16, BF16, Q8_0) and goes out by Model::save_gguf. Its Llama has the
+// rows of queries and keys in another order, because llama.cpp turns pairs of neighbours: they are put in ours, and back.
+//
 // Reading trusts nothing. A length is compared with the file's size before it is used, every tensor's shape with the config before the
 // weights get their memory. All memory that reading a file takes, added up, is less than 100 times the file's size and 256 KiB more.
 
@@ -10591,52 +10873,12 @@ struct Words {
     operator Text() const { return Text(text); }
 };
 
-// A piece of a file as a message may show it: not too long, and without what would confuse a terminal.
-struct Shown {
-    char text[64];
-    explicit Shown(Text from) {
-        Line line(text, sizeof text);
-        line.put(from);
-        for (char* c = text; *c; ++c)
-            if (static_cast<unsigned char>(*c) < ' ' || *c == 0x7f) *c = '?';
-    }
-    operator Text() const { return Text(text); }
-};
-
-// Where the bytes come from: a file or memory.
-struct ByteSource {
-    File* file = nullptr;
-    Text memory;
-    Text name = "the checkpoint in memory";
-    uint64_t size = 0;
-    explicit ByteSource(Text bytes) : memory(bytes), size(bytes.size) {}
-    explicit ByteSource(File& from) : file(&from) {}
-    Status open(Text path) {
-        BABYGPT_TRY(file->open(path, FileMode::read));
-        name = Text(file->name);
-        const int64_t bytes = file->size();
-        if (bytes < 0) return fail(Error::cannot_read, "cannot read '", name, "': a checkpoint must be a file, not a pipe");
-        size = static_cast<uint64_t>(bytes);
-        return Status();
-    }
-    // offset + bytes <= size
-    Status read(uint64_t offset, void* to, uint64_t bytes) {
-        if (!file) {
-            if (bytes) memcpy(to, memory.data + offset, static_cast<size_t>(bytes));
-            return Status();
-        }
-        int64_t got = 0;
-        BABYGPT_TRY(file->read(static_cast<int64_t>(offset), to, static_cast<int64_t>(bytes), got));
-        if (static_cast<uint64_t>(got) == bytes) return Status();
-        const uint64_t end = offset + static_cast<uint64_t>(got);
-        return fail(Error::cannot_read, "'", name, "' became shorter while it was read: it ends at byte ", end);
-    }
-};
-
-enum class Stored : int32_t { f32, f16, bf16, int8 };
+enum class Stored : int32_t { f32, f16, bf16, int8, q8_0 };  // the last in GGUF only
 constexpr Word<Stored> stored_words[] = {{Stored::f32, "F32"}, {Stored::f16, "F16"}, {Stored::bf16, "BF16"}, {Stored::int8, "I8"}};
 inline Stored stored_as(Dtype dtype) { return dtype == Dtype::f32 ? Stored::f32 : dtype == Dtype::bf16 ? Stored::bf16 : Stored::int8; }
-inline uint64_t stored_size(Stored type) { return type == Stored::f32 ? 4 : type == Stored::int8 ? 1 : 2; }
+inline uint64_t stored_size(Stored type) {  // of a number; q8_0 has 34 bytes for 32 numbers
+    return type == Stored::f32 ? 4 : type == Stored::int8 ? 1 : 2;
+}
 
 struct StoredTensor {
     Text name;
@@ -10664,6 +10906,7 @@ struct Checkpoint {
     uint64_t data = 0;  // where the tensors' bytes begin
     Config config;
     char folder[128];  // its name, where the tensors lie in several files
+    bool gguf = false;
     template <class... Parts>
     Status bad(const Parts&... parts) const {
         return fail(Error::bad_file, "'", source.name, "'", parts...);
@@ -10908,17 +11151,71 @@ inline Weight scales_of(const Weight& weight) {
     return scales;
 }
 
+// GGUF's name for a tensor: "blk.0.attn_q.weight" for "model.layers.0.self_attn.q_proj.weight".
+BABYGPT_RARE Words gguf_name(Text name) {
+    static constexpr const char* names[][2] = {{"wte", "token_embd"},
+                                               {"wpe", "position_embd"},
+                                               {"ln_1", "attn_norm"},
+                                               {"attn.c_attn", "attn_qkv"},
+                                               {"attn.c_proj", "attn_output"},
+                                               {"ln_2", "ffn_norm"},
+                                               {"mlp.c_fc", "ffn_up"},
+                                               {"mlp.c_proj", "ffn_down"},
+                                               {"ln_f", "output_norm"},
+                                               {"lm_head", "output"},
+                                               {"model.embed_tokens", "token_embd"},
+                                               {"input_layernorm", "attn_norm"},
+                                               {"self_attn.q_proj", "attn_q"},
+                                               {"self_attn.k_proj", "attn_k"},
+                                               {"self_attn.v_proj", "attn_v"},
+                                               {"self_attn.o_proj", "attn_output"},
+                                               {"post_attention_layernorm", "ffn_norm"},
+                                               {"mlp.gate_proj", "ffn_gate"},
+                                               {"mlp.up_proj", "ffn_up"},
+                                               {"mlp.down_proj", "ffn_down"},
+                                               {"model.norm", "output_norm"}};
+    const Text kind(ends_with(name, ".bias") ? ".bias" : ".weight");
+    Text stem(name.data, name.size - kind.size), layer;
+    const Text prefixes[] = {"h.", "model.layers."};
+    for (const Text& prefix : prefixes) {
+        if (!starts_with(stem, prefix)) continue;
+        const char* const start = stem.data + prefix.size;
+        size_t digits = 0;
+        while (start[digits] != '.') ++digits;
+        layer = Text(start, digits + 1);
+        stem = Text(layer.end(), static_cast<size_t>(stem.end() - layer.end()));
+    }
+    Text theirs = stem;
+    for (const auto& pair : names)
+        if (equal(stem, Text(pair[0]))) theirs = Text(pair[1]);
+    return Words(layer.size ? Text("blk.") : Text(), layer, theirs, kind);
+}
+// GGUF's matrices all have a row for each output: GPT-2's lie on their side. And it turns queries and keys in pairs of neighbours, as llama2.c
+// does: their rows, and biases, change places within a head, whose width this gives (0: they do not).
+bool on_its_side(const Config& config, const Weight& weight) {
+    return config.architecture == Architecture::gpt2 && !weight.is_vector && !weight.scaled_rows;
+}
+int turned_rows(const Config& config, Text name) {
+    for (size_t i = 0; i + 8 <= name.size; ++i)
+        if (equal(Text(name.data + i, 8), ".q_proj.") || equal(Text(name.data + i, 8), ".k_proj.")) return config.width / config.heads;
+    return 0;
+}
+
 // Where a weight, or a moment of it, lies in the file: same name, same shape. And its scales, where it is int8.
 Status find_tensor(const Checkpoint& c, Text prefix, const Weight& weight, const StoredTensor*& found, const StoredTensor** scales) {
-    const Words name(prefix, Text(weight.name)), rows(weight.rows, ", ");
-    const Words shape("[", weight.is_vector ? Text() : Text(rows), weight.cols, "]");
+    const Words name = c.gguf ? gguf_name(Text(weight.name)) : Words(prefix, Text(weight.name));
+    const bool side = c.gguf && on_its_side(c.config, weight);
+    const int64_t shape_rows = side ? weight.cols : weight.rows, shape_cols = side ? weight.rows : weight.cols;
+    const Words rows(shape_rows, ", "), shape("[", weight.is_vector ? Text() : Text(rows), shape_cols, "]");
     StoredTensor* tensor = find_by_name(c.tensors, name);
     found = tensor;
     if (!tensor) return c.bad(" lacks the tensor '", Text(name), "' of shape ", Text(shape));
     tensor->wanted = true;
     const bool same = weight.is_vector ? tensor->dimensions == 1 && tensor->shape[0] == weight.cols
-                                       : tensor->dimensions == 2 && tensor->shape[0] == weight.rows && tensor->shape[1] == weight.cols;
+                                       : tensor->dimensions == 2 && tensor->shape[0] == shape_rows && tensor->shape[1] == shape_cols;
     if (!same) return c.bad(": the tensor '", Text(name), "' has the shape ", Shown(tensor->shown), ", but its config wants ", Text(shape));
+    if (tensor->type == Stored::q8_0 && weight.is_vector)
+        return c.bad(": the tensor '", Text(name), "' is Q8_0, which only a matrix may be");
     if (tensor->type != Stored::int8) return Status();
     if (weight.is_vector || prefix.size) return c.bad(": the tensor '", Text(name), "' is I8, which only a matrix of the weights may be");
     BABYGPT_TRY(find_tensor(c, prefix, scales_of(weight), *scales, nullptr));
@@ -11031,6 +11328,33 @@ Status read_int8(Runtime& runtime, const Weight& weight, const StoredTensor& ten
     return Status();
 }
 
+// Llama2.c and GGUF turn queries and keys in pairs of neighbours, we in pairs half a head apart: rows change places within a head, `dim` of
+// them (0: they do not). Row number `row` of theirs among ours.
+inline int64_t row_among_ours(int64_t row, int dim) { return dim ? row / dim * dim + row % dim % 2 * (dim / 2) + row % dim / 2 : row; }
+
+// Number i of a row as it is stored.
+inline float stored_number(Stored type, const char* row, int64_t i) {
+    float value;
+    uint16_t half;
+    if (type == Stored::f32) return memcpy(&value, row + 4 * i, sizeof value), value;
+    if (type != Stored::q8_0) return memcpy(&half, row + 2 * i, sizeof half), float_from(type, half);
+    const char* const block = row + i / 32 * 34;  // a scale in f16, then 32 whole numbers
+    memcpy(&half, block, sizeof half);
+    return static_cast<float>(static_cast<signed char>(block[2 + i % 32])) * float_from(Stored::f16, half);
+}
+// A matrix of GGUF.
+Status read_gguf_tensor(Runtime& runtime, const Config& config, const Weight& weight, const StoredTensor& tensor, float* to) {
+    const bool side = on_its_side(config, weight);
+    const int dim = turned_rows(config, Text(weight.name));
+    const int64_t across = side ? weight.cols : 1;  // from one number of a row of the file to the next
+    const bool vector = weight.is_vector;           // then each number is a row
+    const int64_t rows = vector || side ? weight.cols : weight.rows, cols = vector ? 1 : side ? weight.rows : weight.cols;
+    return read_rows(runtime, tensor, rows, [&](int, int64_t row, const char* bytes) {
+        float* out = to + (side ? row : row_among_ours(row, dim) * cols);
+        for (int64_t i = 0; i < cols; ++i, out += across) *out = stored_number(tensor.type, bytes, i);
+    });
+}
+
 // Every weight, or moment, from its place in the file to its place in the block.
 // as_converted: whether Model::convert would change nothing.
 Status read_tensors(Runtime& runtime, const Checkpoint& c, Text prefix, Span<const Weight> names, float* block, bool& as_converted) {
@@ -11041,6 +11365,10 @@ Status read_tensors(Runtime& runtime, const Checkpoint& c, Text prefix, Span<con
         BABYGPT_TRY(find_tensor(c, prefix, weight, tensor, &scales));
         float* to = block + weight.offset;
         as_converted = as_converted && (weight.is_vector || c.config.dtype == Dtype::f32 || tensor->type == stored_as(c.config.dtype));
+        if (c.gguf) {
+            BABYGPT_TRY(read_gguf_tensor(runtime, c.config, weight, *tensor, to));
+            continue;
+        }
         if (tensor->type == Stored::int8) {
             BABYGPT_TRY(read_int8(runtime, weight, *tensor, *scales, to, as_converted));
             continue;
@@ -11105,8 +11433,6 @@ struct Llama2c {
         BABYGPT_TRY(skip(table_floats()));
         return vocab > 0 ? Status() : one(-1, "lm_head.weight", 0);
     }
-    // Row number `row` of theirs among ours.
-    static int64_t place(int64_t row, int dim) { return dim ? row / dim * dim + row % dim % 2 * (dim / 2) + row % dim / 2 : row; }
 };
 
 // Whether these bytes are such a file: the numbers make sense and the size is theirs exactly.
@@ -11139,7 +11465,7 @@ BABYGPT_RARE Status load_llama2c(Runtime& runtime, ByteSource& source, const Lla
             const uint64_t bytes = static_cast<uint64_t>(weight.cols) * sizeof(float);
             Status status;
             for (int64_t row = 0; row < weight.rows && status.ok(); ++row, at += bytes)
-                status = source.read(at, model.weights + weight.offset + Llama2c::place(row, dim) * weight.cols, bytes);
+                status = source.read(at, model.weights + weight.offset + row_among_ours(row, dim) * weight.cols, bytes);
             return status;
         },
         [&](uint64_t floats) { return at += floats * sizeof(float), Status(); }));
@@ -11257,11 +11583,168 @@ BABYGPT_RARE Status load_huggingface(Runtime& runtime, Text folder, Text config,
     return Status();
 }
 
-// Of bytes that are either our checkpoint or a .bin.
+// ---- GGUF ------------------------------------------------------------------------------------------------------------
+
+// The list of tensors, and where their bytes are.
+BABYGPT_RARE Status read_gguf_tensors(Gguf& g, Checkpoint& c) {
+    static const char* const types[] = {"F32",     "F16",    "Q4_0",    "Q4_1",  "type 4", "type 5", "Q5_0",  "Q5_1",
+                                        "Q8_0",    "Q8_1",   "Q2_K",    "Q3_K",  "Q4_K",   "Q5_K",   "Q6_K",  "Q8_K",
+                                        "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S",  "IQ2_S", "IQ4_XS",
+                                        "I8",      "I16",    "I32",     "I64",   "F64",    "IQ1_M",  "BF16"};
+    double alignment = 32;
+    BABYGPT_TRY(g.read("general.alignment", alignment));
+    const uint64_t step = alignment >= 1 && alignment <= 65536 ? static_cast<uint64_t>(alignment) : 0;
+    if (step == 0 || (step & (step - 1)) != 0) return c.bad(": general.alignment is no power of two up to 65536");
+    const auto aligned = [&](uint64_t place) { return (place + step - 1) / step * step; };
+    const size_t start = g.at;
+    uint64_t end = 0;
+    for (int pass = 0; pass < 2; ++pass) {  // the first only brings all into memory, where it then stays
+        g.at = start;
+        for (uint64_t i = 0; i < g.tensors; ++i) {
+            StoredTensor tensor{};
+            size_t name, size;
+            uint64_t dimensions, sizes[4] = {1, 1, 1, 1}, type, elements = 1;
+            BABYGPT_TRY(g.string(name, size));
+            BABYGPT_TRY(g.number(4, dimensions));
+            tensor.name = Text(g.bytes.items + name, size);
+            if (dimensions < 1 || dimensions > 4) return c.bad(": the tensor '", Shown(tensor.name), "' has ", dimensions, " dimensions");
+            for (uint64_t k = 0; k < dimensions; ++k) BABYGPT_TRY(g.number(8, sizes[k]));
+            BABYGPT_TRY(g.number(4, type));
+            BABYGPT_TRY(g.number(8, tensor.begin));
+            if (pass == 0) continue;
+            tensor.type = type == 0 ? Stored::f32 : type == 1 ? Stored::f16 : type == 8 ? Stored::q8_0 : Stored::bf16;
+            if (type > 1 && type != 8 && type != 30)
+                return fail(Error::unsupported, "'", c.source.name, "': the tensor '", Shown(tensor.name), "' is ",
+                            Text(type < 31 ? types[type] : "of an unknown type"), ", but only F32, F16, BF16 and Q8_0 are read");
+            for (const uint64_t many : sizes) {
+                size_t result;
+                if (many > INT64_MAX || !product(elements, many, result))
+                    return c.bad(": the tensor '", Shown(tensor.name), "' does not fit into memory");
+                elements = result;
+            }
+            tensor.dimensions = static_cast<int>(dimensions);
+            tensor.shape[0] = static_cast<int64_t>(sizes[dimensions > 1]), tensor.shape[1] = static_cast<int64_t>(sizes[0]);
+            const Words shape("[", static_cast<int64_t>(sizes[1]), ", ", static_cast<int64_t>(sizes[0]), "]"), length("[", sizes[0], "]");
+            const Text shown = dimensions == 1 ? Text(length) : dimensions == 2 ? Text(shape) : Text("of more than two dimensions");
+            const size_t shown_at = c.names.count;
+            if (!append(c.names, shown)) return out_of_memory(c.names.count);
+            tensor.shown = Text(c.names.items + shown_at, shown.size);
+            const bool blocks = tensor.type == Stored::q8_0;
+            size_t bytes;
+            if ((blocks && sizes[0] % 32 != 0) ||
+                !product(blocks ? elements / 32 : elements, blocks ? 34 : stored_size(tensor.type), bytes) ||
+                tensor.begin != aligned(end) || bytes > g.source.size)
+                return c.bad(": the tensor '", Shown(tensor.name), "' of shape ", Shown(shown), " cannot begin at byte ", tensor.begin,
+                             " of the tensors, after byte ", end);
+            tensor.end = end = tensor.begin + bytes;
+            tensor.source = &g.source;
+            if (!c.tensors.push(tensor)) return out_of_memory(c.tensors.count * sizeof tensor);
+        }
+        if (pass == 0 && !c.names.reserve(static_cast<size_t>(g.tensors) * 48)) return out_of_memory(g.tensors * 48);
+    }
+    c.data = aligned(g.at);
+    for (StoredTensor& tensor : c.tensors) tensor.data = c.data;
+    if (c.data > g.source.size || end > g.source.size - c.data || g.source.size - c.data > aligned(end))
+        return c.bad(" was cut short or has something at its end: its tensors end at byte ", c.data + end, ", but it has ", g.source.size);
+    const StoredTensor* twice = sort_by_name(c.tensors);
+    return twice ? c.bad(" has two tensors '", Shown(twice->name), "'") : Status();
+}
+
+// A number that was a double before it became a float: of the decimals that round to this float the shortest.
+BABYGPT_RARE double shortest_decimal(double number) {
+    double ten = 1;
+    for (int places = 0; places < 40; ++places, ten *= 10) {
+        if (!(number > 0 && number * ten < 1e15)) break;
+        const double decimal = decimal_to_double(static_cast<uint64_t>(number * ten + 0.5), -places);
+        if (static_cast<float>(decimal) == static_cast<float>(number)) return decimal;
+    }
+    return number;
+}
+
+BABYGPT_RARE Status read_gguf_config(const Gguf& g, const Checkpoint& c, Config& config) {
+    const Text name = g.text("general.architecture");
+    if (!equal(name, "gpt2") && !equal(name, "llama"))
+        return g.unsupported("only GGUF's architectures gpt2 and llama are known, but this is ", name);
+    BABYGPT_TRY(preset_architecture(name, config));
+    const bool llama = config.architecture == Architecture::llama;
+    struct Number {
+        const char* key;
+        int Config::*to;
+    };
+    static constexpr Number numbers[] = {{"block_count", &Config::layers},         {"embedding_length", &Config::width},
+                                         {"context_length", &Config::context},     {"feed_forward_length", &Config::hidden},
+                                         {"attention.head_count", &Config::heads}, {"attention.head_count_kv", &Config::kv_heads}};
+    for (const Number& number : numbers) {
+        double value = number.to == &Config::kv_heads ? 0 : -1;
+        const Words key(name, ".", number.key);
+        BABYGPT_TRY(g.read(key, value));
+        if (!(value >= 0 && value <= INT32_MAX && value == static_cast<int>(value)))
+            return c.bad(" lacks the key '", Text(key), "', or it is out of range");
+        config.*number.to = static_cast<int>(value);
+    }
+    config.norm_epsilon = -1;
+    BABYGPT_TRY(g.read(Words(name, llama ? ".attention.layer_norm_rms_epsilon" : ".attention.layer_norm_epsilon"), config.norm_epsilon));
+    if (llama) BABYGPT_TRY(g.read(Words(name, ".rope.freq_base"), config.rope_base));
+    config.norm_epsilon = shortest_decimal(config.norm_epsilon), config.rope_base = shortest_decimal(config.rope_base);
+    const StoredTensor* embedding = find_by_name(c.tensors, "token_embd.weight");
+    if (!embedding) return c.bad(" lacks the tensor 'token_embd.weight'");
+    config.vocab = static_cast<int>(least(embedding->shape[0], int64_t(INT32_MAX)));
+    config.tied = !find_by_name(c.tensors, "output.weight");
+    config.bias = !llama || find_by_name(c.tensors, "blk.0.attn_q.bias");
+    const Status status = check(config);
+    if (!status.ok()) return c.bad(": ", Text(status.message));
+    const double dim = config.width / config.heads;
+    const struct {
+        const char* key;
+        double value;
+    } fixed[] = {{"rope.dimension_count", dim}, {"attention.key_length", dim}, {"attention.value_length", dim},
+                 {"attention.causal", 1},       {"rope.scaling.factor", 1},    {"rope.scale_linear", 1},
+                 {"expert_count", 0},           {"use_parallel_residual", 0}};
+    for (const auto& must : fixed) {
+        double value = must.value;
+        const Words key(name, ".", must.key);
+        BABYGPT_TRY(g.read(key, value));
+        if (value != must.value)
+            return fail(Error::unsupported, "'", g.source.name, "': ", Text(key), " is ", value, ", but only ", must.value,
+                        " is supported");
+    }
+    const Text scaling = g.text(Words(name, ".rope.scaling.type"));
+    return scaling.size == 0 || equal(scaling, "none") ? Status() : g.unsupported("rope.scaling.type is not supported: ", scaling);
+}
+
+BABYGPT_RARE Status load_gguf(Runtime& runtime, ByteSource& source, Model& result) {
+    Gguf g(runtime, source);
+    Checkpoint c(runtime, source);
+    c.gguf = true;
+    BABYGPT_TRY(g.open());
+    if (g.tensors == 0) return c.bad(" is a GGUF file without tensors: a tokenizer, but no model");
+    BABYGPT_TRY(read_gguf_tensors(g, c));
+    BABYGPT_TRY(read_gguf_config(g, c, c.config));
+    c.config = complete(c.config);
+    BABYGPT_TRY(match_tensors(runtime, c, false));
+    Model model;
+    const Text kind = g.text("tokenizer.ggml.model");
+    if (kind.size && !equal(kind, "none") && !equal(kind, "no_vocab")) BABYGPT_TRY(read_gguf_tokenizer(model.tokenizer, runtime, g));
+    if (model.tokenizer.vocab > c.config.vocab)
+        return c.bad(": its tokenizer has ", model.tokenizer.vocab, " ids, but token_embd.weight only ", c.config.vocab);
+    BABYGPT_TRY(allocate_weights(runtime, model, c.config, false));
+    double plain_words = 0;
+    BABYGPT_TRY(g.read("babygpt.plain_words", plain_words));
+    BABYGPT_TRY(model.set_chat(g.text("babygpt.user_turn"), g.text("babygpt.reply_turn"), plain_words != 0));
+    bool as_converted;
+    BABYGPT_TRY(read_tensors(runtime, c, "", model.names, model.weights, as_converted));
+    result = static_cast<Model&&>(model);
+    return Status();
+}
+
+// Of bytes that are our checkpoint, GGUF or a .bin.
 Status load_model(Runtime& runtime, ByteSource& source, Model& result) {
     Llama2c header;
     Config config;
     bool is;
+    char magic[4] = {};
+    BABYGPT_TRY(source.read(0, magic, least(source.size, uint64_t(sizeof magic))));
+    if (equal(Text(magic, sizeof magic), "GGUF")) return load_gguf(runtime, source, result);
     BABYGPT_TRY(is_llama2c(source, header, config, is));
     if (is) return load_llama2c(runtime, source, header, config, result);
     Checkpoint c(runtime, source);
@@ -11517,6 +12000,240 @@ Status load_adapter(Runtime& runtime, const Model& model, ByteSource& source, Ad
     return read_adapter(runtime, c, model, config, result);
 }
 
+// ---- writing GGUF ----------------------------------------------------------------------------------------------------
+
+struct GgufWriter {
+    Array<char> bytes;
+    uint64_t keys = 0;
+    bool good = true;
+    explicit GgufWriter(Runtime& runtime) : bytes(runtime) {}
+    void number(uint64_t value, unsigned size = 4) {
+        for (unsigned i = 0; i < size; ++i) good = good && bytes.push(static_cast<char>(value >> (8 * i) & 0xff));
+    }
+    void text(Text value) { number(value.size, 8), good = good && append(bytes, value); }
+    void key(Text name, GgufType type) { ++keys, text(name), number(type); }
+    void key(Text name, Text value) { key(name, gguf_string), text(value); }
+    void key(Text name, const char* value) { key(name, Text(value)); }
+    void key(Text name, int value) { key(name, gguf_u32), number(static_cast<uint32_t>(value)); }
+    void key(Text name, bool value) { key(name, gguf_bool), number(value, 1); }
+    void key(Text name, double value) { key(name, gguf_f32), number(bits_as<uint32_t>(static_cast<float>(value))); }
+    void list(Text name, GgufType type, size_t count, const GgufWriter& items) {
+        key(name, gguf_array), number(type), number(count, 8);
+        good = good && items.good && append(bytes, view(items.bytes));
+    }
+};
+
+// The tokenizer as llama.cpp has it. Its ids are ours, and like ours its encoding adds none; but of characters never seen a whole run becomes
+// one id, and it wants a token that ends a text: what has none gets one that no text has.
+struct GgufTokenizer {
+    const Tokenizer& tokenizer;
+    const Tables& tables;
+    GgufWriter &to, tokens, types, scores;
+    size_t count = 0;
+    GgufTokenizer(const Tokenizer& t, GgufWriter& writer)
+        : tokenizer(t), tables(*t.tables), to(writer), tokens(*t.runtime), types(*t.runtime), scores(*t.runtime) {}
+
+    static Status unsupported(const char* what) {
+        return fail(Error::unsupported, "GGUF cannot express a tokenizer ", what, ": save the model as a checkpoint");
+    }
+    void add(Text token, int kind, float score = 0) {
+        tokens.text(token), types.number(static_cast<uint32_t>(kind)), scores.number(bits_as<uint32_t>(score));
+        ++count;
+    }
+    void fill(size_t wanted) {
+        while (count < wanted) add(Words("[PAD", count, "]"), piece_unused);
+    }
+    Status put(int vocab) {
+        const TokenizerKind kind = tokenizer.kind;
+        const bool pieces = kind == TokenizerKind::sentencepiece, characters = kind == TokenizerKind::characters;
+        if (pieces) BABYGPT_TRY(put_pieces());
+        else {
+            if (tables.whole_words_first) return unsupported("that takes whole words before merges");
+            if (kind == TokenizerKind::wordpiece && !(tables.lower_case && tables.strip_accents))
+                return unsupported("of WordPiece that tells capitals");
+            if (characters && tokenizer.vocab > 1) {
+                for (const uint32_t code : tables.codes)
+                    if (code == 0x2581) return unsupported("of characters with U+2581, its blank");
+            }
+            Array<char> token(*tokenizer.runtime);
+            for (int id = 0; id < tokenizer.vocab && to.good; ++id) BABYGPT_TRY(put_token(id, token));
+        }
+        fill(static_cast<size_t>(vocab));
+        const bool unigram = pieces && tables.unigram;
+        to.key("tokenizer.ggml.model", kind == TokenizerKind::wordpiece ? "bert"
+                                       : characters || unigram          ? "t5"
+                                       : pieces                         ? "llama"
+                                                                        : "gpt2");
+        to.key("tokenizer.ggml.pre", kind == TokenizerKind::bpe || kind == TokenizerKind::bytes ? "gpt-2" : "default");
+        to.list("tokenizer.ggml.tokens", gguf_string, count, tokens);
+        to.list("tokenizer.ggml.token_type", gguf_i32, count, types);
+        if (pieces || characters) {
+            to.list("tokenizer.ggml.scores", gguf_f32, count, scores);
+            to.key("tokenizer.ggml.add_space_prefix", pieces && tables.add_dummy_prefix);
+            to.key("tokenizer.ggml.remove_extra_whitespaces", pieces && tables.remove_extra_whitespaces);
+        }
+        if (kind == TokenizerKind::bpe || kind == TokenizerKind::bytes) put_merges();
+        if (unigram && tables.charsmap_size) {
+            to.key("tokenizer.ggml.precompiled_charsmap", gguf_array), to.number(0), to.number(tables.charsmap_size, 8);
+            to.good = to.good && to.bytes.append(tables.proto.items + tables.charsmap, tables.charsmap_size);
+        }
+        int end = tokenizer.end_of_text, begin = end;
+        if (end < 0) begin = end = most(tokenizer.unknown, 0);  // bytes: zero
+        for (const int32_t id : tables.specials)
+            if (equal(tables.bytes(id), pieces ? "<s>" : kind == TokenizerKind::wordpiece ? "[CLS]" : "")) begin = id;
+        to.key("tokenizer.ggml.bos_token_id", begin);
+        to.key("tokenizer.ggml.eos_token_id", end);
+        if (tokenizer.unknown >= 0) to.key("tokenizer.ggml.unknown_token_id", tokenizer.unknown);
+        to.key("tokenizer.ggml.add_bos_token", false);
+        to.key("tokenizer.ggml.add_eos_token", false);
+        to.key("tokenizer.ggml.add_sep_token", false);
+        if (!characters && kind != TokenizerKind::bytes) return Status();
+        Array<char> json(*tokenizer.runtime);  // for ourselves, so that it comes back as what it was
+        BABYGPT_TRY(tokenizer.save_memory(json));
+        to.key("babygpt.tokenizer", view(json));
+        return Status();
+    }
+    Status put_token(int id, Array<char>& token) {
+        const Text bytes = tables.bytes(id);
+        const bool special = tables.tokens[static_cast<size_t>(id)].special;
+        token.count = 0;
+        if (bytes.size == 0) return fill(count + 1), Status();
+        if (id == tokenizer.unknown && !special) return add("<unk>", piece_unknown), Status();
+        bool good;
+        if (special) good = append(token, bytes);
+        else if (tokenizer.kind == TokenizerKind::wordpiece || tokenizer.kind == TokenizerKind::characters) {
+            const bool blank = bytes[0] == ' ', bracketed = blank && bytes[1] == '[' && bytes.size > 2 && ends_with(bytes, "]");
+            good = (!blank || bracketed || append(token, blank_symbol)) && append(token, Text(bytes.data + blank, bytes.size - blank));
+        } else good = append_symbols(token, bytes);
+        if (special && tokenizer.kind == TokenizerKind::bpe && tables.find_word(bytes) >= 0)
+            return unsupported("with a special token that is also a word");
+        add(view(token), special ? piece_control : piece_normal);
+        return good ? Status() : out_of_memory(token.count);
+    }
+    void put_merges() {
+        GgufWriter merges(*tokenizer.runtime);
+        Array<char> line(*tokenizer.runtime);
+        for (const Tables::Merge& merge : tables.merges) {
+            line.count = 0;
+            merges.good = merges.good && append_symbols(line, tables.bytes(merge.left)) && line.push(' ') &&
+                          append_symbols(line, tables.bytes(merge.right));
+            merges.text(view(line));
+        }
+        to.list("tokenizer.ggml.merges", gguf_string, tables.merges.count, merges);
+    }
+    Status put_pieces() {
+        if (!tables.escape_whitespaces || tables.treat_whitespace_as_suffix)
+            return unsupported("of SentencePiece that treats blanks in this way");
+        if (!tables.unigram && tables.charsmap_size) return unsupported("of SentencePiece BPE with a precompiled_charsmap");
+        if (!tables.unigram && tables.remove_extra_whitespaces) return unsupported("of SentencePiece BPE with remove_extra_whitespaces");
+        if (tables.unigram == tables.byte_fallback) return unsupported("of SentencePiece with this byte_fallback");
+        for (Protobuf pieces(view(tables.proto)); pieces.next();) {
+            if (pieces.field != 1) continue;
+            Text piece;
+            for (Protobuf field(pieces.bytes); field.next();)
+                if (field.field == 1) piece = field.bytes;
+            const size_t id = count;
+            add(piece, tables.piece_kinds[id], static_cast<float>(tables.scores[id]));
+        }
+        return Status();
+    }
+};
+
+// How a tensor lies in GGUF: rows of `cols` numbers, a row for each output.
+struct GgufTensor {
+    int64_t rows, cols;
+    bool side;
+    int dim;      // row_among_ours
+    Stored type;  // vectors, and matrices whose rows are no whole blocks of 32, stay floats
+    uint64_t bytes;
+    GgufTensor(const Config& config, const Weight& weight) {
+        side = on_its_side(config, weight), dim = turned_rows(config, Text(weight.name));
+        rows = weight.is_vector ? weight.cols : side ? weight.cols : weight.rows;
+        cols = weight.is_vector ? 1 : side ? weight.rows : weight.cols;
+        type = weight.is_vector || (config.dtype == Dtype::int8 && cols % 32 != 0) ? Stored::f32 : stored_as(config.dtype);
+        if (type == Stored::int8) type = Stored::q8_0;
+        bytes = static_cast<uint64_t>(rows) *
+                (type == Stored::q8_0 ? static_cast<uint64_t>(cols) / 32 * 34 : static_cast<uint64_t>(cols) * stored_size(type));
+    }
+};
+// A power of two as f16; below the smallest it is that.
+inline uint16_t f16_power(float power) {
+    const int exponent = static_cast<int>(bits_as<uint32_t>(power) >> 23) - 127;
+    return static_cast<uint16_t>(exponent >= -14 ? (exponent + 15) << 10 : 1 << most(exponent + 24, 0));
+}
+// Our scales, one for each output, are Q8_0's for each of its blocks: the same numbers, as long as f16 holds the scale. Of smaller ones the
+// numbers are rounded to the multiples of 2^-24; larger ones are an error.
+Status write_gguf_tensor(const Model& model, const Weight& weight, File& file) {
+    const GgufTensor tensor(model.config, weight);
+    const float* const values = model.weights + weight.offset;
+    Array<float> scales(*model.runtime);
+    Array<char> row(*model.runtime);
+    if (tensor.type == Stored::q8_0) BABYGPT_TRY(int8_scales(weight, values, scales));
+    const size_t row_bytes = static_cast<size_t>(tensor.bytes / static_cast<uint64_t>(tensor.rows));
+    if (!row.resize(row_bytes)) return out_of_memory(row_bytes);
+    const int64_t across = tensor.side ? weight.cols : 1;
+    for (int64_t r = 0; r < tensor.rows; ++r) {
+        const int64_t ours = row_among_ours(r, tensor.dim);
+        const float* from = values + (tensor.side ? r : ours * tensor.cols);
+        const float scale = scales.count ? most(scales[static_cast<size_t>(ours)], 0x1p-24f) : 0;
+        if (scale > 0x1p15f) return fail(Error::unsupported, "'", weight.name, "' holds numbers that are too large for Q8_0");
+        const uint16_t half = scales.count ? f16_power(scale) : 0;
+        for (int64_t i = 0; i < tensor.cols; ++i, from += across) {
+            const uint32_t bits = bits_as<uint32_t>(*from);
+            const uint16_t upper = static_cast<uint16_t>(bits >> 16);
+            if (tensor.type == Stored::f32) memcpy(row.items + 4 * i, &bits, 4);
+            else if (tensor.type == Stored::bf16) memcpy(row.items + 2 * i, &upper, 2);
+            else {
+                char* const block = row.items + i / 32 * 34;
+                if (i % 32 == 0) memcpy(block, &half, 2);
+                block[2 + i % 32] = static_cast<char>(int8_of(*from, scale));
+            }
+        }
+        BABYGPT_TRY(file.write(row.items, static_cast<int64_t>(row_bytes)));
+    }
+    return Status();
+}
+
+// Everything before the tensors' bytes.
+BABYGPT_RARE Status build_gguf(const Model& model, GgufWriter& to) {
+    const Config& c = model.config;
+    const bool llama = c.architecture == Architecture::llama;
+    const Text name(llama ? "llama" : "gpt2");
+    GgufWriter keys(*model.runtime), tensors(*model.runtime);
+    const auto own = [&](const char* key, auto value) { keys.key(Words(name, ".", key), value); };
+    keys.key("general.architecture", name);
+    keys.key("general.file_type", c.dtype == Dtype::f32 ? 0 : c.dtype == Dtype::bf16 ? 32 : 7);
+    if (c.dtype == Dtype::int8) keys.key("general.quantization_version", 2);
+    own("vocab_size", c.vocab), own("context_length", c.context), own("embedding_length", c.width);
+    own("block_count", c.layers), own("feed_forward_length", c.hidden);
+    own("attention.head_count", c.heads), own("attention.head_count_kv", c.kv_heads);
+    own(llama ? "attention.layer_norm_rms_epsilon" : "attention.layer_norm_epsilon", c.norm_epsilon);
+    if (llama) own("rope.freq_base", c.rope_base), own("rope.dimension_count", c.width / c.heads);
+    if (model.tokenizer.kind == TokenizerKind::none) keys.key("tokenizer.ggml.model", "none");
+    else BABYGPT_TRY(GgufTokenizer(model.tokenizer, keys).put(c.vocab));
+    if (!model.chat.empty()) {
+        keys.key("babygpt.user_turn", view(model.chat.user_turn));
+        keys.key("babygpt.reply_turn", view(model.chat.reply_turn));
+        keys.key("babygpt.plain_words", model.chat.plain_words);
+    }
+    uint64_t offset = 0;
+    for (const Weight& weight : model.names) {
+        const GgufTensor tensor(c, weight);
+        tensors.text(gguf_name(Text(weight.name)));
+        tensors.number(weight.is_vector ? 1 : 2);
+        tensors.number(static_cast<uint64_t>(weight.is_vector ? weight.cols : tensor.cols), 8);
+        if (!weight.is_vector) tensors.number(static_cast<uint64_t>(tensor.rows), 8);
+        tensors.number(tensor.type == Stored::f32 ? 0 : tensor.type == Stored::bf16 ? 30 : 8);
+        tensors.number(offset, 8);
+        offset += (tensor.bytes + 31) / 32 * 32;
+    }
+    to.good = append(to.bytes, "GGUF");
+    to.number(3), to.number(model.names.size, 8), to.number(keys.keys, 8);
+    to.good = to.good && keys.good && tensors.good && append(to.bytes, view(keys.bytes)) && append(to.bytes, view(tensors.bytes));
+    while (to.good && to.bytes.count % 32 != 0) to.number(0, 1);
+    return to.good ? Status() : out_of_memory(keys.bytes.count + tensors.bytes.count);
+}
+
 // ---- the state of training -------------------------------------------------------------------------------------------
 
 TrainingState state_of(const Trainer& t) {
@@ -11627,12 +12344,12 @@ Status Model::save_memory(Array<char>& bytes) const {
     return Status();
 }
 
+namespace {
 inline bool is_plain_decoder(const Config& c) {
     return c.encoder_layers == 0 && c.causal && c.classes == 0 && c.features == 0 && !c.head_bias;
 }
-
-BABYGPT_RARE Status Model::save_huggingface(Text folder) const {
-    if (!weights) return fail(Error::invalid_argument, "an empty model cannot be saved to '", folder, "'");
+// What Llama or GPT-2 of other people's programs does not have.
+BABYGPT_RARE Status must_be_plain(const Config& config, const char* whose) {
     const bool llama = config.architecture == Architecture::llama;
     const char* other = !is_plain_decoder(config)                                              ? "an encoder, classes or a head with a bias"
                         : config.norm_after                                                    ? "norms after additions"
@@ -11641,14 +12358,20 @@ BABYGPT_RARE Status Model::save_huggingface(Text folder) const {
                         : config.positions != (llama ? Positions::rotary : Positions::learned) ? "positions of this kind"
                         : !llama && (!config.bias || config.kv_heads != config.heads)          ? "grouped queries, or no biases"
                                                                                                : nullptr;
-    if (other)
-        return fail(Error::unsupported, "Hugging Face's ", llama ? "Llama" : "GPT-2", " has not ", other, ": save it as a checkpoint");
+    return other ? fail(Error::unsupported, whose, llama ? " Llama" : " GPT-2", " has not ", other, ": save it as a checkpoint") : Status();
+}
+}  // namespace
+
+BABYGPT_RARE Status Model::save_huggingface(Text folder) const {
+    if (!weights) return fail(Error::invalid_argument, "an empty model cannot be saved to '", folder, "'");
+    BABYGPT_TRY(must_be_plain(config, "Hugging Face's"));
     const Path path(folder, "/model.safetensors"), config_path(folder, "/config.json"), tokenizer_path(folder, "/tokenizer.json");
     if (!path.fits || !tokenizer_path.fits || !config_path.fits) return fail(Error::cannot_write, "the path of the folder is too long");
     Config floats = config;
     if (config.dtype == Dtype::int8) floats.dtype = Dtype::f32;
     Array<char> json(*runtime);
     if (!json.push('{') || !append_config(json, floats) || !append(json, "}\n")) return out_of_memory(json.count);
+    const bool llama = config.architecture == Architecture::llama;
     const Section sections[] = {{llama ? "" : "transformer.", weights, floats.dtype, true}};
     BABYGPT_TRY(save_checkpoint(*this, sections, Text(), Text(path.text)));
     if (tokenizer.kind != TokenizerKind::none) BABYGPT_TRY(tokenizer.save(Text(tokenizer_path.text)));
@@ -11674,7 +12397,7 @@ Status Model::save_llama2c(Text path) const {
             [&](const Weight& weight, int dim) {
                 Status status;
                 for (int64_t row = 0; row < weight.rows && status.ok(); ++row)
-                    status = file.write(weights + weight.offset + Llama2c::place(row, dim) * weight.cols,
+                    status = file.write(weights + weight.offset + row_among_ours(row, dim) * weight.cols,
                                         weight.cols * static_cast<int64_t>(sizeof(float)));
                 return status;
             },
@@ -11738,6 +12461,27 @@ BABYGPT_RARE Status Adapter::save_peft(Text folder) const {
     BABYGPT_TRY(save(Text(path.text)));
     return write_atomically(*runtime, Text(config_path.text),
                             [&](File& file) { return file.write(json.items, static_cast<int64_t>(json.count)); });
+}
+
+Status Model::save_gguf(Text path) const {
+    if (!weights) return fail(Error::invalid_argument, "an empty model cannot be saved to '", path, "'");
+    BABYGPT_TRY(must_be_plain(config, "GGUF's"));
+    const bool llama = config.architecture == Architecture::llama;
+    if (config.activation != (llama ? Activation::silu : Activation::gelu_tanh))
+        return fail(Error::unsupported, "GGUF's ", llama ? "Llama has only silu" : "GPT-2 has only gelu_tanh", " as activation");
+    GgufWriter header(*runtime);
+    BABYGPT_TRY(build_gguf(*this, header));
+    return write_atomically(*runtime, path, [&](File& file) {
+        const char zeros[32] = {};
+        Status status = file.write(header.bytes.items, static_cast<int64_t>(header.bytes.count));
+        uint64_t padding = 0;
+        for (const Weight& weight : names) {
+            if (status.ok() && padding) status = file.write(zeros, static_cast<int64_t>(padding));
+            if (status.ok()) status = write_gguf_tensor(*this, weight, file);
+            padding = (0 - GgufTensor(config, weight).bytes) % 32;
+        }
+        return status;
+    });
 }
 
 Status Trainer::save(Text path) const {

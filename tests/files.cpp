@@ -885,6 +885,246 @@ TEST(llama2c_files, "a model would not come back from llama2.c's form as it was,
     }
 }
 
+// ---- GGUF ------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// The bytes of a little-endian number.
+std::string little(uint64_t value, int size) {
+    std::string bytes;
+    for (int i = 0; i < size; ++i) bytes += static_cast<char>(value >> (8 * i) & 0xff);
+    return bytes;
+}
+// With another value behind a key; both as they stand in the file, type included.
+std::string with_value(const std::string& file, const std::string& key, const std::string& from, const std::string& to) {
+    return replaced(file, little(key.size(), 8) + key + from, little(key.size(), 8) + key + to);
+}
+std::string u32(uint64_t value) { return little(4, 4) + little(value, 4); }
+std::string f32(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return little(6, 4) + little(bits, 4);
+}
+std::string gguf_text(const std::string& text) { return little(8, 4) + little(text.size(), 8) + text; }
+
+// A SentencePiece BPE tokenizer with bytes, by way of llama2.c's file.
+std::string piece_file() {
+    const std::string pieces[] = {"<unk>", "\n<s>\n", "\n</s>\n"}, words[] = {" ", "a", "b", "ab", " a", " ab"};
+    std::string file = little(6, 4);
+    const auto add = [&](const std::string& piece, float score) { file += f32(score).substr(4) + little(piece.size(), 4) + piece; };
+    for (const std::string& piece : pieces) add(piece, 0);
+    for (int byte = 0; byte < 256; ++byte) {
+        char name[8];
+        snprintf(name, sizeof name, "<0x%02X>", static_cast<unsigned>(byte));
+        add(name, 0);
+    }
+    for (size_t i = 0; i < 6; ++i) add(words[i], -static_cast<float>(i));
+    return file;
+}
+bool make_tokenizer(Host& host, const std::string& kind, Tokenizer& tokenizer) {
+    TokenizerConfig config;
+    if (kind == "none") return true;
+    if (kind == "pieces") {
+        host.files["t.bin"] = piece_file();
+        const bool good = CHECK_OK(tokenizer.load(host.runtime, "t.bin"));
+        host.files.erase("t.bin");
+        return good;
+    }
+    CHECK_OK(parse_tokenizer(kind, config));
+    return CHECK_OK(tokenizer.train(host.runtime, config, Text("abc abd abe \xc5\x9f")));
+}
+bool make_gguf(Host& host, const char* architecture, const char* kind, Model& model, int width = 8, bool tied = true) {
+    Config config = small_config();
+    CHECK_OK(preset_architecture(architecture, config));
+    config.heads = 2, config.layers = 2, config.width = width, config.hidden = width == 8 ? 6 : 2 * width, config.tied = tied,
+    config.vocab = 0;
+    if (config.gated) config.kv_heads = 1, config.norm_epsilon = 1e-6, config.rope_base = 5e4, config.bias = tied;
+    Tokenizer tokenizer;
+    if (!make_tokenizer(host, kind, tokenizer)) return false;
+    config.vocab = tokenizer.vocab + 3;
+    return CHECK_OK(model.create(host.runtime, config, static_cast<Tokenizer&&>(tokenizer), 5)) &&
+           CHECK_OK(model.set_chat("You: ", "\xc5\x9e: "));
+}
+
+}  // namespace
+
+TEST(gguf_round_trip, "a model would not come back from GGUF as it was") {
+    for (const char* architecture : {"gpt2", "llama"})
+        for (const char* kind : {"none", "byte", "char", "bpe:260", "pieces"})
+            for (const bool tied : {true, false})
+                for (const Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::int8}) {
+                    Host host;
+                    Model model, loaded, again;
+                    if (!make_gguf(host, architecture, kind, model, dtype == Dtype::int8 ? 32 : 8, tied)) return;
+                    if (dtype != Dtype::f32) CHECK_OK(model.convert(dtype));
+                    CHECK_OK(model.save_gguf("m.gguf"));
+                    CHECK_OK(loaded.load(host.runtime, "m.gguf"));
+                    CHECK(loaded.config.dtype == Dtype::f32 && same_tensors(model, loaded) && same_config(model.config, loaded.config));
+                    const std::string file = host.files["m.gguf"];
+                    // Pieces that fill the vocabulary up come back as unused ones.
+                    if (strcmp(kind, "pieces")) CHECK(same(model, loaded));
+                    else CHECK(loaded.tokenizer.vocab == loaded.config.vocab && bytes_of(loaded.chat.reply_turn) == "\xc5\x9e: ");
+                    Array<int32_t> ids, other;
+                    if (strcmp(kind, "none")) {
+                        CHECK_OK(model.tokenizer.encode("ab abc \xe2\x82\xac\n", ids, true));
+                        CHECK_OK(loaded.tokenizer.encode("ab abc \xe2\x82\xac\n", other, true));
+                        CHECK(ids.count == other.count && memcmp(ids.items, other.items, ids.count * sizeof(int32_t)) == 0);
+                        Tokenizer alone;
+                        CHECK_OK(alone.load(host.runtime, "m.gguf"));
+                        CHECK(text_of(alone) == text_of(loaded.tokenizer));
+                    }
+                    if (dtype != Dtype::f32) CHECK_OK(loaded.convert(dtype));
+                    CHECK_OK(loaded.save_gguf("again.gguf"));
+                    CHECK(host.files["again.gguf"] == file || strcmp(kind, "pieces") == 0);
+                }
+}
+
+TEST(gguf_layout, "llama.cpp would compute something else with our matrices") {
+    Host host;
+    Model llama, gpt2;
+    if (!make_gguf(host, "llama", "none", llama) || !make_gguf(host, "gpt2", "none", gpt2)) return;
+    CHECK_OK(llama.save_gguf("l.gguf"));
+    CHECK_OK(gpt2.save_gguf("g.gguf"));
+    const auto rows = [&](const char* name, std::initializer_list<int> order) {  // of 8 numbers
+        std::string bytes;
+        for (const int row : order) bytes.append(reinterpret_cast<const char*>(llama.weights + llama.find(name)->offset + 8 * row), 32);
+        return host.files["l.gguf"].find(bytes) != std::string::npos;
+    };
+    // Each head's first half takes turns with its second half; values stay.
+    CHECK(rows("model.layers.1.self_attn.q_proj.weight", {0, 2, 1, 3, 4, 6, 5, 7}));
+    CHECK(rows("model.layers.1.self_attn.k_proj.weight", {0, 2, 1, 3}));
+    CHECK(rows("model.layers.1.self_attn.v_proj.weight", {0, 1, 2, 3}));
+    // A row for each output: a column of ours.
+    const Weight& matrix = *gpt2.find("h.1.mlp.c_fc.weight");
+    std::string column;
+    for (int64_t i = 0; i < matrix.rows; ++i)
+        column.append(reinterpret_cast<const char*>(gpt2.weights + matrix.offset + i * matrix.cols + 3), sizeof(float));
+    CHECK(host.files["g.gguf"].find(column) != std::string::npos);
+}
+
+TEST(gguf_int8, "scales would be written that Q8_0 cannot hold") {
+    Host host;
+    Model model, loaded;
+    if (!make_gguf(host, "gpt2", "none", model, 32)) return;
+    float* row = model.weights + model.find("wte.weight")->offset;
+    for (int i = 0; i < 32; ++i) row[i] = static_cast<float>(i) * 0x1p-27f;  // finer than f16 can say
+    CHECK_OK(model.convert(Dtype::int8));
+    CHECK_OK(model.save_gguf("m.gguf"));
+    CHECK_OK(loaded.load(host.runtime, "m.gguf"));
+    row = loaded.weights + loaded.find("wte.weight")->offset;
+    for (int i = 0; i < 32; ++i) CHECK(fabs(static_cast<double>(row[i]) - i * 0x1p-27) <= 0x1p-25);
+    model.weights[model.find("wte.weight")->offset] = 1e30f;
+    CHECK_OK(model.convert(Dtype::int8));
+    CHECK(has(model.save_gguf("m.gguf"), Error::unsupported, "too large for Q8_0"));
+    CHECK(host.open_files == 0 && host.files.size() == 1);
+}
+
+TEST(gguf_claims, "a GGUF file that means another model, or none, would be taken for one that we know") {
+    Host host;
+    Model model;
+    if (!make_gguf(host, "llama", "bpe:260", model)) return;
+    CHECK_OK(model.save_gguf("m.gguf"));
+    const std::string file = host.files["m.gguf"];
+    const auto refused = [&](const std::string& bytes, Error error, const char* words) {
+        Model loaded;
+        host.start_counting();
+        return CHECK(has(loaded.load_memory(host.runtime, bytes), error, words) && host.total < memory_bound(bytes.size()));
+    };
+    refused(replaced(file, "GGUF" + little(3, 4), "GGUF" + little(1, 4)), Error::bad_file, "version 1");
+    refused(with_value(file, "general.architecture", gguf_text("llama"), gguf_text("mamba")), Error::unsupported, "mamba");
+    refused(with_value(file, "llama.block_count", u32(2), u32(1)), Error::bad_file, "'blk.1.");
+    refused(with_value(file, "llama.block_count", u32(2), u32(900)), Error::bad_file, "too few");
+    refused(with_value(file, "llama.feed_forward_length", u32(6), u32(7)), Error::bad_file, "[7, 8]");
+    refused(with_value(file, "llama.embedding_length", u32(8), f32(8.5f)), Error::bad_file, "llama.embedding_length");
+    refused(with_value(file, "llama.attention.head_count", u32(2), u32(0)), Error::bad_file, "heads");
+    refused(with_value(file, "llama.rope.dimension_count", u32(4), u32(2)), Error::unsupported, "rope.dimension_count is 2, but only 4");
+    refused(replaced(file, "llama.attention.layer_norm_rms_epsilon", "llama.attention.layer_norm_rms_epsilom"), Error::bad_file,
+            "norm_epsilon");
+    refused(with_value(file, "tokenizer.ggml.pre", gguf_text("gpt-2"), gguf_text("qwen2")), Error::unsupported, "qwen2");
+    refused(with_value(file, "tokenizer.ggml.model", gguf_text("gpt2"), gguf_text("rwkv")), Error::unsupported, "rwkv");
+    refused(with_value(file, "general.file_type", u32(0), little(13, 4) + little(0, 4)), Error::bad_file, "unknown type 13");
+    refused(with_value(file, "llama.vocab_size", u32(263), little(9, 4) + little(9, 4)), Error::bad_file, "unknown type 9");
+    refused(with_value(file, "llama.vocab_size", u32(263), little(9, 4) + little(8, 4) + little(~uint64_t(0), 8)), Error::bad_file,
+            "cut short");
+    refused(with_value(file, "llama.vocab_size", u32(263), little(9, 4) + little(10, 4) + little(~uint64_t(0), 8)), Error::bad_file,
+            "cut short");
+    const std::string name = little(17, 8) + "token_embd.weight", shape = little(2, 4) + little(8, 8) + little(263, 8);
+    refused(replaced(file, name + shape + little(0, 4), name + shape + little(12, 4)), Error::unsupported, "'token_embd.weight' is Q4_K");
+    refused(replaced(file, name + shape + little(0, 4), name + shape + little(8, 4)), Error::bad_file, "token_embd.weight");
+    refused(replaced(file, name + shape, name + little(2, 4) + little(8, 8) + little(uint64_t(1) << 62, 8)), Error::bad_file, "memory");
+    refused(replaced(file, name + shape + little(0, 12), name + shape + little(0, 4) + little(32, 8)), Error::bad_file,
+            "cannot begin at byte 32");
+    refused(replaced(file, little(18, 8) + "output_norm.weight", little(18, 8) + "output_norn.weight"), Error::bad_file,
+            "output_norm.weight");
+    refused(replaced(file, "blk.1.attn_q.weight", "blk.0.attn_q.weight"), Error::bad_file, "two tensors 'blk.0.attn_q.weight'");
+    refused(file + std::string(64, '\0'), Error::bad_file, "at its end");
+    Model unusual;
+    Config other = foreign_config("llama");
+    other.activation = Activation::relu;
+    if (make_foreign(host, other, unusual)) CHECK(has(unusual.save_gguf("g.gguf"), Error::unsupported, "only silu"));
+    other.norm_after = true;
+    if (make_foreign(host, other, unusual)) CHECK(has(unusual.save_gguf("g.gguf"), Error::unsupported, "norms after additions"));
+    CHECK(has(Model().save_gguf("g.gguf"), Error::invalid_argument, "empty") && host.files.size() == 1);
+}
+
+TEST(gguf_damage, "a damaged GGUF file could crash, hang or take all memory; too little memory or a failing disk would leak or crash") {
+    for (const char* kind : {"char", "bpe:260", "pieces"}) {
+        Host host;
+        Model model;
+        const bool pieces = strcmp(kind, "pieces") == 0;
+        if (!make_gguf(host, pieces ? "llama" : "gpt2", kind, model, pieces ? 32 : 8)) return;
+        if (pieces) CHECK_OK(model.convert(Dtype::int8));
+        CHECK_OK(model.save_gguf("m.gguf"));
+        const std::string file = host.files["m.gguf"];
+        const auto load = [&](const std::string& bytes) {
+            const std::vector<char> exact(bytes.begin(), bytes.end());
+            Model loaded;
+            host.start_counting();
+            const Status status = loaded.load_memory(host.runtime, Text(exact.data(), exact.size()));
+            CHECK(status.ok() == (loaded.weights != nullptr) && (status.ok() || status.message[0]) &&
+                  host.total < memory_bound(bytes.size()));
+            return status.ok();
+        };
+        const size_t step = strcmp(kind, "char") == 0 ? 1 : 7;
+        for (size_t size = 0; size < file.size(); size += step)
+            if (!CHECK(!load(file.substr(0, size)))) return;
+        const int64_t blocks = host.blocks;
+        const size_t header = file.find("output_norm.weight");
+        uint64_t random = 7;
+        int loaded_well = 0;
+        for (int round = 0; round < 7000; ++round) {
+            std::string bytes = file;
+            for (uint64_t edits = 1 + next_random(random) % 3; edits > 0; --edits) {
+                const size_t range = next_random(random) % 8 ? header : bytes.size(), at = next_random(random) % range % bytes.size();
+                const size_t other = next_random(random) % bytes.size(), length = next_random(random) % 24;
+                const uint64_t how = next_random(random) % 8;
+                if (how == 0) bytes.insert(at, bytes.substr(other, length));
+                else if (how == 1) bytes.erase(at, length);
+                else if (how == 2) bytes.replace(at, length, bytes.substr(other, length));
+                else if (how == 3) bytes[at] = static_cast<char>(bytes[at] ^ 1 << next_random(random) % 8);
+                else bytes[at] = static_cast<char>(next_random(random));
+                if (bytes.empty()) bytes = "GGUF";
+            }
+            loaded_well += load(bytes);
+        }
+        CHECK(loaded_well > 30 && loaded_well < 6900 && host.blocks == blocks);
+        if (!pieces) continue;
+        for (int writes = 0; writes < 2; ++writes)
+            for (int what = 0; what < 2; ++what)
+                for (int64_t n = 1;; ++n) {
+                    Model loaded;
+                    host.start_counting();
+                    (what == 0 ? host.fail_allocation : writes ? host.fail_call : host.fail_read) = n;
+                    const Status status = writes ? model.save_gguf("m.gguf") : loaded.load(host.runtime, "m.gguf");
+                    const bool reached = (what == 0 ? host.allocations : writes ? host.calls : host.reads) >= n;
+                    if (!CHECK(status.ok() == !reached && (writes || status.ok() == (loaded.weights != nullptr)) && host.open_files == 0) ||
+                        !reached)
+                        break;
+                }
+        CHECK(host.blocks == blocks && host.files.at("m.gguf") == file);
+    }
+}
+
 // ---- the resume file -------------------------------------------------------------------------------------------------
 
 TEST(resume_is_exact, "training that was resumed would go another way than training that was never stopped") {

@@ -271,6 +271,9 @@ run 1 convert m.safetensors m.bin;                                says 'only Lla
 run 0 train a.txt --out lecture.safetensors --arch lecture --layers 1 --heads 2 --width 8 --context 8 --batch 2 --threads 1 --steps 3 --stop-at 2
 run 1 train a.txt --out lecture.safetensors --resume --arch transformer; says '--arch transformer contradicts.*a bias in the head'
 run 0 train a.txt --out lecture.safetensors --resume --arch lecture;     run 0 generate lecture.safetensors --prompt a --tokens 3
+run 0 convert m.safetensors m.gguf;                               has out 'GGUF file from a babygpt checkpoint; gpt2.*with its tokenizer'
+run 0 convert m.gguf g.safetensors --json; json;                  has out '"read":"GGUF file"'
+run 0 compare m.safetensors g.safetensors;                        has out 'the same bits'
 run 0 train a.txt --out l.safetensors --arch llama --kv-heads 1 --layers 2 --heads 2 --width 8 --context 8 --batch 2 --threads 1 --steps 3
 run 0 info l.safetensors;                                         has out 'llama, 2 layers, 2 heads (1 of keys and values).*swiglu, rms norm'
 run 0 info l.safetensors;                                         has out 'model.layers.1.self_attn.qkv'

@@ -522,6 +522,8 @@ TEST(gpt2_ids, "GPT-2's tokenizer gives other ids than those that others have pu
     CHECK(encode(tokenizer, "hello <|endoftext|>") == (Ids{31373, 1279, 91, 437, 1659, 5239, 91, 29}));
 
     check_llamacpp(tokenizer, "gpt-2");
+    CHECK_OK(ranks.load(runtime, "../shared/data/tokenizers/llamacpp/ggml-vocab-gpt-2.gguf"));
+    CHECK(saved(ranks) == saved(tokenizer));
 
     const string facts = read_shared("tokenizers/vectors/known_vectors.jsonl");
     int known = 0;
@@ -842,6 +844,9 @@ TEST(published_ids, "BERT's, SentencePiece's or llama2.c's tokenizer gives other
     if (!CHECK_OK(bert.load(runtime, "../shared/data/tokenizers/bert-base-uncased-vocab.txt"))) return;
     CHECK(bert.vocab == 30522 &&
           encode(bert, "[CLS]My name is John[SEP]pair[SEP]", true) == (Ids{101, 2026, 2171, 2003, 2198, 102, 3940, 102}));
+    check_llamacpp(bert, "bert-bge");
+    CHECK_OK(bert.load(runtime, "../shared/data/tokenizers/llamacpp/ggml-vocab-bert-bge.gguf"));
+    CHECK(bert.vocab == 30522 && bert.end_of_text == 102);
     check_llamacpp(bert, "bert-bge");
     if (!CHECK_OK(pieces.load(runtime, "../shared/data/tokenizers/sp_test_model.model"))) return;
     CHECK(pieces.vocab == 1000 && pieces.unknown == 0 && pieces.end_of_text == 2);

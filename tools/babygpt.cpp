@@ -721,6 +721,14 @@ bool is_checkpoint(const string& path) {
     return got == 9 && start[8] == '{' && length < fs::file_size(path_of(path), ignored);
 }
 
+bool is_gguf(const string& path) {
+    char start[4] = {};
+    FILE* file = open_file(path, "rb");
+    const size_t got = file ? fread(start, 1, 4, file) : 0;
+    if (file) fclose(file);
+    return string(start, got) == "GGUF";
+}
+
 void load_tokenizer(Runtime& runtime, const string& path, Tokenizer& tokenizer) {
     if (is_checkpoint(path)) {
         Model model;
@@ -3269,14 +3277,16 @@ int bench(Arguments& in) {
     return 0;
 }
 
-enum class Form { checkpoint, folder, llama2c };
-const char* const form_names[] = {"babygpt checkpoint", "Hugging Face folder", "llama2.c file"};
+enum class Form { checkpoint, folder, llama2c, gguf };
+const char* const form_names[] = {"babygpt checkpoint", "Hugging Face folder", "llama2.c file", "GGUF file"};
 
 // Of a file to read, by content; of one to write, by name.
 Form form_of(const string& path, bool reading) {
     std::error_code ignored;
-    if (reading) return fs::is_directory(path_of(path), ignored) ? Form::folder : is_checkpoint(path) ? Form::checkpoint : Form::llama2c;
+    if (reading && fs::is_directory(path_of(path), ignored)) return Form::folder;
+    if (reading) return is_checkpoint(path) ? Form::checkpoint : is_gguf(path) ? Form::gguf : Form::llama2c;
     if (ends_with(path, ".bin")) return Form::llama2c;
+    if (ends_with(path, ".gguf")) return Form::gguf;
     const bool is_folder = fs::is_directory(path_of(path), ignored) || ends_with(path, "/") || path_of(path).extension().empty();
     return is_folder ? Form::folder : Form::checkpoint;
 }
@@ -3304,7 +3314,7 @@ int convert(Arguments& in) {
              1, 2);
     if (in.operands.size() == 2 && !out.empty()) usage("say OUT only once");
     if (in.operands.size() == 2) out = in.operands[1];
-    if (out.empty()) usage("convert needs OUT: M.safetensors, M.bin (llama2.c's) or a folder (Hugging Face's); see convert --help");
+    if (out.empty()) usage("convert needs OUT: M.safetensors, M.gguf, M.bin (llama2.c's) or a folder (Hugging Face's); see convert --help");
     const string& from = in.operands[0];
     const Form read = form_of(from, true), written = form_of(out, false);
     if (in.has("--adapter") && (in.has("--merge") || in.has("--dtype"))) usage("--adapter goes with neither --merge nor --dtype");
@@ -3338,7 +3348,7 @@ int convert(Arguments& in) {
         fs::create_directories(path_of(out), failed);
         if (failed) error(out + ": the folder cannot be made: " + failed.message());
         must(model.save_huggingface(out));
-    } else must(written == Form::llama2c ? model.save_llama2c(out) : model.save(out));
+    } else must(written == Form::llama2c ? model.save_llama2c(out) : written == Form::gguf ? model.save_gguf(out) : model.save(out));
     const uint64_t after = bytes_in(out);
     const char* architecture = architecture_names[int(model.config.architecture)];
     if (json)
@@ -3451,10 +3461,11 @@ const vector<Command> commands = {
     {"score", "M [options]", "The log-probability of each token of a text (standard input), and their sum.",
      "  echo 'To be or not to be' | babygpt score m.safetensors\n", score},
     {"encode", "T [options]",
-     "Text from standard input -> token ids. T: a model, a tokenizer's file (also vocab.txt:uncased, .model, tok.bin) or folder, or byte.",
+     "Text from standard input -> token ids. T: a model, a tokenizer's file (also vocab.txt:uncased, .model, .gguf, tok.bin) or folder, or "
+     "byte.",
      "  echo hello | babygpt encode tokenizer.json\n", encode},
     {"decode", "T [options]",
-     "Token ids from standard input -> the exact bytes. T: a model, a tokenizer's file (also vocab.txt:uncased, .model, tok.bin) or "
+     "Token ids from standard input -> the exact bytes. T: a model, a tokenizer's file (also vocab.txt:uncased, .model, .gguf, tok.bin) or "
      "folder, or byte.",
      "  echo 104 105 | babygpt decode byte\n", decode},
     {"tokenizer", "FILE... --vocab N --out T", "Learns a tokenizer from text: byte-level BPE or WordPiece.",
@@ -3481,10 +3492,12 @@ const vector<Command> commands = {
     {"bench", "[train|prefill|decode|idle] [options]", "How fast this machine trains, reads and writes, on random tokens.",
      "  babygpt bench train --threads 2\n  babygpt bench decode --model story.safetensors --dtype int8\n", bench},
     {"convert", "IN OUT [options]",
-     "From one kind of file to another: checkpoints (.safetensors), folders of Hugging Face's (GPT-2 and Llama), llama2.c's .bin. IN is "
-     "told by its content, OUT by its name. With --dtype it rounds the matrices to numbers of fewer bits: a smaller file, and replies that "
-     "come sooner (`babygpt eval` says what it costs).",
+     "From one kind of file to another: checkpoints (.safetensors), folders of Hugging Face's (GPT-2 and Llama), llama.cpp's .gguf (int8 "
+     "as "
+     "Q8_0), llama2.c's .bin. IN is told by its content, OUT by its name. With --dtype it rounds the matrices to numbers of fewer bits: a "
+     "smaller file, and replies that come sooner (`babygpt eval` says what it costs).",
      "  babygpt convert stories260K.bin stories.safetensors\n  babygpt convert m.safetensors folder/\n"
+     "  babygpt convert m.safetensors m.gguf\n"
      "  babygpt convert m.safetensors --dtype int8 --out small.safetensors\n",
      convert},
     {"compare", "A B [options]", "The first tensor at which two checkpoints differ, and by how much. Exit status 0: the same bits, 1: not.",
