@@ -735,6 +735,36 @@ Status read_train_config(Runtime& runtime, Text resume_file, TrainConfig& config
 
 // ---- Session ----------------------------------------------------------------------------------------------------------
 
+// Patterns that a generated text must not hold, made ready to be looked for. Read-only once created: any number of sessions may use it.
+//   a letter or other character is itself; capitals and small letters are the same (Latin, Greek, Cyrillic), and so are all four Turkish i's
+//   ?       one character that is not white space                *   any number of these, also none
+//   [a-z]   one character of these; [!a-z] one that is none      a blank   one or more characters of white space
+//   \b      the beginning or end of a word (letters and digits)   \ before any other character: that one itself
+// Invisible characters in the text (soft hyphen, zero width, U+0307) are passed over. At most 60 characters a pattern; the time is
+// linear in the text, whatever the pattern.
+// What it promises: no text that a session says with it holds a match that ends there, however the text is cut into tokens, in whatever
+// turn, also where a match begins in the prompt; nor would it if it ended after any token. For that, a harmless word may be refused where a
+// token ends behind a banned one. What it cannot promise: that a text is harmless. It knows spellings, not meanings: other spellings
+// (l33t, look-alike letters of other scripts, letters with blanks between them) need patterns of their own, and what is bad can be
+// said in words that are not. Fewer ids are possible, so that a text may also come out worse.
+struct Guard {
+    struct Element {
+        int32_t kind;
+        uint32_t from, to;  // a character, or, for a class, its ranges
+    };
+    struct Range {
+        uint32_t low, high;
+    };
+    Array<Element> elements;
+    Array<Range> ranges;
+    Array<int32_t> ends;  // where each pattern ends in `elements`
+    Status create(Runtime& runtime, Span<const Text> patterns);
+    Status find(Text text, bool& found) const;  // does a text hold a match?
+};
+
+// What a guard of the output says about a piece of it.
+enum class Verdict : int32_t { pass, replace, stop };
+
 struct LogitBias {
     int32_t id;
     float bias;  // added to the logit; -infinity bans the token
@@ -749,8 +779,11 @@ struct SampleConfig {
     uint64_t seed = 1;
     int tokens = 200;  // at most so many are generated
     Span<const LogitBias> bias;
-    Span<const Text> banned;  // never appear in the text, however they would be cut into tokens
+    Span<const Text> banned;  // never appear in the text, however they would be cut into tokens; letter by letter
     Span<const Text> stop;    // end the text; not part of it
+    const Guard* guard =
+        nullptr;  // patterns that never appear in it; must not change while a text is generated. A session takes memory (16 bytes a
+                  // pattern) when it first meets a guard with more patterns than before
 };
 
 struct Generation {  // caller's storage; either may be null
@@ -759,11 +792,17 @@ struct Generation {  // caller's storage; either may be null
     Array<float>* logprobs = nullptr;  // natural, of each generated token, under the model itself (temperature 1)
     void* user = nullptr;
     bool (*stream)(void* user, Text piece) = nullptr;  // whole UTF-8 characters as they come; false: stop
+    // Sees the text before it goes to `text` and `stream`, word by word (each with the white space behind it) or line by line; what is longer
+    // than 1,024 bytes comes in pieces. It may put another text in its place (in `instead`) or end the reply before it. `ids` and what the
+    // session remembers are what the model said.
+    Verdict (*inspect)(void* user, Text piece, Array<char>& instead) = nullptr;
+    bool inspect_lines = false;
     // Out:
     int generated = 0;
     double seconds = 0;
     bool cancelled = false;
     bool stopped = false;  // by a stop string or the end-of-text token
+    bool refused = false;  // ended by `inspect`
     uint64_t unknown = 0;  // characters of the prompt that the tokenizer had never seen
 };
 
@@ -782,6 +821,7 @@ struct BeamConfig {
     Span<const int32_t> stop_ids;  // end a hypothesis and belong to it, as the end-of-text token does
     Span<const Text> stop;         // end a hypothesis; not part of its text
     Span<const Text> banned;       // as SampleConfig's
+    const Guard* guard = nullptr;  // likewise
 };
 
 struct Hypothesis {
@@ -1229,6 +1269,8 @@ template struct Array<CheckResult>;
 template struct Array<Difference>;
 template struct Array<ProfileRow>;
 template struct Array<Hypothesis>;
+template struct Array<Guard::Element>;
+template struct Array<Guard::Range>;
 
 namespace {
 
@@ -1860,6 +1902,11 @@ inline uint32_t small_letter(uint32_t c) {
     if ((c >= 0x139 && c <= 0x148) || (c >= 0x179 && c <= 0x17e)) return c + (c & 1);
     return c;
 }
+// Is a small letter, or a digit, of a word?
+inline bool is_of_word(uint32_t c) {
+    return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') ||
+           (c >= 0xc0 && c != not_utf8 && !(c >= 0x2000 && c < 0x2070) && !(c >= 0x3000 && c < 0x3040));
+}
 // Appends a text as plain words: small letters and digits, one space between words. An apostrophe closes the gap, other punctuation is a space.
 inline bool append_plain_words(Array<char>& to, Text text) {
     const size_t start = to.count;
@@ -1867,8 +1914,7 @@ inline bool append_plain_words(Array<char>& to, Text text) {
     for (size_t i = 0, length; i < text.size && good; i += length) {
         const uint32_t c = small_letter(decode_utf8(text.data + i, text.end(), length));
         if (c == '\'' || c == 0x2019 || c == 0x307) continue;  // 0x307: the dot that some systems put over a small i
-        const bool word = (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') ||
-                          (c >= 0xc0 && c != not_utf8 && !(c >= 0x2000 && c < 0x2070) && !(c >= 0x3000 && c < 0x3040));
+        const bool word = is_of_word(c);
         if (word && space && to.count > start) good = to.push(' ');
         if (word) good = good && append_utf8(to, c);
         space = !word;
@@ -9220,10 +9266,20 @@ struct Ending {
     bool by_itself;  // not by the limit
 };
 
+// How far each pattern of a guard has come.
+struct Watch {
+    uint64_t* states;  // [patterns], a bit for each element that may come next
+    char bytes[4];     // the beginning of a character
+    int count;
+    bool in_word;   // the last character is of a word
+    bool is_fresh;  // all of it stands in the prompt
+};
+
 // The end of what has been said: as much of it as a banned or stop string may have begun in.
 struct Said {
     char* tail;
     size_t count;
+    Watch watch;
 };
 
 // What a search needs beside the session's own; laid out by each search.
@@ -9267,10 +9323,14 @@ struct SessionState {
     int chunk = 0;           // rows read at once
     int page_count = 0;      // of the KV cache: the session's own, and behind them those of searches
     int turn = 0;            // where the newest turn of a chat begins
+    size_t place = 0;        // among the sessions of a next() for several
     bool ready = false;      // logits are there
     bool holes = false;      // the tokenizer has ids without a text
     bool line_open = false;  // what was read last does not end a line
-    explicit SessionState(Runtime& runtime) : tape(runtime) {}
+    bool watches = false;    // said.watch is up to date for the guard that ...
+    const Guard* watched = nullptr;
+    Array<uint64_t> states;  // ... these are of: said.watch's, then those of a token on trial
+    explicit SessionState(Runtime& runtime) : tape(runtime), states(runtime) {}
 };
 
 namespace {
@@ -9389,6 +9449,7 @@ void Session::reset() {
     state->turn = 0;
     state->said.count = 0;
     state->source.length = 0;
+    state->watches = false;
     state->ready = state->line_open = false;
 }
 
@@ -9539,6 +9600,7 @@ Status Session::feed(Span<const int32_t> ids) {
     const FloatMode mode;
     BABYGPT_TRY(pack_weights(*runtime, *model, state->tape, *state->backend, state->regions.packed));
     state->said.count = 0;
+    state->watches = false;
     const size_t context = static_cast<size_t>(model->config.context);
     if (ids.size <= context - least(context, static_cast<size_t>(position))) {  // it fits as it is
         read_ids(*this, ids.data, static_cast<int>(ids.size), nullptr, -1);
@@ -9648,6 +9710,117 @@ int32_t draw(const BackendFunctions& backend, float* l, int32_t* candidates, con
     return chosen[0];
 }
 
+// What a token adds to the text: the end-of-text token's name is no part of it.
+Text said_by(const Tokenizer& tokenizer, int32_t id) { return id == tokenizer.end_of_text ? Text() : tokenizer.bytes(id); }
+
+// ---- guards (a nondeterministic automaton for each pattern, all states of it as bits: Baeza-Yates & Gonnet 1992) ----
+
+enum GuardKind : int32_t {
+    guard_character,
+    guard_any,
+    guard_class,
+    guard_other_class,
+    guard_white,
+    guard_star,
+    guard_white_star,
+    guard_edge
+};
+constexpr int longest_pattern = 60;
+
+inline bool is_white(uint32_t c) {
+    return c == ' ' || (c >= 9 && c <= 13) || c == 0x85 || c == 0xa0 || (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 ||
+           c == 0x202f || c == 0x205f || c == 0x3000;
+}
+inline bool is_invisible(uint32_t c) {
+    return c == 0xad || c == 0x307 || (c >= 0x200b && c <= 0x200f) || (c >= 0x2060 && c <= 0x2064) || c == 0xfeff;
+}
+
+bool matches(const Guard& guard, const Guard::Element& e, uint32_t c) {
+    switch (e.kind) {
+        case guard_character:
+            return c == e.from;
+        case guard_any:
+        case guard_star:
+            return !is_white(c);
+        case guard_white:
+        case guard_white_star:
+            return is_white(c);
+        case guard_edge:
+            return false;
+        default:
+            break;
+    }
+    bool found = false;
+    for (uint32_t i = e.from; i < e.to; ++i) found |= c >= guard.ranges[i].low && c <= guard.ranges[i].high;
+    return found == (e.kind == guard_class);
+}
+// Between two characters, of which `c` is the second. Does a match end here? With `reads`, the patterns go on behind c.
+bool guard_step(const Guard& guard, uint64_t* states, bool at_edge, bool reads, uint32_t c) {
+    bool found = false;
+    for (size_t p = 0, first = 0; p < guard.ends.count; first = static_cast<size_t>(guard.ends[p++])) {
+        const size_t n = static_cast<size_t>(guard.ends[p]) - first;
+        const Guard::Element* e = guard.elements.items + first;
+        uint64_t now = states[p] | 1, next = 0;
+        for (size_t i = 0; i < n; ++i) {
+            if (!(now >> i & 1)) continue;
+            const bool is_star = e[i].kind == guard_star || e[i].kind == guard_white_star;
+            if (is_star || (at_edge && e[i].kind == guard_edge)) now |= uint64_t(2) << i;
+            if (reads && matches(guard, e[i], c)) next |= uint64_t(is_star ? 1 : 2) << i;
+        }
+        found |= (now >> n & 1) != 0;
+        if (reads) states[p] = next;
+    }
+    return found;
+}
+// Does the text, behind what was read before, hold the end of a match, or would it if it ended here, or before a stop string?
+bool guard_reads(const Guard& guard, Watch& w, Text text, Span<const Text> stops) {
+    bool found = false;
+    for (const char byte : text) {
+        w.bytes[w.count++] = byte;
+        while (w.count > 0) {
+            size_t length;
+            uint32_t c = decode_utf8(w.bytes, w.bytes + w.count, length);
+            const unsigned lead = static_cast<unsigned char>(w.bytes[0]);
+            if (c == not_utf8 && length == static_cast<size_t>(w.count) && lead >= 0xc2 && lead <= 0xf4) break;  // not yet whole
+            w.count -= static_cast<int>(length);
+            memmove(w.bytes, w.bytes + length, static_cast<size_t>(w.count));
+            c = small_letter(c);
+            if (is_invisible(c)) continue;
+            const bool of_word = is_of_word(c);
+            bool ends = false;
+            for (const Text& stop : stops) ends |= stop.size > 0 && small_letter(decode_utf8(stop.data, stop.end(), length)) == c;
+            found |= ends && !w.is_fresh && guard_step(guard, w.states, true, false, 0);
+            found |= guard_step(guard, w.states, of_word != w.in_word, true, c) && !w.is_fresh;
+            w.in_word = of_word, w.is_fresh = false;
+        }
+    }
+    return found || (!w.is_fresh && guard_step(guard, w.states, w.in_word, false, 0));
+}
+void start_watch(const Guard& guard, Watch& w, uint64_t* states) {
+    w = Watch{states, {}, 0, false, false};
+    for (size_t i = 0; i < guard.ends.count; ++i) states[i] = 0;
+}
+// As guard_reads, on trial.
+bool guard_refuses(const Guard* guard, const Watch& w, uint64_t* states, Text text, Span<const Text> stops) {
+    if (!guard || text.size == 0) return false;
+    Watch trial = w;
+    trial.states = states;
+    for (size_t i = 0; i < guard->ends.count; ++i) states[i] = w.states[i];
+    return guard_reads(*guard, trial, text, stops);
+}
+// The session's watch, from what it has read, where it is not up to date.
+Status begin_watch(Session& session, const Guard* guard) {
+    SessionState& s = *session.state;
+    if (!guard || (s.watches && s.watched == guard && s.states.count >= 2 * guard->ends.count)) return Status();
+    if (s.states.count < 2 * guard->ends.count && !s.states.resize(2 * guard->ends.count)) return out_of_memory(16 * guard->ends.count);
+    start_watch(*guard, s.said.watch, s.states.items);
+    for (int i = 0; i < session.position; ++i)
+        (void)guard_reads(*guard, s.said.watch, said_by(session.model->tokenizer, s.history[i]), Span<const Text>());
+    s.said.watch.is_fresh = true;
+    s.watches = true, s.watched = guard;
+    return Status();
+}
+
 // Where `part` begins in `text`; text.size: nowhere.
 size_t find_in(Text text, Text part) {
     for (size_t i = 0; part.size > 0 && i + part.size <= text.size; ++i)
@@ -9673,9 +9846,6 @@ void remember(Said& said, Text token) {
         said.count = longest_stop;
     }
 }
-
-// What a token adds to the text: the end-of-text token's name is no part of it.
-Text said_by(const Tokenizer& tokenizer, int32_t id) { return id == tokenizer.end_of_text ? Text() : tokenizer.bytes(id); }
 
 // A padded vocabulary's other ids say nothing, and nobody means "unknown". The token's text must begin with `start`.
 bool may_come(const Session& session, Text start, int32_t id) {
@@ -9705,7 +9875,7 @@ void adjust(Session& session, const SampleConfig& c, Text start) {
         for (int i = 0; i < session.position; ++i) s.seen[s.history[i]] &= seen_banned;
     }
     if (tokenizer.unknown >= 0) s.adjusted[tokenizer.unknown] = never;
-    const bool each = c.banned.size > 0 || start.size > 0 || s.holes;
+    const bool each = c.banned.size > 0 || c.guard || start.size > 0 || s.holes;
     for (int32_t i = each || tokenizer.kind == TokenizerKind::none ? 0 : tokenizer.vocab; i < vocab; ++i)
         if ((s.seen[i] & seen_banned) || !may_come(session, start, i)) s.adjusted[i] = never;
 }
@@ -9737,6 +9907,7 @@ Status draw_token(Session& session, const SampleConfig& c, Text start, int32_t& 
     BABYGPT_TRY(check(c));
     if (!s.ready) return fail(Error::invalid_argument, "nothing has been read yet: feed the session at least one id");
     BABYGPT_TRY(check_strings("banned", c.banned));
+    BABYGPT_TRY(begin_watch(session, c.guard));
     for (const LogitBias& bias : c.bias)
         if (bias.id < 0 || bias.id >= vocab)
             return fail(Error::invalid_argument, "a bias names the id ", bias.id, ", which is none of the model's ", vocab);
@@ -9747,15 +9918,20 @@ Status draw_token(Session& session, const SampleConfig& c, Text start, int32_t& 
         adjust(session, c, start);
         id = draw(*s.backend, s.adjusted, s.candidates, c, vocab, mix(key + static_cast<uint64_t>(attempt)));
         if (id < 0) break;
-        found = !completes(s.said, c.banned, said_by(model.tokenizer, id));
+        const Text token = said_by(model.tokenizer, id);
+        found = !completes(s.said, c.banned, token) &&
+                !guard_refuses(c.guard, s.said.watch, s.states.items + s.states.count / 2, token, c.stop);
         if (!found) s.seen[id] |= seen_banned;
     }
-    for (int32_t i = 0; c.banned.size > 0 && i < vocab; ++i) s.seen[i] = 0;
+    for (int32_t i = 0; (c.banned.size > 0 || c.guard) && i < vocab; ++i) s.seen[i] = 0;
     if (!found)
-        return fail(Error::invalid_argument, "no next token is possible: all are banned, by a bias or as the end of a banned string");
+        return fail(Error::invalid_argument,
+                    "no next token is possible: all are banned, by a bias or as the end of a banned string or pattern");
     if (logprob) *logprob = log_probability(s, id, vocab);
     ++session.sampled;
     remember(s.said, said_by(model.tokenizer, id));
+    if (c.guard) (void)guard_reads(*c.guard, s.said.watch, said_by(model.tokenizer, id), Span<const Text>());
+    else s.watches = false;
     return Status();
 }
 Status next_token(Session& session, const SampleConfig& c, Text start, int32_t& id, float* logprob) {
@@ -9800,9 +9976,14 @@ Status next(Span<Session* const> sessions, Span<const SampleConfig> configs, int
         const Session &one = *sessions[i], &first = *sessions[0];
         if (one.model != first.model || one.state->backend != first.state->backend)
             return fail(Error::mismatch, "session ", uint64_t(i), " has another model or backend than session 0");
-        for (size_t k = 0; k < i; ++k)
-            if (sessions[k] == &one) return fail(Error::invalid_argument, "session ", uint64_t(i), " is session ", uint64_t(k));
-        SessionState& s = *one.state;  // each, since make_room may let it read alone
+        one.state->place = SIZE_MAX;
+    }
+    for (size_t i = 0; i < sessions.size; ++i) {
+        const Session& one = *sessions[i];
+        SessionState& s = *one.state;
+        if (s.place != SIZE_MAX) return fail(Error::invalid_argument, "session ", uint64_t(i), " is session ", uint64_t(s.place));
+        s.place = i;
+        // Each, since make_room may let it read alone:
         BABYGPT_TRY(pack_weights(*one.runtime, *one.model, s.tape, *s.backend, s.regions.packed));
     }
     Status status;
@@ -9844,25 +10025,53 @@ namespace {
 // Text on its way to the caller: exact bytes to the array, whole characters to the stream.
 struct Output {
     Generation& result;
+    Array<char> instead;
     Utf8Stream utf8{};
     bool good = true;
-    explicit Output(Generation& to) : result(to) {}
-    Status put(Text text) {
+    char piece[1024];  // that waits to be inspected
+    size_t count = 0;
+    Output(Generation& to, Runtime& runtime) : result(to), instead(runtime) {}
+    Status show(Text text) {
         if (result.text && !append(*result.text, text)) return out_of_memory(text.size);
         while (result.stream && good && text.size > 0) {
             char whole[64];
-            const Text piece(text.data, least(text.size, sizeof whole - 4));
-            const size_t n = utf8.push(piece, whole);
+            const Text some(text.data, least(text.size, sizeof whole - 4));
+            const size_t n = utf8.push(some, whole);
             if (n > 0) good = result.stream(result.user, Text(whole, n));
-            text = Text(text.data + piece.size, text.size - piece.size);
+            text = Text(text.data + some.size, text.size - some.size);
         }
         return Status();
     }
-    void finish() {
+    Status inspect() {
+        const Text seen(piece, count);
+        count = 0;
+        if (seen.size == 0 || result.refused) return Status();
+        instead.count = 0;
+        const Verdict verdict = result.inspect(result.user, seen, instead);
+        if (verdict == Verdict::stop) result.refused = true;
+        return verdict == Verdict::pass ? show(seen) : verdict == Verdict::replace ? show(view(instead)) : Status();
+    }
+    // A word ends before the first letter behind its white space, a line behind its line break.
+    Status put(Text text) {
+        if (!result.inspect) return show(text);
+        for (const char c : text) {
+            const bool is_space = c == ' ' || c == '\n' || c == '\t' || c == '\r';
+            const bool ends =
+                count == sizeof piece || (count > 0 && (result.inspect_lines ? piece[count - 1] == '\n' : was_space && !is_space));
+            if (ends) BABYGPT_TRY(inspect());
+            piece[count++] = c;
+            was_space = is_space;
+        }
+        return Status();
+    }
+    Status finish() {
+        if (result.inspect) BABYGPT_TRY(inspect());
         char rest[4];
         const size_t n = utf8.finish(rest);
         if (result.stream && good && n > 0) good = result.stream(result.user, Text(rest, n));
+        return Status();
     }
+    bool was_space = false;
 };
 
 // How much of the end of `text` could be the beginning of `stop`.
@@ -9879,10 +10088,10 @@ Status continue_text(Session& session, const SampleConfig& c, Text start, Genera
     const Tokenizer& tokenizer = session.model->tokenizer;
     BABYGPT_TRY(check_strings("stop", c.stop));
     const double begin = seconds_now();
-    Output output(result);
+    Output output(result, *session.runtime);
     size_t held = 0;
     Status status;
-    while (status.ok() && output.good && !result.stopped && result.generated < c.tokens) {
+    while (status.ok() && output.good && !result.stopped && !result.refused && result.generated < c.tokens) {
         int32_t id;
         float logprob;
         status = next_token(session, c, result.generated == 0 ? start : Text(), id, result.logprobs ? &logprob : nullptr);
@@ -9912,7 +10121,8 @@ Status continue_text(Session& session, const SampleConfig& c, Text start, Genera
         memmove(s.held, s.held + ready, held);
     }
     if (status.ok() && !result.stopped) status = output.put(Text(s.held, held));
-    output.finish();
+    const Status finished = output.finish();
+    if (status.ok()) status = finished;
     result.cancelled = !output.good;
     result.seconds += seconds_now() - begin;
     return status;
@@ -9944,28 +10154,104 @@ Status begin_target(Session& session) {
 }
 
 // A prompt that ends in a space would be cut where the training text never is (the space belongs to the next word's token): the
-// space is taken off, and the first token must begin with it.
-inline Text take_last_space(const Tokenizer& tokenizer, Text& prompt) {
-    if (tokenizer.kind != TokenizerKind::bpe || prompt.size < 2 || prompt[prompt.size - 1] != ' ' || prompt[prompt.size - 2] == ' ')
-        return Text();
-    prompt = Text(prompt.data, prompt.size - 1);
+// space is taken off, and the first token must begin with it. So must that of a new document where a tokenizer puts a space before its first
+// word: the text has none there.
+BABYGPT_RARE Text take_last_space(const Tokenizer& tokenizer, Text& prompt, bool new_document) {
+    if (tokenizer.kind < TokenizerKind::bpe) return Text();
+    const bool puts_space = tokenizer.kind == TokenizerKind::wordpiece ||
+                            (tokenizer.kind == TokenizerKind::sentencepiece && tokenizer.tables->add_dummy_prefix);
+    if (new_document ? !puts_space : prompt.size < 2 || prompt[prompt.size - 1] != ' ' || prompt[prompt.size - 2] == ' ') return Text();
+    bool is_possible = false;  // in some SentencePiece models the space belongs to the word before it
+    for (int32_t id = 0; id < tokenizer.vocab && !is_possible; ++id)
+        is_possible = id != tokenizer.end_of_text && starts_with(tokenizer.bytes(id), Text(" "));
+    if (!is_possible) return Text();
+    if (!new_document) prompt = Text(prompt.data, prompt.size - 1);
     return Text(" ");
 }
 
 inline void start_result(Generation& result) {
     result.generated = 0;
     result.seconds = 0;
-    result.cancelled = result.stopped = false;
+    result.cancelled = result.stopped = result.refused = false;
     result.unknown = 0;
 }
 
 }  // namespace
 
+BABYGPT_RARE Status Guard::create(Runtime& from, Span<const Text> patterns) {
+    elements = Array<Element>(from), ranges = Array<Range>(from), ends = Array<int32_t>(from);
+    for (size_t p = 0; p < patterns.size; ++p) {
+        const Text text = patterns[p];
+        const auto wrong = [&](const char* what) {
+            return fail(Error::invalid_argument, "pattern ", uint64_t(p), ", '", text, "', ", what);
+        };
+        const size_t first = elements.count;
+        bool has_character = false;
+        size_t at = 0;
+        const auto next = [&] {  // a small letter
+            size_t length;
+            const uint32_t c = decode_utf8(text.data + at, text.end(), length);
+            at += length;
+            return c;
+        };
+        while (at < text.size) {
+            uint32_t c = next();
+            Element e{guard_character, 0, 0};
+            if (c == '*') e.kind = guard_star;
+            else if (c == '?') e.kind = guard_any;
+            else if (c == ' ') e.kind = guard_white;
+            else if (c == '[') {
+                e.from = static_cast<uint32_t>(ranges.count);
+                e.kind = at < text.size && text[at] == '!' ? guard_other_class : guard_class;
+                at += e.kind == guard_other_class;
+                bool closed = false;
+                while (at < text.size && !(closed = text[at] == ']' && ranges.count > e.from)) {
+                    if (text[at] == '\\' && at + 1 < text.size) ++at;
+                    const uint32_t low = next();
+                    uint32_t high = low;
+                    if (at + 1 < text.size && text[at] == '-' && text[at + 1] != ']') ++at, high = next();
+                    if (low == not_utf8 || high == not_utf8) return wrong("is not UTF-8");
+                    if (small_letter(low) > small_letter(high)) return wrong("has a range whose end comes before its beginning");
+                    if (!ranges.push(Range{small_letter(low), small_letter(high)})) return out_of_memory(sizeof(Range));
+                }
+                if (!closed) return wrong("lacks a ]");
+                ++at;
+                e.to = static_cast<uint32_t>(ranges.count);
+            } else {
+                if (c == '\\') {
+                    if (at == text.size) return wrong("ends in a backslash");
+                    c = next();
+                    if (c == 'b') e.kind = guard_edge;
+                }
+                if (c == not_utf8) return wrong("is not UTF-8");
+                e.from = small_letter(c);
+                if (is_invisible(e.from)) continue;
+            }
+            has_character |= e.kind != guard_star && e.kind != guard_edge;
+            if (!elements.push(e) || (e.kind == guard_white && !elements.push(Element{guard_white_star, 0, 0})))
+                return out_of_memory(sizeof(Element));
+            if (elements.count - first > longest_pattern) return wrong("is too long: at most 60 characters are possible");
+        }
+        if (!has_character) return wrong("has no character that must be there");
+        if (!ends.push(static_cast<int32_t>(elements.count))) return out_of_memory(sizeof(int32_t));
+    }
+    return Status();
+}
+BABYGPT_RARE Status Guard::find(Text text, bool& found) const {
+    if (!elements.runtime) return fail(Error::invalid_argument, "the guard is empty: create it first");
+    Array<uint64_t> states(*elements.runtime);
+    if (!states.resize(ends.count)) return out_of_memory(8 * ends.count);
+    Watch watch;
+    start_watch(*this, watch, states.items);
+    found = guard_reads(*this, watch, text, Span<const Text>());
+    return Status();
+}
+
 Status Session::generate(Text prompt, const SampleConfig& config, Generation& result) {
     BABYGPT_TRY(check_session(*this, Span<const int32_t>()));
     const FloatMode mode;
     start_result(result);
-    const Text start = take_last_space(model->tokenizer, prompt);
+    const Text start = take_last_space(model->tokenizer, prompt, position == 0 && prompt.size == 0);
     const double begin = seconds_now();
     BABYGPT_TRY(begin_target(*this));
     BABYGPT_TRY(feed_text(*this, prompt, position == 0 && prompt.size == 0, result));
@@ -9987,7 +10273,7 @@ Status Session::reply(Text user, const SampleConfig& config, Generation& result,
     good = good && append(prompt, "\n") && append(prompt, reply_turn);
     if (!good) return out_of_memory(prompt.count + user.size);
     Text text = view(prompt);
-    const Text start = take_last_space(model->tokenizer, text);
+    const Text start = take_last_space(model->tokenizer, text, false);
     const int turn = position;
     const uint64_t forgotten_before = forgotten;
     const double begin = seconds_now();
@@ -10104,7 +10390,8 @@ struct SessionSearch {
 
     void lay_out(Layout& layout) const {
         SearchMemory& m = search.memory;
-        const int64_t beams = config.beams, room = static_cast<int64_t>(session.state->held_room), pages = session.state->page_count;
+        const int64_t beams = config.beams, room = static_cast<int64_t>(session.state->held_room), pages = session.state->page_count,
+                      patterns = config.guard ? static_cast<int64_t>(config.guard->ends.count) : 0;
         m.logits = layout.take<float>(beams * search.vocab);
         for (int i = 0; i < 2; ++i) {
             m.tables[i] = layout.take<int32_t>(beams * longest);
@@ -10112,7 +10399,8 @@ struct SessionSearch {
             m.said[i] = layout.take<Said>(beams);
             for (int64_t beam = 0; beam < beams; ++beam) {
                 char* const tail = layout.take<char>(room);
-                if (layout.memory) m.said[i][beam] = Said{tail, 0};
+                uint64_t* const states = layout.take<uint64_t>(patterns);
+                if (layout.memory) m.said[i][beam] = Said{tail, 0, Watch{states, {}, 0, false, false}};
             }
         }
         m.users = layout.take<int32_t>(pages);
@@ -10150,6 +10438,7 @@ struct SessionSearch {
         memcpy(table(0), s.pages, static_cast<size_t>(longest) * sizeof(int32_t));
         memcpy(s.search.said[0][0].tail, s.said.tail, s.said.count);
         s.search.said[0][0].count = s.said.count;
+        copy_watch(s.search.said[0][0].watch, s.said.watch);
         s.search.live[0][0] = Beam{0, -1, 0};
         for (int i = 0; i < s.page_count; ++i) s.search.users[i] = (i < longest) + (i < context_pages(session.position));
         for (int i = s.page_count; i-- > longest;) s.search.free_pages[free_pages++] = i;
@@ -10157,8 +10446,12 @@ struct SessionSearch {
 
     static bool may_go_on(void* user, int beam, int32_t id) {
         const SessionSearch& me = *static_cast<SessionSearch*>(user);
+        const SessionState& s = *me.session.state;
+        const Text token = said_by(me.session.model->tokenizer, id);
         return may_come(me.session, me.search.tokens == 0 ? me.start : Text(), id) &&
-               !completes(me.search.memory.said[0][beam], me.config.banned, said_by(me.session.model->tokenizer, id));
+               !completes(me.search.memory.said[0][beam], me.config.banned, token) &&
+               !guard_refuses(me.config.guard, me.search.memory.said[0][beam].watch, s.states.items + s.states.count / 2, token,
+                              me.config.stop);
     }
     static bool would_end(void* user, int beam, int32_t id) {
         const SessionSearch& me = *static_cast<SessionSearch*>(user);
@@ -10167,6 +10460,11 @@ struct SessionSearch {
         for (const int32_t stop : me.config.stop_ids)
             if (id == stop) return true;
         return me.config.stop.size > 0 && me.completes_stop(me.search.memory.live[0][beam].branch, id);
+    }
+    void copy_watch(Watch& to, const Watch& from) const {
+        uint64_t* const states = to.states;
+        for (size_t i = 0; config.guard && i < config.guard->ends.count; ++i) states[i] = from.states[i];
+        to = from, to.states = states;
     }
     // What a token adds to a hypothesis; `start` stands in the prompt.
     Text bytes_of(int32_t id, bool is_first) const {
@@ -10212,7 +10510,10 @@ struct SessionSearch {
             const Said& from = said_before[b.parent];
             Said& to = m.said[0][beam];
             memcpy(to.tail, from.tail, to.count = from.count);
-            remember(to, said_by(session.model->tokenizer, m.ids[beam]));
+            const Text token = said_by(session.model->tokenizer, m.ids[beam]);
+            remember(to, token);
+            copy_watch(to.watch, from.watch);
+            if (config.guard) (void)guard_reads(*config.guard, to.watch, token, Span<const Text>());
         }
         for (int beam = 0; beam < lived; ++beam)
             for (int i = 0; i < filled; ++i)
@@ -10311,11 +10612,9 @@ Status Session::search(Text prompt, const BeamConfig& config, SearchResult& resu
     const double begin = seconds_now();
     Text start;
     Generation read;
+    if (prompt.size > 0 || position == 0) start = take_last_space(model->tokenizer, prompt, position == 0 && prompt.size == 0);
     BABYGPT_TRY(begin_target(*this));
-    if (prompt.size > 0 || !state->ready) {
-        start = take_last_space(model->tokenizer, prompt);
-        BABYGPT_TRY(feed_text(*this, prompt, position == 0 && prompt.size == 0, read));
-    }
+    if (prompt.size > 0 || !state->ready) BABYGPT_TRY(feed_text(*this, prompt, position == 0 && prompt.size == 0, read));
     result.unknown = read.unknown;
     if (!state->ready) return fail(Error::invalid_argument, "nothing has been read yet: feed the session at least one id");
     BABYGPT_TRY(pack_weights(*runtime, *model, state->tape, *state->backend, state->regions.packed));
@@ -10328,6 +10627,7 @@ Status Session::search(Text prompt, const BeamConfig& config, SearchResult& resu
     if (candidates > INT32_MAX) return out_of_memory(static_cast<uint64_t>(candidates) * sizeof(Candidate));
     SessionSearch search(*this, config, start, limit, static_cast<int>(candidates));
     BABYGPT_TRY(search.take_memory());
+    BABYGPT_TRY(begin_watch(*this, config.guard));
     search.run();
     BABYGPT_TRY(search.tell(result));
     result.seconds = seconds_now() - begin;
@@ -10340,6 +10640,7 @@ Status Session::score(Text text, Array<int32_t>& ids, Array<float>& logprobs, do
     const FloatMode mode;
     BABYGPT_TRY(pack_weights(*runtime, *model, state->tape, *state->backend, state->regions.packed));
     BABYGPT_TRY(begin_target(*this));
+    state->watches = false;
     ids = Array<int32_t>(*runtime);
     logprobs = Array<float>(*runtime);
     BABYGPT_TRY(model->tokenizer.encode(text, ids));

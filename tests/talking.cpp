@@ -1,4 +1,5 @@
 // Talking: the KV cache, the sampler, stop and banned strings, streaming, the end of the context, chat turns, scores, sessions side by side.
+#include <ctype.h>
 #include <math.h>
 #include <stdlib.h>
 
@@ -280,6 +281,270 @@ TEST(banned_strings, "a banned word would be said, though cut into other tokens"
     config.bias = bias;
     Generation result;
     CHECK(say(session, "x", config, false, &result).empty() && result.stopped && result.generated == 1);
+}
+
+// The language of patterns by trying everything, for ASCII.
+static bool is_word(const std::string& t, size_t i) { return i < t.size() && isalnum(static_cast<unsigned char>(t[i])); }
+static bool matches_here(const char* p, const std::string& t, size_t i) {
+    const bool more = i < t.size(), white = more && isspace(static_cast<unsigned char>(t[i]));
+    if (!*p) return true;
+    if (*p == '*') return matches_here(p + 1, t, i) || (more && !white && matches_here(p, t, i + 1));
+    if (*p == '?') return more && !white && matches_here(p + 1, t, i + 1);
+    if (*p == ' ') return white && (matches_here(p + 1, t, i + 1) || matches_here(p, t, i + 1));
+    if (*p == '\\' && p[1] == 'b') return (i > 0 && is_word(t, i - 1)) != is_word(t, i) && matches_here(p + 2, t, i);
+    if (*p == '[') {
+        const char* end = strchr(p, ']');
+        const bool none = p[1] == '!';
+        bool found = false;
+        for (const char* r = p + 1 + none; more && r < end; r += r[1] == '-' ? 3 : 1)
+            found |= r[1] == '-' ? tolower(t[i]) >= r[0] && tolower(t[i]) <= r[2] : tolower(t[i]) == r[0];
+        return more && found != none && matches_here(end + 1, t, i + 1);
+    }
+    return more && tolower(t[i]) == tolower(*p) && matches_here(p + 1, t, i + 1);
+}
+static bool holds(const char* pattern, const std::string& t, size_t from = 0) {  // a match that ends behind `from`
+    for (size_t end = from + 1; end <= t.size(); ++end)
+        for (size_t i = 0; i < end; ++i)
+            if (matches_here(pattern, t, i) && !matches_here(pattern, t.substr(0, from), i)) return true;
+    return false;
+}
+
+TEST(patterns, "a pattern would find what it does not say, or miss what it says") {
+    Runtime runtime;
+    const auto finds = [&](const char* pattern, const char* in) {
+        const Text patterns[] = {"zzzz", pattern};
+        Guard guard;
+        bool found = false;
+        CHECK_OK(guard.create(runtime, patterns));
+        CHECK_OK(guard.find(in, found));
+        return found;
+    };
+    const char* const patterns[] = {"ass",      "\\bass\\b", "as*t",  "a??t",  "[a-c]x[!0-9]",
+                                    "big  cat", "\\b*ss",    "a*b*c", "?s\\b", "b[a-c]*\\b"};
+    const char* const texts[] = {"ass",    "an ASS.", "asset",   "as set", "as", "a sst", "bx1",   "bxy",    "CX!",      "big \n cat",
+                                 "bigcat", "glass",   "axxbxxc", "ab bc",  "",   " ",     "asast", "babcaz", "passes as"};
+    for (const char* pattern : patterns)
+        for (const char* in : texts) {
+            std::string once = pattern;
+            if (!strcmp(pattern, "big  cat")) once = "big cat";  // there one blank is any number, too
+            bool expected = false;
+            for (size_t i = 0; i <= strlen(in); ++i) expected |= matches_here(once.c_str(), in, i);
+            if (!CHECK(finds(once.c_str(), in) == expected)) printf("  '%s' in '%s'\n", pattern, in);
+        }
+    CHECK(finds("kiz", "K\xc4\xb1Z") && finds("K\xc4\xb0Z", "k\xc4\xb1z") &&
+          finds("\xc5\x9e"
+                "ey",
+                "bir \xc5\x9f"
+                "ey"));  // Turkish: ı, İ, Ş
+    CHECK(finds("\xd0\x9c\xd0\xb8\xd1\x80", "\xd0\xbc\xd0\x98\xd1\x80") &&
+          finds("b?d",
+                "b\xc3\xbc"
+                "d") &&
+          !finds("b??d",
+                 "b\xc3\xbc"
+                 "d"));
+    CHECK(finds("bad",
+                "b\xc2\xad"
+                "a\xe2\x80\x8b"
+                "d") &&
+          finds("\\[x\\*", "a [x* b") && finds("a\\\\b", "A\\B") && finds("[]]", "a]"));
+    for (const char* wrong :
+         {"", "*", "\\b", "\\b*\\b", "[a", "[z-a]", "a\\", "\xff", "[]", "1234567890123456789012345678901234567890123456789012345678901"}) {
+        const Text one[] = {wrong};
+        Guard guard;
+        CHECK(guard.create(runtime, one).error == Error::invalid_argument);
+    }
+    Guard empty;
+    bool found;
+    CHECK(empty.find("a", found).error == Error::invalid_argument);
+}
+
+TEST(guards,
+     "a banned pattern would slip through: cut into tokens, across the prompt's end, where a stop string cuts, in a reply or a search") {
+    Runtime runtime;
+    Session session;
+    const Model& m = model();
+    CHECK_OK(session.create(runtime, m));
+    const char* const patterns[] = {"WELL", "\\bi\\b", "e*k", "?n\\b", "[m-o]i", "d b", "\\bth", "x"};
+    Text views[8];
+    for (int i = 0; i < 8; ++i) views[i] = patterns[i];
+    Guard guard;
+    CHECK_OK(guard.create(runtime, views));
+    std::vector<LogitBias> ascii;
+    for (int32_t id = 0; id < m.config.vocab; ++id)
+        for (const char c : m.tokenizer.bytes(id))
+            if (c < 0 || id == m.tokenizer.end_of_text) ascii.push_back(LogitBias{id, -INFINITY});
+    const Text stops[] = {"zq", "t", "ou"};
+    int held[2] = {}, cut = 0;
+    for (const bool guarded : {false, true})
+        for (int seed = 0; seed < 60; ++seed) {
+            SampleConfig config;
+            config.temperature = 1 + seed % 4, config.min_p = 0, config.tokens = 40, config.seed = static_cast<uint64_t>(seed);
+            config.bias = Span<const LogitBias>(ascii.data(), ascii.size());
+            if (guarded) config.guard = &guard;
+            if (seed % 3 == 0) config.stop = stops;
+            session.reset();
+            const std::string prompt = seed % 5 == 0 ? "You: bye\nMira: I am we" : seed % 5 == 1 ? "th" : "You: how are you\nMira: ";
+            Generation result;
+            const std::string said = say(session, prompt.c_str(), config, false, &result);
+            cut += guarded && result.stopped;
+            for (const char* pattern : patterns) held[guarded] += holds(pattern, prompt + said, prompt.size());
+            for (int turn = 0; turn < 2; ++turn) {
+                const std::string reply = say(session, "i am well", config, true);
+                for (const char* pattern : patterns) held[guarded] += holds(pattern, "Mira: " + reply, 6);
+            }
+            const size_t before = static_cast<size_t>(session.position);
+            int32_t id = 0;
+            std::string alone;
+            for (int i = 0; i < 20; ++i) {
+                CHECK_OK(session.next(config, id));
+                alone.append(m.tokenizer.bytes(id).data, m.tokenizer.bytes(id).size);
+            }
+            CHECK(before > 0);
+            for (const char* pattern : patterns) held[guarded] += holds(pattern, "?" + alone, 2);
+            if (seed > 5) continue;
+            BeamConfig beams;
+            beams.beams = 6, beams.best = 6, beams.tokens = 30, beams.guard = config.guard, beams.stop = config.stop;
+            SearchResult found;
+            session.reset();
+            CHECK_OK(session.search(prompt.c_str(), beams, found));
+            for (size_t i = 0; i < found.best.size(); ++i) {
+                const std::string text(found.text_of(i).data, found.text_of(i).size);
+                for (const char* pattern : patterns) held[guarded] += holds(pattern, prompt + text, prompt.size());
+            }
+        }
+    CHECK(held[0] > 300 && held[1] == 0 && cut > 5);
+    // A byte is a token.
+    Model bytes;
+    Tokenizer byte_tokenizer;
+    CHECK_OK(byte_tokenizer.create_bytes(runtime));
+    Config config;
+    config.layers = 1, config.heads = 1, config.width = 8, config.context = 32;
+    CHECK_OK(bytes.create(runtime, config, static_cast<Tokenizer&&>(byte_tokenizer)));
+    Session by_bytes;
+    CHECK_OK(by_bytes.create(runtime, bytes));
+    std::vector<LogitBias> abc;
+    for (int32_t id = 0; id < 256; ++id)
+        if (!strchr("ab\xc3\xa7\x87 ", id) || id == 0) abc.push_back(LogitBias{id, -INFINITY});
+    const Text three[] = {"aba", "b\xc3\x87", "\\bb\\b"};  // small c with cedilla is meant, too
+    CHECK_OK(guard.create(runtime, three));
+    SampleConfig wild;
+    wild.temperature = 1, wild.min_p = 0, wild.tokens = 400, wild.bias = Span<const LogitBias>(abc.data(), abc.size());
+    for (const bool guarded : {false, true}) {
+        by_bytes.reset();
+        wild.guard = guarded ? &guard : nullptr;
+        const std::string said = say(by_bytes, "a", wild);
+        for (const char* never : {"aba", "b\xc3\x87", "b\xc3\xa7", " b "}) CHECK((said.find(never) == std::string::npos) == guarded);
+    }
+}
+
+TEST(inspection, "a host would not see the text before it is shown, word by word or line by line, or could not change or stop it") {
+    Runtime runtime;
+    Session session;
+    CHECK_OK(session.create(runtime, model()));
+    struct Host {
+        std::string seen, shown;
+        int pieces = 0;
+        const char* bad = "";
+        Verdict verdict = Verdict::pass;
+    } host;
+    Generation result;
+    Array<char> text(runtime);
+    result.text = &text, result.user = &host;
+    result.inspect = [](void* user, Text piece, Array<char>& instead) {
+        Host& h = *static_cast<Host*>(user);
+        h.seen.append(piece.data, piece.size), ++h.pieces;
+        if (std::string(piece.data, piece.size).find(h.bad) == std::string::npos || !*h.bad) return Verdict::pass;
+        CHECK(instead.append("*** ", 4));
+        return h.verdict;
+    };
+    result.stream = [](void* user, Text piece) {
+        Host& h = *static_cast<Host*>(user);
+        h.shown.append(piece.data, piece.size);
+        CHECK(h.shown.size() <= h.seen.size());
+        return true;
+    };
+    const auto ask = [&](const char* bad, Verdict verdict, bool lines) {
+        host = Host(), host.bad = bad, host.verdict = verdict, result.inspect_lines = lines;
+        text.clear();
+        session.reset();
+        CHECK_OK(session.generate("You: how are you\nMira: ", greedy(), result));
+        CHECK(std::string(text.data(), text.size()) == host.shown);
+        return host.shown;
+    };
+    CHECK(ask("", Verdict::pass, false) == "I am well, thank you." && host.pieces == 5 && !result.refused);
+    CHECK(ask("well", Verdict::replace, false) == "I am *** thank you." && host.seen == "I am well, thank you.");
+    CHECK(ask("well", Verdict::stop, false) == "I am " && result.refused && host.seen == "I am well, ");
+    CHECK(ask("well", Verdict::replace, true) == "*** " && host.pieces == 1);
+}
+
+// A model whose tokenizer is of another kind, and that knows one line by heart.
+static void learn_line(Runtime& runtime, Tokenizer&& tokenizer, const char* line, Model& m) {
+    std::string lines;
+    for (int i = 0; i < 40; ++i) lines += std::string(line) + "\n\n";
+    Corpus corpus;
+    Data data;
+    Trainer trainer;
+    CorpusConfig documents;
+    documents.split_documents = true;
+    Config config;
+    config.layers = 1, config.heads = 2, config.width = 32, config.context = 24;
+    TrainConfig how;
+    how.batch = 4, how.steps = 150, how.lr = 1e-2, how.warmup = 10;
+    RunResult result;
+    CHECK_OK(corpus.open_memory(runtime, Text(lines), documents));
+    CHECK_OK(m.create(runtime, config, static_cast<Tokenizer&&>(tokenizer)));
+    CHECK_OK(data.create(runtime, corpus, Part::all, m.tokenizer));
+    CHECK_OK(trainer.create(runtime, m, how, data));
+    CHECK_OK(trainer.run(RunConfig(), result));
+}
+
+TEST(spaces, "a prompt that ends in a space, or none, would put two spaces or one too many before a word of WordPiece or SentencePiece") {
+    for (const bool pieces : {false, true}) {
+        Runtime runtime;
+        Tokenizer tokenizer;
+        std::string model_file;  // a SentencePiece model: pieces as protocol buffers
+        if (pieces) {
+            const char* const texts[] = {"<unk>",        "<s>", "</s>", "\xe2\x96\x81one", "\xe2\x96\x81two", "\xe2\x96\x81th", "ree",
+                                         "\xe2\x96\x81", "e",   "f"};
+            for (int i = 0; i < 10; ++i) {
+                const float score = i < 3 ? 0.0f : -1.0f - static_cast<float>(i) / 10;
+                std::string piece = std::string("\x0a") + static_cast<char>(strlen(texts[i])) + texts[i] + "\x15";
+                piece.append(reinterpret_cast<const char*>(&score), 4);
+                piece += std::string("\x18") + (i == 0 ? '\x02' : i < 3 ? '\x03' : '\x01');
+                model_file += std::string("\x0a") + static_cast<char>(piece.size()) + piece;
+            }
+            model_file += std::string("\x12\x02\x18\x01\x1a\x06\x18\x01\x20\x01\x28\x01");
+            runtime.files.user = &model_file;
+            runtime.files.open = [](void* self, const char*, FileMode) { return self; };
+            runtime.files.size = [](void*, void* file) { return static_cast<int64_t>(static_cast<std::string*>(file)->size()); };
+            runtime.files.read = [](void*, void* file, int64_t at, void* to, int64_t bytes) {
+                return static_cast<int64_t>(
+                    static_cast<std::string*>(file)->copy(static_cast<char*>(to), static_cast<size_t>(bytes), static_cast<size_t>(at)));
+            };
+            runtime.files.close = [](void*, void*) { return 0; };
+            CHECK_OK(tokenizer.load(runtime, "small.model"));
+        } else {
+            TokenizerConfig words;
+            words.kind = TokenizerKind::wordpiece, words.vocab = 60;
+            CHECK_OK(tokenizer.train(runtime, words, "one two three one two three"));
+        }
+        Model m;
+        learn_line(runtime, static_cast<Tokenizer&&>(tokenizer), "one two three", m);
+        Session session;
+        CHECK_OK(session.create(runtime, m));
+        for (const char* prompt : {"", "one", "one ", "one two", "one two "}) {
+            session.reset();
+            const std::string said = say(session, prompt, greedy());
+            if (!CHECK(prompt + said == "one two three")) printf("  '%s' goes on with '%s'\n", prompt, said.c_str());
+            session.reset();
+            SearchResult found;
+            BeamConfig config;
+            config.beams = 3;
+            CHECK_OK(session.search(prompt, config, found));
+            CHECK(prompt + std::string(found.text_of(0).data, found.text_of(0).size) == "one two three");
+        }
+    }
 }
 
 TEST(streaming, "a stream would cut a character in two, or not stop when told") {

@@ -183,6 +183,9 @@ has out '^{"best":\[{"text":".*","ids":\[[0-9,]*\],"score":-[0-9.e-]*,"logprob":
 run 0 generate m.safetensors --prompt 'You' --tokens 12 --beams 4 --best 3; check 'three texts' test "$(wc -l < out)" -eq 3
 run 0 generate m.safetensors --prompt 'You' --tokens 4 --beams 1; cp out one; run 0 generate m.safetensors --prompt 'You' --tokens 4 --temperature 0
 same 'one beam is greedy' one out
+run 0 generate m.safetensors --prompt 'You' --tokens 60 --temperature 3 --min-p 0 --ban-pattern '[A-M]*' --json
+check 'no letter from A to M' test -z "$(sed 's/.*"text":"\([^"]*\)","ids.*/\1/; s/\\[nurtbf]//g' out | grep -i '[a-m]')"
+run 2 generate m.safetensors --ban-pattern '[a';            says "ban-pattern: pattern 0, '\[a', lacks a \]"
 run 2 generate m.safetensors --beams 4 --temperature 0.5;   says 'temperature'
 run 2 generate m.safetensors --beams 4 --best 5;            says 'best 5'
 run 2 generate m.safetensors --length-penalty 2;            says 'belongs to --beams'

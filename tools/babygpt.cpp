@@ -1975,8 +1975,9 @@ int make_tokenizer(Arguments& in) {
 
 struct Sampling {
     SampleConfig config;
-    vector<string> stop, ban;
-    vector<Text> stop_views, ban_views;
+    vector<string> stop, ban, patterns;
+    vector<Text> stop_views, ban_views, pattern_views;
+    Guard guard;
     vector<Option> options() {
         return {{nullptr, nullptr, "Choosing tokens"},
                 {"--tokens", "N", "at most so many (200)", &config.tokens, 0, 1e9},
@@ -1987,9 +1988,14 @@ struct Sampling {
                 {"--repetition-penalty", "X", "above 1: against repetition (1)", &config.repetition_penalty, 0.01, 100},
                 {"--stop", "TEXT", "end before this text (may be given several times)", &stop},
                 {"--ban", "TEXT", "never write this text (may be given several times)", &ban},
+                {"--ban-pattern", "P", "nor what is like this: ? a character, * any of a word, [a-z], \\b a word's edge (several times)",
+                 &patterns},
                 {"--seed", "N", "the same seed gives the same text (1)", &config.seed}};
     }
-    const SampleConfig& ready() {
+    const SampleConfig& ready(Runtime& runtime) {
+        pattern_views.assign(patterns.begin(), patterns.end());
+        must_be("--ban-pattern", guard.create(runtime, Span<const Text>(pattern_views.data(), pattern_views.size())));
+        config.guard = patterns.empty() ? nullptr : &guard;
         stop_views.assign(stop.begin(), stop.end());
         ban_views.assign(ban.begin(), ban.end());
         config.stop = Span<const Text>(stop_views.data(), stop_views.size());
@@ -2023,7 +2029,7 @@ struct Searching {
     }
     const BeamConfig& ready(const SampleConfig& sampling) {
         if (sampling.tokens < 1) usage("--tokens 0: a search needs at least 1");
-        config.tokens = sampling.tokens, config.stop = sampling.stop, config.banned = sampling.banned;
+        config.tokens = sampling.tokens, config.stop = sampling.stop, config.banned = sampling.banned, config.guard = sampling.guard;
         config.early_stopping = early_stopping == "yes"     ? EarlyStopping::yes
                                 : early_stopping == "never" ? EarlyStopping::never
                                                             : EarlyStopping::no;
@@ -2138,10 +2144,10 @@ int generate(Arguments& in) {
     const bool counts = Counted::is_meant(in.operands[0]);
     for (const char* option : {"--train", "--tokenizer", "--field", "--column", "--dialogues"})
         if (!counts && in.has(option)) usage(string(option) + " belongs to ngram:N");
-    for (const char* option : {"--stop", "--ban", "--repetition-penalty", "--beams", "--source", "--adapter"})
+    for (const char* option : {"--stop", "--ban", "--ban-pattern", "--repetition-penalty", "--beams", "--source", "--adapter"})
         if (counts && in.has(option)) usage(string(option) + " does not go with " + in.operands[0]);
     const bool searches = searching.wanted(in);
-    if (searches) searching.ready(sampling.ready());
+    if (searches) searching.ready(sampling.ready(common.runtime));
     Model model;
     Session session;
     Counted counted;
@@ -2165,8 +2171,8 @@ int generate(Arguments& in) {
         result.stream = print_piece;
         if (is_terminal(stdout)) put_now(prompt);
     }
-    if (counts) continue_counted(counted, prompt, sampling.ready(), result);
-    else must(session.generate(prompt, sampling.ready(), result));
+    if (counts) continue_counted(counted, prompt, sampling.ready(common.runtime), result);
+    else must(session.generate(prompt, sampling.ready(common.runtime), result));
     if (result.cancelled) output_failed();
     const double speed = result.seconds > 0 ? result.generated / result.seconds : 0;
     if (json) {
@@ -2258,7 +2264,7 @@ int chat(Arguments& in) {
     Session session;
     must(session.create(runtime, model));
     must(session.use(beside.load(runtime, model)));
-    const SampleConfig& how = sampling.ready();
+    const SampleConfig& how = sampling.ready(common.runtime);
     string line;
     for (;;) {
         if (terminal) put_now("> ");
