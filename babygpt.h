@@ -4259,7 +4259,7 @@ struct TokenizerReader {
 
     // ---- GGUF ----
     // tokenizer.ggml.model: gpt2 is byte-level BPE, llama SentencePiece's BPE, t5 its unigram model, bert WordPiece.
-    Status gguf(const Gguf& file) {
+    BABYGPT_RARE Status gguf(const Gguf& file) {
         const Text model = file.text("tokenizer.ggml.model");
         const Gguf::Key *tokens, *types, *scores;
         BABYGPT_TRY(file.array("tokenizer.ggml.tokens", true, 0, tokens));
@@ -4278,7 +4278,7 @@ struct TokenizerReader {
             return gguf_bpe(file);
         }
         if (equal(model, "bert")) {
-            for (size_t id = 0; id < count; ++id) BABYGPT_TRY(gguf_word(id, file.next_text(place), kind_of(id) == piece_control));
+            for (size_t id = 0; id < count; ++id) BABYGPT_TRY(gguf_word(id, file.next_text(place), kind_of(id)));
             tables.kind = TokenizerKind::wordpiece;
             double lower = 1;
             BABYGPT_TRY(file.read("tokenizer.ggml.normalizer.lowercase", lower));
@@ -4332,13 +4332,14 @@ struct TokenizerReader {
         return finish();
     }
     // What begins a word has U+2581 before it; what goes on with one is bare, and so are names in brackets.
-    Status gguf_word(size_t id, Text token, bool special) {
+    Status gguf_word(size_t id, Text token, int kind) {
+        if (kind == piece_unused) return Status();  // a hole
         const bool begins = starts_with(token, blank_symbol),
                    bracketed = starts_with(token, "[") && ends_with(token, "]") && token.size > 1;
         left.count = 0;
         if (begins) token = Text(token.data + 3, token.size - 3);
         if ((!begins && !bracketed && !append(left, "##")) || !append(left, token)) return no_memory();
-        return add_word(static_cast<int64_t>(id), view(left), special);
+        return add_word(static_cast<int64_t>(id), view(left), kind == piece_control);
     }
 };
 

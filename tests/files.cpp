@@ -892,7 +892,7 @@ namespace {
 // The bytes of a little-endian number.
 std::string little(uint64_t value, int size) {
     std::string bytes;
-    for (int i = 0; i < size; ++i) bytes += static_cast<char>(value >> (8 * i) & 0xff);
+    for (int i = 0; i < size; ++i) bytes += static_cast<char>(i < 8 ? value >> (8 * i) & 0xff : 0);
     return bytes;
 }
 // With another value behind a key; both as they stand in the file, type included.
@@ -950,7 +950,7 @@ bool make_gguf(Host& host, const char* architecture, const char* kind, Model& mo
 
 TEST(gguf_round_trip, "a model would not come back from GGUF as it was") {
     for (const char* architecture : {"gpt2", "llama"})
-        for (const char* kind : {"none", "byte", "char", "bpe:260", "pieces"})
+        for (const char* kind : {"none", "byte", "char", "bpe:260", "wordpiece:40", "pieces"})
             for (const bool tied : {true, false})
                 for (const Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::int8}) {
                     Host host;
@@ -1068,7 +1068,7 @@ TEST(gguf_claims, "a GGUF file that means another model, or none, would be taken
 }
 
 TEST(gguf_damage, "a damaged GGUF file could crash, hang or take all memory; too little memory or a failing disk would leak or crash") {
-    for (const char* kind : {"char", "bpe:260", "pieces"}) {
+    for (const char* kind : {"char", "bpe:260", "wordpiece:40", "pieces"}) {
         Host host;
         Model model;
         const bool pieces = strcmp(kind, "pieces") == 0;

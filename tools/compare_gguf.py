@@ -154,7 +154,7 @@ def compare_llama_cpp(folder):
     with open(village, encoding="utf-8") as file:
         text = file.read()
     pieces = os.path.join(here, "..", "shared", "data")
-    models = [("gpt2", "bpe:512"), ("gpt2", "char"), ("llama", "byte")]
+    models = [("gpt2", "bpe:512"), ("gpt2", "char"), ("llama", "byte"), ("llama", "wordpiece:500")]
     models += [("llama", path) for path in (pieces + "/tokenizers/sp_test_model.model", pieces + "/models/stories260K/tok512.bin") if os.path.exists(path)]
     for architecture, tokenizer in models:
         model, out, small = (os.path.join(folder, name) for name in ("m.safetensors", "m.gguf", "small.gguf"))
