@@ -72,7 +72,7 @@ test-all: $(build)/babygpt $(build)/ceilings $(tests:%=$(build)/tests/%) example
 	    '$(build)/tests/tokenizer piece_damage 40' $(wildcard tests/test_*.sh tests/test_*.py) tests/matrix.sh \
 	    'tools/compare_torch.py $(build)/tests/torch_steps' 'tools/compare_tokenizers.py --babygpt $(build)/babygpt' \
 	    'tools/compare_transformers.py --babygpt $(build)/babygpt' 'tools/compare_measures.py --babygpt $(build)/babygpt --retrieval $(build)/examples/retrieval' \
-	    'tools/compare_gguf.py --babygpt $(build)/babygpt'
+	    'tools/compare_gguf.py --babygpt $(build)/babygpt' 'tools/compare_peft.py --babygpt $(build)/babygpt'
 exam: $(build)/babygpt
 	python3 tools/village_exam.py $(build)/babygpt $(village)
 
