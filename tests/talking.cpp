@@ -414,6 +414,26 @@ TEST(guards,
             }
         }
     CHECK(held[0] > 300 && held[1] == 0 && cut > 5);
+    for (size_t length = 1; length < 5; ++length)  // a stop string makes a word of what is none, also in the middle of a token
+        for (const bool guarded : {false, true}) {
+            const std::string word = std::string("thank ").substr(0, length), stop = std::string("thank ").substr(length, 2);
+            const std::string pattern = "\\b" + word + "\\b", plain = "I am well, " + word;
+            const Text cuts[] = {Text(stop)}, words[] = {Text(pattern)};
+            Guard no_word;
+            CHECK_OK(no_word.create(runtime, words));
+            SampleConfig config = greedy();
+            config.stop = cuts, config.guard = guarded ? &no_word : nullptr;
+            session.reset();
+            const std::string said = say(session, "You: how are you\nMira: ", config);
+            CHECK((said == plain) != guarded && (!guarded || !holds(pattern.c_str(), said)));
+            BeamConfig beams;
+            beams.stop = cuts, beams.guard = config.guard, beams.tokens = 20;
+            SearchResult found;
+            session.reset();
+            CHECK_OK(session.search("You: how are you\nMira: ", beams, found));
+            for (size_t i = 0; guarded && i < found.best.size(); ++i)
+                CHECK(!holds(pattern.c_str(), std::string(found.text_of(i).data, found.text_of(i).size)));
+        }
     // A byte is a token.
     Model bytes;
     Tokenizer byte_tokenizer;
