@@ -449,7 +449,8 @@ enum class Positions : int32_t { learned, rotary, sinusoidal, none };
 
 // A Transformer. As it is: GPT-2's, a decoder. preset_architecture makes it Llama's; what lies between may be chosen field by field.
 //   encoder_layers > 0: an encoder-decoder (Vaswani et al. 2017): so many layers read a source, which the decoder's layers look at.
-//   causal = false:     an encoder alone (BERT, Devlin et al. 2019): every token sees all others, and the head says what each one is.
+//   causal = false:     an encoder alone (BERT, Devlin et al. 2019): every token sees all others, and the head says what each one is. From
+//                       running text it learns to fill gaps (masked language modelling): see mask_id.
 //   classes > 0:        what the last layer says is pooled, a vector for each sequence, and the head says to which class it belongs.
 //   features > 0:       a row comes with so many numbers, e.g. a patch of a picture (Dosovitskiy et al. 2021), of which a linear layer makes
 //                       what is added to its id's vector.
@@ -467,7 +468,7 @@ struct Config {
     int width = 128;
     int hidden = 0;  // width of the feed-forward part; 0: 4 * width, where it is gated 8/3 of it, up to a multiple of 32
     int context = 128;
-    int vocab = 0;     // 0: the tokenizer's
+    int vocab = 0;     // 0: the tokenizer's, and one more for the gaps of an encoder alone whose tokenizer has no [MASK]
     bool tied = true;  // the output head shares the embedding's matrix; a classifier's does not
     bool bias = true;  // of linear layers and layer norms; an RMSNorm has none
     Activation activation = Activation::gelu_tanh;
@@ -515,6 +516,7 @@ struct Model {
     Config config;
     Tokenizer tokenizer;
     Chat chat;
+    Array<char> labels;        // of a classifier: the names of its classes, each ended by a line end; empty: they have only numbers
     float* weights = nullptr;  // `parameters` floats; tensors of one product (Llama's q, k, v) adjoin, others begin on a cache line
     int64_t parameters = 0;    // without the padding
     int64_t block = 0;         // floats in the block
@@ -549,6 +551,11 @@ struct Model {
     // when converted to f32. Training makes a model f32 again. Whoever writes to the weights of a converted model converts it again.
     Status convert(Dtype to);
     Status set_chat(Text user_turn, Text reply_turn, bool plain_words = false);
+    Status set_labels(Text lines);  // as many as the model has classes
+    Text label(int of) const;       // the name of a class; "": it has none
+    // Takes over the tensors that have a name and a shape in common, as fine-tuning begins: a classifier learns from what an encoder has
+    // learnt. Returns how many.
+    int copy_weights(const Model& from);
 };
 
 // ---- Adapter ----------------------------------------------------------------------------------------------------------
@@ -589,12 +596,16 @@ struct Adapter {
 // Adds what the adapter adds to the model's own matrices: W + A^T B^T alpha / rank. The model is f32 then.
 Status merge(Model& model, const Adapter& adapter);
 
+// What stands in the gaps that an encoder alone fills: the tokenizer's [MASK] (or <mask>), else the last id of the vocabulary where that is no
+// token's; -1: there is none.
+int32_t mask_id(const Model& model);
+
 enum class Purpose : int32_t { training, running };
 struct Memory {  // exact, in bytes
     uint64_t weights = 0, gradients = 0, moments = 0, activations = 0, kv = 0, scratch = 0, records = 0;
     uint64_t total() const { return weights + gradients + moments + activations + kv + scratch + records; }
 };
-// What a Trainer (with its Model) or a Session (with its Model) takes. batch: sequences at once. adapter: where one is trained, or used.
+// What a Trainer, a Session or an Encoder takes, each with its Model. batch: sequences at once. adapter: where one is trained, or used.
 Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, int batch, Memory& memory, double dropout = 0,
                      const AdapterConfig* adapter = nullptr);
 
@@ -896,6 +907,31 @@ Status next(Span<Session* const> sessions, Span<const SampleConfig> configs, int
 // Draws an id from logits (or log-probabilities) of the host's own, as a session does: by temperature, top_k, top_p, min_p, bias and seed, the
 // config's other fields do not count. `sampled`: how many were drawn before. The logits are written over; scratch: as many.
 Status sample(Span<float> logits, const SampleConfig& config, uint64_t sampled, Span<int32_t> scratch, int32_t& id);
+
+// ---- Encoder ----------------------------------------------------------------------------------------------------------
+
+// Reads with a model that says nothing: an encoder alone, or a classifier. Each call reads one example as a whole (its targets and source count
+// for nothing). One thread at a time; different encoders of one model at the same time. After create, the last three allocate nothing.
+struct Encoder {
+    const Model* model = nullptr;
+    Runtime* runtime = nullptr;
+    struct EncoderState* state = nullptr;  // ours
+
+    Encoder() = default;
+    Encoder(Encoder&& other) noexcept;
+    Encoder& operator=(Encoder&& other) noexcept;
+    ~Encoder();
+
+    Status create(Runtime& runtime, const Model& model);
+    // A text's ids, at most `context` of them. With `gaps`, each "[MASK]" in it is mask_id; a blank before it goes to where bpe has blanks:
+    // into the token that is looked for.
+    Status encode(Text text, Array<int32_t>& ids, bool gaps = false) const;
+    Status classify(const Example& example, Span<float> probabilities);  // of each of its classes
+    // Of each of `vocab` ids: how probable it is in row `at` of the example, in which usually the mask stands.
+    Status fill(const Example& example, int at, Span<float> probabilities);
+    // A vector for all of it, `width` floats: the mean of the last layer's rows, or of a classifier what its head looks at.
+    Status embed(const Example& example, Span<float> vector);
+};
 
 // ---- Measuring and checking -------------------------------------------------------------------------------------------
 
@@ -1830,7 +1866,7 @@ BABYGPT_INLINE uint32_t random_bits(uint64_t key, uint32_t i) {
 BABYGPT_INLINE double random_uniform(uint64_t key, uint64_t i) { return static_cast<double>(mix(key ^ mix(i)) >> 11) * 0x1p-53; }
 
 // The purposes that random keys are made for, beside the ops' own numbers (0, 1, 2, ...).
-enum : uint64_t { random_weights = 1u << 20, random_order, random_sample };
+enum : uint64_t { random_weights = 1u << 20, random_order, random_sample, random_mask };
 
 }  // namespace
 }  // namespace babygpt
@@ -2770,7 +2806,7 @@ namespace {
 
 // Sennrich, Haddow & Birch 2016: a word begins as its bytes; again and again the pair whose merge stands first in the list, the leftmost
 // of these, becomes one token, until no two neighbours are in the list.
-struct Encoder {
+struct Encoding {
     static constexpr size_t short_word = 64;  // up to here the next pair is looked for by looking at all
     static constexpr size_t cache_size = 4096;
     struct Known {  // a word seen before in this text
@@ -2788,7 +2824,7 @@ struct Encoder {
     Array<Known> known;
     Array<Symbol> symbols;
     Array<uint64_t> queue;  // rank, then position
-    Encoder(const Tables& t, Array<int32_t>& ids, Runtime& runtime)
+    Encoding(const Tables& t, Array<int32_t>& ids, Runtime& runtime)
         : tables(t), out(ids), known(runtime), symbols(runtime), queue(runtime) {}
 
     uint32_t rank(int32_t left, int32_t right) const { return static_cast<uint32_t>(find_pair(tables.pairs, left, right)); }
@@ -2957,7 +2993,7 @@ inline Status finish_bpe(Tables& tables) {
     tables.words = HashIndex(tables.runtime);
     tables.longest = 0;
     Array<int32_t> ids(tables.runtime);
-    Encoder encoder(tables, ids, tables.runtime);
+    Encoding encoder(tables, ids, tables.runtime);
     for (size_t i = 0; i < tables.tokens.count; ++i) {
         const Tables::Token& token = tables.tokens[i];
         if (token.size == 0) continue;
@@ -3807,7 +3843,7 @@ struct TokenizerReader {
             tables.byte_ids[byte] = find(Text(&c, 1));
         }
         Array<int32_t> ids(runtime);
-        Encoder encoder(tables, ids, runtime);
+        Encoding encoder(tables, ids, runtime);
         for (size_t i = 0; i < tables.tokens.count; ++i) {
             const Text token = tables.bytes(static_cast<int32_t>(i));
             if (token.size < 2) continue;
@@ -4889,7 +4925,7 @@ Status Tokenizer::encode(Text text, Array<int32_t>& ids, bool special, size_t* u
         }
         return Status();
     }
-    Encoder encoder(*tables, ids, *runtime);
+    Encoding encoder(*tables, ids, *runtime);
     WordPieceEncoder words(*tables, ids, *runtime);
     PieceEncoder pieces(*tables, ids, *runtime);
     bool starts[256] = {};  // of the names of special tokens
@@ -6948,7 +6984,19 @@ Status allocate_weights(Runtime& runtime, Model& model, const Config& config, bo
     model.version = 1;
     model.chat.user_turn = Array<char>(runtime);
     model.chat.reply_turn = Array<char>(runtime);
+    model.labels = Array<char>(runtime);
     return Status();
+}
+
+// An encoder alone, which learns to fill gaps where it learns from running text.
+inline bool fills_gaps(const Config& c) { return !c.causal && c.classes == 0 && c.features == 0; }
+BABYGPT_RARE int32_t mask_of(const Tokenizer& tokenizer) {
+    for (size_t i = 0; tokenizer.tables && i < tokenizer.tables->specials.count; ++i) {
+        const int32_t id = tokenizer.tables->specials[i];
+        const Text name = tokenizer.tables->bytes(id);
+        if (equal(name, "[MASK]") || equal(name, "<mask>")) return id;
+    }
+    return -1;
 }
 
 // Two independent normal numbers, by Marsaglia's polar method; the counter's next values serve where a point falls outside the circle.
@@ -6974,6 +7022,7 @@ Model& Model::operator=(Model&& other) noexcept {
     chat.user_turn = static_cast<Array<char>&&>(other.chat.user_turn);
     chat.reply_turn = static_cast<Array<char>&&>(other.chat.reply_turn);
     chat.plain_words = other.chat.plain_words;
+    labels = static_cast<Array<char>&&>(other.labels);
     weights = other.weights, parameters = other.parameters, block = other.block, names = other.names;
     version = other.version, runtime = other.runtime, state = other.state;
     other.weights = nullptr, other.state = nullptr, other.names = Span<Weight>();
@@ -6987,7 +7036,7 @@ Model::~Model() {
 Status Model::create(Runtime& from, const Config& wanted, Tokenizer&& taken, uint64_t seed) {
     const FloatMode mode;
     Config full = wanted;
-    if (full.vocab == 0) full.vocab = taken.vocab;
+    if (full.vocab == 0) full.vocab = taken.vocab + (fills_gaps(full) && mask_of(taken) < 0);
     if (full.vocab < taken.vocab) return fail(Error::mismatch, "vocab is ", full.vocab, ", but the tokenizer has ", taken.vocab, " ids");
     Tokenizer kept = static_cast<Tokenizer&&>(taken);  // it may be this model's own
     *this = Model();
@@ -7185,6 +7234,44 @@ Status Model::set_chat(Text user_turn, Text reply_turn, bool plain_words) {
     chat.reply_turn = Array<char>(*runtime);
     if (!append(chat.user_turn, user_turn) || !append(chat.reply_turn, reply_turn)) return out_of_memory(user_turn.size + reply_turn.size);
     return Status();
+}
+
+Status Model::set_labels(Text lines) {
+    if (!runtime) return fail(Error::invalid_argument, "the model is empty: create or load it first");
+    int count = 0;
+    for (const char c : lines) count += c == '\n';
+    if (!is_utf8(lines) || (lines.size > 0 && lines[lines.size - 1] != '\n'))
+        return fail(Error::invalid_argument, "the names of classes must be UTF-8, and a line each");
+    if (count != config.classes)
+        return fail(Error::invalid_argument, "there are ", count, " names of classes, but ", config.classes, " classes");
+    labels = Array<char>(*runtime);
+    return append(labels, lines) ? Status() : out_of_memory(lines.size);
+}
+Text Model::label(int of) const {
+    size_t start = 0;
+    for (size_t i = 0; i < labels.count; ++i) {
+        if (labels[i] != '\n') continue;
+        if (of-- == 0) return Text(labels.items + start, i - start);
+        start = i + 1;
+    }
+    return Text();
+}
+
+int Model::copy_weights(const Model& from) {
+    int copied = 0;
+    for (const Weight& weight : names) {
+        const Weight* there = from.find(weight.name);
+        if (!there || there->rows != weight.rows || there->cols != weight.cols) continue;
+        memcpy(weights + weight.offset, from.weights + there->offset, static_cast<size_t>(weight.rows * weight.cols) * sizeof(float));
+        ++copied;
+    }
+    ++version;
+    return copied;
+}
+
+int32_t mask_id(const Model& model) {
+    const int32_t mask = mask_of(model.tokenizer);
+    return mask >= 0 || model.tokenizer.vocab >= model.config.vocab ? mask : model.config.vocab - 1;
 }
 
 }  // namespace babygpt
@@ -8775,9 +8862,14 @@ inline double power(double base, int64_t exponent) {
 }
 
 // Running text cannot teach everything.
-Status check_data(const Config& c, const Data& data) {
-    if (data.evaluation_example(0) || (c.encoder_layers == 0 && c.classes == 0 && c.features == 0)) return Status();
-    return fail(Error::invalid_argument, "a model with an encoder, classes or features learns from examples, not from running text");
+Status check_data(const Model& model, const Data& data) {
+    const Config& c = model.config;
+    if (data.evaluation_example(0)) return Status();
+    if (c.encoder_layers > 0 || c.classes > 0 || c.features > 0)
+        return fail(Error::invalid_argument, "a model with an encoder, classes or features learns from examples, not from running text");
+    if (c.causal || mask_id(model) >= 0) return Status();
+    return fail(Error::invalid_argument, "vocab is ", c.vocab,
+                ", as many as the tokenizer has, of which none is [MASK]: an encoder needs one more");
 }
 
 Status no_trainer() { return fail(Error::invalid_argument, "the trainer is empty: create it first"); }
@@ -8813,7 +8905,7 @@ Status fill(Trainer& trainer, Runtime& from, const Model& of, Adapter* adapter, 
 Status start(Trainer& t, Runtime& from, const Model& of, Adapter* adapter, const TrainConfig& wanted, Data& data, Data* held_out) {
     t = Trainer();
     Status status = fill(t, from, of, adapter, wanted);
-    if (status.ok()) status = check_data(of.config, data);
+    if (status.ok()) status = check_data(of, data);
     if (status.ok() && held_out && held_out->evaluation_windows(of.config.context) == 0)
         status = fail(Error::invalid_argument, "the validation data has fewer than two tokens: leave it out or give more text");
     if (!status.ok()) return t = Trainer(), status;
@@ -8882,19 +8974,43 @@ inline void add_window(TrainerState& s, int length) {
     s.rows += length;
     add_targets(s, length, 1);
 }
-// The batch grows by an example.
-Status add_example(TrainerState& s, const Config& c, const Example& e) {
-    const size_t context = static_cast<size_t>(c.context), targets = c.classes > 0 ? 1 : e.ids.size,
-                 features = e.ids.size * static_cast<size_t>(c.features);
+// Of a window of running text an encoder alone sees gaps (Devlin et al. 2019, appendix A.1): of 100 ids 15 are to be said; in the place of 80
+// in 100 of these stands the mask, of 10 any id, and 10 stay. Which these are follows from the window's number, so that resuming is exact.
+void make_gaps(const Model& model, uint64_t key, int32_t* ids, int32_t* targets, int length) {
+    const int32_t mask = mask_id(model), known = model.tokenizer.vocab > 0 ? model.tokenizer.vocab : mask;
+    int gaps = 0;
+    const auto ask = [&](int i) {
+        const uint64_t at = 4 * static_cast<uint64_t>(i);
+        const double what = random_uniform(key, at + 1);
+        targets[i] = ids[i];
+        if (what < 0.8) ids[i] = mask;
+        else if (what < 0.9) ids[i] = static_cast<int32_t>(random_uniform(key, at + 2) * known);
+        ++gaps;
+    };
+    for (int i = 0; i < length; ++i) {
+        targets[i] = -1;
+        if (ids[i] != model.tokenizer.end_of_text && random_uniform(key, 4 * static_cast<uint64_t>(i)) < 0.15) ask(i);
+    }
+    if (gaps == 0) ask(static_cast<int>(random_uniform(key, 3) * length));
+}
+// Is it what a model can read?
+Status check_example(const Config& c, const Example& e) {
+    const size_t context = static_cast<size_t>(c.context), features = e.ids.size * static_cast<size_t>(c.features);
     if (e.ids.size < 1 || e.ids.size > context)
         return fail(Error::invalid_argument, "an example has ", uint64_t(e.ids.size), " ids, but must have from 1 to context, ", c.context);
+    if (e.features.size != features)
+        return fail(Error::invalid_argument, "an example has ", uint64_t(e.features.size), " features, but must have ", uint64_t(features));
+    return Status();
+}
+// The batch grows by an example.
+Status add_example(TrainerState& s, const Config& c, const Example& e) {
+    const size_t context = static_cast<size_t>(c.context), targets = c.classes > 0 ? 1 : e.ids.size;
+    BABYGPT_TRY(check_example(c, e));
     if (e.targets.size != targets)
         return fail(Error::invalid_argument, "an example has ", uint64_t(e.targets.size), " targets, but must have ", uint64_t(targets));
     if ((e.source.size > 0) != (c.encoder_layers > 0) || e.source.size > context)
         return fail(Error::invalid_argument, "an example has a source of ", uint64_t(e.source.size),
                     c.encoder_layers > 0 ? " ids, but must have from 1 to context" : " ids, but the model has no encoder");
-    if (e.features.size != features)
-        return fail(Error::invalid_argument, "an example has ", uint64_t(e.features.size), " features, but must have ", uint64_t(features));
     if (!(e.weight >= 0) || !is_finite(e.weight))
         return fail(Error::invalid_argument, "an example's weight is ", static_cast<double>(e.weight), ", but must not be below 0");
     const auto put = [](auto* to, const auto& from) {
@@ -8946,7 +9062,9 @@ Status fill_batch(Trainer& t, const Given& given, int micro) {
         if (!example) example = t.training->training_example(t.config.seed, before + n);
         if (example) BABYGPT_TRY(add_example(s, config, *example));
         else {
-            BABYGPT_TRY(t.training->training_window(t.config.seed, before + n, config.context, s.ids + s.rows, s.targets + s.rows));
+            int32_t *const ids = s.ids + s.rows, *const targets = s.targets + s.rows;
+            BABYGPT_TRY(t.training->training_window(t.config.seed, before + n, config.context, ids, targets));
+            if (!config.causal) make_gaps(*t.model, random_key(t.config.seed, before + n, random_mask, 0), ids, targets, config.context);
             add_window(s, config.context);
         }
     }
@@ -9088,7 +9206,7 @@ Status evaluate_windows(Runtime& runtime, TrainerState& s, const Model& model, c
     const uint64_t windows = data.evaluation_windows(context);
     s.regions.weights = model.weights;
     s.regions.adapter = adapter ? adapter->weights : nullptr;
-    BABYGPT_TRY(check_data(model.config, data));
+    BABYGPT_TRY(check_data(model, data));
     result = Evaluation();
     Sums sums;
     for (uint64_t window = 0; window < windows && (window == 0 || go_on(static_cast<double>(window) / static_cast<double>(windows)));) {
@@ -9099,7 +9217,9 @@ Status evaluate_windows(Runtime& runtime, TrainerState& s, const Model& model, c
                 continue;
             }
             int length = 0;
-            BABYGPT_TRY(data.evaluation_window(window, context, s.ids + s.rows, s.targets + s.rows, length));
+            int32_t *const ids = s.ids + s.rows, *const targets = s.targets + s.rows;
+            BABYGPT_TRY(data.evaluation_window(window, context, ids, targets, length));
+            if (!model.config.causal) make_gaps(model, random_key(0, window, random_mask, 1), ids, targets, length);
             add_window(s, length);
         }
         BABYGPT_TRY(check_ids(s));
@@ -9109,6 +9229,7 @@ Status evaluate_windows(Runtime& runtime, TrainerState& s, const Model& model, c
     }
     if (!(sums.weight > 0)) return nothing_to_evaluate();
     sums.finish(data, result);
+    if (!model.config.causal) result.bits_per_byte = 0;  // not all of the text was to be said
     return Status();
 }
 
@@ -10663,6 +10784,150 @@ Status Session::score(Text text, Array<int32_t>& ids, Array<float>& logprobs, do
     return Status();
 }
 
+// ---- encoders ------------------------------------------------------------------------------------------------------------
+
+struct EncoderState {
+    Tape tape;
+    Block memory;
+    const BackendFunctions* backend = nullptr;
+    Regions<float> regions;
+    float* logits = nullptr;  // [of the head]
+    explicit EncoderState(Runtime& from) : tape(from) {}
+};
+
+namespace {
+
+inline bool is_encoder(const Config& c) { return c.encoder_layers == 0 && (!c.causal || c.classes > 0); }
+
+inline void lay_out(Layout& layout, EncoderState& s, int threads) {
+    s.regions.activations = layout.take<float>(s.tape.activation_block);
+    s.regions.scratch = layout.take<float>(s.backend->scratch(s.tape, threads));
+    s.regions.threads = threads;
+    s.logits = layout.take<float>(s.tape.head_out);
+}
+
+Status fill(Encoder& encoder, Runtime& from, const Model& of) {
+    if (!of.weights) return fail(Error::invalid_argument, "the model is empty: create or load it first");
+    if (!is_encoder(of.config))
+        return fail(Error::unsupported, "the model is neither an encoder alone nor a classifier: it needs a session");
+    const BackendFunctions* backend;
+    BABYGPT_TRY(backend_for(from, backend));
+    encoder.runtime = &from;
+    EncoderState* const s = encoder.state = create<EncoderState>(from, from);
+    if (!s) return out_of_memory(sizeof(EncoderState));
+    s->backend = backend;
+    BABYGPT_TRY(record(s->tape, of.config, of.config.context, false, 0));
+    Layout layout;
+    lay_out(layout, *s, from.thread_count());
+    if (!s->memory.take(from, layout.bytes, true)) return out_of_memory(layout.bytes);
+    layout = Layout{s->memory.memory, 0};
+    lay_out(layout, *s, from.thread_count());
+    encoder.model = &of;
+    start_pool(from);
+    return pack_weights(from, of, s->tape, *backend, s->regions.packed);
+}
+
+// Reads an example; of row `at` the head says its logits. `wanted`: how many floats the caller expects, for which there is `room`.
+Status read_example(Encoder& encoder, const Example& example, int at, float* logits, size_t wanted, size_t room) {
+    if (!encoder.state) return fail(Error::invalid_argument, "the encoder is empty: create it first");
+    const Config& c = encoder.model->config;
+    BABYGPT_TRY(check_example(c, example));
+    const int rows = static_cast<int>(example.ids.size);
+    if (at < 0 || at >= rows) return fail(Error::invalid_argument, "there is no row ", at, " in an example of ", rows);
+    for (const int32_t id : example.ids)
+        if (id < 0 || id >= c.vocab) return fail(Error::invalid_argument, "the id ", id, " is none of the model's ", c.vocab);
+    if (room < wanted) return fail(Error::no_room, "the result has ", uint64_t(wanted), " floats, but there is room for ", uint64_t(room));
+    EncoderState& s = *encoder.state;
+    BABYGPT_TRY(pack_weights(*encoder.runtime, *encoder.model, s.tape, *s.backend, s.regions.packed));
+    const Sequence sequence{0, rows, 0, nullptr, nullptr, logits, at};
+    Run run;
+    run.rows = rows;
+    run.sequences = Span<const Sequence>(&sequence, 1);
+    run.ids = example.ids.data, run.features = example.features.data;
+    s.regions.weights = encoder.model->weights;
+    s.backend->forward(*encoder.runtime, s.tape, s.regions, run);
+    return Status();
+}
+
+Status read_probabilities(Encoder& encoder, const Example& example, int at, Span<float> probabilities) {
+    const FloatMode mode;
+    const int outputs = encoder.state ? encoder.state->tape.head_out : 0;
+    BABYGPT_TRY(read_example(encoder, example, at, encoder.state ? encoder.state->logits : nullptr, static_cast<size_t>(outputs),
+                             probabilities.size));
+    const EncoderState& s = *encoder.state;
+    const float sum = s.backend->exponentials(probabilities.data, s.logits, outputs, s.backend->biggest(s.logits, outputs), 1);
+    for (int i = 0; i < outputs; ++i) probabilities[static_cast<size_t>(i)] /= sum;
+    return Status();
+}
+
+}  // namespace
+
+Encoder::Encoder(Encoder&& other) noexcept { *this = static_cast<Encoder&&>(other); }
+Encoder& Encoder::operator=(Encoder&& other) noexcept {
+    if (this == &other) return *this;
+    if (state) destroy(*runtime, state);
+    model = other.model, runtime = other.runtime, state = other.state;
+    other.state = nullptr;
+    return *this;
+}
+Encoder::~Encoder() {
+    if (state) destroy(*runtime, state);
+}
+
+Status Encoder::create(Runtime& from, const Model& of) {
+    const FloatMode mode;
+    *this = Encoder();
+    const Status status = babygpt::fill(*this, from, of);
+    if (!status.ok()) *this = Encoder();
+    return status;
+}
+
+Status Encoder::encode(Text text, Array<int32_t>& ids, bool gaps) const {
+    if (!state) return fail(Error::invalid_argument, "the encoder is empty: create it first");
+    const Text mark = "[MASK]";
+    const int32_t mask = mask_id(*model);
+    ids = Array<int32_t>(*runtime);
+    for (size_t at = 0; at <= text.size;) {
+        size_t end = gaps ? at : text.size;
+        while (end < text.size && !starts_with(Text(text.data + end, text.size - end), mark)) ++end;
+        Text part(text.data + at, end - at);
+        const bool gap = end < text.size;
+        if (gap && mask < 0) return fail(Error::unsupported, "the model has no id for a gap");
+        if (gap && equal(part, " ") && model->tokenizer.kind >= TokenizerKind::bpe) part = Text();  // between two gaps
+        if (gap) (void)take_last_space(model->tokenizer, part, false);
+        BABYGPT_TRY(model->tokenizer.encode(part, ids));
+        if (gap && !ids.push(mask)) return out_of_memory(ids.count * sizeof(int32_t));
+        at = end + (gap ? mark.size : 1);
+    }
+    ids.count = least(ids.count, static_cast<size_t>(model->config.context));
+    return Status();
+}
+
+Status Encoder::classify(const Example& example, Span<float> probabilities) {
+    if (state && model->config.classes == 0) return fail(Error::unsupported, "the model has no classes");
+    return read_probabilities(*this, example, 0, probabilities);
+}
+
+Status Encoder::fill(const Example& example, int at, Span<float> probabilities) {
+    if (state && model->config.classes > 0) return fail(Error::unsupported, "the model is a classifier, and fills no gaps");
+    return read_probabilities(*this, example, at, probabilities);
+}
+
+Status Encoder::embed(const Example& example, Span<float> vector) {
+    const FloatMode mode;
+    const size_t width = state ? static_cast<size_t>(model->config.width) : 0;
+    BABYGPT_TRY(read_example(*this, example, 0, nullptr, width, vector.size));
+    const Op& head = state->tape.ops[state->tape.ops.count - 1];
+    const float* x = values(state->tape, state->regions, head.x);
+    const size_t rows = head.side == Side::whole ? 1 : example.ids.size;
+    for (size_t i = 0; i < width; ++i) {
+        float sum = 0;
+        for (size_t row = 0; row < rows; ++row) sum += x[row * width + i];
+        vector[i] = sum / static_cast<float>(rows);
+    }
+    return Status();
+}
+
 // ---- looking inside --------------------------------------------------------------------------------------------------------
 
 Status Session::attention(int layer, Array<float>& probabilities) {
@@ -10769,6 +11034,16 @@ BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpos
         memory.activations = activations(state.tape);
         memory.scratch = scratch(state.tape);
         memory.records += sizeof(TrainerState) + record_bytes(state.tape);
+    } else if (is_encoder(config)) {
+        EncoderState state(runtime);
+        state.backend = backend;
+        BABYGPT_TRY(record(state.tape, config, config.context, false, 0));
+        lay_out(layout, state, runtime.thread_count());
+        layout.bytes *= static_cast<size_t>(batch);  // `batch` encoders of one model
+        memory.weights += static_cast<uint64_t>(backend->packed(state.tape)) * sizeof(float);
+        memory.activations = activations(state.tape) * static_cast<uint64_t>(batch);
+        memory.scratch = scratch(state.tape) * static_cast<uint64_t>(batch);
+        memory.records += sizeof(EncoderState) + record_bytes(state.tape);
     } else {
         SessionState state(runtime);
         state.backend = backend;
@@ -10834,6 +11109,7 @@ BABYGPT_RARE Status summary(Runtime& runtime, const Config& config, int batch, A
 //     babygpt.config           what the model is, with the keys of Hugging Face's GPT-2 or Llama (and "bias", "dtype", and others of ours)
 //     babygpt.tokenizer        a tokenizer.json; absent where there is none
 //     babygpt.chat             {"user_turn": ..., "reply_turn": ..., "plain_words": false}; absent where there is none
+//     babygpt.labels           the names of a classifier's classes, each ended by a line end; absent where they have none
 //     babygpt.training         {"config": TrainConfig, "state": ...}: only in a resume file, beside the tensors moment1.* and moment2.*
 //
 // An adapter is such a file of its own, with PEFT's names: "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight". In the place of
@@ -12061,6 +12337,12 @@ Status load_model(Runtime& runtime, ByteSource& source, Model& result) {
         return c.bad(": its tokenizer has ", model.tokenizer.vocab, " ids, but vocab_size is ", c.config.vocab);
     BABYGPT_TRY(allocate_weights(runtime, model, c.config, false));
     BABYGPT_TRY(read_chat(runtime, c, model.chat));
+    Array<char> labels(runtime);
+    BABYGPT_TRY(read_metadata(runtime, c, "babygpt.labels", labels));
+    if (labels.count) {
+        const Status status = model.set_labels(view(labels));
+        if (!status.ok()) return c.bad(": ", Text(status.message));
+    }
     bool as_converted;
     BABYGPT_TRY(read_tensors(runtime, c, "", model.names, model.weights, as_converted));
     if (!as_converted) {
@@ -12154,6 +12436,7 @@ BABYGPT_RARE Status build_header(const Model& model, Span<const Section> section
     }
     if (tokenizer.count && ours) good = good && append_member(to, "babygpt.tokenizer", view(tokenizer));
     if (chat.count && ours) good = good && append_member(to, "babygpt.chat", view(chat));
+    if (model.labels.count && ours) good = good && append_member(to, "babygpt.labels", view(model.labels));
     if (training.size) good = good && append_member(to, "babygpt.training", training);
     return good ? finish_header(sections, model.names, to) : out_of_memory(to.count);
 }

@@ -383,6 +383,39 @@ TEST(adapters, "what is learnt beside a frozen model would learn wrongly, or the
     check_adapter_of("a classifier", classifier, {4, 2, 3}, "c_attn", 0.1);
 }
 
+// ---- gaps ---------------------------------------------------------------------------------------------------------------
+
+TEST(gaps, "an encoder would be asked for too much or too little, or see what it is asked for more or less often than BERT does") {
+    Runtime runtime;
+    Model model;
+    Config config = config_of(1, 1, 8, 1001, true, true, Activation::gelu);
+    config.causal = false;
+    CHECK_OK(model.create(runtime, config, Tokenizer()));  // ids 0 to 999, and the mask
+    constexpr int length = 100, windows = 2000;
+    int asked = 0, masked = 0, kept = 0, other = 0, seen[1000] = {}, different = 0;
+    for (uint64_t window = 0; window < windows; ++window) {
+        int32_t ids[length], targets[length], again[length], same[length];
+        for (int i = 0; i < length; ++i) ids[i] = again[i] = i;
+        make_gaps(model, random_key(3, window, random_mask, 0), ids, targets, length);
+        make_gaps(model, random_key(3, window, random_mask, 0), again, same, length);
+        CHECK(memcmp(ids, again, sizeof ids) == 0 && memcmp(targets, same, sizeof same) == 0);
+        for (int i = 0; i < length; ++i) {
+            CHECK(targets[i] == i || (targets[i] == -1 && ids[i] == i));
+            if (targets[i] < 0) continue;
+            ++asked, masked += ids[i] == 1000, kept += ids[i] == i;
+            if (ids[i] != 1000 && ids[i] != i) ++other, different += seen[ids[i]]++ == 0;
+        }
+    }
+    const auto near = [](int count, double of, double share) { return count > of * (share - 0.01) && count < of * (share + 0.01); };
+    CHECK(near(asked, length * windows, 0.15) && near(masked, asked, 0.8) && near(kept, asked, 0.1) && near(other, asked, 0.1));
+    CHECK(different > 900);                              // of 1000 ids, some 3000 times one of them
+    for (uint64_t window = 0; window < 100; ++window) {  // one at the least
+        int32_t ids[2] = {5, 6}, targets[2];
+        make_gaps(model, random_key(4, window, random_mask, 0), ids, targets, 2);
+        CHECK(targets[0] == 5 || targets[1] == 6);
+    }
+}
+
 // ---- bits --------------------------------------------------------------------------------------------------------------
 
 TEST(encoders, "an encoder, an encoder-decoder, a classifier or a model of pictures could not learn") {
