@@ -6,7 +6,9 @@
 build/tests/torch_steps makes the weights, saves them as safetensors, and prints its losses and learning rates; this file reads the weights
 and does the same steps. The variants: GPT-2 as it is; an untied head, no biases, erf-GELU; rotary positions; Muon for the matrices; Llama's type
 with grouped queries, by AdamW and by Muon; sinusoidal positions, ReLU and norms after the additions; encoder-decoders made of PyTorch's own
-layers, as Vaswani et al. 2017 have them and with GPT-2's norms, positions and GELU (logits, then 50 steps).
+layers, as Vaswani et al. 2017 have them and with GPT-2's norms, positions and GELU (logits, then 50 steps);
+so are encoders that say what each id is, or to which class all of them belong, by the mean or, with features as a Vision Transformer has
+them, by the first row.
 """
 import json
 import math
@@ -270,7 +272,114 @@ def compare_translators(driver, variant):
     return worst <= LIMIT and apart <= LOGITS_LIMIT
 
 
+class Reader(torch.nn.Module):
+    """An encoder of torch.nn's layers with our weights: for each id, or pooled for a class, with or without features."""
+
+    def __init__(self, w, variant):
+        super().__init__()
+        self.variant = variant
+
+        def parameter(name):
+            return torch.nn.Parameter(w[name].detach().clone())
+
+        def linear(name):
+            module = torch.nn.Linear(*w[name + ".weight"].shape)
+            module.weight.copy_(w[name + ".weight"].T)
+            module.bias.copy_(w[name + ".bias"])
+            return module
+
+        def norm(name):
+            module = torch.nn.LayerNorm(WIDTH)
+            module.weight.copy_(w[name + ".weight"])
+            module.bias.copy_(w[name + ".bias"])
+            return module
+
+        with torch.no_grad():
+            self.tokens, self.positions, self.last = parameter("wte.weight"), parameter("wpe.weight"), norm("ln_f")
+            self.features = parameter("features.weight") if variant == 11 else None
+            self.head = parameter("score.weight") if variant > 9 else None
+            self.bias = parameter("score.bias" if variant > 9 else "lm_head.bias")
+            self.layers = torch.nn.ModuleList()
+            for h in (f"h.{i}." for i in range(LAYERS)):
+                layer = torch.nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, 0.0, lambda x: F.gelu(x, approximate="tanh"),
+                                                         batch_first=True, norm_first=True)
+                layer.self_attn.in_proj_weight.copy_(w[h + "attn.c_attn.weight"].T)
+                layer.self_attn.in_proj_bias.copy_(w[h + "attn.c_attn.bias"])
+                layer.self_attn.out_proj = linear(h + "attn.c_proj")
+                layer.linear1, layer.linear2 = linear(h + "mlp.c_fc"), linear(h + "mlp.c_proj")
+                layer.norm1, layer.norm2 = norm(h + "ln_1"), norm(h + "ln_2")
+                self.layers.append(layer)
+
+    def forward(self, ids, features):  # one sequence: its logits, and its vector
+        x = self.tokens[ids] + self.positions[:len(ids)]
+        if self.features is not None:
+            x = x + features @ self.features
+        x = x[None]
+        for layer in self.layers:
+            x = layer(x)
+        x = self.last(x)[0]
+        vector = x[0] if self.variant == 11 else x.mean(0)
+        return (x @ self.tokens.T if self.variant == 9 else vector @ self.head.T) + self.bias, vector
+
+
+def sentences(variant):
+    random = 1
+
+    def below(limit):
+        nonlocal random
+        random = (random * 1664525 + 1013904223) % 2**32
+        return (random >> 8) % limit
+
+    while True:
+        batch = []
+        for _ in range(BATCH):
+            length = 1 + below(CONTEXT)
+            ids = [below(16) for _ in range(length)]
+            targets = [-1 if i % 3 == 1 else ids[-1 - i] for i in range(length)] if variant == 9 else ids[0] % 5
+            features = [[below(256) / 128 - 1 for _ in range(6)] for _ in range(length)] if variant == 11 else []
+            batch.append((torch.tensor(ids), torch.tensor(targets), torch.tensor(features)))
+        yield batch
+
+
+def compare_readers(driver, variant):
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.safetensors")
+        lines = subprocess.run([driver, path, str(variant)], check=True, stdout=subprocess.PIPE, text=True).stdout.split("\n")
+        w = read_safetensors(path)
+    probabilities, vector, *steps = [tuple(map(float, line.split())) for line in lines if line]
+    assert len(steps) == 50 and len(probabilities) == (16 if variant == 9 else 5) and len(vector) == WIDTH
+    model = Reader(w, variant)
+    assert sum(p.numel() for p in model.parameters()) == sum(t.numel() for t in w.values())
+    groups = [{"params": [t for t in model.parameters() if t.dim() == 2], "weight_decay": WEIGHT_DECAY},
+              {"params": [t for t in model.parameters() if t.dim() < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON)
+    worst, where, first, last, apart = 0.0, 0, 0.0, 0.0, 0.0
+    for step, ((our_loss, lr), batch) in enumerate(zip(steps, sentences(variant))):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        said = [model(ids, features) for ids, _, features in batch]
+        if step == 0:
+            logits = said[0][0][-1] if variant == 9 else said[0][0]
+            for ours, theirs in ((probabilities, logits.softmax(0)), (vector, said[0][1])):
+                apart = max(apart, float((torch.tensor(ours) - theirs.detach()).abs().max() / theirs.detach().abs().max()))
+        logits = torch.cat([one if variant == 9 else one[None] for one, _ in said])
+        loss = F.cross_entropy(logits, torch.cat([targets.view(-1) for _, targets, _ in batch]), ignore_index=-1)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        first, last = first or loss.item(), loss.item()
+        difference = abs(our_loss - loss.item())
+        if not difference <= worst:
+            worst, where = difference, step + 1
+    print(f"variant {variant}: probabilities and vector relative {apart:.2g}; loss {first:.4f} to {last:.4f}; from PyTorch {torch.__version__}'s it "
+          f"differs by at most {worst:.2g} (step {where})")
+    return worst <= LIMIT and apart <= LOGITS_LIMIT
+
+
 def compare(driver, variant):
+    if variant >= 9:
+        return compare_readers(driver, variant)
     if variant >= 7:
         return compare_translators(driver, variant)
     with tempfile.TemporaryDirectory() as folder:
@@ -306,6 +415,6 @@ def compare(driver, variant):
 
 
 torch.set_num_threads(2)
-good = [compare(sys.argv[1] if len(sys.argv) > 1 else "build/tests/torch_steps", variant) for variant in range(9)]
+good = [compare(sys.argv[1] if len(sys.argv) > 1 else "build/tests/torch_steps", variant) for variant in range(12)]
 print(f"{sum(good)} passed, {len(good) - sum(good)} failed")
 sys.exit(0 if all(good) else 1)
