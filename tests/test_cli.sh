@@ -261,6 +261,50 @@ rm -f l.safetensors l.resume.safetensors
 run 2 train b.txt --out g.safetensors --answers-only; says '--answers-only needs --reply-turn'
 run 1 train b.txt --out g.safetensors --answers-only --user-turn 'You: ' --reply-turn 'Nobody: '; says "begins with 'Nobody: '"
 
+# ---- encoders and classifiers ----
+small='--layers 1 --heads 2 --width 16 --batch 4 --threads 1'
+i=0
+while [ $i -lt 30 ]; do printf 'the soup is good %d\tfor\nthe soup is bad %d\tagainst\n' $i $i; i=$((i + 1)); done > c.tsv
+printf 'no label here\n' > wrong.tsv
+printf 'a soup\tneither\n' > other.tsv
+run 0 train c.tsv --classes --out class.safetensors --steps 60 --evaluate-every 20 $small --lr 1e-2 --json; json
+has out '"sample":"100.00 % right"'
+run 0 eval class.safetensors c.tsv;              has out 'accuracy  *100.00 %'
+run 0 eval class.safetensors c.tsv --json;       json; has out '"top1":1,'; has out '"tokens":60,'
+printf 'the soup is bad\nthe soup is good\n' > lines
+input=lines run 0 classify class.safetensors;    check 'labels' [ "$(cut -f1 out | tr '\n' ' ')" = 'against for ' ]
+input=lines run 0 classify class.safetensors --json; json; has out '"label":"against","probability":0.*"probabilities":{"against":0.*"for":'
+input=lines run 0 embed class.safetensors;       json; check 'a vector of each line' [ "$(wc -l < out)" -eq 2 ]
+check 'width numbers' [ "$(head -n 1 out | tr ',' '\n' | wc -l)" -eq 16 ]
+run 0 info class.safetensors;                    has out 'a classifier of 2 classes: against for'
+run 1 fill class.safetensors 'the [MASK]';       says 'is a classifier'
+run 1 generate class.safetensors;                says 'only a decoder'
+run 1 eval class.safetensors other.tsv;          says "'neither' is none of the model's classes"
+run 1 train wrong.tsv --classes --out none.safetensors --steps 2 $small; says 'wrong.tsv, line 1: expected a text, a tab and a label'
+run 2 train c.tsv --classes --encoder-only --out none.safetensors;       says 'exclude each other'
+run 0 train c.tsv --classes --out class1.safetensors --steps 20 --evaluate-every 10 $small --stop-at 7
+run 1 train c.tsv --out class1.safetensors --resume;                      says 'classes left out contradicts'
+run 0 train c.tsv --classes --out class1.safetensors --resume --threads 2
+run 0 train c.tsv --classes --out class2.safetensors --steps 20 --evaluate-every 10 $small
+run 0 compare class1.safetensors class2.safetensors
+run 0 train a.txt --encoder-only --out gaps.safetensors --steps 20 --evaluate-every 10 $small --context 16 --json; json; has out '"sample":".*\[.*\]'
+run 0 train a.txt --encoder-only --out gaps1.safetensors --steps 20 --evaluate-every 10 $small --context 16 --stop-at 7
+run 0 train a.txt --encoder-only --out gaps1.safetensors --resume --threads 3
+run 0 compare gaps.safetensors gaps1.safetensors
+run 0 fill gaps.safetensors 'th[MASK] [MASK]ou' --top 3; check 'two gaps' [ "$(grep -c '^gap' out)" -eq 2 ]; check 'three each' [ "$(grep -c '%$' out)" -eq 6 ]
+run 0 fill gaps.safetensors 'th[MASK]' --json;  json; has out '"gap":1,"tokens":\[{"id":'
+run 1 fill gaps.safetensors 'the';              says 'no .MASK.'
+run 0 eval gaps.safetensors b.txt;              has out 'nats a hidden token'
+run 2 eval gaps.safetensors b.txt --train a.txt; says 'counting'
+run 0 convert gaps.safetensors --dtype int8 --out gaps8.safetensors
+run 0 fill gaps8.safetensors 'th[MASK]';        has out '%$'
+run 1 classify gaps.safetensors;                says 'has no classes'
+run 0 train c.tsv --classes --from gaps.safetensors --out tuned.safetensors --steps 5 --batch 4
+run 0 info tuned.safetensors --json;             json; has out '"context":16,'; has out '"width":16,'; has out '"classes":2,'
+run 1 train c.tsv --classes --from gaps.safetensors --width 8 --out none.safetensors;       says 'width 8 contradicts'
+run 2 train c.tsv --classes --from gaps.safetensors --tokenizer byte --out none.safetensors; says 'from has one'
+run 1 train c.tsv --classes --from p.safetensors --out none.safetensors;                 says 'translates'
+
 # ---- numbers of fewer bits ----
 run 0 convert m.safetensors --dtype int8 --out m8.safetensors;  has out 'm8.safetensors: .* kB in int8 (.* kB before)'
 run 1 convert m.safetensors --dtype bf16 --out m8.safetensors;  says 'm8.safetensors exists.*--overwrite'

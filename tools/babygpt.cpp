@@ -779,6 +779,84 @@ void open_corpus(Runtime& runtime, const vector<string>& files, const CorpusConf
     must(corpus.open(runtime, views, config));
 }
 
+// Lines of a text, a tab and its label, for a classifier.
+struct Labelled {
+    vector<string> texts, labels;
+    vector<int32_t> ids, classes;
+    vector<size_t> ends;  // in ids
+    vector<Example> examples;
+
+    // Replaces what was read before. Empty lines are left out.
+    void read(const vector<string>& files) {
+        *this = Labelled();
+        for (const string& path : files) {
+            const string all = path == "-" ? read_all(stdin, "standard input") : read_file(path);
+            size_t number = 1;
+            for (size_t at = 0; at < all.size(); ++number) {
+                const size_t end = std::min(all.find('\n', at), all.size());
+                string line = all.substr(at, end - at);
+                at = end + 1;
+                if (!line.empty() && line.back() == '\r') line.pop_back();
+                if (line.empty()) continue;
+                const size_t tab = line.rfind('\t');
+                if (tab == string::npos || tab == 0 || tab + 1 == line.size())
+                    error(format("%s, line %zu: expected a text, a tab and a label", path.c_str(), number));
+                texts.push_back(line.substr(0, tab));
+                labels.push_back(line.substr(tab + 1));
+            }
+        }
+        if (texts.empty()) error("there is no line of a text, a tab and a label");
+    }
+    // Sorted, numbers by their size; a line each.
+    string names() const {
+        const auto before = [](const string& a, const string& b) {
+            const auto is_number = [](const string& text) { return text.find_first_not_of("0123456789") == string::npos; };
+            return is_number(a) && is_number(b) && a.size() != b.size() ? a.size() < b.size() : a < b;
+        };
+        vector<string> sorted = labels;
+        std::sort(sorted.begin(), sorted.end(), before);
+        sorted.erase(std::unique(sorted.begin(), sorted.end()), sorted.end());
+        string result;
+        for (const string& name : sorted) result += name + "\n";
+        return result;
+    }
+    string text() const {
+        string result;
+        for (const string& line : texts) result += line + "\n";
+        return result;
+    }
+    // names: of all classes, a line each.
+    void tokenize(Runtime& runtime, const Tokenizer& tokenizer, const string& names) {
+        vector<string> known;
+        for (size_t at = 0; at < names.size(); at = names.find('\n', at) + 1) known.push_back(names.substr(at, names.find('\n', at) - at));
+        Array<int32_t> read(runtime);
+        for (size_t i = 0; i < texts.size(); ++i) {
+            const size_t found = size_t(std::find(known.begin(), known.end(), labels[i]) - known.begin());
+            if (found == known.size()) error("the label '" + labels[i] + "' is none of the model's classes");
+            classes.push_back(int32_t(found));
+            read.count = 0;
+            must(tokenizer.encode(texts[i], read));
+            if (read.count == 0) error("the text '" + texts[i] + "' gives no token");
+            ids.insert(ids.end(), read.begin(), read.end());
+            ends.push_back(ids.size());
+        }
+    }
+    size_t longest() const {
+        size_t most = 0;
+        for (size_t i = 0; i < ends.size(); ++i) most = std::max(most, ends[i] - (i ? ends[i - 1] : 0));
+        return most;
+    }
+    // What is beyond the context is not read.
+    void cut_to(int context) {
+        examples.clear();
+        for (size_t i = 0; i < ends.size(); ++i) {
+            const size_t begin = i ? ends[i - 1] : 0;
+            examples.push_back(Example{{&ids[begin], std::min(ends[i] - begin, size_t(context))}, {&classes[i], 1}, {}, {}});
+        }
+    }
+    Span<const Example> part(size_t begin, size_t end) const { return {examples.data() + begin, end - begin}; }
+};
+
 vector<Option> operator+(vector<Option> a, const vector<Option>& b) {
     a.insert(a.end(), b.begin(), b.end());
     return a;
@@ -1184,8 +1262,8 @@ E named(const char* option, const string& name, const char* const (&names)[N]) {
 struct TrainOptions {
     string out, from, tokenizer, preset_name = "tiny", schedule = "cosine", validation, user_turn, reply_turn, log, plot, cache,
                                  architecture = "gpt2", activation, norm, positions, optimizer = "adamw";
-    bool resume = false, overwrite = false, untie = false, tie = false, no_bias = false, no_counting = false, json = false,
-         plain_words = false, answers_only = false;
+    bool encoder_only = false, classes = false, resume = false, overwrite = false, untie = false, tie = false, no_bias = false,
+         no_counting = false, json = false, plain_words = false, answers_only = false;
     double epochs = 0, time = 0, validation_fraction = 0.1;
     AdapterConfig lora{0, 0, {}};
     string lora_targets;
@@ -1225,6 +1303,8 @@ struct TrainOptions {
                     "a chat: the text has the user's lines in small letters without punctuation; so will the chat", &plain_words},
                    {"--answers-only", nullptr, "a chat: learn what follows --reply-turn in its line, and only read the rest",
                     &answers_only},
+                   {"--classes", nullptr,
+                    "a classifier: each line is a text, a tab and its label (any word); an encoder with a head for the classes", &classes},
                    {"--validation", "FILE", "validate on this file instead of the text's last part", &validation},
                    {"--validation-fraction", "X", "share of the text that is held out, its last part (0.1)", &validation_fraction, 0, 0.9},
                    {"--token-cache", "FILE", "keep the training tokens in this file instead of in memory", &cache}} +
@@ -1235,6 +1315,7 @@ struct TrainOptions {
                    {"--arch", "gpt2|llama|transformer|lecture", architecture_help, &architecture},
                    {"--encoder-layers", "N", "an encoder of so many layers reads the source of each pair: the model translates (0)",
                     &shape.encoder_layers, 0, 1000},
+                   {"--encoder-only", nullptr, "as BERT: each token sees all others, and it learns to fill gaps", &encoder_only},
                    {"--layers", "N", "blocks of attention and feed-forward", &shape.layers, 1, 1000},
                    {"--heads", "N", "of attention in a block", &shape.heads, 1, 1000},
                    {"--kv-heads", "N", "of keys and values, each for a group of heads (as many as heads)", &shape.kv_heads, 1, 1000},
@@ -1286,10 +1367,11 @@ struct Training {
     TrainOptions options;
     Corpus corpus, validation_corpus;
     Tokenizer tokenizer;
+    Labelled labelled, validation_labelled;
     Data data, validation;
     bool has_validation = false;
-    bool pairs = false;  // the model has an encoder, and learns to translate
-    Model model;
+    bool pairs = false;    // the model has an encoder, and learns to translate
+    Model model, encoder;  // encoder: of --from beside --classes
     Adapter adapter;
     bool adapts = false;  // the adapter is trained, and the model is as it was
     TrainConfig config;
@@ -1352,6 +1434,7 @@ void check_shape(const Arguments& in, const TrainOptions& o, const Config& shape
     agree(in, "--tie", o.tie, shape.tied);
     agree(in, "--no-bias", o.no_bias, !shape.bias);
     check_architecture(in, o, shape);
+    agree(in, "--encoder-only", o.encoder_only, !shape.causal);
     agree(in, "--kv-heads", o.shape.kv_heads, shape.kv_heads);
     agree(in, "--hidden", o.shape.hidden, shape.hidden);
     agree(in, "--activation", o.activation, activation_name(shape));
@@ -1362,6 +1445,8 @@ void check_shape(const Arguments& in, const TrainOptions& o, const Config& shape
 
 // What was said again beside --resume must be what was said first.
 void check_agreement(const Arguments& in, const TrainOptions& o, const Model& model, const TrainConfig& stored) {
+    if (o.classes != (model.config.classes > 0))
+        contradicts("--classes", o.classes ? "given" : "left out", o.classes ? "running text" : "classes");
     check_shape(in, o, model.config);
     agree(in, "--batch", o.learning.batch, stored.batch);
     agree(in, "--accumulate", o.learning.accumulate, stored.accumulate);
@@ -1451,9 +1536,43 @@ void create_data(const Arguments& in, Training& t, Corpus& corpus, Part part, co
     must(status);
 }
 
+// The texts, labels and tokenizer of a classifier.
+void open_labelled(Training& t, const vector<string>& files) {
+    TrainOptions& o = t.options;
+    Runtime& runtime = t.common.runtime;
+    t.labelled.read(files);
+    if (!o.validation.empty()) t.validation_labelled.read({o.validation});
+    const string text = t.labelled.text(), names = o.resume ? to_string(t.model.labels) : t.labelled.names();
+    CorpusConfig how;
+    how.validation_fraction = 0;
+    must(t.corpus.open_memory(runtime, text, how));
+    const Model& known = o.resume ? t.model : t.encoder;
+    if (known.weights) {
+        if (!o.tokenizer.empty() && !o.resume) usage("--tokenizer: --from has one");
+        if (!o.tokenizer.empty()) check_tokenizer(t);
+        must(t.tokenizer.copy(runtime, known.tokenizer));
+    } else {
+        choose_tokenizer(t);
+    }
+    t.labelled.tokenize(runtime, t.tokenizer, names);
+    if (!o.validation.empty()) t.validation_labelled.tokenize(runtime, t.tokenizer, names);
+}
+// Once the context is known.
+void cut_labelled(Training& t, int context) {
+    const bool own = !t.options.validation.empty();
+    t.labelled.cut_to(context), t.validation_labelled.cut_to(context);
+    const size_t all = t.labelled.examples.size(), held_out = own ? 0 : size_t(double(all) * t.options.validation_fraction);
+    must(t.data.create(t.common.runtime, t.labelled.part(0, all - held_out)));
+    t.has_validation = own || held_out > 0;
+    if (t.has_validation)
+        must(t.validation.create(t.common.runtime, own ? t.validation_labelled.part(0, t.validation_labelled.examples.size())
+                                                       : t.labelled.part(all - held_out, all)));
+}
+
 void open_data(const Arguments& in, Training& t) {
     TrainOptions& o = t.options;
     Runtime& runtime = t.common.runtime;
+    if (o.classes) return open_labelled(t, in.operands);
     if (!o.user_turn.empty() || !t.model.chat.empty()) o.text.dialogues = true;
     const auto config = [&](double fraction) {
         CorpusConfig result = o.text.config(fraction);
@@ -1493,23 +1612,35 @@ void open_data(const Arguments& in, Training& t) {
 Config choose_shape(const Arguments& in, Training& t) {
     const TrainOptions& o = t.options;
     Config shape = t.model.config;
-    if (!o.from.empty()) {
+    if (!o.from.empty() && !o.classes) {
         check_shape(in, o, shape);
         shape.dtype = Dtype::f32;
         if (t.data.windows(shape.context) > 0) return shape;
         error(format("the training text has %lld tokens, too few for the context of %s, %d; give more text",
                      static_cast<long long>(t.data.tokens), o.from.c_str(), shape.context));
     }
-    shape = Config();
-    must_be("--preset", preset(o.preset_name, shape));
-    must_be("--arch", preset_architecture(o.architecture, shape));
-    shape.vocab = t.tokenizer.vocab;
+    shape = t.encoder.weights ? t.encoder.config : Config();
+    if (t.encoder.weights) {
+        check_shape(in, o, shape);
+        shape.dtype = Dtype::f32;
+    } else {
+        must_be("--preset", preset(o.preset_name, shape));
+        must_be("--arch", preset_architecture(o.architecture, shape));
+        shape.vocab = o.encoder_only ? 0 : t.tokenizer.vocab;  // 0: perhaps one more, for the gaps
+        shape.causal = !o.encoder_only && !o.classes;
+    }
+    if (o.classes) {
+        const string names = t.labelled.names();
+        shape.classes = int(std::count(names.begin(), names.end(), '\n'));
+        if (!t.encoder.weights) shape.context = std::min(shape.context, int(t.labelled.longest()));
+    }
     if (in.has("--layers")) shape.layers = o.shape.layers;
     if (in.has("--heads")) shape.heads = o.shape.heads;
     if (in.has("--width")) shape.width = o.shape.width;
     if (t.pairs) shape.encoder_layers = in.has("--encoder-layers") ? o.shape.encoder_layers : shape.layers;
     if (in.has("--context")) shape.context = o.shape.context;
-    else if (!t.pairs && t.data.tokens <= uint64_t(shape.context)) shape.context = int(t.data.tokens) - 1;  // a very short text
+    else if (!t.pairs && !o.classes && t.data.tokens <= uint64_t(shape.context))
+        shape.context = int(t.data.tokens) - 1;  // a very short text
     if (in.has("--kv-heads")) shape.kv_heads = o.shape.kv_heads;
     if (in.has("--hidden")) shape.hidden = o.shape.hidden;
     if (o.untie || o.tie) shape.tied = o.tie;
@@ -1522,7 +1653,10 @@ Config choose_shape(const Arguments& in, Training& t) {
     if (in.has("--norm")) shape.norm = named<Norm>("--norm", o.norm, norm_names);
     if (o.shape.norm_after) shape.norm_after = true;
     if (in.has("--positions")) shape.positions = named<Positions>("--positions", o.positions, position_names);
-    must_be("the model's shape", check(shape));
+    Config checked = shape;
+    if (checked.vocab == 0) checked.vocab = t.tokenizer.vocab + 1;
+    must_be("the model's shape", check(checked));
+    if (o.classes) cut_labelled(t, shape.context);
     if (t.data.windows(shape.context) == 0)
         error(format("the training text has %lld tokens, too few for --context %d; give a smaller --context or more text",
                      static_cast<long long>(t.data.tokens), shape.context));
@@ -1533,6 +1667,8 @@ void create_model(Training& t, const Config& shape, Model& model) {
     Tokenizer copy;
     must(copy.copy(t.common.runtime, t.tokenizer));
     must(model.create(t.common.runtime, shape, std::move(copy), t.config.seed));
+    if (shape.classes > 0) must(model.set_labels(t.labelled.names()));
+    if (t.encoder.weights) model.copy_weights(t.encoder);
 }
 
 void set_chat(const Training& t, Model& model) { must(model.set_chat(t.options.user_turn, t.options.reply_turn, t.options.plain_words)); }
@@ -1614,7 +1750,28 @@ struct TrainingView {
         return !interrupted;
     }
 
+    // A token of the text that was hidden, as the encoder is now, in brackets among its neighbours.
+    string filled() {
+        const Model& m = t.model;
+        Data& data = t.has_validation ? t.validation : t.data;
+        vector<int32_t> ids(size_t(m.config.context)), targets(ids.size());
+        int length = 0;
+        must(data.evaluation_window(0, m.config.context, ids.data(), targets.data(), length));
+        const size_t at = size_t(length) / 2, begin = at - std::min<size_t>(at, 10), end = std::min(size_t(length), at + 10);
+        vector<float> probabilities(size_t(m.config.vocab));
+        Encoder encoder;
+        must(encoder.create(t.common.runtime, m));
+        ids[at] = mask_id(m);
+        must(encoder.fill(Example{{ids.data(), size_t(length)}, {}, {}, {}}, int(at), probabilities));
+        const auto best = std::max_element(probabilities.begin(), probabilities.begin() + m.tokenizer.vocab);
+        string text;
+        for (size_t i = begin; i < end; ++i)
+            text += i == at ? "[" + to_string(m.tokenizer.bytes(int32_t(best - probabilities.begin()))) + "]"
+                            : to_string(m.tokenizer.bytes(ids[i]));
+        return text;
+    }
     string sample() {  // a few words from the model as it is now; the training does not notice
+        if (!t.model.config.causal) return filled();
         Session session;
         must(session.create(t.common.runtime, t.model));
         Array<char> text(t.common.runtime);
@@ -1641,14 +1798,14 @@ struct TrainingView {
         }
         if (e && std::isfinite(e->loss)) {
             curve.validation.push_back({double(s.step), e->loss});
-            if (e->loss > 0) bits_per_nat = e->bits_per_byte / e->loss;
+            if (e->loss > 0 && e->bits_per_byte > 0) bits_per_nat = e->bits_per_byte / e->loss;
         }
         if (log) {
             fprintf(log, "%lld,%.9g,%.9g,%.9g,%.0f,%s\n", static_cast<long long>(s.step), s.loss, s.lr, s.grad_norm, s.tokens_per_second,
                     e ? format("%.9g", e->loss).c_str() : "");
             if (fflush(log) != 0) error("cannot write --log " + t.options.log + ": " + strerror(errno));
         }
-        const string talk = e ? sample() : "";
+        const string talk = !e ? "" : t.model.config.classes > 0 ? format("%.2f %% right", 100 * e->top1) : sample();
         if (t.options.json) {
             Json line;
             line.add("step", s.step)
@@ -1708,6 +1865,9 @@ void show_start(Training& t) {
                                            static_cast<long long>(left_out), c.context)
                                         .c_str()));
     }
+    if (c.classes > 0)
+        note(format("%lld training and %lld validation texts of %d classes", windows(t.data), t.has_validation ? windows(t.validation) : 0,
+                    c.classes));
     note(format("%s of text: %s training and %s validation tokens%s (%s tokenizer, vocabulary %s)", bytes_text(t.corpus.bytes).c_str(),
                 grouped(int64_t(t.data.tokens)).c_str(), grouped(int64_t(t.has_validation ? t.validation.tokens : 0)).c_str(),
                 t.pairs ? " of the targets" : "", kinds[int(t.tokenizer.kind)], grouped(c.vocab).c_str()));
@@ -1720,8 +1880,11 @@ void show_start(Training& t) {
                     t.options.from.c_str()));
     const int64_t sequences = int64_t(t.config.batch) * t.config.accumulate;
     note(format("%lld steps of %lld %s (%.1f times through the text), lr %g, %s schedule, seed %llu",
-                static_cast<long long>(t.config.steps), static_cast<long long>(t.pairs ? sequences : sequences * c.context),
-                t.pairs ? "pairs" : "tokens",
+                static_cast<long long>(t.config.steps),
+                static_cast<long long>(t.pairs || c.classes > 0 ? sequences : sequences * c.context),
+                t.pairs         ? "pairs"
+                : c.classes > 0 ? "texts"
+                                : "tokens",
                 double(t.config.steps) * t.config.batch * t.config.accumulate / double(std::max<uint64_t>(1, t.data.windows(c.context))),
                 t.config.lr, schedules[int(t.config.schedule)], static_cast<unsigned long long>(t.config.seed)));
 }
@@ -1742,8 +1905,8 @@ void show_report(Training& t, const TrainingView& view, const RunResult& result,
                     : result.cancelled     ? ", ended by --stop-at (go on with --resume)"
                                            : ""));
     if (!view.curve.training.empty())
-        put_line(
-            format("  training loss    %.4f at first, %.4f at last (nats a token)", view.first_loss, mean_of_end(view.curve.training)));
+        put_line(format("  training loss    %.4f at first, %.4f at last (nats a %s)", view.first_loss, mean_of_end(view.curve.training),
+                        t.model.config.classes > 0 ? "text" : "token"));
     if (std::isfinite(best)) {
         string line = format("  validation loss  %.4f at step %lld, the best; perplexity %.2f", best,
                              static_cast<long long>(result.best_step), std::exp(best));
@@ -1757,10 +1920,12 @@ void show_report(Training& t, const TrainingView& view, const RunResult& result,
     }
     if (view.curve.training.size() > 1) put_line("\n" + draw_terminal(view.curve));
     const string use = t.adapts ? t.options.from + " --adapter " + t.options.out : t.options.out;
-    put_line(format("The %s is %s; talk to it: babygpt %s %s", t.adapts ? "adapter" : "model", t.options.out.c_str(),
-                    t.pairs                ? "translate"
-                    : t.model.chat.empty() ? "generate"
-                                           : "chat",
+    put_line(format("The %s is %s; try it: babygpt %s %s", t.adapts ? "adapter" : "model", t.options.out.c_str(),
+                    t.model.config.classes > 0 ? "classify"
+                    : !t.model.config.causal   ? "fill"
+                    : t.pairs                  ? "translate"
+                    : t.model.chat.empty()     ? "generate"
+                                               : "chat",
                     use.c_str()));
 }
 
@@ -1779,6 +1944,13 @@ void check_train_options(const Arguments& in, const Training& t) {
     for (const char* option : {"--lora-alpha", "--lora-targets"})
         if (in.has(option) && !in.has("--lora")) usage(string(option) + " belongs to --lora");
     if (o.resume && in.has("--lora")) usage("--resume goes on with the adapter that is there: leave --lora out");
+    if (o.classes && (!o.user_turn.empty() || !o.cache.empty() || o.text.dialogues || !o.text.field.empty() || !o.text.column.empty()))
+        usage("--classes reads lines of text and label: --user-turn, --token-cache, --dialogues, --field and --column do not belong to it");
+    if (o.classes && t.pairs) usage("--classes and --encoder-layers exclude each other: a classifier does not translate");
+    if (o.encoder_only && t.pairs) usage("--encoder-only and --encoder-layers exclude each other");
+    if (o.classes && o.encoder_only) usage("--classes and --encoder-only exclude each other: a classifier has no gaps to fill");
+    if (o.encoder_only && !o.user_turn.empty()) usage("--encoder-only and --user-turn exclude each other: an encoder does not talk");
+    if (o.classes && o.lora.rank > 0) usage("--classes and --lora exclude each other");
     if (in.has("--steps") + in.has("--epochs") + in.has("--time") > 1) usage("give only one of --steps, --epochs and --time");
     if (in.has("--validation") && in.has("--validation-fraction")) usage("--validation and --validation-fraction exclude each other");
     if (in.has("--user-turn") != in.has("--reply-turn")) usage("--user-turn and --reply-turn belong together: a chat needs both");
@@ -1834,13 +2006,17 @@ int train(Arguments& in) {
         if (o.learning.min_lr < 0) o.learning.min_lr = t.config.min_lr;
         check_agreement(in, o, t.model, t.config);
     } else if (!o.from.empty()) {
-        must(t.model.load(runtime, o.from));
+        Model& known = o.classes ? t.encoder : t.model;
+        must(known.load(runtime, o.from));
+        if (o.classes) need_tokenizer(known, o.from);
+        if (o.classes && known.config.encoder_layers > 0) error("--from " + o.from + " translates, and cannot become a classifier");
         o.lora.targets = o.lora_targets;
         if (!in.has("--lora-alpha")) o.lora.alpha = 2 * o.lora.rank;
         if (t.adapts) must_be("--lora", t.adapter.create(runtime, t.model, o.lora, o.learning.seed));
     }
     if (o.resume || !o.from.empty()) t.pairs = t.model.config.encoder_layers > 0;
     open_data(in, t);
+    if (o.resume && o.classes) cut_labelled(t, t.model.config.context);
     if (o.resume) {
         if (in.has("--epochs")) {
             const double steps =
@@ -1859,7 +2035,7 @@ int train(Arguments& in) {
         const Config shape = choose_shape(in, t);
         if (!in.has("--lr")) t.config.lr = std::clamp(1e-3 * 384 / shape.width, 3e-4, 3e-3);
         choose_steps(in, t, shape, in.has("--time") ? o.time : 120);
-        if (o.from.empty()) create_model(t, shape, t.model);
+        if (o.from.empty() || o.classes) create_model(t, shape, t.model);
         if (o.from.empty() || !o.user_turn.empty()) set_chat(t, t.model);
     }
     const Status created = t.create(t.trainer, t.model, t.adapter, t.config, t.has_validation ? &t.validation : nullptr);
@@ -1896,7 +2072,7 @@ int train(Arguments& in) {
     release_interrupts();
 
     NgramResult counting;
-    if (t.has_validation && !t.pairs && !o.no_counting && !result.cancelled) {
+    if (t.has_validation && !t.pairs && t.model.config.causal && !o.no_counting && !result.cancelled) {
         must(ngram_baseline(runtime, t.data, t.validation, t.model.config.vocab, counting));
         view.curve.counting = counting.loss;
     }
@@ -2422,7 +2598,9 @@ struct ReadingView {
     }
 };
 
-int show_evaluation(const Evaluation& result, const NgramResult& counting, uint64_t left_out, bool json) {
+// unit: of what each loss is.
+int show_evaluation(const Evaluation& result, const NgramResult& counting, uint64_t left_out, bool json, const string& unit = "token") {
+    const bool classes = unit == "text";
     if (json) {
         Json line;
         line.add("loss", result.loss)
@@ -2435,11 +2613,12 @@ int show_evaluation(const Evaluation& result, const NgramResult& counting, uint6
         line.print();
         return 0;
     }
-    put_line(format("loss           %.4f nats a token", result.loss));
+    put_line(format("loss           %.4f nats a %s", result.loss, unit.c_str()));
     if (result.bits_per_byte > 0) put_line(format("bits a byte    %.4f", result.bits_per_byte));
     put_line(format("perplexity     %.3f", result.perplexity));
-    put_line(format("accuracy       top-1 %.2f %%, top-5 %.2f %%", 100 * result.top1, 100 * result.top5));
-    put_line(format("tokens         %s", grouped(int64_t(result.tokens)).c_str()));
+    if (classes) put_line(format("accuracy       %.2f %%", 100 * result.top1));
+    else put_line(format("accuracy       top-1 %.2f %%, top-5 %.2f %%", 100 * result.top1, 100 * result.top5));
+    put_line(format("%s%s", classes ? "texts          " : "tokens         ", grouped(int64_t(result.tokens)).c_str()));
     if (left_out > 0) put_line(format("left out       %s pairs, which are too long", grouped(int64_t(left_out)).c_str()));
     if (result.unknown > 0)
         put_line(format("unknown        %s characters that the model has never seen", grouped(int64_t(result.unknown)).c_str()));
@@ -2486,6 +2665,10 @@ int eval(Arguments& in) {
     }
     Corpus corpus, training_corpus;
     Data data, training;
+    Labelled labelled;
+    const bool classes = !counts && model.config.classes > 0, gaps = !counts && !model.config.causal && !classes;
+    const string unit = classes ? "text" : gaps ? "hidden token" : "token";
+    if ((classes || gaps) && !training_files.empty()) usage("--train: counting n-grams says nothing about this model");
     const Tokenizer& reader = counts ? counted.tokenizer : model.tokenizer;
     const bool pairs = !counts && model.config.encoder_layers > 0;
     if (pairs && !training_files.empty()) usage("--train is not for a model with an encoder: there is nothing to count");
@@ -2493,12 +2676,17 @@ int eval(Arguments& in) {
     const string answers = answers_only ? to_string(model.chat.reply_turn) : "";
     CorpusConfig read = text.config(0);
     if (pairs) read.format = TextFormat::tsv;
-    if (!files.empty()) open_corpus(runtime, files, read, corpus);
-    if (pairs) must(data.create_pairs(runtime, corpus, Part::all, reader, model.config.context));
+    if (!files.empty() && !classes) open_corpus(runtime, files, read, corpus);
+    if (classes) {
+        labelled.read(files);
+        labelled.tokenize(runtime, model.tokenizer, to_string(model.labels));
+        labelled.cut_to(model.config.context);
+        must(data.create(runtime, labelled.part(0, labelled.examples.size())));
+    } else if (pairs) must(data.create_pairs(runtime, corpus, Part::all, reader, model.config.context));
     else
         must(data.create(runtime, files.empty() ? counted.corpus : corpus, files.empty() ? Part::validation : Part::all, reader, Text(),
                          uint64_t(256) << 20, answers));
-    if (data.tokens < 2) error("the text has fewer than two tokens: there is nothing to predict");
+    if (!classes && data.tokens < 2) error("the text has fewer than two tokens: there is nothing to predict");
     Evaluation result;
     NgramResult counting;
     if (counts) {
@@ -2513,7 +2701,108 @@ int eval(Arguments& in) {
         must(training.create(runtime, training_corpus, Part::all, model.tokenizer));
         must(ngram_baseline(runtime, training, data, model.config.vocab, counting));
     }
-    return show_evaluation(result, counting, data.left_out, json);
+    return show_evaluation(result, counting, data.left_out, json, unit);
+}
+
+// What a classifier, or an encoder, needs to read lines of text.
+struct LineReader {
+    Common common;
+    Model model;
+    Encoder encoder;
+    Array<int32_t> ids{common.runtime};
+    size_t number = 0;
+
+    void load(const string& path) {
+        must(model.load(common.runtime, path));
+        need_tokenizer(model, path);
+        const Status made = encoder.create(common.runtime, model);
+        if (made.error == Error::unsupported) error(path + ": " + made.message);
+        must(made);
+    }
+    Example example() const { return Example{{ids.items, ids.count}, {}, {}, {}}; }
+    // Calls f for each line of standard input, with its ids ready.
+    template <class F>
+    void each(const F& f) {
+        string line;
+        for (number = 1; read_line(line) == Line::text; ++number) {
+            must(encoder.encode(line, ids));
+            if (ids.count == 0) error(format("standard input, line %zu: there is no text in it", number));
+            f();
+        }
+    }
+};
+
+int classify(Arguments& in) {
+    LineReader reader;
+    bool json = false;
+    in.parse(reader.common, {{"--json", nullptr, "one JSON object a line, with the probability of each class", &json}}, 1, 1);
+    reader.load(in.operands[0]);
+    const Model& model = reader.model;
+    if (model.config.classes == 0) error(in.operands[0] + " has no classes; train a classifier with train --classes");
+    vector<float> probabilities(size_t(model.config.classes));
+    const auto name = [&](size_t i) { return model.labels.count ? to_string(model.label(int(i))) : std::to_string(i); };
+    reader.each([&] {
+        must(reader.encoder.classify(reader.example(), probabilities));
+        const size_t best = size_t(std::max_element(probabilities.begin(), probabilities.end()) - probabilities.begin());
+        if (!json) return put_now(format("%s\t%.4f\n", name(best).c_str(), double(probabilities[best])));
+        Json all;
+        for (size_t i = 0; i < probabilities.size(); ++i) all.add(name(i).c_str(), probabilities[i]);
+        Json().add("label", name(best)).add("probability", probabilities[best]).raw("probabilities", all.text + "}").print();
+    });
+    return 0;
+}
+
+int fill_gaps(Arguments& in) {
+    LineReader reader;
+    bool json = false;
+    int top = 5;
+    in.parse(reader.common,
+             {{"--top", "N", "how many of the likeliest tokens for each gap (5)", &top, 1, 1000},
+              {"--json", nullptr, "one JSON object for each gap", &json}},
+             2, 2);
+    reader.load(in.operands[0]);
+    const Model& model = reader.model;
+    if (model.config.classes > 0) error(in.operands[0] + " is a classifier, which fills no gaps");
+    must(reader.encoder.encode(in.operands[1], reader.ids, true));
+    const int32_t mask = mask_id(model);
+    vector<float> probabilities(size_t(model.config.vocab));
+    vector<int32_t> order(size_t(model.tokenizer.vocab));
+    int gaps = 0;
+    for (size_t at = 0; at < reader.ids.count; ++at) {
+        if (reader.ids[at] != mask) continue;
+        must(reader.encoder.fill(reader.example(), int(at), probabilities));
+        for (size_t i = 0; i < order.size(); ++i) order[i] = int32_t(i);
+        const size_t shown = std::min(size_t(top), order.size());
+        std::partial_sort(order.begin(), order.begin() + int64_t(shown), order.end(), [&](int32_t a, int32_t b) {
+            const float p = probabilities[size_t(a)], q = probabilities[size_t(b)];
+            return p > q || (p == q && a < b);
+        });
+        string list;
+        if (!json) put_line(format("gap %d:", ++gaps));
+        for (size_t i = 0; i < shown; ++i) {
+            const Text token = model.tokenizer.bytes(order[i]);
+            const double p = double(probabilities[size_t(order[i])]);
+            if (!json) put_line("  " + pad("'" + visible(token, false) + "'", 18) + format("%8.2f%%", 100 * p));
+            Json one;
+            one.add("id", order[i]).add("text", to_string(token)).add("probability", p);
+            list += (i ? "," : "") + one.text + "}";
+        }
+        if (json) Json().add("gap", ++gaps).raw("tokens", "[" + list + "]").print();
+    }
+    if (gaps == 0) error("there is no [MASK] in the first " + std::to_string(model.config.context) + " tokens of the text");
+    return 0;
+}
+
+int embed(Arguments& in) {
+    LineReader reader;
+    in.parse(reader.common, {}, 1, 1);
+    reader.load(in.operands[0]);
+    vector<float> vector_of(size_t(reader.model.config.width));
+    reader.each([&] {
+        must(reader.encoder.embed(reader.example(), vector_of));
+        Json().raw("vector", json_list(vector_of.data(), vector_of.size())).print();
+    });
+    return 0;
 }
 
 int score(Arguments& in) {
@@ -2653,6 +2942,7 @@ int info(Arguments& in) {
             .add("vocab", config.vocab);
         line.add("tied", config.tied).add("bias", config.bias).add("activation", activation).add("positions", positions);
         line.add("architecture", architecture_names[int(config.architecture)]).add("norm", norm).add("norm_after", config.norm_after);
+        line.add("causal", config.causal).add("classes", config.classes).add("features", config.features);
         line.add("kv_heads", config.kv_heads ? config.kv_heads : config.heads).add("hidden", config.hidden);
         line.add("dtype", dtype_names[int(config.dtype)]).add("batch", batch);
         line.add("parameters", parameters).add("multiply_adds", multiply_adds).add("flops_per_token", flops_per_token(config));
@@ -2682,6 +2972,8 @@ int info(Arguments& in) {
                config.kv_heads ? config.kv_heads : config.heads, config.width, config.context, config.vocab,
                config.tied ? "tied" : "untied", config.bias ? "biases" : "no biases", activation.c_str(), norm,
                config.norm_after ? "after" : "before", positions, dtype_names[int(config.dtype)]));
+    if (config.classes > 0) put_line(format("a classifier of %d classes: ", config.classes) + one_line(to_string(model.labels), " "));
+    else if (!config.causal) put_line("an encoder: each token sees all others");
     if (name.empty()) {
         put_line(format("tokenizer %s%s", kinds[int(model.tokenizer.kind)], model.chat.empty() ? "; no chat template" : ""));
         if (!model.chat.empty())
@@ -3466,6 +3758,12 @@ const vector<Command> commands = {
      eval},
     {"score", "M [options]", "The log-probability of each token of a text (standard input), and their sum.",
      "  echo 'To be or not to be' | babygpt score m.safetensors\n", score},
+    {"classify", "M [options]", "Lines of standard input -> the label of each, and how probable it is. M: of train --classes.",
+     "  echo 'a moving film' | babygpt classify sentiment.safetensors\n", classify},
+    {"fill", "M TEXT [options]", "What may stand where TEXT has [MASK]. M: of train --encoder-only.",
+     "  babygpt fill encoder.safetensors 'the [MASK] sat on the mat'\n", fill_gaps},
+    {"embed", "M [options]", "Lines of standard input -> a vector of each, as JSON. M: of train --encoder-only, or --classes.",
+     "  echo 'a moving film' | babygpt embed encoder.safetensors\n", embed},
     {"encode", "T [options]",
      "Text from standard input -> token ids. T: a model, a tokenizer's file (also vocab.txt:uncased, .model, .gguf, tok.bin) or folder, or "
      "byte.",
