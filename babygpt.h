@@ -2681,6 +2681,54 @@ struct WordCounter {
     }
 };
 
+// A trie of byte strings in one hash table: from a node and a byte to the node that follows, and to the string that ends there. Its memory
+// is in proportion to the strings whatever they are, and a step is mostly one look.
+struct Trie {
+    struct Slot {
+        uint32_t key;   // node and byte; `empty`
+        uint32_t node;  // that follows
+        int32_t id;     // of the string that ends there, or -1
+    };
+    static constexpr uint32_t empty = 0xffffffffu, most_nodes = 1u << 24;
+    Array<Slot> slots;  // a power of two, at most half full
+    uint32_t nodes = 1;
+    explicit Trie(Runtime& runtime) : slots(runtime) {}
+    static BABYGPT_INLINE size_t place(uint32_t key) { return size_t(key >> 8) * 0x9e3779b1u + (key & 0xff); }
+    // The slot for this key, or where it would stand.
+    BABYGPT_INLINE const Slot* find(uint32_t node, char byte) const {
+        const uint32_t key = node << 8 | static_cast<unsigned char>(byte);
+        const size_t mask = slots.count - 1;
+        for (size_t i = place(key);; ++i) {
+            const Slot* slot = &slots.items[i & mask];
+            if (slot->key == key || slot->key == empty) return slot;
+        }
+    }
+    bool grow() {
+        Array<Slot> old(*slots.runtime);
+        old = static_cast<Array<Slot>&&>(slots);
+        slots.runtime = old.runtime;
+        if (!slots.resize(most(old.count * 2, size_t(64)))) return false;
+        for (Slot& slot : slots) slot.key = empty;
+        for (const Slot& slot : old)
+            if (slot.key != empty) slots.items[find(slot.key >> 8, static_cast<char>(slot.key & 0xff)) - slots.items] = slot;
+        return true;
+    }
+    bool add(Text string, int32_t id) {  // false: no memory, or too many nodes
+        uint32_t node = 0;
+        for (size_t i = 0; i < string.size; ++i) {
+            if (size_t(2) * nodes >= slots.count && !grow()) return false;
+            Slot& slot = slots.items[find(node, string[i]) - slots.items];
+            if (slot.key == empty) {
+                if (nodes == most_nodes - 1) return false;
+                slot = Slot{node << 8 | static_cast<unsigned char>(string[i]), nodes++, -1};
+            }
+            node = slot.node;
+            if (i + 1 == string.size) slot.id = id;
+        }
+        return true;
+    }
+};
+
 }  // namespace
 
 // ---- what a tokenizer holds ------------------------------------------------------------------------------------------------
@@ -2715,10 +2763,12 @@ struct Tables {
     Array<CharPair> accents, small_letters;  // by code; a code that has several characters comes again for each
     int32_t unknown = -1;
     // sentencepiece: the blank that the file writes as U+2581 is a blank here
-    Array<char> proto;                   // the file
-    Array<unsigned char> piece_kinds;    // by id
-    Array<double> scores;                // by id; log probabilities where `unigram`, else the higher, the sooner merged
-    Array<int32_t> pieces, user_pieces;  // ids in the order of their bytes: what text is cut into; what is cut out before all else
+    Array<char> proto;                 // the file
+    Array<unsigned char> piece_kinds;  // by id
+    Array<double> scores;              // by id; log probabilities where `unigram`, else the higher, the sooner merged
+    Trie pieces;                       // unigram: what text is cut into
+    Array<int32_t> user_pieces;        // ids in the order of their bytes: what is cut out before all else
+    bool ascii_stays[128] = {};        // before another ASCII character it is normalised to itself
     bool unigram = false, byte_fallback = false;
     bool add_dummy_prefix = true, remove_extra_whitespaces = true, escape_whitespaces = true, treat_whitespace_as_suffix = false;
     float unknown_score = 0;
@@ -3109,10 +3159,10 @@ constexpr char blank_symbol[] = "\xe2\x96\x81";  // U+2581, which files write fo
 // Kudo & Richardson 2018: the text is normalised, blanks included, and cut without regard to words: by the most probable way (unigram,
 // Kudo 2018), or by merging neighbours (BPE).
 struct PieceEncoder {
-    struct Node {  // unigram: the best way to cut the text up to here ends with piece `id`, which begins at `start`
+    struct Node {  // unigram: the best way to cut the text up to here ends with piece `id` of `length` bytes; 0: there is none yet
         float score;
         int32_t id;
-        size_t start;
+        uint32_t length, next;  // next: the length of the piece that follows here in the end
     };
     struct Symbol {
         size_t start, size;
@@ -3168,7 +3218,7 @@ struct PieceEncoder {
     }
     // The double array (Aoe 1989, as in Yata's Darts-clone): a node's unit says where its children begin; a child is at that place with its
     // label flipped in, and its unit holds the label. Every place is checked, the file being a stranger's.
-    bool mapped(Text input, size_t& taken, Text& replacement) const {
+    bool mapped(Text input, size_t& taken, Text& replacement, size_t* matched = nullptr) const {
         const char* const units = tables.proto.items + tables.charsmap + 4;
         const uint32_t bytes = load_little(units - 4), count = bytes / 4;
         const auto unit = [&](uint32_t at) { return at < count ? load_little(units + size_t(4) * at) : 0x80000000u; };
@@ -3178,6 +3228,7 @@ struct PieceEncoder {
         for (size_t i = 0; i < input.size; ++i) {
             const uint32_t label = static_cast<unsigned char>(input[i]), u = unit(at ^= label);
             if ((u & 0x800000ffu) != label) break;
+            if (matched) *matched = i + 1;  // some rule begins so
             at ^= children(u);
             if (!(u >> 8 & 1)) continue;
             const uint32_t place = unit(at) & 0x7fffffffu;
@@ -3194,6 +3245,7 @@ struct PieceEncoder {
         const unsigned char* s = reinterpret_cast<const unsigned char*>(from);
         return s[0] | static_cast<uint32_t>(s[1]) << 8 | static_cast<uint32_t>(s[2]) << 16 | static_cast<uint32_t>(s[3]) << 24;
     }
+    bool stays(char c) const { return static_cast<unsigned char>(c) < 0x80 && tables.ascii_stays[static_cast<unsigned char>(c)]; }
     bool normalize(Text input) {
         size_t at = 0, taken = 0;
         const auto rest = [&] { return Text(input.data + at, input.size - at); };
@@ -3202,9 +3254,13 @@ struct PieceEncoder {
             for (; at < input.size && equal(normalized_prefix(rest(), taken), " "); at += taken) {
             }
         if (at == input.size) return true;
+        if (!text.reserve(input.size + 1)) return false;
         if (tables.add_dummy_prefix && !tables.treat_whitespace_as_suffix && !text.push(' ')) return false;
         bool after_blank = tables.remove_extra_whitespaces;
         for (; at < input.size; at += taken) {
+            // Most text is plain.
+            for (; at + 1 < input.size && stays(input[at]) && static_cast<unsigned char>(input[at + 1]) < 0x80; ++at, after_blank = false)
+                if (!text.push(input[at])) return false;
             Text piece = normalized_prefix(rest(), taken);
             while (after_blank && starts_with(piece, " ")) piece = Text(piece.data + 1, piece.size - 1);
             if (piece.size) after_blank = ends_with(piece, " ") && tables.remove_extra_whitespaces;
@@ -3228,36 +3284,56 @@ struct PieceEncoder {
     }
 
     // ---- unigram ----
+    // Sums are of floats, as in the reference, where they decide between ways that are equally probable; as there (0.2.3) they start
+    // anew before they grow so large that they are no longer exact.
+    // Where no piece crosses a place, the best way up to there is known, and its nodes are no longer needed.
     bool most_probable() {
-        if (!nodes.resize(0) || !nodes.resize(text.count + 1)) return false;
-        for (size_t i = 1; i <= text.count; ++i) nodes[i].start = none;
+        const size_t longest = most(tables.longest, size_t(4));
+        size_t base = 0;  // the nodes begin there; they go on as far as a piece has reached
+        bool after_unknown = false;
+        nodes.count = 0;
+        if (!nodes.push(Node{0, 0, 0, 0})) return false;
         for (size_t start = 0, length; start < text.count; start += length) {
             length = character(start);
-            const float here = nodes[start].score;
-            bool single = false;  // a piece covers just this character
-            Prefixes prefixes(tables, tables.pieces);
-            for (size_t end = start; end < text.count && prefixes.step(text[end]);) {
-                const int32_t id = prefixes.token();
-                ++end;
-                if (id < 0 || tables.piece_kinds[static_cast<size_t>(id)] == piece_unused) continue;
-                single |= end - start == length;
-                offer(nodes[end], static_cast<float>(tables.scores[static_cast<size_t>(id)]) + here, id, start);
+            float here = nodes.items[start - base].score;
+            if (start - base >= 512 && nodes.count == start - base + 1) {
+                if (!emit_nodes(base, after_unknown)) return false;
+                base = start, nodes.count = 1;
             }
-            if (!single) offer(nodes[start + length], tables.unknown_score + here, tables.unknown, start);
+            if (here > 100000 || here < -100000) {
+                for (size_t i = start - base + 1; i < nodes.count; ++i) nodes.items[i].score -= here;
+                here = 0;
+            }
+            if (!nodes.reserve(start - base + longest + 1)) return false;
+            bool single = false;  // a piece covers just this character
+            uint32_t node = 0;
+            for (size_t end = start; end < text.count;) {
+                const Trie::Slot* slot = tables.pieces.find(node, text.items[end]);
+                if (slot->key == Trie::empty) break;
+                ++end, node = slot->node;
+                if (slot->id < 0) continue;
+                single |= end - start == length;
+                offer(end - base, static_cast<float>(tables.scores.items[slot->id]) + here, slot->id, end - start);
+            }
+            if (!single) offer(start + length - base, tables.unknown_score + here, tables.unknown, length);
         }
-        parts.count = 0;
-        for (size_t end = text.count; end > 0; end = nodes[end].start)
-            if (!parts.push(Part{end, 0})) return false;
-        bool after_unknown = false;
-        for (size_t i = parts.count; i > 0; --i) {
-            const Node& node = nodes[parts[i - 1].start];
-            if (!emit(node.id, node.start, parts[i - 1].start, after_unknown)) return false;
+        return emit_nodes(base, after_unknown);
+    }
+    BABYGPT_INLINE void offer(size_t at, float score, int32_t id, size_t length) {
+        while (nodes.count <= at) nodes.items[nodes.count++] = Node{0, 0, 0, 0};
+        Node& node = nodes.items[at];
+        if (node.length == 0 || score > node.score) node.score = score, node.id = id, node.length = static_cast<uint32_t>(length);
+    }
+    bool emit_nodes(size_t base, bool& after_unknown) {
+        for (size_t at = nodes.count - 1; at > 0;) {
+            const uint32_t length = nodes.items[at].length;
+            at -= length, nodes.items[at].next = length;
+        }
+        for (size_t at = 0, end; at + 1 < nodes.count; at = end) {
+            end = at + nodes.items[at].next;
+            if (!emit(nodes.items[end].id, base + at, base + end, after_unknown)) return false;
         }
         return true;
-    }
-    // Sums are of floats, as in the reference, where they decide between ways that are equally probable.
-    static void offer(Node& node, float score, int32_t id, size_t start) {
-        if (node.start == none || score > node.score) node = Node{score, id, start};
     }
     // Unknown characters are their bytes, or one unknown token for a run of them.
     bool emit(int32_t id, size_t start, size_t end, bool& after_unknown) {
@@ -4171,7 +4247,7 @@ struct TokenizerReader {
         if (map && (map < 8 || PieceEncoder::load_little(whole.data + tables.charsmap) > map - 4))
             return bad("the precompiled_charsmap is damaged");
         for (int32_t& id : tables.byte_ids) id = -1;
-        double lowest = 0, highest = 0;
+        double lowest = 0;
         bool any = false;
         for (Protobuf pieces(whole); pieces.next();)
             if (pieces.field == 1) {
@@ -4179,29 +4255,47 @@ struct TokenizerReader {
                 const size_t at = tables.tokens.count - 1;
                 if (tables.piece_kinds[at] != piece_normal) continue;
                 lowest = any ? least(lowest, tables.scores[at]) : tables.scores[at];
-                highest = most(highest, tables.scores[at]);  // at least 0, as in the reference
                 any = true;
             }
         if (tables.unknown < 0) return bad("there is no unknown piece");
         tables.unknown_score = static_cast<float>(lowest) - 10.0f;
+        if (!tables.pieces.grow()) return no_memory();  // there may be no piece at all
         for (size_t i = 0; i < tables.tokens.count; ++i) {
             const int32_t id = static_cast<int32_t>(i);
             const unsigned kind = tables.piece_kinds[i];
             if (kind != piece_normal && kind != piece_user && kind != piece_unused) continue;
             tables.longest = most(tables.longest, tables.tokens[i].size);
-            if (!tables.pieces.push(id) || (kind == piece_user && !tables.user_pieces.push(id))) return no_memory();
+            if (tables.unigram && kind != piece_unused && !tables.pieces.add(tables.bytes(id), id))
+                return tables.pieces.nodes == Trie::most_nodes - 1 ? unsupported("the pieces are too many") : no_memory();
+            if (kind == piece_user && !tables.user_pieces.push(id)) return no_memory();
             if (kind != piece_user || !tables.unigram) continue;
             size_t length = 0;  // as in the file: a user-defined piece is always taken
             for (const char c : tables.bytes(id)) length += c == ' ' && tables.escape_whitespaces ? 3 : 1;
-            tables.scores[i] = static_cast<double>(static_cast<float>(length) * static_cast<float>(highest)) - 0.1;
+            tables.scores[i] = 0.1 * (static_cast<double>(length) - 1);
         }
         for (int byte = 0; byte < 256 && tables.byte_fallback; ++byte)
             if (tables.byte_ids[byte] < 0) return bad("byte ", byte, " has no piece");
         tables.words = static_cast<HashIndex&&>(by_bytes);
-        if (!sort_tokens(tables, tables.pieces) || !sort_tokens(tables, tables.user_pieces)) return no_memory();
+        if (!sort_tokens(tables, tables.user_pieces)) return no_memory();
+        note_plain_ascii();
         BABYGPT_TRY(collect_specials(tables));
         tables.unknown_surface = tables.text.count;
         return append(tables.text, surface.size ? surface : default_surface) ? Status() : no_memory();
+    }
+    void note_plain_ascii() {
+        for (unsigned c = 0x21; c < 0x80; ++c) {
+            bool& stays = tables.ascii_stays[c];
+            stays = true;
+            for (const int32_t id : tables.user_pieces) stays = stays && tables.bytes(id)[0] != static_cast<char>(c);
+            Array<int32_t> no_ids;
+            const PieceEncoder encoder(tables, no_ids, runtime);
+            for (unsigned next = 0; next < 0x80 && tables.charsmap_size; ++next) {
+                const char both[] = {static_cast<char>(c), static_cast<char>(next)};
+                size_t taken = 0, matched = 0;
+                Text replacement;
+                stays = stays && !encoder.mapped(Text(both, 2), taken, replacement, &matched) && matched < 2;
+            }
+        }
     }
     Status add_piece(Text message) {
         Protobuf field(message);
@@ -4888,10 +4982,10 @@ Status Tokenizer::copy(Runtime& to, const Tokenizer& from) {
                       copy_array(t.codes, f.codes) && copy_array(t.merges, f.merges) && copy_array(t.pairs.slots, f.pairs.slots) &&
                       copy_array(t.words.slots, f.words.slots) && copy_array(t.classes, f.classes) && copy_array(t.accents, f.accents) &&
                       copy_array(t.small_letters, f.small_letters) && copy_array(t.proto, f.proto) &&
-                      copy_array(t.piece_kinds, f.piece_kinds) && copy_array(t.scores, f.scores) && copy_array(t.pieces, f.pieces) &&
-                      copy_array(t.user_pieces, f.user_pieces);
+                      copy_array(t.piece_kinds, f.piece_kinds) && copy_array(t.scores, f.scores) &&
+                      copy_array(t.pieces.slots, f.pieces.slots) && copy_array(t.user_pieces, f.user_pieces);
     if (!good) return out_of_memory(f.text.count);
-    t.pairs.count = f.pairs.count, t.words.count = f.words.count;
+    t.pairs.count = f.pairs.count, t.words.count = f.words.count, t.pieces.nodes = f.pieces.nodes;
     t.longest = f.longest, t.whole_words_first = f.whole_words_first;
     t.kind = f.kind, t.lower_case = f.lower_case, t.strip_accents = f.strip_accents, t.unknown = f.unknown;
     t.unigram = f.unigram, t.byte_fallback = f.byte_fallback, t.add_dummy_prefix = f.add_dummy_prefix;
@@ -4900,6 +4994,7 @@ Status Tokenizer::copy(Runtime& to, const Tokenizer& from) {
     t.charsmap = f.charsmap, t.charsmap_size = f.charsmap_size, t.unknown_surface = f.unknown_surface;
     memcpy(t.byte_ids, f.byte_ids, sizeof t.byte_ids);
     memcpy(t.ascii, f.ascii, sizeof t.ascii);
+    memcpy(t.ascii_stays, f.ascii_stays, sizeof t.ascii_stays);
     made.kind = from.kind, made.vocab = from.vocab, made.end_of_text = from.end_of_text, made.unknown = from.unknown;
     *this = static_cast<Tokenizer&&>(made);
     return Status();

@@ -1,6 +1,8 @@
 // Tokenizers: text to ids and back, learning, files. The reference implementations here are slow and simple on purpose.
 #include <stdlib.h>
 
+#include <algorithm>
+#include <cmath>
 #include <map>
 #include <string>
 #include <vector>
@@ -761,6 +763,11 @@ static string field_of(char number, const string& bytes) {
         if (size < 128) return field + bytes;
     }
 }
+static string piece_of(const string& text, float score, char kind = 1) {
+    string bytes = field_of(1, text) + '\x15';
+    bytes.append(reinterpret_cast<const char*>(&score), 4);
+    return field_of(1, bytes + '\x18' + kind);
+}
 static string small_model(bool unigram, const string& normalizer = "\x18\x01\x20\x01\x28\x01") {
     const struct {
         const char* text;
@@ -781,11 +788,7 @@ static string small_model(bool unigram, const string& normalizer = "\x18\x01\x20
                    "ab",
                    -5, 5}};
     string model;
-    for (const auto& piece : pieces) {
-        string bytes = field_of(1, piece.text) + '\x15';
-        bytes.append(reinterpret_cast<const char*>(&piece.score), 4);
-        model += field_of(1, bytes + '\x18' + piece.kind);
-    }
+    for (const auto& piece : pieces) model += piece_of(piece.text, piece.score, piece.kind);
     return model + field_of(2, string("\x18") + (unigram ? '\x01' : '\x02')) + field_of(3, normalizer);
 }
 // The only file that there is.
@@ -835,6 +838,57 @@ TEST(sentencepiece, "a SentencePiece model cuts, joins or keeps blanks in anothe
     CHECK(encode(tokenizer, "Ab") == (Ids{1, 2}));
     CHECK_OK(tokenizer.load(runtime, "vocab.txt:cased"));
     CHECK(encode(tokenizer, "Ab ab") == (Ids{0, 1, 2}));
+}
+
+TEST(unigram_is_the_best_way,
+     "unigram does not find the most probable way to cut a text, loses part of it, or a long text changes the sums") {
+    Runtime runtime;
+    OneFile file(runtime);
+    const char* const letters[] = {"a", "b", "c", "\xc4\xb1", "\xe2\x82\xac", "\xf0\x9f\x98\x80"};
+    const auto random_text = [&](uint32_t size, uint32_t kinds) {
+        string text;
+        for (uint32_t i = 0; i < size; ++i) text += letters[random_below(kinds)];
+        return text;
+    };
+    for (int round = 0; round < 40; ++round) {
+        std::map<string, double> scores;
+        for (uint32_t i = 0; i < 5; ++i) scores[letters[i]] = -4 - random_below(40) / 8.0;  // the last letter is unknown
+        for (int i = 0; i < 120; ++i) scores[random_text(2 + random_below(6), 5)] = -3 - random_below(64) / 8.0 * (round % 4);
+        string model = piece_of("<unk>", 0, 2);
+        double lowest = 0;
+        for (const auto& piece : scores) {
+            model += piece_of(piece.first, static_cast<float>(piece.second));
+            lowest = std::min(lowest, piece.second);
+        }
+        file.text = model + field_of(2, "\x18\x01") + field_of(3, string("\x18\x00\x20\x00\x28\x01", 6));
+        Tokenizer tokenizer;
+        if (!CHECK_OK(tokenizer.load(runtime, "random.model"))) return;
+        // The last text is so long that sums of floats would go wrong.
+        const string text = random_text(round == 39 ? 200000 : random_below(60), 6);
+        std::vector<double> best(text.size() + 1, -1e300);
+        best[0] = 0;
+        for (size_t at = 0; at < text.size(); ++at) {
+            if ((text[at] & 0xc0) == 0x80) continue;
+            for (size_t end = at + 1; end <= text.size() && end <= at + 28; ++end) {
+                const auto piece = scores.find(text.substr(at, end - at));
+                if (piece != scores.end()) best[end] = std::max(best[end], best[at] + piece->second);
+                else if (text.compare(at, end - at, letters[5]) == 0) best[end] = std::max(best[end], best[at] + lowest - 10);
+            }
+        }
+        double sum = 0;
+        string joined;
+        for (const int32_t id : encode(tokenizer, text)) {
+            if (id == 0) {  // a run of unknown characters
+                for (; text.compare(joined.size(), 4, letters[5]) == 0; joined += letters[5]) sum += lowest - 10;
+                continue;
+            }
+            const Text piece = tokenizer.bytes(id);
+            joined.append(piece.begin(), piece.size);
+            sum += scores[string(piece.begin(), piece.size)];
+        }
+        CHECK(joined == text);
+        if (!CHECK(std::abs(sum - best.back()) < 1e-3 + 1e-7 * std::abs(sum))) printf("    %.4f, but %.4f\n", sum, best.back());
+    }
 }
 
 TEST(published_ids, "BERT's, SentencePiece's or llama2.c's tokenizer gives other ids than those that others have published") {
