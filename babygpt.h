@@ -2,8 +2,8 @@
 //
 // [CHAPTER 0] Read me
 //
-// What it is.  A whole language model in one file: byte-level BPE, BERT's WordPiece, byte and character tokenizers, and those of SentencePiece
-// to load; Transformers of GPT-2's and Llama's type; training with AdamW or Muon; generation with a KV cache, from f32, bf16 or int8;
+// What it is.  A whole language model in one file: byte-level BPE, BERT's WordPiece, SentencePiece's unigram model, byte and character
+// tokenizers; Transformers of GPT-2's and Llama's type; training with AdamW or Muon; generation with a KV cache, from f32, bf16 or int8;
 // checkpoints that Python reads (safetensors). It is made for models of up to some ten million parameters on the cores of an ordinary
 // computer, for programs that include it, and for people who want to read how it works.
 // What it is not.  A runner for large models, or a wrapper around anything: it depends on the C library and the system's threads.
@@ -264,11 +264,14 @@ struct Corpus;  // below
 
 struct TokenizerConfig {
     TokenizerKind kind = TokenizerKind::bpe;
-    int vocab = 1024;    // all tokens. bpe: with the 256 bytes and the end-of-text token; wordpiece: with the characters and 5 special ones
-    bool cased = false;  // wordpiece: capitals and accents are kept, as BERT cased does
+    // All tokens. bpe: with the 256 bytes and the end-of-text token; wordpiece: with the characters and 5 special tokens; sentencepiece: with
+    // the characters, <unk>, <s> and </s>.
+    int vocab = 1024;
+    bool cased = false;          // wordpiece: capitals and accents are kept, as BERT cased does
+    bool byte_fallback = false;  // sentencepiece: 256 more pieces, the bytes, which an unseen character is written with
 };
 
-// Reads "byte", "char", "bpe:N", "wordpiece:N" or "wordpiece:N:cased".
+// Reads "byte", "char", "bpe:N", "wordpiece:N", "wordpiece:N:cased", "unigram:N" or "unigram:N:bytes" (with byte_fallback).
 Status parse_tokenizer(Text text, TokenizerConfig& config);
 
 // bytes:      id = byte value, vocab 256.
@@ -277,8 +280,8 @@ Status parse_tokenizer(Text text, TokenizerConfig& config);
 // wordpiece:  BERT's. encode adds no [CLS] or [SEP]; [SEP] is the end of text. decode joins words by blanks (none before . , ! ?), as
 //             BERT's decoder does. It changes the text: uncased, all letters become small ones without accents. These are Unicode's small
 //             letters, not Turkish: I and U+0130 give i, U+0131 stays; Turkish wants `cased`.
-// sentencepiece: a .model file of type unigram or BPE, which is loaded, not trained. encode adds no <s> or </s>; decode leaves control
-//             pieces out. Most models change the text, too.
+// sentencepiece: unigram (Kudo 2018), or a .model file of that type or BPE. encode adds no <s> or </s>; decode leaves control pieces out.
+//             Files often change the text. One that was trained here does not: decode(encode(x)) == x where all characters are known.
 // Bytes and bpe: decode(encode(x)) == x for any bytes whatever. Read-only once filled: any number of threads may use it.
 struct Tokenizer {
     TokenizerKind kind = TokenizerKind::none;
@@ -1868,6 +1871,36 @@ BABYGPT_INLINE double random_uniform(uint64_t key, uint64_t i) { return static_c
 // The purposes that random keys are made for, beside the ops' own numbers (0, 1, 2, ...).
 enum : uint64_t { random_weights = 1u << 20, random_order, random_sample, random_mask };
 
+// ---- e^x and ln x ----------------------------------------------------------------------------------------------------
+
+constexpr double log2_e = 1.44269504088896340736;
+
+// x = n ln 2 + r, |r| <= ln(2)/2; e^r by its Taylor series, 2^n by the exponent's bits.
+inline double exp_of(double x) {
+    if (x < -700) return 0;
+    x = least(x, 700.0);
+    const double n = static_cast<double>(static_cast<int64_t>(x * log2_e + (x < 0 ? -0.5 : 0.5)));
+    const double r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
+    double term = 1, sum = 1;
+    for (int k = 1; k <= 14; ++k) term *= r / k, sum += term;
+    return sum * bits_as<double>(static_cast<uint64_t>(static_cast<int64_t>(n) + 1023) << 52);
+}
+// ln x for x > 0, always in double: x = m 2^e with m near 1; ln m = 2 atanh((m-1)/(m+1)).
+inline double log_of(double x) {
+    if (!(x > 0)) return -1e300;
+    if (!is_finite(x)) return x;
+    int e = 0;
+    while (x < 0x1p-1000) x *= 0x1p100, e -= 100;
+    const uint64_t bits = bits_as<uint64_t>(x);
+    e += static_cast<int>(bits >> 52) - 1023;
+    double m = bits_as<double>((bits & 0xfffffffffffffu) | 0x3ff0000000000000u);
+    if (m > 1.4142135623730951) m *= 0.5, ++e;
+    const double z = (m - 1) / (m + 1), z2 = z * z;
+    double sum = 0;
+    for (int k = 21; k >= 1; k -= 2) sum = sum * z2 + 1.0 / k;
+    return 2 * z * sum + e * 0.693147180559945309417;
+}
+
 }  // namespace
 }  // namespace babygpt
 // =====================================================================================================================
@@ -2668,14 +2701,14 @@ struct WordCounter {
     explicit WordCounter(Runtime& runtime) : text(runtime), words(runtime), index(runtime) {}
 
     Text word(size_t i) const { return Text(text.items + words[i].start, words[i].size); }
-    bool add(Text word_of_text) {
+    bool add(Text word_of_text, uint64_t times = 1) {
         const uint64_t hash = hash_word(word_of_text);
         const int32_t known = index.find(hash, [&](int32_t i) { return equal(word(static_cast<size_t>(i)), word_of_text); });
-        if (known >= 0) return ++words.items[known].count, true;
+        if (known >= 0) return words.items[known].count += times, true;
         if (text.count + word_of_text.size > INT32_MAX)
             return status = fail(Error::unsupported, "the text has more than 2 GiB of different words"), false;
         const bool good =
-            index.insert(hash, words.count) && words.push(Word{text.count, word_of_text.size, 1}) && append(text, word_of_text);
+            index.insert(hash, words.count) && words.push(Word{text.count, word_of_text.size, times}) && append(text, word_of_text);
         if (!good) status = out_of_memory(text.count + word_of_text.size);
         return good;
     }
@@ -4582,6 +4615,419 @@ struct WordPieceTrainer {
     }
 };
 
+// ---- learning a unigram model ----------------------------------------------------------------------------------------------
+
+// Kudo 2018, as SentencePiece does it (unigram_model_trainer.cc): begin with all substrings that occur twice and have no extension that
+// occurs as often; by expectation-maximization find how probable each piece is; drop the quarter of them whose loss costs least likelihood;
+// again, until few are left. Pieces never go over a blank or a line's end, nor from letters to other characters, so that it is enough to
+// know the runs of letters, and of others, that a text consists of, with the blank before them, and how often each occurs.
+// SentencePiece takes each line for a text. Here, what stands beside a line's end counts as it would if the line were a text of its own (a
+// blank before it, no line end after it), and half as often as it stands, so that both ways to cut a text into few tokens are learnt.
+struct UnigramTrainer {
+    static constexpr size_t longest_run = 32, longest_piece = 16;  // in characters; a longer run is learnt from in parts
+    static constexpr size_t most_bytes = 4 * longest_piece, most_seeds = 1000000;
+    static constexpr double shift = 16;  // nats a character that probabilities are raised by, lest the product over a run underflow
+    struct Piece {
+        size_t start;
+        uint32_t size, length;  // in bytes, in characters
+        double score;           // the natural logarithm of its probability
+        Text bytes(const Array<char>& from) const { return Text(from.items + start, size); }
+    };
+    struct Suffix {
+        uint32_t at, run;
+    };
+    struct Edge {
+        uint32_t start, end;
+        int32_t id;
+    };
+    struct Step {  // of the best way: the piece that ends here
+        double score;
+        int32_t id;
+        uint32_t start;
+    };
+    Tables& tables;
+    WordCounter runs;
+    Array<char> run, blank_run;  // that is being read: perhaps a blank, then characters of one class; the same with a blank before it
+    size_t run_length = 0;       // in characters
+    bool run_letters = false, document_begins = true, line_begins = false;
+    uint32_t last = 0;  // character
+    CharacterSet all;
+    Array<char> text;  // the runs, each ended by a byte that UTF-8 does not have
+    Array<Suffix> suffixes;
+    Array<Piece> pieces;
+    size_t single = 0;  // how many pieces are single characters, which stand first and stay
+    Trie trie;
+    Array<double> probabilities, expected;  // by piece
+    Array<Edge> edges;
+    Array<Step> steps;
+    explicit UnigramTrainer(Tables& t)
+        : tables(t),
+          runs(t.runtime),
+          run(t.runtime),
+          blank_run(t.runtime),
+          all(t.runtime),
+          text(t.runtime),
+          suffixes(t.runtime),
+          pieces(t.runtime),
+          trie(t.runtime),
+          probabilities(t.runtime),
+          expected(t.runtime),
+          edges(t.runtime),
+          steps(t.runtime) {}
+
+    // ---- the text's runs ----
+    static bool add_piece(void* self, Text piece, bool end_of_document) {
+        UnigramTrainer& trainer = *static_cast<UnigramTrainer*>(self);
+        if (trainer.add(piece) && (!end_of_document || trainer.end_run())) return trainer.document_begins |= end_of_document, true;
+        if (trainer.runs.status.ok()) trainer.runs.status = out_of_memory(piece.size);
+        return false;
+    }
+    // Letters and what stands over and under them in the scripts that are written so; signs and digits are something else.
+    bool is_letter(uint32_t c) const {
+        const unsigned kind = tables.classify(c);
+        return kind == class_letter || (kind == class_other && c >= 0x300 && c < 0x2000);
+    }
+    bool add(Text piece) {
+        for (size_t i = 0, length; i < piece.size; i += length) {
+            uint32_t c = decode_utf8(piece.data + i, piece.end(), length);
+            if (c == not_utf8) c = 0xfffd;
+            const bool blank = c == ' ', letter = !blank && is_letter(c), begun = run_length > 1 || (run_length == 1 && run[0] != ' ');
+            const bool new_line = ends_line(last) && !ends_line(c) && !document_begins;
+            if (document_begins && !add_to_run(' ')) return false;  // as the encoder puts one before each text
+            document_begins = false;
+            if ((blank || new_line || run_length == longest_run || (begun && letter != run_letters)) && !end_run()) return false;
+            if (ends_line(c) && !ends_line(last) && run.count && !runs.add(view(run), 2)) return false;  // as if the text ended here
+            line_begins |= new_line && !blank;
+            run_letters = letter;
+            last = c;
+            if (!add_to_run(c)) return false;
+        }
+        return true;
+    }
+    static bool ends_line(uint32_t c) { return c == '\n' || c == '\r'; }
+    bool add_to_run(uint32_t c) { return ++run_length, append_utf8(run, c); }
+    bool end_run() {
+        bool good = run.count == 0 || runs.add(view(run), line_begins || ends_line(static_cast<unsigned char>(run[run.count - 1])) ? 1 : 2);
+        if (line_begins && run.count) {
+            blank_run.count = 0;
+            good = good && blank_run.push(' ') && append(blank_run, view(run)) && runs.add(view(blank_run), 2);
+        }
+        line_begins = false;
+        return run.count = run_length = 0, good;
+    }
+
+    // ---- seeds ----
+    unsigned byte_of(const Suffix& suffix, size_t depth) const { return static_cast<unsigned char>(text.items[suffix.at + depth]); }
+    double weight(size_t r) const { return static_cast<double>(runs.words.items[r].count) / 2; }  // how often a run occurs
+    static size_t character_size(char first) {
+        const unsigned char c = static_cast<unsigned char>(first);
+        return c < 0x80 ? 1 : c < 0xe0 ? 2 : c < 0xf0 ? 3 : 4;
+    }
+    // The characters of the text, the runs one after another, and where each suffix of a run begins.
+    BABYGPT_RARE bool read_runs() {
+        Array<uint32_t> codes(*text.runtime);
+        if (!all.begin()) return false;
+        all.add(" \n");  // stand between words and documents
+        for (size_t r = 0; r < runs.words.count; ++r) {
+            const Text bytes = runs.word(r);
+            all.add(bytes);
+            for (size_t i = 0; i < bytes.size; i += character_size(bytes[i]))
+                if (!suffixes.push(Suffix{static_cast<uint32_t>(text.count + i), static_cast<uint32_t>(r)})) return false;
+            if (!append(text, bytes) || !text.push('\xff')) return false;
+        }
+        for (uint32_t code = 0; code < 0x110000; ++code) {
+            if (!(all.bits[code / 8] >> code % 8 & 1)) continue;
+            char bytes[4];
+            const size_t size = encode_utf8(code, bytes);
+            if (!codes.push(code) || !pieces.push(Piece{text.count, static_cast<uint32_t>(size), 1, 0}) || !text.append(bytes, size))
+                return false;
+        }
+        for (const Suffix& suffix : suffixes) {
+            size_t length;
+            const uint32_t code = decode_utf8(text.items + suffix.at, text.end(), length);
+            pieces.items[code_rank(codes, code)].score += weight(suffix.run);
+        }
+        single = pieces.count;
+        return true;
+    }
+    // Puts the suffixes in the order of their first bytes, by multikey quicksort (Bentley & Sedgewick 1997).
+    BABYGPT_CALL bool sort_suffixes() {
+        struct Range {
+            size_t from, to, depth;
+        };
+        Array<Range> ranges(*text.runtime);
+        if (!ranges.push(Range{0, suffixes.count, 0})) return false;
+        while (ranges.count) {
+            const Range range = ranges[--ranges.count];
+            if (range.to - range.from < 2 || range.depth == most_bytes) continue;
+            Suffix* const list = suffixes.items;
+            const unsigned pivot = byte_of(list[range.from + (range.to - range.from) / 2], range.depth);
+            size_t less = range.from, greater = range.to;
+            for (size_t i = less; i < greater;) {
+                const unsigned byte = byte_of(list[i], range.depth);
+                const Suffix here = list[i];
+                if (byte < pivot) list[i++] = list[less], list[less++] = here;
+                else if (byte > pivot) list[i] = list[--greater], list[greater] = here;
+                else ++i;
+            }
+            const bool good = ranges.push(Range{range.from, less, range.depth}) && ranges.push(Range{greater, range.to, range.depth}) &&
+                              (pivot == 0xff || ranges.push(Range{less, greater, range.depth + 1}));
+            if (!good) return false;
+        }
+        return true;
+    }
+    // Substrings that many suffixes begin with and no longer one has the same: the inner nodes of the suffix tree (Abouelhoda et al. 2004),
+    // and its leaves.
+    BABYGPT_RARE bool find_seeds() {
+        struct Open {
+            uint32_t at;
+            size_t depth;
+            double weight;
+        };
+        Array<Open> open(*text.runtime);
+        if (!open.push(Open{0, 0, 0})) return false;
+        size_t before = 0;  // the length of the last suffix
+        for (size_t i = 0; i <= suffixes.count; ++i) {
+            size_t length = 0, common = 0;
+            if (i < suffixes.count) {
+                for (size_t n = 0; n < longest_piece && byte_of(suffixes[i], length) != 0xff; ++n)
+                    length += character_size(text.items[suffixes[i].at + length]);
+                while (i > 0 && common < least(length, before) && byte_of(suffixes[i], common) == byte_of(suffixes[i - 1], common))
+                    ++common;
+            }
+            while (open[open.count - 1].depth > common) {
+                const Open top = open[--open.count];
+                Open& below = open[open.count - 1];
+                if (!add_seed(top.at, top.depth, most(common, below.depth), top.weight)) return false;
+                if (below.depth >= common) below.weight += top.weight;
+                else if (!open.push(Open{top.at, common, top.weight})) return false;
+            }
+            if (i == suffixes.count) break;
+            if (length == common) open[open.count - 1].weight += weight(suffixes[i].run);
+            else if (!open.push(Open{suffixes[i].at, length, weight(suffixes[i].run)})) return false;
+            before = length;
+        }
+        return true;
+    }
+    bool add_seed(uint32_t at, size_t size, size_t parent_size, double count) {
+        while ((text.items[at + size] & 0xc0) == 0x80) --size;  // bytes may differ within a character
+        if (size <= parent_size || count < 2) return true;
+        uint32_t length = 0;
+        for (size_t i = 0; i < size; i += character_size(text.items[at + i])) ++length;
+        return length < 2 || pieces.push(Piece{at, static_cast<uint32_t>(size), length, count * length});
+    }
+    // Keeps, beside the single characters, the `count` pieces with the highest values, in their order; negative ones never.
+    BABYGPT_RARE bool keep(const Array<double>& values, size_t count) {
+        Array<double> rest(*text.runtime);
+        for (size_t i = single; i < pieces.count; ++i)
+            if (values[i] >= 0 && !rest.push(values[i])) return false;
+        double limit = -1;
+        size_t at_limit = 0;
+        if (count < rest.count) {  // quickselect (Hoare 1961)
+            for (size_t from = 0, to = rest.count; to - from > 1;) {
+                const double pivot = rest[from + (to - from) / 2];
+                size_t less = from, greater = to;
+                for (size_t i = from; i < greater;) {
+                    const double here = rest[i];
+                    if (here > pivot) rest[i++] = rest[less], rest[less++] = here;
+                    else if (here < pivot) rest[i] = rest[--greater], rest[greater] = here;
+                    else ++i;
+                }
+                if (count < less) to = less;
+                else if (count >= greater) from = greater;
+                else from = to;
+            }
+            limit = rest[count];
+            at_limit = count;
+            for (const double value : rest) at_limit -= value > limit;
+        }
+        size_t kept = single;
+        for (size_t i = single; i < pieces.count; ++i) {
+            const bool equal_one = values[i] == limit && at_limit > 0;
+            if (values[i] < 0 || (values[i] <= limit && !equal_one)) continue;
+            at_limit -= equal_one;
+            pieces.items[kept++] = pieces[i];
+        }
+        pieces.count = kept;
+        return true;
+    }
+    BABYGPT_RARE bool make_seeds() {
+        if (!read_runs() || !sort_suffixes() || !find_seeds()) return false;
+        suffixes.clear();
+        expected.count = 0;
+        for (const Piece& piece : pieces)
+            if (!expected.push(piece.score)) return false;
+        if (!keep(expected, most_seeds)) return false;
+        double sum = 0;
+        for (const Piece& piece : pieces) sum += most(piece.score, 1.0);
+        for (Piece& piece : pieces) piece.score = log_of(most(piece.score, 1.0)) - log_of(sum);
+        return true;
+    }
+
+    // ---- expectation-maximization ----
+    BABYGPT_CALL bool build_trie() {
+        trie.slots.clear();
+        trie.nodes = 1;
+        for (size_t i = 0; i < pieces.count; ++i)
+            if (!trie.add(pieces[i].bytes(text), static_cast<int32_t>(i))) return false;
+        return true;
+    }
+    // How often each piece is to be expected in the text: the forward-backward algorithm (Baum et al. 1970) over each run.
+    BABYGPT_CALL bool expect() {
+        probabilities.count = expected.count = 0;
+        if (!probabilities.resize(pieces.count) || !expected.resize(pieces.count)) return false;
+        for (size_t i = 0; i < pieces.count; ++i) probabilities[i] = exp_of(pieces[i].score + shift * pieces[i].length);
+        for (size_t r = 0; r < runs.words.count; ++r) {
+            const Text bytes = runs.word(r);
+            double forward[4 * longest_run + 5] = {1}, backward[4 * longest_run + 5] = {};  // a blank may come before a run
+            edges.count = 0;
+            for (size_t start = 0; start < bytes.size; start += character_size(bytes[start])) {
+                uint32_t node = 0;
+                for (size_t end = start; end < bytes.size;) {
+                    const Trie::Slot* slot = trie.find(node, bytes[end]);
+                    if (slot->key == Trie::empty) break;
+                    ++end, node = slot->node;
+                    if (slot->id < 0) continue;
+                    forward[end] += forward[start] * probabilities.items[slot->id];
+                    if (!edges.push(Edge{static_cast<uint32_t>(start), static_cast<uint32_t>(end), slot->id})) return false;
+                }
+            }
+            const double scale = weight(r) / forward[bytes.size];
+            backward[bytes.size] = 1;
+            for (size_t e = edges.count; e-- > 0;) {
+                const Edge& edge = edges.items[e];
+                const double rest = probabilities.items[edge.id] * backward[edge.end];
+                backward[edge.start] += rest;
+                expected.items[edge.id] += forward[edge.start] * rest * scale;
+            }
+        }
+        return true;
+    }
+    // d ln Gamma(x) / dx: up to where its asymptotic series is exact, then that.
+    static double digamma(double x) {
+        double sum = 0;
+        for (; x < 8; ++x) sum -= 1 / x;
+        const double y = 1 / (x * x);
+        return sum + log_of(x) - 0.5 / x - y * (1.0 / 12 - y * (1.0 / 120 - y * (1.0 / 252 - y * (1.0 / 240 - y / 132))));
+    }
+    // The new probabilities, with a prior that lets rare pieces die (Liang & Klein 2007, variational Bayes); what is expected less than half
+    // a time goes.
+    BABYGPT_RARE void maximize() {
+        size_t kept = 0;
+        double sum = 0;
+        for (size_t i = 0; i < pieces.count; ++i) {
+            if (i >= single && expected[i] < 0.5) continue;
+            Piece piece = pieces[i];
+            piece.score = most(expected[i], 0.5);
+            sum += piece.score;
+            pieces[kept++] = piece;
+        }
+        pieces.count = kept;
+        const double all_of_it = digamma(sum);
+        for (Piece& piece : pieces) piece.score = digamma(piece.score) - all_of_it;
+    }
+
+    // ---- pruning ----
+    // The best way to cut some bytes without piece `without`: its probability's logarithm, and in `steps` the pieces from the end.
+    BABYGPT_CALL bool best_way(Text bytes, int32_t without) {
+        steps.count = 0;
+        if (!steps.resize(bytes.size + 1)) return false;
+        for (size_t start = 0; start < bytes.size; start += character_size(bytes[start])) {
+            uint32_t node = 0;
+            for (size_t end = start; end < bytes.size;) {
+                const Trie::Slot* slot = trie.find(node, bytes[end]);
+                if (slot->key == Trie::empty) break;
+                ++end, node = slot->node;
+                if (slot->id < 0 || slot->id == without) continue;
+                const double score = steps.items[start].score + pieces.items[slot->id].score;
+                Step& step = steps.items[end];
+                if (step.score == 0 || score > step.score) step = Step{score, slot->id, static_cast<uint32_t>(start)};
+            }
+        }
+        return true;
+    }
+    // For each piece, in `probabilities`, how much likelihood is lost without it, its place being taken by the best way to cut it; negative
+    // where that is more probable than the piece, or the best ways to cut the text do not use it.
+    bool find_losses() {
+        if (!build_trie()) return false;
+        expected.count = probabilities.count = 0;
+        if (!expected.resize(pieces.count) || !probabilities.resize(pieces.count)) return false;
+        double sum = 0;
+        for (size_t r = 0; r < runs.words.count; ++r) {
+            const Text bytes = runs.word(r);
+            const double count = weight(r);
+            if (!best_way(bytes, -1)) return false;
+            for (size_t end = bytes.size; end > 0; end = steps[end].start) expected.items[steps[end].id] += count, sum += count;
+        }
+        for (size_t i = single; i < pieces.count; ++i) {
+            const Text bytes = pieces[i].bytes(text);
+            double& loss = probabilities[i];
+            const double count = expected[i];
+            loss = -1;
+            if (count <= 0) continue;
+            if (!best_way(bytes, static_cast<int32_t>(i))) return false;
+            if (steps[bytes.size].score > pieces[i].score) continue;
+            double others = 0, logarithms = 0;
+            for (size_t end = bytes.size; end > 0; end = steps[end].start)
+                logarithms += log_of(expected.items[steps[end].id] + count), ++others;
+            loss = most(0.0, count * (log_of(count / sum) - logarithms + others * log_of(sum + count * (others - 1))));
+        }
+        return true;
+    }
+    BABYGPT_RARE Status learn(size_t vocab, bool byte_fallback) {
+        const Status no_memory = out_of_memory(runs.text.count * sizeof(Suffix));
+        if (!make_seeds()) return no_memory;
+        const size_t others = 3 + (byte_fallback ? 256 : 0);
+        if (vocab < others + single)
+            return fail(Error::invalid_argument, "a vocabulary of ", vocab, " is too small: the text's ", single, " characters and ",
+                        others, " other pieces need ", others + single);
+        const size_t wanted = vocab - others - single, more = wanted + vocab / 10;
+        for (;;) {
+            if (!build_trie()) return no_memory;
+            for (int i = 0; i < 2; ++i) {
+                if (!expect()) return no_memory;
+                maximize();
+                if (!build_trie()) return no_memory;
+            }
+            const bool few = pieces.count - single <= more;
+            if (!find_losses() || !keep(probabilities, most(more, pieces.count * 3 / 4 - least(single, pieces.count * 3 / 4))))
+                return no_memory;
+            if (few) break;
+        }
+        probabilities.count = 0;
+        for (const Piece& piece : pieces)
+            if (!probabilities.push(piece.score + 1000)) return no_memory;
+        return keep(probabilities, wanted) ? write(byte_fallback) : no_memory;
+    }
+    // The model as a file: <unk>, <s>, </s>, the bytes, then the pieces, the most probable first.
+    BABYGPT_RARE Status write(bool byte_fallback) {
+        struct Item {
+            double score;
+            size_t piece;
+            bool operator<(const Item& other) const { return score != other.score ? score > other.score : piece < other.piece; }
+        };
+        TokenizerReader reader(tables, "the text");
+        Array<Item> order(tables.runtime);
+        Array<char> proto(tables.runtime);
+        const auto put = [&](Text piece, double score, char kind) {
+            return reader.put_piece(proto, piece, bits_as<uint32_t>(static_cast<float>(score)), kind);
+        };
+        bool good = put("<unk>", 0, piece_unknown) && put("<s>", 0, piece_control) && put("</s>", 0, piece_control);
+        for (unsigned byte = 0; byte < 256 && byte_fallback; ++byte) {
+            static const char digits[] = "0123456789ABCDEF";
+            const char symbol[] = {'<', '0', 'x', digits[byte / 16], digits[byte % 16], '>'};
+            good = good && put(Text(symbol, 6), 0, piece_byte);
+        }
+        for (size_t i = 0; i < pieces.count; ++i) good = good && heap_push(order, Item{pieces[i].score, i});
+        while (good && order.count) {
+            const Item item = heap_pop(order);
+            good = put(pieces[item.piece].bytes(text), item.score, piece_normal);
+        }
+        tables.classes.clear();
+        return good ? reader.sentencepiece_of(proto, 1, byte_fallback, true, false, Text()) : out_of_memory(proto.count);
+    }
+};
+
 // A tokenizer that `fill(tables)` fills, in the place of what `tokenizer` was; that stays as it was where something fails.
 template <class Fill>
 Status make_tokenizer(Tokenizer& tokenizer, Runtime& runtime, TokenizerKind kind, const Fill& fill) {
@@ -4632,6 +5078,15 @@ Status train_tokenizer(Tokenizer& tokenizer, Runtime& runtime, const TokenizerCo
             BABYGPT_TRY(read(&trainer, &WordPieceTrainer::add_piece));
             BABYGPT_TRY(trainer.counter.status);
             return trainer.learn(static_cast<size_t>(most(config.vocab, 0)));
+        });
+    if (config.kind == TokenizerKind::sentencepiece)
+        return make_tokenizer(tokenizer, runtime, config.kind, [&](Tables& tables) {
+            if (!tables.make_classes()) return out_of_memory(classes_end / 4);
+            UnigramTrainer trainer(tables);
+            BABYGPT_TRY(read(&trainer, &UnigramTrainer::add_piece));
+            if (!trainer.end_run() && trainer.runs.status.ok()) trainer.runs.status = out_of_memory(trainer.runs.text.count);
+            BABYGPT_TRY(trainer.runs.status);
+            return trainer.learn(static_cast<size_t>(most(config.vocab, 0)), config.byte_fallback);
         });
     if (config.kind != TokenizerKind::bpe) return fail(Error::invalid_argument, "a tokenizer of this kind cannot be trained");
     if (config.vocab < 257)
@@ -4864,12 +5319,13 @@ Status parse_tokenizer(Text text, TokenizerConfig& config) {
     static const struct {
         const char* name;
         TokenizerKind kind;
-    } learnt[] = {{"bpe:", TokenizerKind::bpe}, {"wordpiece:", TokenizerKind::wordpiece}};
+    } learnt[] = {{"bpe:", TokenizerKind::bpe}, {"wordpiece:", TokenizerKind::wordpiece}, {"unigram:", TokenizerKind::sentencepiece}};
     for (const auto& way : learnt) {
         if (!starts_with(text, way.name)) continue;
-        const bool wordpiece = way.kind == TokenizerKind::wordpiece, cased = wordpiece && ends_with(text, ":cased");
         Text number(text.data + Text(way.name).size, text.size - Text(way.name).size);
-        if (cased) number.size -= least(number.size, Text(":cased").size);
+        const bool cased = way.kind == TokenizerKind::wordpiece && ends_with(number, ":cased");
+        const bool fallback = way.kind == TokenizerKind::sentencepiece && ends_with(number, ":bytes");
+        if (cased || fallback) number.size -= 6;
         int64_t vocab = 0;
         bool good = number.size > 0;
         for (const char c : number) {
@@ -4879,10 +5335,11 @@ Status parse_tokenizer(Text text, TokenizerConfig& config) {
         if (!good) break;
         if (vocab < 257 && way.kind == TokenizerKind::bpe)
             return fail(Error::invalid_argument, "'", text, "': N must be at least 257, the 256 bytes and the end-of-text token");
-        config.kind = way.kind, config.vocab = static_cast<int>(vocab), config.cased = cased;
+        config.kind = way.kind, config.vocab = static_cast<int>(vocab), config.cased = cased, config.byte_fallback = fallback;
         return Status();
     }
-    return fail(Error::invalid_argument, "'", text, "' is no tokenizer: say byte, char, bpe:N, wordpiece:N or wordpiece:N:cased");
+    return fail(Error::invalid_argument, "'", text,
+                "' is no tokenizer: say byte, char, bpe:N, wordpiece:N, wordpiece:N:cased, unigram:N or unigram:N:bytes");
 }
 
 Tokenizer::Tokenizer(Tokenizer&& from) noexcept
@@ -5746,9 +6203,7 @@ inline float madd(float a, float b, float c) {
 }
 #endif
 
-constexpr double log2_e = 1.44269504088896340736;
-
-// e^x. x = n ln 2 + r, |r| <= ln(2)/2; e^r by its Taylor series (in float by a polynomial fitted to it), 2^n by the exponent's bits.
+// e^x as in chapter 2, but e^r by a polynomial fitted to it.
 inline float exp_of(float x) {
     x = x < -87.3f ? -87.3f : x > 88.3f ? 88.3f : x;
     const float n = madd(x, 1.44269504f, 12582912.0f) - 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
@@ -5762,30 +6217,6 @@ inline float exp_of(float x) {
     p = madd(p, r, 5.0000001201e-1f);
     p = madd(p, r * r, r) + 1.0f;
     return p * bits_as<float>(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
-}
-inline double exp_of(double x) {
-    if (x < -700) return 0;
-    x = least(x, 700.0);
-    const double n = static_cast<double>(static_cast<int64_t>(x * log2_e + (x < 0 ? -0.5 : 0.5)));
-    const double r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
-    double term = 1, sum = 1;
-    for (int k = 1; k <= 14; ++k) term *= r / k, sum += term;
-    return sum * bits_as<double>(static_cast<uint64_t>(static_cast<int64_t>(n) + 1023) << 52);
-}
-// ln x for x > 0, always in double: x = m 2^e with m near 1; ln m = 2 atanh((m-1)/(m+1)).
-inline double log_of(double x) {
-    if (!(x > 0)) return -1e300;
-    if (!is_finite(x)) return x;
-    int e = 0;
-    while (x < 0x1p-1000) x *= 0x1p100, e -= 100;
-    const uint64_t bits = bits_as<uint64_t>(x);
-    e += static_cast<int>(bits >> 52) - 1023;
-    double m = bits_as<double>((bits & 0xfffffffffffffu) | 0x3ff0000000000000u);
-    if (m > 1.4142135623730951) m *= 0.5, ++e;
-    const double z = (m - 1) / (m + 1), z2 = z * z;
-    double sum = 0;
-    for (int k = 21; k >= 1; k -= 2) sum = sum * z2 + 1.0 / k;
-    return 2 * z * sum + e * 0.693147180559945309417;
 }
 // cos(pi x) for x >= 0, by the Taylor series around the nearer of the two zeros' sides.
 inline double cos_pi(double x) {

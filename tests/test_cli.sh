@@ -89,6 +89,18 @@ run 2 tokenizer a.txt --vocab 300 --cased --out u.json; says '--kind wordpiece'
 run 2 tokenizer a.txt --vocab 300 --kind words --out u.json; says 'must be one of bpe|wordpiece'
 run 1 tokenizer a.txt --kind wordpiece --vocab 6 --out u.json; says 'vocabulary of 6 is too small.*need'
 run 0 tokenizer a.txt --kind wordpiece --vocab 90 --out w.json
+run 2 tokenizer a.txt --kind bpe --vocab 300 --out u.model; says '--kind unigram'
+run 2 tokenizer a.txt --kind bpe --vocab 300 --byte-fallback --out u.json; says '--kind unigram'
+run 1 tokenizer a.txt --kind unigram --vocab 6 --out u.model; says 'vocabulary of 6 is too small.*need'
+run 0 tokenizer a.txt b.txt --kind unigram --vocab 90 --out u.model
+run 0 tokenizer a.txt b.txt --kind unigram --vocab 90 --out u.json
+input=b.txt run 0 encode u.model; cp out ids
+input=b.txt run 0 encode u.json;            same 'unigram: both files give the same ids' out ids
+input=ids run 0 decode u.json;              same 'unigram: decode of encode is the text' out b.txt
+run 0 tokenizer a.txt --kind unigram --vocab 340 --byte-fallback --out u.model
+input=odd.bin run 0 encode u.model; cp out ids
+printf 'h\303\251!\n\357\277\275\357\277\275' > replaced
+input=ids run 0 decode u.model;             same 'byte fallback: what is no UTF-8 is U+FFFD, the rest comes back' out replaced
 printf '{"other":[{"a":"}"}],"text":"h\\u00e9\\ud83d\\ude00"}\n{"hex":"ff0a"}\n' > lines
 input=lines run 0 encode byte --jsonl;      has out '^{"ids":\[104,195,169,240,159,152,128\]}$'; has out '^{"ids":\[255,10\]}$'
 cp out lines; input=lines run 0 decode byte --jsonl; json; has out '"hex":"ff0a"'
@@ -127,6 +139,9 @@ run 0 train a.txt --out wp.safetensors $tiny --tokenizer wordpiece:90 --steps 4
 run 0 train a.txt --out wp.safetensors --resume --tokenizer wordpiece:90
 run 1 train a.txt --out wp.safetensors --resume --tokenizer wordpiece:80; says '--tokenizer wordpiece:80 contradicts'
 run 1 train a.txt --out x.safetensors $tiny --tokenizer wordpiece:6; says 'too small'
+run 0 train a.txt --out up.safetensors $tiny --tokenizer unigram:80 --steps 4
+run 0 train a.txt --out up.safetensors --resume --tokenizer unigram:80
+run 1 train a.txt --out up.safetensors --resume --tokenizer unigram:70; says '--tokenizer unigram:70 contradicts'
 input=a.txt run 0 train - --out s.safetensors $tiny --steps 40 --evaluate-every 20
 run 0 compare s.safetensors m.safetensors;  has out 'same bits'
 run 1 train - --out q.safetensors $tiny --steps 5; says 'standard input'

@@ -51,6 +51,11 @@ static TokenizerConfig wordpiece(int vocab, bool cased = false) {
     config.kind = TokenizerKind::wordpiece, config.vocab = vocab, config.cased = cased;
     return config;
 }
+static TokenizerConfig unigram(int vocab, bool byte_fallback = false) {
+    TokenizerConfig config;
+    config.kind = TokenizerKind::sentencepiece, config.vocab = vocab, config.byte_fallback = byte_fallback;
+    return config;
+}
 static string read_shared(const char* name) {
     string text;
     if (FILE* file = fopen((string("../shared/data/") + name).c_str(), "rb")) {
@@ -230,8 +235,11 @@ TEST(names, "a tokenizer's name on the command line means something else") {
     CHECK(parse_tokenizer("bpe:4096", config).ok() && config.kind == TokenizerKind::bpe && config.vocab == 4096);
     CHECK(parse_tokenizer("wordpiece:99:cased", config).ok() && config.kind == TokenizerKind::wordpiece && config.vocab == 99);
     CHECK(config.cased && parse_tokenizer("wordpiece:100", config).ok() && config.vocab == 100 && !config.cased);
-    for (const char* wrong : {"", "bpe", "bpe:", "bpe:256", "bpe:-1", "bpe:1e3", "bpe:300 ", "Byte", "words", "bpe:300:cased",
-                              "wordpiece:", "wordpiece::cased", "wordpiece:cased", "wordpiece:9:uncase"})
+    CHECK(parse_tokenizer("unigram:99", config).ok() && config.kind == TokenizerKind::sentencepiece && config.vocab == 99);
+    CHECK(!config.byte_fallback && parse_tokenizer("unigram:500:bytes", config).ok() && config.vocab == 500 && config.byte_fallback);
+    for (const char* wrong :
+         {"", "bpe", "bpe:", "bpe:256", "bpe:-1", "bpe:1e3", "bpe:300 ", "Byte", "words", "bpe:300:cased", "wordpiece:", "wordpiece::cased",
+          "wordpiece:cased", "wordpiece:9:uncase", "unigram:", "unigram::bytes", "unigram:9:cased", "unigram:x"})
         CHECK(!parse_tokenizer(wrong, config).ok());
 }
 
@@ -420,7 +428,7 @@ TEST(out_of_memory, "an allocation that fails is not reported, or leaks") {
     TokenizerConfig characters;
     characters.kind = TokenizerKind::characters;
     const string text = string(prose) + string(200, 'a') + string(5000, '.');
-    for (int what = 0; what < 3; ++what) {
+    for (int what = 0; what < 4; ++what) {
         bool done = false;
         for (int64_t n = 0; !done && n < 10000; ++n) {
             memory.calls = 0;
@@ -435,14 +443,15 @@ TEST(out_of_memory, "an allocation that fails is not reported, or leaks") {
                     return status.ok();
                 };
                 done = step(tokenizer.train(runtime,
-                                            what == 2 ? wordpiece(150)
-                                            : what    ? characters
-                                                      : bpe(350),
+                                            what == 3   ? unigram(100)
+                                            : what == 2 ? wordpiece(150)
+                                            : what      ? characters
+                                                        : bpe(350),
                                             text)) &&
                        step(copied.copy(runtime, tokenizer)) && step(copied.encode(text, ids, true)) &&
                        step(copied.decode(Span<const int32_t>(ids.begin(), ids.size()), back)) && step(copied.save_memory(json)) &&
                        step(loaded.load_memory(runtime, json)) && memory.calls <= n;
-                if (done && what < 2) CHECK(string(back.begin(), back.end()) == text);
+                if (done && what != 2) CHECK(string(back.begin(), back.end()) == text);
             }
             if (!CHECK(memory.used == 0 && memory.blocks == 0)) return;
         }
@@ -889,6 +898,72 @@ TEST(unigram_is_the_best_way,
         CHECK(joined == text);
         if (!CHECK(std::abs(sum - best.back()) < 1e-3 + 1e-7 * std::abs(sum))) printf("    %.4f, but %.4f\n", sum, best.back());
     }
+}
+
+TEST(unigram_training,
+     "a unigram model that was trained has not the size asked for, lacks a character, loses text, or depends on how it was read") {
+    Runtime runtime;
+    // Many words of few parts, so that there is something to find; Turkish letters, a script whose vowels are marks, and one without blanks.
+    const char* const parts[] = {"kedi", "ev",  "ler", "in", "de", "\xc4\xb1r", "\xc5\x9f", "\xe0\xa4\x95\xe0\xa4\xbf",
+                                 "oku",  "yor", "sun", "um"};
+    string text;
+    while (text.size() < 60000) {
+        for (uint32_t i = 1 + random_below(4); i > 0; --i) text += parts[random_below(12)];
+        const uint32_t after = random_below(24);
+        text += after == 0   ? ".\n"
+                : after == 1 ? ", "
+                : after == 2 ? "  "
+                : after == 3 ? " 1984'"
+                : after == 4 ? "\xe4\xb8\xad\xe6\x96\x87"
+                             : " ";
+    }
+    text += string(100, 'x') + "\xf0\x9f\x98\x80\t";
+    Tokenizer tokenizer, again;
+    for (const int vocab : {60, 100, 200}) {
+        if (!CHECK_OK(tokenizer.train(runtime, unigram(vocab), text))) return;
+        CHECK(tokenizer.kind == TokenizerKind::sentencepiece && tokenizer.vocab == vocab && tokenizer.unknown == 0 &&
+              tokenizer.end_of_text == 2);
+        for (const string& some : {text, string(" a"), string("ev  \n\n  ev\n"), text.substr(0, 1000)}) {
+            size_t unknown = 9;
+            const Ids ids = encode(tokenizer, some, false, &unknown);
+            CHECK((some == " a") == (unknown > 0));
+            if (unknown == 0) CHECK(decode(tokenizer, ids) == some);
+        }
+        CHECK_OK(again.load_memory(runtime, saved(tokenizer)));
+        CHECK(saved(again) == saved(tokenizer) && encode(again, text) == encode(tokenizer, text));
+    }
+    // It finds the parts: with room for them, about as many tokens as parts; and pieces keep to words and to letters.
+    std::map<string, int> pieces;
+    for (int32_t id = 3; id < tokenizer.vocab; ++id) {
+        const string piece(tokenizer.bytes(id).begin(), tokenizer.bytes(id).size);
+        CHECK(piece.find(' ', 1) == string::npos && ++pieces[piece] == 1);
+        const bool letters = piece.find("kedi") != string::npos || piece.find("oku") != string::npos;
+        CHECK(!letters || piece.find_first_of(".,\n'1984") == string::npos);
+    }
+    for (const char* part : {"kedi", " kedi", "oku", "yor", "sun", "\xe0\xa4\x95\xe0\xa4\xbf"}) CHECK(pieces.count(part) == 1);
+    CHECK(encode(tokenizer, "kediokuyor okukedi").size() <= 5);
+    // More than the text gives; too little; with the bytes any text comes back.
+    CHECK_OK(tokenizer.train(runtime, unigram(5000), "abab abab"));
+    CHECK(tokenizer.vocab < 20);
+    CHECK_OK(tokenizer.train(runtime, unigram(5), ""));
+    CHECK(tokenizer.vocab == 5);  // and the blank and the line end
+    const Status status = tokenizer.train(runtime, unigram(7), "abcd");
+    CHECK(status.error == Error::invalid_argument && strstr(status.message, "need 9"));
+    CHECK(!tokenizer.train(runtime, unigram(264, true), "abcd").ok() && tokenizer.train(runtime, unigram(265, true), "abcd").ok());
+    CHECK_OK(tokenizer.train(runtime, unigram(400, true), text));
+    size_t unknown = 0;
+    CHECK(decode(tokenizer, encode(tokenizer, prose, false, &unknown)) == prose && unknown == 0);
+    CHECK_OK(again.load_memory(runtime, saved(tokenizer)));
+    CHECK(saved(again) == saved(tokenizer));
+    // From a corpus in pieces.
+    while (text.size() < 2500000) text += text.substr(random_below(20000), 30000);
+    CorpusConfig all;
+    all.validation_fraction = 0;
+    Corpus corpus;
+    if (!CHECK_OK(corpus.open_memory(runtime, text, all))) return;
+    CHECK_OK(again.train(runtime, unigram(150), text));
+    CHECK_OK(tokenizer.train(runtime, unigram(150), corpus));
+    CHECK(saved(again) == saved(tokenizer));
 }
 
 TEST(published_ids, "BERT's, SentencePiece's or llama2.c's tokenizer gives other ids than those that others have published") {

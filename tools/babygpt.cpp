@@ -1293,7 +1293,7 @@ struct TrainOptions {
                    {"--json", nullptr, "one JSON object a step on standard output, a last one at the end", &json},
                    {nullptr, nullptr,
                     "How text is read (FILE: .txt, .jsonl, .csv, or - for standard input; with --encoder-layers, lines SOURCE tab TARGET)"},
-                   {"--tokenizer", "byte|char|bpe:N|wordpiece:N|FILE",
+                   {"--tokenizer", "byte|char|bpe:N|wordpiece:N|unigram:N|FILE",
                     "wordpiece makes capitals small and drops accents, wordpiece:N:cased does not (bpe:1024, and char below 100 kB of "
                     "text)",
                     &tokenizer},
@@ -1473,7 +1473,8 @@ void check_agreement(const Arguments& in, const TrainOptions& o, const Model& mo
 }
 
 bool named_tokenizer(const string& name) {
-    return name == "byte" || name == "char" || starts_with(name, "bpe:") || starts_with(name, "wordpiece:");
+    return name == "byte" || name == "char" || starts_with(name, "bpe:") || starts_with(name, "wordpiece:") ||
+           starts_with(name, "unigram:");
 }
 
 void get_tokenizer(Runtime& runtime, const string& name, Corpus& corpus, Tokenizer& tokenizer) {
@@ -1505,7 +1506,8 @@ void check_tokenizer(Training& t) {  // --tokenizer beside --resume or --from
         return;
     }
     Tokenizer given;
-    if (starts_with(name, (kept + ":").c_str())) {  // the same text gives the same again
+    const string way = stored.kind == TokenizerKind::sentencepiece ? "unigram:" : kept + ":";
+    if (starts_with(name, way.c_str())) {  // the same text gives the same again
         TokenizerConfig config;
         must_be("--tokenizer " + name, parse_tokenizer(name, config));
         must(given.train(t.common.runtime, config, t.corpus));
@@ -2104,24 +2106,31 @@ int make_tokenizer(Arguments& in) {
     TextOptions text;
     int vocab = 0;
     string out, kind = "bpe";
-    bool json = false, cased = false;
+    bool json = false, cased = false, byte_fallback = false;
     in.parse(
         common,
-        vector<Option>{{"--kind", "bpe|wordpiece", "byte-level BPE as GPT-2's, or WordPiece as BERT's (bpe)", &kind},
-                       {"--vocab", "N",
-                        "tokens in all (bpe: with the 256 bytes and the end-of-text token; wordpiece: with the text's characters, most "
-                        "of them twice, and [PAD] [UNK] [CLS] [SEP] [MASK])",
-                        &vocab, 1, 1e6},
-                       {"--cased", nullptr,
-                        "wordpiece: keep capitals and accents (else I and dotted I give i, and accents go: Turkish wants it)", &cased},
-                       {"--out", "T", "written as tokenizer.json (a file, or a folder for it)", &out},
-                       {"--json", nullptr, "one JSON object on standard output", &json}} +
+        vector<Option>{
+            {"--kind", "bpe|wordpiece|unigram",
+             "byte-level BPE as GPT-2's, WordPiece as BERT's, or a unigram model as SentencePiece's (bpe)", &kind},
+            {"--vocab", "N",
+             "tokens in all (bpe: with the 256 bytes and the end-of-text token; wordpiece: with the text's characters, most "
+             "of them twice, and [PAD] [UNK] [CLS] [SEP] [MASK]; unigram: with the characters, <unk> <s> </s>)",
+             &vocab, 1, 1e6},
+            {"--cased", nullptr, "wordpiece: keep capitals and accents (else I and dotted I give i, and accents go: Turkish wants it)",
+             &cased},
+            {"--byte-fallback", nullptr, "unigram: 256 more pieces, the bytes that unseen characters are written with", &byte_fallback},
+            {"--out", "T",
+             "written as tokenizer.json (a file, or a folder for it); a unigram model as SentencePiece's file where T ends in .model",
+             &out},
+            {"--json", nullptr, "one JSON object on standard output", &json}} +
             text.options(),
         1, 1000000);
     if (vocab == 0) usage("tokenizer needs --vocab N");
     if (cased && kind != "wordpiece") usage("--cased is for --kind wordpiece");
+    if (byte_fallback && kind != "unigram") usage("--byte-fallback is for --kind unigram");
+    if (ends_with(out, ".model") && kind != "unigram") usage("--out " + out + ": a .model file is for --kind unigram");
     TokenizerConfig config;
-    const Status known = parse_tokenizer(kind + ":" + std::to_string(vocab) + (cased ? ":cased" : ""), config);
+    const Status known = parse_tokenizer(kind + ":" + std::to_string(vocab) + (cased ? ":cased" : byte_fallback ? ":bytes" : ""), config);
     if (!known.ok()) usage(known.message);
     if (out.empty()) usage("tokenizer needs --out T");
     std::error_code ignored;
@@ -3772,9 +3781,10 @@ const vector<Command> commands = {
      "Token ids from standard input -> the exact bytes. T: a model, a tokenizer's file (also vocab.txt:uncased, .model, .gguf, tok.bin) or "
      "folder, or byte.",
      "  echo 104 105 | babygpt decode byte\n", decode},
-    {"tokenizer", "FILE... --vocab N --out T", "Learns a tokenizer from text: byte-level BPE or WordPiece.",
+    {"tokenizer", "FILE... --vocab N --out T", "Learns a tokenizer from text: byte-level BPE, WordPiece or a unigram model.",
      "  babygpt tokenizer story.txt --vocab 1024 --out tokenizer.json\n"
-     "  babygpt tokenizer metin.txt --kind wordpiece --cased --vocab 4000 --out tokenizer.json\n",
+     "  babygpt tokenizer metin.txt --kind wordpiece --cased --vocab 4000 --out tokenizer.json\n"
+     "  babygpt tokenizer story.txt --kind unigram --vocab 4000 --out story.model\n",
      make_tokenizer},
     {"info", "M | --preset NAME [options]", "What a model is made of, and how much memory it takes.",
      "  babygpt info --preset baby --batch 8\n", info},
