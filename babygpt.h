@@ -300,12 +300,14 @@ struct Tokenizer {
     // Learns from the training part of a corpus, or from a text. Ties: higher count first, then smaller (left id, right id).
     Status train(Runtime& runtime, const TokenizerConfig& config, Corpus& corpus);
     Status train(Runtime& runtime, const TokenizerConfig& config, Text text);
-    // A tokenizer.json (bpe or wordpiece), a .tiktoken file, vocab.bpe or encoder.json (the other one beside it), BERT's vocab.txt, a
+    // A tokenizer.json (BPE, WordPiece or Unigram), a .tiktoken file, vocab.bpe or encoder.json (the other one beside it), BERT's vocab.txt, a
     // SentencePiece .model, llama2.c's tok512.bin, GGUF's (gpt2, llama, t5, bert), a folder of these but the last, or "byte". A vocab.txt does not say whether it tells capital from
     // small letters: the path must, with "uncased" or "cased" in it or after it ("vocab.txt:uncased").
     Status load(Runtime& runtime, Text path);
     Status load_memory(Runtime& runtime, Text json);  // a tokenizer.json
-    Status save(Text path) const;                     // as tokenizer.json; a sentencepiece one as .model where the path ends so
+    // As tokenizer.json; a sentencepiece one as .model where the path ends so. (What Hugging Face's form of that file cannot say about a
+    // SentencePiece model, as BPE and user-defined pieces, only we read.)
+    Status save(Text path) const;
     Status save_memory(Array<char>& json) const;
     Status copy(Runtime& runtime, const Tokenizer& from);
 
@@ -3998,13 +4000,21 @@ struct TokenizerReader {
         }
         BABYGPT_TRY(json.finish(name));
         if (model.size == 0) return bad("there is no model");
-        if (added.size) BABYGPT_TRY(added_tokens(part_of(text, added)));
         Array<char> type(runtime);
         Json look = part_of(text, model);
         for (look.enter_object(); look.next_key();)
             if (look.key_is("type")) look.string(type);
             else look.skip();
         BABYGPT_TRY(look.finish(name));
+        if (equal(view(type), "Unigram")) {
+            tables.kind = TokenizerKind::sentencepiece;
+            UnigramForm form(runtime);
+            BABYGPT_TRY(unigram_steps(text, normalizer, "normalizer", "normalizers", form));
+            BABYGPT_TRY(unigram_steps(text, cutting, "pre_tokenizer", "pretokenizers", form));
+            BABYGPT_TRY(unigram_steps(text, decoder, "decoder", "decoders", form));
+            return unigram_model(text, added, model, form);
+        }
+        if (added.size) BABYGPT_TRY(added_tokens(part_of(text, added)));
         if (equal(view(type), "WordPiece")) {
             tables.kind = TokenizerKind::wordpiece;
             BABYGPT_TRY(bert_part(part_of(text, normalizer), "normalizer", "BertNormalizer"));
@@ -4127,6 +4137,210 @@ struct TokenizerReader {
             if (!list.problem) BABYGPT_TRY(add_merge(view(first), view(second)));
         }
         return list.finish(name);
+    }
+
+    // ---- Unigram in tokenizer.json ----
+    // What T5's, XLM-R's, ALBERT's and Llama's files say about blanks and characters, as far as a SentencePiece model can say it, too: it is
+    // made anew. (Hugging Face's library looks up the charsmap by grapheme clusters, and sums scores in double, word by word.)
+    struct UnigramForm {
+        Array<char> charsmap;
+        bool precompiled = false, strips_end = false, collapses = false, prepends = false, replaces = false;  // normalizer
+        bool splits = false, metaspace = false, always = false;                                               // pre_tokenizer
+        bool no_extra_blanks = false;                                                                         // what follows from these
+        explicit UnigramForm(Runtime& runtime) : charsmap(runtime) {}
+    };
+    // One step, or a sequence of them under `list`.
+    Status unigram_steps(Text text, Text part, Text part_name, Text list, UnigramForm& form) {
+        if (part.size == 0 || equal(part, "null")) return Status();
+        Text steps;
+        bool sequence = false;
+        Json json = part_of(text, part);
+        for (json.enter_object(); json.next_key();) {
+            if (json.key_is(list)) json.skip(steps);
+            else if (json.key_is("type")) sequence = json.string(scratch) && equal(view(scratch), "Sequence");
+            else json.skip();
+        }
+        if (json.problem) return json.finish(name);
+        if (!sequence || steps.size == 0) return unigram_step(part_of(text, part), part_name, form);
+        Json each = part_of(text, steps);
+        for (each.enter_array(); each.next_item();) {
+            Text step;
+            if (!each.skip(step)) break;
+            BABYGPT_TRY(unigram_step(part_of(text, step), part_name, form));
+        }
+        return each.problem ? each.finish(name) : Status();
+    }
+    Status unigram_step(Json json, Text part, UnigramForm& form) {
+        Array<char> type(runtime), pattern(runtime), content(runtime), scheme(runtime), map(runtime), odd(runtime);
+        bool regex = false, left_side = false, right_side = false, prefix = true, ignored = false;
+        for (json.enter_object(); json.next_key();) {
+            if (json.key_is("type")) json.string(type);
+            else if (json.key_is("precompiled_charsmap")) json.peek() == JsonType::null ? json.null() : json.string(map);
+            else if (json.key_is("pattern")) {
+                for (json.enter_object(); json.next_key();) {
+                    regex = json.key_is("Regex");
+                    if (!regex && !json.key_is("String"))
+                        return unsupported(part, ": a pattern '", Shown(view(json.key)), "' is not supported");
+                    json.string(pattern);
+                }
+            } else if (json.key_is("content") || json.key_is("prepend") || json.key_is("replacement")) json.string(content);
+            else if (json.key_is("strip_left")) json.boolean(left_side);
+            else if (json.key_is("strip_right")) json.boolean(right_side);
+            else if (json.key_is("add_prefix_space")) json.boolean(prefix);
+            else if (json.key_is("prepend_scheme")) json.string(scheme);
+            else if (json.key_is("split")) json.boolean(ignored);  // no piece has a blank but at its beginning
+            else if (json.key_is("str_rep") || json.key_is("start") || json.key_is("stop")) json.skip();
+            else if (json.skip() && odd.count == 0 && !append(odd, view(json.key))) return no_memory();
+        }
+        if (json.problem) return json.finish(name);
+        const auto is = [&](Text of_part, Text of_type) { return equal(part, of_part) && equal(view(type), of_type); };
+        const auto maps = [&](bool by_regex, Text from, Text to) {
+            return regex == by_regex && equal(view(pattern), from) && equal(view(content), to);
+        };
+        bool known =
+            equal(part, "decoder") && (equal(view(type), "Metaspace") || equal(view(type), "Replace") || equal(view(type), "Fuse") ||
+                                       equal(view(type), "ByteFallback") || equal(view(type), "Strip"));
+        if (is("normalizer", "Precompiled")) {
+            bool memory = true;
+            known = !form.precompiled && !form.replaces && !form.collapses && !form.prepends;  // before what makes blanks symbols
+            form.precompiled = true;
+            if (!decode_base64(view(map), form.charsmap, memory))
+                return memory ? bad("precompiled_charsmap is not in base 64") : no_memory();
+        } else if (is("normalizer", "Strip")) known = form.strips_end = right_side && !left_side;
+        else if (is("normalizer", "Prepend")) known = form.prepends = equal(view(content), blank_symbol);
+        else if (is("normalizer", "Replace")) {
+            if (maps(true, " {2,}", " ") || maps(true, " {2,}", blank_symbol)) known = form.collapses = true;
+            else if (maps(true, "^ +| +$", "")) known = form.strips_end = true;
+            else if (maps(false, " ", blank_symbol)) known = form.replaces = true;
+            else return unsupported(part, ": Replace of '", Shown(view(pattern)), "' is not supported");
+        } else if (is("pre_tokenizer", "WhitespaceSplit")) known = form.splits = true;
+        else if (is("pre_tokenizer", "Metaspace")) {
+            if (!equal(view(content), blank_symbol)) return unsupported(part, ": a replacement that is not U+2581 is not supported");
+            form.always = scheme.count ? equal(view(scheme), "always") : prefix;
+            known = form.metaspace = true;
+            if (scheme.count && !form.always && !equal(view(scheme), "never"))
+                return unsupported(part, ": prepend_scheme '", Shown(view(scheme)), "' is not supported");
+        }
+        if (!known) return unsupported(part, " '", Shown(view(type)), "' is not supported with Unigram");
+        return odd.count ? unsupported(part, " has the unknown member '", Shown(view(odd)), "'") : Status();
+    }
+    // Whether the steps together do what a model with a blank before the text, or none, does with blanks.
+    Status unigram_blanks(UnigramForm& form) {
+        form.no_extra_blanks = form.splits || (form.collapses && form.strips_end);
+        if (!form.metaspace) {
+            if (form.splits || form.collapses || form.strips_end || !form.replaces)
+                return unsupported("a pre_tokenizer that is not Metaspace is not supported with Unigram");
+            form.always = form.prepends;
+            return Status();
+        }
+        if (form.prepends || form.replaces) return unsupported("normalizer 'Prepend' or 'Replace' beside Metaspace is not supported");
+        if (!form.no_extra_blanks && (form.always || form.collapses || form.strips_end))
+            return unsupported(
+                "Metaspace that keeps blanks at the ends of a text is not supported: WhitespaceSplit, or Replace of ' {2,}' and Strip, "
+                "make it "
+                "known");
+        return Status();
+    }
+    struct Entry {
+        Text raw;  // the piece, as JSON
+        float score;
+        char kind;
+    };
+    Status unigram_model(Text text, Text added, Text model, UnigramForm& form) {
+        BABYGPT_TRY(unigram_blanks(form));
+        Array<Entry> entries(runtime);
+        int64_t unknown_id = -1;
+        bool fallback = false;
+        Text vocab;
+        Json json = part_of(text, model);
+        for (json.enter_object(); json.next_key();) {
+            if (json.key_is("type")) json.skip();
+            else if (json.key_is("unk_id")) json.peek() == JsonType::null ? json.null() : json.integer(unknown_id);
+            else if (json.key_is("byte_fallback")) json.boolean(fallback);
+            else if (json.key_is("vocab")) json.skip(vocab);
+            else return unsupported("model has the unknown member '", Shown(view(json.key)), "'");
+        }
+        BABYGPT_TRY(json.problem ? json.finish(name) : Status());
+        if (vocab.size == 0) return bad("the model has no vocab");
+        Json list = part_of(text, vocab);
+        for (list.enter_array(); list.next_item();) {
+            Entry entry{Text(), 0, piece_normal};
+            double score = 0;
+            if (!list.enter_array() || !list.next_item() || list.peek() != JsonType::string || !list.skip(entry.raw) || !list.next_item() ||
+                !list.number(score) || list.next_item()) {
+                list.reject("expected a piece and its score");
+                break;
+            }
+            if (list.problem) break;
+            entry.score = static_cast<float>(score);
+            if (!is_finite(entry.score)) return bad("the score of piece ", entries.count, " is not finite");
+            if (!entries.push(entry)) return no_memory();
+        }
+        BABYGPT_TRY(list.problem ? list.finish(name) : Status());
+        if (unknown_id < 0) return bad("there is no unk_id");
+        if (static_cast<uint64_t>(unknown_id) >= entries.count) return bad("unk_id ", unknown_id, " is no piece");
+        if (added.size) BABYGPT_TRY(unigram_added(part_of(text, added), entries, form));
+        entries[static_cast<size_t>(unknown_id)].kind = piece_unknown;
+        Array<char> proto(runtime);
+        for (size_t id = 0; id < entries.count; ++id) {
+            Entry& entry = entries[id];
+            BABYGPT_TRY(string_of(text, entry.raw));
+            const Text piece = view(scratch);
+            if (entry.kind == piece_normal && fallback && piece.size == 6 && starts_with(piece, "<0x") && piece[5] == '>')
+                entry.kind = piece_byte;
+            if (entry.kind == piece_normal && memchr(piece.data, ' ', piece.size))
+                return unsupported("piece ", id, " has a blank that is not written as U+2581");
+            if (!put_piece(proto, piece, bits_as<uint32_t>(entry.score), entry.kind)) return no_memory();
+        }
+        entries.clear();
+        BABYGPT_TRY(sentencepiece_of(proto, 1, fallback, form.always, form.no_extra_blanks, view(form.charsmap)));
+        // WhitespaceSplit parts words at other white space, too: then the charsmap must make blanks of it.
+        Array<int32_t> no_ids;
+        PieceEncoder encoder(tables, no_ids, runtime);
+        for (const char c : Text("\t\n\f\r")) {
+            size_t taken;
+            const Text becomes = encoder.normalized_prefix(Text(&c, 1), taken);
+            if (form.splits && becomes.size && !equal(becomes, " "))
+                return unsupported("WhitespaceSplit where the normalizer keeps white space other than blanks is not supported");
+        }
+        return Status();
+    }
+    Status string_of(Text text, Text raw) {  // into `scratch`
+        Json json = part_of(text, raw);
+        return json.string(scratch) ? Status() : json.finish(name);
+    }
+    // Special tokens are control pieces; those after the vocabulary come to it.
+    Status unigram_added(Json json, Array<Entry>& entries, const UnigramForm& form) {
+        for (json.enter_array(); json.next_item();) {
+            int64_t id = -1;
+            bool special = false, sided = false, whole = false;
+            Text raw;
+            for (json.enter_object(); json.next_key();) {
+                bool value = false;
+                if (json.key_is("id")) json.integer(id);
+                else if (json.key_is("content")) json.peek() == JsonType::string ? json.skip(raw) : json.string(left);
+                else if (json.key_is("special")) json.boolean(special);
+                else if (json.key_is("lstrip") || json.key_is("rstrip")) sided |= json.boolean(value) && value;
+                else if (json.key_is("single_word")) json.boolean(whole);
+                else json.skip();
+            }
+            if (json.problem) break;
+            BABYGPT_TRY(string_of(json.text, raw));
+            if (!special) return unsupported("added token '", Shown(view(scratch)), "' is not special");
+            if (whole) return unsupported("added_tokens: single_word is not supported");
+            if (sided && !form.no_extra_blanks)
+                return unsupported("added_tokens: lstrip and rstrip are not supported where blanks are kept");
+            if (id < 0 || static_cast<uint64_t>(id) > entries.count) return bad("token id ", id, " is out of range");
+            if (static_cast<uint64_t>(id) == entries.count && !entries.push(Entry{raw, 0, piece_control})) return no_memory();
+            left.count = 0;
+            if (!append(left, view(scratch))) return no_memory();
+            Entry& entry = entries[static_cast<size_t>(id)];
+            BABYGPT_TRY(string_of(json.text, entry.raw));
+            if (!equal(view(left), view(scratch)))
+                return bad("token ", id, " is '", Shown(view(scratch)), "' and the added token '", Shown(view(left)), "'");
+            entry.kind = piece_control;
+        }
+        return json.problem ? json.finish(name) : Status();
     }
 
     // ---- WordPiece: vocab.txt and tokenizer.json ----
@@ -5304,6 +5518,64 @@ inline bool write_wordpiece_json(const Tables& tables, Array<char>& to) {
     return good && append(to, "}}}\n");
 }
 
+// Whether a tokenizer.json of Hugging Face's can say what a SentencePiece model says.
+inline bool fits_unigram_json(const Tables& tables) {
+    bool fits = tables.unigram && tables.escape_whitespaces && !tables.treat_whitespace_as_suffix && tables.user_pieces.count == 0 &&
+                (tables.add_dummy_prefix || !tables.remove_extra_whitespaces);
+    for (size_t i = 0; i < tables.tokens.count && fits; ++i)
+        fits = tables.piece_kinds[i] == piece_byte ||
+               (tables.piece_kinds[i] != piece_unused && is_utf8(tables.bytes(static_cast<int32_t>(i))));
+    return fits;
+}
+inline bool write_unigram_json(const Tables& tables, Array<char>& to) {
+    static const char metaspace[] =
+        "{\"type\":\"Metaspace\",\"replacement\":\"\xe2\x96\x81\",\"prepend_scheme\":\"always\",\"split\":true}";
+    const bool collapses = tables.remove_extra_whitespaces;
+    bool good = append(to, "{\"version\":\"1.0\",\"truncation\":null,\"padding\":null,\"added_tokens\":[") && write_specials(tables, to) &&
+                append(to, "],\n\"normalizer\":{\"type\":\"Sequence\",\"normalizers\":[");
+    if (tables.charsmap_size)
+        good = good && append(to, "\n{\"type\":\"Precompiled\",\"precompiled_charsmap\":\"") &&
+               append_base64(to, Text(tables.proto.items + tables.charsmap, tables.charsmap_size)) && append(to, "\"},");
+    if (collapses)
+        good = good &&
+               append(to,
+                      "\n{\"type\":\"Replace\",\"pattern\":{\"Regex\":\"^ +| +$\"},\"content\":\"\"},"
+                      "\n{\"type\":\"Replace\",\"pattern\":{\"Regex\":\" {2,}\"},\"content\":\" \"}]},\n\"pre_tokenizer\":") &&
+               append(to, metaspace);
+    else {
+        if (tables.add_dummy_prefix) good = good && append(to, "\n{\"type\":\"Prepend\",\"prepend\":\"\xe2\x96\x81\"},");
+        good = good && append(to,
+                              "\n{\"type\":\"Replace\",\"pattern\":{\"String\":\" \"},\"content\":\"\xe2\x96\x81\"}]},\n"
+                              "\"pre_tokenizer\":null");
+    }
+    good = good && append(to, ",\n\"post_processor\":null,\n\"decoder\":");
+    if (collapses) good = good && append(to, metaspace);
+    else
+        good = good &&
+               append(to,
+                      "{\"type\":\"Sequence\",\"decoders\":[{\"type\":\"Replace\",\"pattern\":{\"String\":\"\xe2\x96\x81\"},\"content\":\" "
+                      "\"},{\"type\":\"ByteFallback\"},{\"type\":\"Fuse\"}") &&
+               (!tables.add_dummy_prefix || append(to, ",{\"type\":\"Strip\",\"content\":\" \",\"start\":1,\"stop\":0}")) &&
+               append(to, "]}");
+    good = good && append(to, ",\n\"model\":{\"type\":\"Unigram\",\"unk_id\":") && append_json(to, int64_t(tables.unknown)) &&
+           append(to, ",\"byte_fallback\":") && append(to, tables.byte_fallback ? "true" : "false") && append(to, ",\n\"vocab\":[");
+    Array<char> piece(*to.runtime);
+    for (size_t i = 0; i < tables.tokens.count && good; ++i) {
+        const Text bytes = tables.bytes(static_cast<int32_t>(i));
+        piece.count = 0;
+        if (tables.piece_kinds[i] == piece_byte) {
+            static const char digits[] = "0123456789ABCDEF";
+            const unsigned byte = static_cast<unsigned char>(bytes[0]);
+            const char symbol[] = {'<', '0', 'x', digits[byte / 16], digits[byte % 16], '>'};
+            good = piece.append(symbol, 6);
+        } else
+            for (const char c : bytes) good = good && (c == ' ' && !tables.tokens[i].special ? append(piece, blank_symbol) : piece.push(c));
+        good = good && append(to, i ? ",\n[" : "\n[") && append_json(to, view(piece)) && to.push(',') &&
+               append_number(to, tables.scores[i]) && to.push(']');
+    }
+    return good && append(to, "]}}\n");
+}
+
 template <class T>
 bool copy_array(Array<T>& to, const Array<T>& from) {
     return to.append(from.items, from.count);
@@ -5423,6 +5695,9 @@ Status Tokenizer::save(Text path) const {
     if (kind == TokenizerKind::sentencepiece && ends_with(path, ".model")) {
         json.runtime = runtime;
         if (!append(json, view(tables->proto))) return out_of_memory(tables->proto.count);
+    } else if (kind == TokenizerKind::sentencepiece && fits_unigram_json(*tables)) {
+        json.runtime = runtime;
+        if (!write_unigram_json(*tables, json)) return out_of_memory(json.count);
     } else BABYGPT_TRY(save_memory(json));
     return write_atomically(*runtime, path, [&](File& file) { return file.write(json.items, static_cast<int64_t>(json.count)); });
 }

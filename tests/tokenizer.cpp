@@ -800,9 +800,9 @@ static string small_model(bool unigram, const string& normalizer = "\x18\x01\x20
     for (const auto& piece : pieces) model += piece_of(piece.text, piece.score, piece.kind);
     return model + field_of(2, string("\x18") + (unigram ? '\x01' : '\x02')) + field_of(3, normalizer);
 }
-// The only file that there is.
+// The only file that there is; what is written takes its place.
 struct OneFile {
-    string text;
+    string text, written;
     explicit OneFile(Runtime& runtime) {
         runtime.files.user = this;
         runtime.files.open = [](void* self, const char*, FileMode) { return self; };
@@ -813,6 +813,17 @@ struct OneFile {
             return static_cast<int64_t>(from.copy(static_cast<char*>(to), static_cast<size_t>(bytes), static_cast<size_t>(at)));
         };
         runtime.files.close = [](void*, void*) { return 0; };
+        runtime.files.write = [](void*, void* file, const void* from, int64_t bytes) {
+            static_cast<OneFile*>(file)->written.append(static_cast<const char*>(from), static_cast<size_t>(bytes));
+            return bytes;
+        };
+        runtime.files.sync = [](void*, void*) { return 0; };
+        runtime.files.rename = [](void* self, const char*, const char*) {
+            static_cast<OneFile*>(self)->text.swap(static_cast<OneFile*>(self)->written);
+            return static_cast<OneFile*>(self)->written.clear(), 0;
+        };
+        runtime.files.remove = [](void*, const char*) { return 0; };
+        runtime.files.sync_folder = [](void*, const char*) { return 0; };
     }
 };
 
@@ -847,6 +858,77 @@ TEST(sentencepiece, "a SentencePiece model cuts, joins or keeps blanks in anothe
     CHECK(encode(tokenizer, "Ab") == (Ids{1, 2}));
     CHECK_OK(tokenizer.load(runtime, "vocab.txt:cased"));
     CHECK(encode(tokenizer, "Ab ab") == (Ids{0, 1, 2}));
+}
+
+// As T5's tokenizer.json has it, but for the charsmap.
+static const char unigram_json[] =
+    "{\"version\":\"1.0\",\"truncation\":null,\"padding\":null,\"added_tokens\":[{\"id\":0,\"content\":\"<pad>\",\"special\":true},"
+    "{\"id\":1,\"content\":\"</s>\",\"special\":true},{\"id\":9,\"content\":\"<mask>\",\"lstrip\":true,\"special\":true}],"
+    "\"normalizer\":{\"type\":\"Sequence\",\"normalizers\":[{\"type\":\"Strip\",\"strip_left\":false,\"strip_right\":true},"
+    "{\"type\":\"Replace\",\"pattern\":{\"Regex\":\" {2,}\"},\"content\":\"\\u2581\"}]},"
+    "\"pre_tokenizer\":{\"type\":\"Metaspace\",\"replacement\":\"\\u2581\",\"prepend_scheme\":\"always\",\"split\":true},"
+    "\"post_processor\":{\"type\":\"TemplateProcessing\"},"
+    "\"decoder\":{\"type\":\"Metaspace\",\"replacement\":\"\\u2581\",\"add_prefix_space\":true},"
+    "\"model\":{\"type\":\"Unigram\",\"unk_id\":2,\"byte_fallback\":false,\"vocab\":[[\"<pad>\",0.0],[\"</s>\",0],[\"<unk>\",0],"
+    "[\"\\u2581\",-2.5],[\"a\",-2],[\"\\u2581a\",-2.25e0],[\"b\",-3],[\"ab\",-3.5],[\"\\u0131\",-4]]}}";
+
+TEST(unigram_json_files, "a tokenizer.json of type Unigram cuts or joins in another way than it says, or is not written as it was read") {
+    Runtime runtime;
+    OneFile file(runtime);
+    Tokenizer tokenizer, again;
+    if (!CHECK_OK(tokenizer.load_memory(runtime, unigram_json))) return;
+    CHECK(tokenizer.kind == TokenizerKind::sentencepiece && tokenizer.vocab == 10 && tokenizer.unknown == 2 && tokenizer.end_of_text == 1);
+    CHECK(encode(tokenizer, "  ab  a\xc4\xb1zz b ") == (Ids{5, 6, 5, 8, 2, 3, 6}));
+    CHECK(encode(tokenizer, "a <mask> b</s>", true) == (Ids{5, 9, 3, 6, 1}) && encode(tokenizer, "</s>").size() > 1);
+    CHECK(decode(tokenizer, {5, 6, 5, 8, 1}) == "ab a\xc4\xb1");
+    // Files by us: with blanks kept and not, with and without bytes, with a charsmap.
+    const auto round = [&](Tokenizer& some) {
+        CHECK_OK(some.save("x.json"));
+        CHECK(file.text.find("\"type\":\"Unigram\"") != string::npos);
+        if (!CHECK_OK(again.load(runtime, "x.json"))) return;
+        const string text = string(prose) + " \xc4\xb1 \xe4\xb8\xad";
+        CHECK(again.vocab == some.vocab && encode(again, text) == encode(some, text) && encode(again, "  a ") == encode(some, "  a "));
+        CHECK(decode(again, encode(again, text)) == decode(some, encode(some, text)));
+    };
+    round(tokenizer);
+    for (const bool bytes : {false, true}) {
+        CHECK_OK(tokenizer.train(runtime, unigram(400, bytes), prose));
+        round(tokenizer);
+        CHECK(saved(again) == saved(tokenizer));  // what --resume --tokenizer x.json compares
+    }
+    string map("\x20\0\0\0", 4);
+    for (int i = 0; i < 8; ++i) map += string("\x61\x05\0\0", 4);
+    file.text = small_model(true, field_of(2, map + string("b\0", 2)) + string("\x18\x01\x20\x01\x28\x01"));
+    CHECK_OK(tokenizer.load(runtime, "small.model"));  // with a user-defined and an unused piece, which only a .model has
+    CHECK_OK(tokenizer.save("x.json"));
+    CHECK(file.text.find("babygpt") != string::npos && again.load(runtime, "x.json").ok());
+    const char* changes[][3] = {
+        {"\"Strip\"", "\"NFKC\"", "NFKC"},
+        {" {2,}", " {3,}", "Replace of ' {3,}'"},
+        {"{\"type\":\"Strip\",\"strip_left\":false,\"strip_right\":true},", "", "Strip"},
+        {"\"strip_left\":false", "\"strip_left\":true", "Strip"},
+        {"\"Metaspace\"", "\"Whitespace\"", "Whitespace"},
+        {"\"Metaspace\"", "\"WhitespaceSplit\"", "Metaspace"},
+        {"\"prepend_scheme\":\"always\"", "\"prepend_scheme\":\"first\"", "first"},
+        {"\"replacement\":\"\\u2581\"", "\"replacement\":\"_\"", "U+2581"},
+        {"\"split\"", "\"shiny\"", "shiny"},
+        {"\"decoder\":{\"type\":\"Metaspace\"", "\"decoder\":{\"type\":\"BPEDecoder\"", "BPEDecoder"},
+        {"\"unk_id\":2", "\"unk_id\":null", "unk_id"},
+        {"\"unk_id\":2", "\"unk_id\":9", "unk_id 9"},
+        {"\"byte_fallback\":false", "\"byte_fallback\":true", "byte 0"},
+        {"\"byte_fallback\"", "\"alpha\"", "alpha"},
+        {"-2.25e0", "-1e999", "not finite"},
+        {"[\"b\",-3]", "[\"b\"]", "a piece and its score"},
+        {"[\"b\",-3]", "[\"a\",-3]", "tokens 4 and 6"},
+        {"[\"b\",-3]", "[\"b c\",-3]", "piece 6 has a blank"},
+        {"\"id\":9", "\"id\":10", "10"},
+        {"\"id\":1,\"content\":\"</s>\"", "\"id\":1,\"content\":\"<s>\"", "</s>"},
+        {"\"<mask>\",\"lstrip\":true,\"special\":true", "\"<mask>\",\"lstrip\":true,\"special\":false", "<mask>"},
+    };
+    for (const auto& change : changes) {
+        const Status status = again.load_memory(runtime, replaced(unigram_json, change[0], change[1]));
+        if (!CHECK(!status.ok() && strstr(status.message, change[2]))) printf("    %s: %s\n", change[1], status.message);
+    }
 }
 
 TEST(unigram_is_the_best_way,
@@ -1013,11 +1095,8 @@ TEST(piece_damage, "a damaged .model, vocab.txt, tok.bin or WordPiece tokenizer.
     const struct {
         const char* name;
         string text;
-    } files[] = {{"x.model", small_model(true, field_of(2, map))},
-                 {"x.model", small_model(false)},
-                 {"x.bin", llama},
-                 {"x.txt:uncased", "[UNK]\n[CLS]\na\n##b\n.\n"},
-                 {"x.json", wordpiece_json}};
+    } files[] = {{"x.model", small_model(true, field_of(2, map))}, {"x.model", small_model(false)}, {"x.bin", llama},
+                 {"x.txt:uncased", "[UNK]\n[CLS]\na\n##b\n.\n"},   {"x.json", wordpiece_json},      {"x.json", unigram_json}};
     const string text = string(prose) + "\xc4\xb0user\xe4\xb8\xad\xff<s>[CLS]";
     const auto use = [&](const char* name) {
         Tokenizer tokenizer, copied;

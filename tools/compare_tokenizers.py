@@ -109,6 +109,7 @@ def main():
         against_bert_and_sentencepiece(options, data)
         train_wordpiece(options, data)
         train_unigram(options, data)
+        unigram_files(options, data)
     print(f"{passed} passed, {failed} failed, {skipped} skipped")
     return 1 if failed else 0
 
@@ -303,6 +304,78 @@ def train_unigram(options, data):
             texts = lines + random_strings(5000, random.Random(options.seed + 4)) + [read(path)]
             compare(f"unigram, {name}, our own file in sentencepiece", texts, encode(options.babygpt, ours, texts),
                     sentencepiece.SentencePieceProcessor(ours).encode(texts))
+
+
+def charsmap_of(model):
+    """The precompiled_charsmap of a SentencePiece model: field 2 of its field 3."""
+    def fields(data):
+        at = 0
+        def number():
+            nonlocal at
+            value = shift = 0
+            while True:
+                byte = data[at]
+                at += 1
+                value |= (byte & 127) << shift
+                shift += 7
+                if byte < 128:
+                    return value
+        while at < len(data):
+            key = number()
+            size = {0: 0, 1: 8, 5: 4}.get(key & 7)
+            if size == 0:
+                number()
+            size = number() if size is None else size
+            yield key >> 3, data[at:at + size]
+            at += size
+    with open(model, "rb") as file:
+        return b"".join(value for field, part in fields(file.read()) if field == 3 for number, value in fields(part) if number == 2)
+
+
+def compare_unigram(name, path, texts, got, wanted):
+    """tokenizers sums scores in double, word by word, we as sentencepiece does: two ways that are equally probable may be told apart otherwise."""
+    with open(path, encoding="utf-8") as file:
+        scores = [score for _, score in json.load(file)["model"]["vocab"]]
+    total = lambda ids: sum(scores[i] for i in ids)
+    differ = [i for i in range(len(texts)) if got[i] != wanted[i]]
+    ties = {i for i in differ if sorted(got[i]) == sorted(wanted[i]) or abs(total(got[i]) - total(wanted[i])) < 1e-4}
+    compare(name + (f" ({len(ties)} with equally probable ways left out)" if ties else ""), texts, got,
+            [got[i] if i in ties else wanted[i] for i in range(len(texts))])
+
+
+def unigram_files(options, data):
+    """tokenizer.json of type Unigram: of T5's kind, of the present converter's, and our own of Llama's kind."""
+    try:
+        import sentencepiece
+        from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    except ImportError:
+        return skip("Unigram in tokenizer.json", "tokenizers or sentencepiece is not installed")
+    botchan, turkish = (os.path.join(data, name) for name in TRAINING_TEXTS)
+    if not all(map(os.path.exists, (botchan, turkish))):
+        return skip("Unigram in tokenizer.json", "a text is absent")
+    texts = [line for path in (botchan, turkish) for line in read(path).split("\n")[:10000]] + ["", " ", "  two  blanks ", "a\tb\nc", "\u2581x"]
+    with tempfile.TemporaryDirectory() as folder:
+        path, model = os.path.join(folder, "tokenizer.json"), os.path.join(folder, "t5.model")
+        sentencepiece.SentencePieceTrainer.train(input=turkish, model_prefix=model[:-6], vocab_size=4000, minloglevel=2)
+        pieces = sentencepiece.SentencePieceProcessor(model)
+        metaspace = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")
+        precompiled = normalizers.Precompiled(charsmap_of(model))
+        strip = normalizers.Sequence([precompiled, normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "\u2581")])
+        for name, normalizer, cutting in (("T5", precompiled, pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace])),
+                                          ("converter", strip, metaspace)):
+            reference = Tokenizer(models.Unigram([(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(len(pieces))], pieces.unk_id(), False))
+            reference.add_special_tokens(["<unk>", "<s>", "</s>"])
+            reference.normalizer, reference.pre_tokenizer, reference.decoder = normalizer, cutting, decoders.Metaspace()
+            reference.save(path)
+            compare_unigram(f"tokenizer.json of type Unigram as {name}'s", path, texts, encode(options.babygpt, path, texts), [e.ids for e in reference.encode_batch(texts)])
+        for extra in ([], ["--byte-fallback"]):
+            subprocess.run([options.babygpt, "tokenizer", turkish, "--kind", "unigram", "--vocab", "2000", "--out", path] + extra, stdout=subprocess.DEVNULL, check=True)
+            reference = Tokenizer.from_file(path)
+            ids = encode(options.babygpt, path, texts)
+            compare_unigram(" ".join(["tokenizer.json of type Unigram, ours"] + extra), path, texts, ids, [e.ids for e in reference.encode_batch(texts)])
+            if extra:
+                wrong = sum(reference.decode(i) != t for i, t in zip(ids, texts) if "\u2581" not in t)
+                result("and tokenizers decodes them", wrong == 0, f"{wrong} of {len(texts)} differ")
 
 
 if __name__ == "__main__":
