@@ -1910,7 +1910,8 @@ inline double log_of(double x) {
 // =====================================================================================================================
 // From bytes to characters, from characters to words, from words to the ids that a model sees; and back.
 // In this order: UTF-8 (RFC 3629), JSON (RFC 8259), exact decimal numbers, the classes of Unicode characters, GPT-2's words,
-// byte-pair encoding, WordPiece, SentencePiece, learning merges from text, reading and writing tokenizer files, the public Tokenizer.
+// byte-pair encoding, WordPiece, SentencePiece, learning merges from text, reading and writing tokenizer files, learning WordPiece and unigram
+// models, the public Tokenizer.
 
 namespace babygpt {
 namespace {
@@ -3327,7 +3328,7 @@ struct PieceEncoder {
         size_t base = 0;  // the nodes begin there; they go on as far as a piece has reached
         bool after_unknown = false;
         nodes.count = 0;
-        if (!nodes.push(Node{0, 0, 0, 0})) return false;
+        if (!nodes.reserve(least(text.count, size_t(1024)) + longest + 1) || !nodes.push(Node{0, 0, 0, 0})) return false;
         for (size_t start = 0, length; start < text.count; start += length) {
             length = character(start);
             float here = nodes.items[start - base].score;
@@ -3984,7 +3985,7 @@ struct TokenizerReader {
 
     // ---- tokenizer.json ----
     // Hugging Face's file. What would change the ids and is not known here is refused by its name.
-    Status tokenizer_json(Text text) {
+    BABYGPT_RARE Status tokenizer_json(Text text) {
         file_size = text.size;
         Text added, model, normalizer, cutting, decoder, after;
         Json json(runtime, text);
@@ -4150,7 +4151,7 @@ struct TokenizerReader {
         explicit UnigramForm(Runtime& runtime) : charsmap(runtime) {}
     };
     // One step, or a sequence of them under `list`.
-    Status unigram_steps(Text text, Text part, Text part_name, Text list, UnigramForm& form) {
+    BABYGPT_RARE Status unigram_steps(Text text, Text part, Text part_name, Text list, UnigramForm& form) {
         if (part.size == 0 || equal(part, "null")) return Status();
         Text steps;
         bool sequence = false;
@@ -4170,7 +4171,7 @@ struct TokenizerReader {
         }
         return each.problem ? each.finish(name) : Status();
     }
-    Status unigram_step(Json json, Text part, UnigramForm& form) {
+    BABYGPT_RARE Status unigram_step(Json json, Text part, UnigramForm& form) {
         Array<char> type(runtime), pattern(runtime), content(runtime), scheme(runtime), map(runtime), odd(runtime);
         bool regex = false, left_side = false, right_side = false, prefix = true, ignored = false;
         for (json.enter_object(); json.next_key();) {
@@ -4225,7 +4226,7 @@ struct TokenizerReader {
         return odd.count ? unsupported(part, " has the unknown member '", Shown(view(odd)), "'") : Status();
     }
     // Whether the steps together do what a model with a blank before the text, or none, does with blanks.
-    Status unigram_blanks(UnigramForm& form) {
+    BABYGPT_RARE Status unigram_blanks(UnigramForm& form) {
         form.no_extra_blanks = form.splits || (form.collapses && form.strips_end);
         if (!form.metaspace) {
             if (form.splits || form.collapses || form.strips_end || !form.replaces)
@@ -4246,7 +4247,7 @@ struct TokenizerReader {
         float score;
         char kind;
     };
-    Status unigram_model(Text text, Text added, Text model, UnigramForm& form) {
+    BABYGPT_RARE Status unigram_model(Text text, Text added, Text model, UnigramForm& form) {
         BABYGPT_TRY(unigram_blanks(form));
         Array<Entry> entries(runtime);
         int64_t unknown_id = -1;
@@ -4310,7 +4311,7 @@ struct TokenizerReader {
         return json.string(scratch) ? Status() : json.finish(name);
     }
     // Special tokens are control pieces; those after the vocabulary come to it.
-    Status unigram_added(Json json, Array<Entry>& entries, const UnigramForm& form) {
+    BABYGPT_RARE Status unigram_added(Json json, Array<Entry>& entries, const UnigramForm& form) {
         for (json.enter_array(); json.next_item();) {
             int64_t id = -1;
             bool special = false, sided = false, whole = false;
@@ -5242,6 +5243,8 @@ struct UnigramTrainer {
     }
 };
 
+// ---- making a tokenizer -----------------------------------------------------------------------------------------------------
+
 // A tokenizer that `fill(tables)` fills, in the place of what `tokenizer` was; that stays as it was where something fails.
 template <class Fill>
 Status make_tokenizer(Tokenizer& tokenizer, Runtime& runtime, TokenizerKind kind, const Fill& fill) {
@@ -5270,9 +5273,17 @@ Status make_tokenizer(Tokenizer& tokenizer, Runtime& runtime, TokenizerKind kind
     return Status();
 }
 
-// read(user, callback) passes the text to a callback, in pieces.
-template <class Read>
-Status train_tokenizer(Tokenizer& tokenizer, Runtime& runtime, const TokenizerConfig& config, const Read& read) {
+// What is learnt from: a corpus's training part, which comes in pieces, or a text.
+struct TrainingText {
+    Corpus* corpus;
+    Text text;
+    Status operator()(void* user, bool (*piece)(void*, Text, bool)) const {
+        if (corpus) return corpus->read(Part::training, piece, user);
+        return piece(user, text, true), Status();
+    }
+};
+BABYGPT_RARE inline Status train_tokenizer(Tokenizer& tokenizer, Runtime& runtime, const TokenizerConfig& config,
+                                           const TrainingText& read) {
     if (config.kind == TokenizerKind::bytes) return tokenizer.create_bytes(runtime);
     if (config.kind == TokenizerKind::characters)
         return make_tokenizer(tokenizer, runtime, config.kind, [&](Tables& tables) {
@@ -5331,7 +5342,7 @@ Status train_tokenizer(Tokenizer& tokenizer, Runtime& runtime, const TokenizerCo
 }
 
 // {"babygpt":{"kind":"bytes"}} or {"babygpt":{"kind":"characters","characters":"..."}}, the characters in ascending order.
-inline Status read_simple_tokenizer(Tokenizer& tokenizer, Runtime& runtime, Json& json, Text name) {
+BABYGPT_RARE inline Status read_simple_tokenizer(Tokenizer& tokenizer, Runtime& runtime, Json& json, Text name) {
     Array<char> kind(runtime), characters(runtime), model(runtime);
     for (json.enter_object(); json.next_key();) {
         if (json.key_is("kind")) json.string(kind);
@@ -5363,7 +5374,7 @@ inline Status read_simple_tokenizer(Tokenizer& tokenizer, Runtime& runtime, Json
     });
 }
 
-inline Status read_tokenizer_json(Tokenizer& tokenizer, Runtime& runtime, Text text, Text name) {
+BABYGPT_RARE inline Status read_tokenizer_json(Tokenizer& tokenizer, Runtime& runtime, Text text, Text name) {
     Tokenizer read;
     Json json(runtime, text);
     const bool simple = json.enter_object() && json.next_key() && json.key_is("babygpt");
@@ -5380,7 +5391,7 @@ inline Status read_tokenizer_json(Tokenizer& tokenizer, Runtime& runtime, Text t
     return Status();
 }
 
-inline Status read_vocab_and_merges(Tokenizer& tokenizer, Runtime& runtime, Text vocab_path, Text merges_path) {
+BABYGPT_RARE inline Status read_vocab_and_merges(Tokenizer& tokenizer, Runtime& runtime, Text vocab_path, Text merges_path) {
     Array<char> vocab, merges;
     BABYGPT_TRY(read_file(runtime, vocab_path, vocab));
     BABYGPT_TRY(read_file(runtime, merges_path, merges));
@@ -5402,7 +5413,7 @@ inline Status read_gguf_tokenizer(Tokenizer& tokenizer, Runtime& runtime, const 
 }
 
 // One file of a tokenizer: what it is shows in its name.
-inline Status read_tokenizer_file(Tokenizer& tokenizer, Runtime& runtime, Text path) {
+BABYGPT_RARE inline Status read_tokenizer_file(Tokenizer& tokenizer, Runtime& runtime, Text path) {
     static const char* const beside[][2] = {{"encoder.json", "vocab.bpe"}, {"vocab.json", "merges.txt"}};
     for (const auto& names : beside)
         for (const char* name : names) {
@@ -5454,7 +5465,7 @@ inline bool write_specials(const Tables& tables, Array<char>& to) {
     }
     return good;
 }
-inline bool write_bpe_json(const Tables& tables, Array<char>& to) {
+BABYGPT_RARE inline bool write_bpe_json(const Tables& tables, Array<char>& to) {
     Array<char> symbols(*to.runtime);
     const auto write_token = [&](int32_t id) {
         symbols.count = 0;
@@ -5491,7 +5502,7 @@ inline bool write_bpe_json(const Tables& tables, Array<char>& to) {
     return good && append(to, "]}}\n");
 }
 
-inline bool write_wordpiece_json(const Tables& tables, Array<char>& to) {
+BABYGPT_RARE inline bool write_wordpiece_json(const Tables& tables, Array<char>& to) {
     bool good =
         append(to, "{\"version\":\"1.0\",\"truncation\":null,\"padding\":null,\"added_tokens\":[") && write_specials(tables, to) &&
         append(to,
@@ -5519,7 +5530,7 @@ inline bool write_wordpiece_json(const Tables& tables, Array<char>& to) {
 }
 
 // Whether a tokenizer.json of Hugging Face's can say what a SentencePiece model says.
-inline bool fits_unigram_json(const Tables& tables) {
+BABYGPT_RARE inline bool fits_unigram_json(const Tables& tables) {
     bool fits = tables.unigram && tables.escape_whitespaces && !tables.treat_whitespace_as_suffix && tables.user_pieces.count == 0 &&
                 (tables.add_dummy_prefix || !tables.remove_extra_whitespaces);
     for (size_t i = 0; i < tables.tokens.count && fits; ++i)
@@ -5527,7 +5538,7 @@ inline bool fits_unigram_json(const Tables& tables) {
                (tables.piece_kinds[i] != piece_unused && is_utf8(tables.bytes(static_cast<int32_t>(i))));
     return fits;
 }
-inline bool write_unigram_json(const Tables& tables, Array<char>& to) {
+BABYGPT_RARE inline bool write_unigram_json(const Tables& tables, Array<char>& to) {
     static const char metaspace[] =
         "{\"type\":\"Metaspace\",\"replacement\":\"\xe2\x96\x81\",\"prepend_scheme\":\"always\",\"split\":true}";
     const bool collapses = tables.remove_extra_whitespaces;
@@ -5641,12 +5652,10 @@ Status Tokenizer::create_bytes(Runtime& from) {
 }
 
 Status Tokenizer::train(Runtime& from, const TokenizerConfig& config, Corpus& corpus) {
-    return train_tokenizer(*this, from, config,
-                           [&](void* user, bool (*piece)(void*, Text, bool)) { return corpus.read(Part::training, piece, user); });
+    return train_tokenizer(*this, from, config, TrainingText{&corpus, Text()});
 }
 Status Tokenizer::train(Runtime& from, const TokenizerConfig& config, Text text) {
-    return train_tokenizer(*this, from, config,
-                           [&](void* user, bool (*piece)(void*, Text, bool)) { return piece(user, text, true), Status(); });
+    return train_tokenizer(*this, from, config, TrainingText{nullptr, text});
 }
 
 Status Tokenizer::load(Runtime& from, Text path) {
