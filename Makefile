@@ -54,6 +54,9 @@ $(build)/tests/measures: tools/measures.h
 $(build)/ceilings: tools/bench/ceilings.cpp
 	@mkdir -p $(@D)
 	$(compile) $< $(LDFLAGS) -o $@
+ifneq ($(filter test-all,$(MAKECMDGOALS)),)
+$(examples): flags.release := -O1  # there they need no speed, and compile sooner
+endif
 $(examples): $(build)/examples/%: examples/%.cpp babygpt.h
 	@mkdir -p $(@D)
 	$(compile) $< $(LDFLAGS) -o $@
