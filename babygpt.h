@@ -3,9 +3,9 @@
 // [CHAPTER 0] Read me
 //
 // What it is.  A whole language model in one file: byte-level BPE, BERT's WordPiece, SentencePiece's unigram model, byte and character
-// tokenizers; Transformers of GPT-2's and Llama's type; training with AdamW or Muon; generation with a KV cache, from f32, bf16 or int8;
-// checkpoints that Python reads (safetensors). It is made for models of up to some ten million parameters on the cores of an ordinary
-// computer, for programs that include it, and for people who want to read how it works.
+// tokenizers; decoders of GPT-2's and Llama's type, encoder-decoders and encoders; training with AdamW or Muon, LoRA adapters; generation
+// with a KV cache, from f32, bf16 or int8; checkpoints that Python reads (safetensors), llama.cpp's GGUF. It is made for models of up to some
+// ten million parameters on the cores of an ordinary computer, for programs that include it, and for people who want to read how it works.
 // What it is not.  A runner for large models, or a wrapper around anything: it depends on the C library and the system's threads.
 //
 // Do this.  In exactly one source file:
@@ -459,7 +459,7 @@ enum class Positions : int32_t { learned, rotary, sinusoidal, none };
 //   classes > 0:        what the last layer says is pooled, a vector for each sequence, and the head says to which class it belongs.
 //   features > 0:       a row comes with so many numbers, e.g. a patch of a picture (Dosovitskiy et al. 2021), of which a linear layer makes
 //                       what is added to its id's vector.
-// Those learn from examples (below), the decoder and the encoder alone also from running text.
+// Those learn from examples (struct Example), the decoder and the encoder alone also from running text.
 struct Config {
     Architecture architecture = Architecture::gpt2;
     int layers = 4;
@@ -10320,7 +10320,7 @@ Status pack_weights(Runtime& runtime, const Model& model, Tape& tape, const Back
 Status fill(Session& session, Runtime& from, const Model& of) {
     if (!of.weights) return fail(Error::invalid_argument, "the model is empty: create or load it first");
     if (!of.config.causal || of.config.classes > 0 || of.config.features > 0)
-        return fail(Error::unsupported, "only a decoder can talk, and this model is none");
+        return fail(Error::unsupported, "only a decoder can talk, and this model is none: see Encoder");
     const BackendFunctions* backend;
     BABYGPT_TRY(backend_for(from, backend));
     session.runtime = &from;
