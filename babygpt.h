@@ -416,7 +416,8 @@ struct Data {
 };
 
 // What counting achieves: an interpolated Witten-Bell n-gram model over the same ids, the best order up to max_order, nats per token on
-// `validation`. Training is capped at its first `cap` tokens. (Witten & Bell 1991; Chen & Goodman 1998, section 2.5.)
+// `validation`. Training is capped at its first `cap` tokens. Memory: as Ngram's, and 13 to 16 bytes more a validation token. (Witten & Bell
+// 1991; Chen & Goodman 1998, section 2.5.)
 struct NgramResult {
     int order = 0;                 // the best; 1 is the unigram model
     double loss = 0;               // nats per token of the best order
@@ -426,8 +427,8 @@ struct NgramResult {
 Status ngram_baseline(Runtime& runtime, Data& training, Data& validation, int vocab, NgramResult& result, int max_order = 8,
                       uint64_t cap = uint64_t(64) << 20);
 
-// The same model of one order (2: bigrams), with its counts kept: a baseline that predicts, and is evaluated as a Model is. Read-only once
-// made: any number of threads may use it. Memory: 8 bytes a training token, of which the first `cap` count; while it is made, 12.
+// The same model of one order (2: bigrams), kept: a baseline that predicts, and is evaluated as a Model is. Read-only once made: any number of
+// threads may use it. Memory: 5 to 8 bytes a training token, of which the first `cap` count; a little more while it is made.
 struct Ngram {
     int order = 0, vocab = 0;
     Runtime* runtime = nullptr;
@@ -9243,174 +9244,26 @@ namespace {
 
 // P(w | h) = (c(h, w) + T(h) P(w | h')) / (c(h) + T(h)), where h' is h without its oldest token, T(h) counts the different tokens that
 // followed h in training, and P of order 0 is uniform. A history that training never saw leaves the decision to the shorter one.
-// Only histories that occur in the validation text are counted. They are divided into parts by their hash, so that the table of one part
-// is small; a table that becomes too full makes the parts smaller. Memory: 2 bytes a token (4 where the vocabulary is above 65,536), 17 a
-// validation token, and a table of 4 MiB (more for such a vocabulary) for each thread. Two histories whose 64-bit hashes are equal would be
-// taken for one; with 10^7 histories that happens about once in 10^5 texts.
-
-constexpr size_t ngram_slots = size_t(1) << 18;
-
-struct NgramSlot {
-    uint64_t key;    // the hash of h, or of h and w; 0: empty
-    uint32_t count;  // c(h), c(h, w)
-    uint32_t kinds;  // T(h)
-};
-struct NgramTable {
-    NgramSlot* slots;
-    size_t size;  // a power of two
-    size_t used = 0;
-    bool is_full() const { return used > size / 4 * 3; }
-    // The key's slot, or the empty one where it belongs.
-    NgramSlot& find(uint64_t key) const {
-        size_t i = static_cast<size_t>(key) & (size - 1);
-        while (slots[i].key != key && slots[i].key != 0) i = (i + 1) & (size - 1);
-        return slots[i];
-    }
-    NgramSlot& add(uint64_t key) {
-        NgramSlot& slot = find(key);
-        used += slot.key == 0;
-        slot.key = key;
-        return slot;
-    }
-};
-inline uint64_t ngram_key(uint64_t hash) { return most(hash, uint64_t(1)); }
-
-// Calls f(i, hash) for each position with at least `length` ids before it: the hash of these.
-template <class Id, class F>
-void for_each_history(const Array<Id>& ids, size_t length, size_t first, const F& f) {
-    constexpr uint64_t base = 0x9e3779b97f4a7c15u;  // the histories are numbers in this base, modulo 2^64
-    uint64_t oldest = 1, number = 0;
-    for (size_t i = 0; i < length; ++i) oldest *= base;
-    for (size_t i = 0; i < ids.count; ++i) {
-        if (i >= most(length, first)) f(i, ngram_key(mix(number)));
-        number = number * base + ids[i] + 1;
-        if (i >= length) number -= (static_cast<uint64_t>(ids[i - length]) + 1) * oldest;
-    }
-}
-inline uint64_t continued(uint64_t history, uint64_t id) { return ngram_key(mix(mix(history) + id)); }
-
-// The probabilities of one order, from those of the order before, where the history falls into this part. False: the table is full.
-template <class Id>
-bool count_ngrams(const Array<Id>& training, const Array<Id>& validation, size_t length, uint64_t part, uint64_t parts, NgramTable table,
-                  const double* shorter, double* longer) {
-    const auto is_here = [=](uint64_t history) { return (history >> 40 & (parts - 1)) == part; };
-    memset(static_cast<void*>(table.slots), 0, table.size * sizeof(NgramSlot));
-    for_each_history(validation, length, 1, [&](size_t, uint64_t history) {
-        if (is_here(history) && !table.is_full()) table.add(history);
-    });
-    for_each_history(training, length, 0, [&](size_t i, uint64_t history) {
-        if (!is_here(history) || table.is_full()) return;
-        NgramSlot& seen = table.find(history);
-        if (seen.key == 0) return;
-        NgramSlot& pair = table.add(continued(history, training[i]));
-        ++seen.count;
-        seen.kinds += pair.count++ == 0;
-    });
-    if (table.is_full()) return false;
-    for_each_history(validation, length, 1, [&](size_t i, uint64_t history) {
-        if (!is_here(history)) return;
-        const NgramSlot seen = table.find(history);
-        const double pair = table.find(continued(history, validation[i])).count;
-        if (seen.count > 0) longer[i] = (pair + seen.kinds * shorter[i]) / (static_cast<double>(seen.count) + seen.kinds);
-    });
-    return true;
-}
-
-// learnt, where not null: whether each counts.
-template <class Id>
-Status copy_ids(Data& data, int vocab, uint64_t cap, Array<Id>& ids, Array<char>* learnt = nullptr) {
-    if (!data.state || data.state->examples.size > 0) return fail(Error::invalid_argument, "n-grams need text, not examples");
-    const uint64_t count = least(data.tokens, cap);
-    size_t bytes;
-    if (!product(count, sizeof(Id), bytes) || !ids.resize(static_cast<size_t>(count))) return out_of_memory(count * sizeof(Id));
-    if (learnt && !learnt->resize(ids.count)) return out_of_memory(count);
-    int32_t buffer[1024];
-    for (size_t i = 0; i < ids.count; i += 1024) {
-        const size_t n = least(ids.count - i, size_t(1024));
-        BABYGPT_TRY(fetch_ids(*data.state, i, n, buffer));
-        for (size_t j = 0; j < n; ++j) {
-            const int32_t id = id_of(buffer[j]);
-            if (id >= vocab) return fail(Error::mismatch, "id ", id, " in the text, but the vocabulary is ", vocab);
-            ids[i + j] = static_cast<Id>(id);
-            if (learnt) (*learnt)[i + j] = buffer[j] >= 0;
-        }
-    }
-    return Status();
-}
-
-template <class Id>
-Status ngram_losses(Runtime& runtime, Data& training, Data& validation, int vocab, NgramResult& result, int max_order, uint64_t cap) {
-    Array<Id> from(runtime), on(runtime);
-    BABYGPT_TRY(copy_ids(training, vocab, cap, from));
-    Array<char> learnt(runtime);
-    BABYGPT_TRY(copy_ids(validation, vocab, cap, on, &learnt));
-    Array<double> shorter(runtime), longer(runtime);
-    if (!shorter.resize(on.count) || !longer.resize(on.count)) return out_of_memory(2 * on.count * sizeof(double));
-    for (double& p : shorter) p = 1.0 / vocab;
-
-    constexpr int most_threads = 16;
-    start_pool(runtime);
-    const int threads = least(runtime.thread_count(), most_threads);
-    // A table has room for everything that can follow one history.
-    size_t size = 256;
-    while (size < ngram_slots && size / 4 < from.count + on.count) size *= 2;
-    while (size / 4 < least(static_cast<size_t>(vocab), from.count)) size *= 2;
-    Array<NgramSlot> slots(runtime);
-    if (!slots.resize(static_cast<size_t>(threads) * size)) return out_of_memory(static_cast<uint64_t>(threads) * size * sizeof(NgramSlot));
-
-    int parts = 1;
-    while (parts < threads) parts *= 2;
-    result = NgramResult();
-    result.training_tokens = from.count;
-    for (int order = 1; order <= max_order; ++order) {
-        memcpy(longer.items, shorter.items, on.count * sizeof(double));
-        for (bool done = false; !done;) {
-            bool full[most_threads] = {};
-            parallel(runtime, threads, [&](int thread) {
-                const NgramTable table = {slots.items + static_cast<size_t>(thread) * size, size};
-                for (int part = thread; part < parts && !full[thread]; part += threads)
-                    full[thread] = !count_ngrams(from, on, static_cast<size_t>(order - 1), static_cast<uint64_t>(part),
-                                                 static_cast<uint64_t>(parts), table, shorter.items, longer.items);
-            });
-            done = true;
-            for (int i = 0; i < threads; ++i) done &= !full[i];
-            if (!done && (parts *= 2) > 1 << 22) return fail(Error::unsupported, "the text is too large to count its n-grams");
-        }
-        double sum = 0, count = 0;
-        for (size_t i = 1; i < on.count; ++i)
-            if (learnt[i]) sum -= log_of(longer[i]), ++count;
-        const double loss = sum / most(count, 1.0);
-        result.loss_by_order[order] = loss;
-        if (order == 1 || loss < result.loss) result.order = order, result.loss = loss;
-        double* const items = shorter.items;
-        shorter.items = longer.items, longer.items = items;
-    }
-    return Status();
-}
+// No table of n-grams is needed: where all places of a text are sorted by the ids that begin there, those that begin with h stand side by
+// side, and among them those that go on with w.
 
 }  // namespace
 
-Status ngram_baseline(Runtime& runtime, Data& training, Data& validation, int vocab, NgramResult& result, int max_order, uint64_t cap) {
-    if (vocab < 1 || max_order < 1 || max_order > 8)
-        return fail(Error::invalid_argument, "the vocabulary is ", vocab, " and max_order ", max_order, " (1 to 8)");
-    BABYGPT_TRY(need_running_text(training));
-    BABYGPT_TRY(need_running_text(validation));
-    if (training.tokens < 1 || validation.tokens < 2) return fail(Error::invalid_argument, "too little text to count n-grams in");
-    cap = least(most(cap, uint64_t(2)), uint64_t(UINT32_MAX));
-    const FloatMode mode;
-    return vocab <= 65536 ? ngram_losses<uint16_t>(runtime, training, validation, vocab, result, max_order, cap)
-                          : ngram_losses<uint32_t>(runtime, training, validation, vocab, result, max_order, cap);
-}
-
-// Ngram keeps the training ids, and all places in them, sorted by the `order` ids that begin there. What begins with a history stands side by
-// side then: how many there are and what follows is found by halving, and no table of n-grams is needed.
 struct NgramState {
-    Array<int32_t> ids;
-    Array<uint32_t> sorted;
-    Array<uint32_t> starts;  // [vocab + 2] in `sorted`: those that begin with letter i
-    explicit NgramState(Runtime& runtime) : ids(runtime), sorted(runtime), starts(runtime) {}
+    Array<unsigned char> ids;  // each in as few bytes as the vocabulary allows
+    size_t count = 0, vocab, bytes = 1;
+    Array<uint32_t> sorted;  // places
+    Array<uint32_t> ends;    // [vocab] in `sorted`: of those that begin with an id
+    NgramState(Runtime& runtime, int of_vocab) : ids(runtime), vocab(static_cast<size_t>(of_vocab)), sorted(runtime), ends(runtime) {
+        while (bytes < 4 && (vocab - 1) >> (8 * bytes) > 0) ++bytes;
+    }
+    int32_t id(size_t at) const {
+        uint32_t id = ids[at * bytes];
+        for (size_t k = 1; k < bytes; ++k) id |= static_cast<uint32_t>(ids[at * bytes + k]) << (8 * k);
+        return static_cast<int32_t>(id);
+    }
     // The id at a place and 1; 0 behind the text's end.
-    uint32_t letter(size_t at) const { return at < ids.count ? static_cast<uint32_t>(ids[at]) + 1 : 0; }
+    uint32_t letter(size_t at) const { return at < count ? static_cast<uint32_t>(id(at)) + 1 : 0; }
     // Of sorted[low, high), whose first `depth` letters agree: where those with this letter, or a greater one, at `depth` begin.
     size_t find(size_t low, size_t high, size_t depth, uint32_t wanted) const {
         while (low < high) {
@@ -9419,6 +9272,11 @@ struct NgramState {
             else high = middle;
         }
         return low;
+    }
+    // Leaves those with this letter.
+    void narrow(size_t& low, size_t& high, size_t depth, uint32_t wanted) const {
+        low = find(low, high, depth, wanted);
+        high = find(low, high, depth, wanted + 1);
     }
     // Calls f(id, count) for each id that follows a history of `depth` ids, which stands at sorted[low, high).
     template <class F>
@@ -9436,46 +9294,150 @@ struct NgramState {
 
 namespace {
 
-// Sorts by the last letter first (LSD): each pass counts how often a letter is there, and keeps the order of equal ones.
-Status sort_places(NgramState& s, int vocab, int order) {
-    Array<uint32_t> other(*s.ids.runtime);
-    const size_t n = s.ids.count, letters = static_cast<size_t>(vocab) + 2;
-    if (!s.sorted.resize(n) || !other.resize(n) || !s.starts.resize(letters)) return out_of_memory((2 * n + letters) * sizeof(uint32_t));
-    for (size_t i = 0; i < n; ++i) s.sorted[i] = static_cast<uint32_t>(i);
-    for (size_t depth = static_cast<size_t>(order); depth-- > 0;) {
-        memset(s.starts.items, 0, letters * sizeof(uint32_t));
-        for (size_t i = 0; i < n; ++i) ++s.starts[s.letter(i + depth)];
-        uint32_t before = 0;
-        for (uint32_t& start : s.starts) {
-            const uint32_t count = start;
-            start = before, before += count;
+// learnt, where not null: whether each counts.
+Status copy_ids(Data& data, uint64_t cap, NgramState& s, Array<char>* learnt = nullptr) {
+    if (!data.state || data.state->examples.size > 0) return fail(Error::invalid_argument, "n-grams need text, not examples");
+    const uint64_t count = least(data.tokens, least(cap, uint64_t(UINT32_MAX) - 8));
+    size_t bytes;
+    if (!product(count, s.bytes, bytes) || !s.ids.resize(bytes)) return out_of_memory(count * s.bytes);
+    s.count = static_cast<size_t>(count);
+    if (learnt && !learnt->resize(s.count)) return out_of_memory(count);
+    unsigned char* to = s.ids.items;
+    int32_t buffer[1024];
+    for (size_t i = 0; i < s.count; i += 1024) {
+        const size_t n = least(s.count - i, size_t(1024));
+        BABYGPT_TRY(fetch_ids(*data.state, i, n, buffer));
+        for (size_t j = 0; j < n; ++j) {
+            const uint32_t id = static_cast<uint32_t>(id_of(buffer[j]));
+            if (id >= s.vocab)
+                return fail(Error::mismatch, "id ", id, " in the text, but the vocabulary is ", static_cast<uint64_t>(s.vocab));
+            for (size_t k = 0; k < s.bytes; ++k) *to++ = static_cast<unsigned char>(id >> (8 * k));
+            if (learnt) (*learnt)[i + j] = buffer[j] >= 0;
         }
-        for (const uint32_t place : s.sorted) other[s.starts[s.letter(place + depth)]++] = place;
-        uint32_t* const items = s.sorted.items;
-        s.sorted.items = other.items, other.items = items;
     }
-    memmove(s.starts.items + 1, s.starts.items, (letters - 1) * sizeof(uint32_t));  // the last pass moved each to the next one's
-    s.starts[0] = 0;
     return Status();
 }
 
+// Sorts by the first letter; then some neighbours at a time, so that little room is needed, by the last letter first (LSD): each pass counts
+// how often a letter is there, and keeps the order of equal ones.
+Status sort_places(NgramState& s, int order) {
+    Array<uint32_t> other(*s.ids.runtime), starts(*s.ids.runtime);
+    const size_t n = s.count, letters = s.vocab + 1;
+    if (!s.sorted.resize(n) || !s.ends.resize(s.vocab) || !starts.resize(letters))
+        return out_of_memory((n + s.vocab + letters) * sizeof(uint32_t));
+    const auto sum_up = [](uint32_t* counts, size_t size) {
+        uint32_t before = 0;
+        for (size_t i = 0; i < size; ++i) {
+            const uint32_t count = counts[i];
+            counts[i] = before, before += count;
+        }
+    };
+    memset(s.ends.items, 0, s.vocab * sizeof(uint32_t));
+    for (size_t i = 0; i < n; ++i) ++s.ends[static_cast<size_t>(s.id(i))];
+    sum_up(s.ends.items, s.vocab);
+    for (size_t i = 0; i < n; ++i) s.sorted[s.ends[static_cast<size_t>(s.id(i))]++] = static_cast<uint32_t>(i);
+    for (size_t first = 0, begin = 0; first < s.vocab;) {
+        size_t last = first;
+        while (last + 1 < s.vocab && s.ends[last + 1] - begin <= n / 16) ++last;
+        const size_t count = s.ends[last] - begin;
+        if (!other.resize(most(other.count, count))) return out_of_memory(count * sizeof(uint32_t));
+        uint32_t *from = s.sorted.items + begin, *to = other.items;
+        for (size_t depth = static_cast<size_t>(order); depth-- > (first == last ? 1 : 0);) {
+            memset(starts.items, 0, letters * sizeof(uint32_t));
+            for (size_t i = 0; i < count; ++i) ++starts[s.letter(from[i] + depth)];
+            sum_up(starts.items, letters);
+            for (size_t i = 0; i < count; ++i) to[starts[s.letter(from[i] + depth)]++] = from[i];
+            uint32_t* const sorted = to;
+            to = from, from = sorted;
+        }
+        if (from == other.items) memcpy(to, from, count * sizeof(uint32_t));
+        begin = s.ends[last], first = last + 1;
+    }
+    return Status();
+}
+
+// One order more: p[i], from histories of length - 1 ids, becomes the probability of id i of a text. Equal histories are looked up once. They
+// are the work of the thread in whose share, sorted[begin, end), they begin.
+void predict_text(const NgramState& training, const NgramState& text, size_t length, size_t begin, size_t end, double* p) {
+    const auto agree = [&](size_t a, size_t b) {
+        size_t depth = 0;
+        while (depth < length && text.letter(text.sorted[a] + depth) == text.letter(text.sorted[b] + depth)) ++depth;
+        return depth == length;
+    };
+    while (begin > 0 && begin < end && agree(begin - 1, begin)) ++begin;
+    for (size_t at = begin, next; at < end; at = next) {
+        size_t low = 0, high = training.count;
+        for (size_t depth = 0; depth < length; ++depth) training.narrow(low, high, depth, text.letter(text.sorted[at] + depth));
+        low = training.find(low, high, length, 1);  // where the text ends, nothing follows
+        double kinds = 0;
+        training.followers(low, high, length, [&](uint32_t, size_t) { ++kinds; });
+        const double sum = static_cast<double>(high - low) + kinds;
+        size_t first = low, last = low;
+        uint32_t letter = 0;
+        for (next = at; next < text.count && agree(at, next); ++next) {
+            const size_t i = text.sorted[next] + length;
+            if (text.letter(i) == 0 || low == high) continue;
+            if (text.letter(i) != letter) {
+                letter = text.letter(i);
+                first = last, last = high;
+                training.narrow(first, last, length, letter);
+            }
+            p[i] = (static_cast<double>(last - first) + kinds * p[i]) / sum;
+        }
+    }
+}
+
+}  // namespace
+
+Status ngram_baseline(Runtime& runtime, Data& training, Data& validation, int vocab, NgramResult& result, int max_order, uint64_t cap) {
+    if (vocab < 1 || max_order < 1 || max_order > 8)
+        return fail(Error::invalid_argument, "the vocabulary is ", vocab, " and max_order ", max_order, " (1 to 8)");
+    BABYGPT_TRY(need_running_text(training));
+    BABYGPT_TRY(need_running_text(validation));
+    if (training.tokens < 1 || validation.tokens < 2) return fail(Error::invalid_argument, "too little text to count n-grams in");
+    const FloatMode mode;
+    NgramState from(runtime, vocab), on(runtime, vocab);
+    Array<char> learnt(runtime);
+    BABYGPT_TRY(copy_ids(training, most(cap, uint64_t(2)), from));
+    BABYGPT_TRY(copy_ids(validation, validation.tokens, on, &learnt));
+    BABYGPT_TRY(sort_places(from, max_order));
+    BABYGPT_TRY(sort_places(on, max_order));
+    Array<double> p(runtime);
+    if (!p.resize(on.count)) return out_of_memory(on.count * sizeof(double));
+    for (double& one : p) one = 1.0 / vocab;
+    start_pool(runtime);
+    const size_t threads = static_cast<size_t>(runtime.thread_count()), n = on.count;
+    result = NgramResult();
+    result.training_tokens = from.count;
+    for (int order = 1; order <= max_order; ++order) {
+        parallel(runtime, static_cast<int>(threads), [&](int thread) {
+            const size_t t = static_cast<size_t>(thread);
+            predict_text(from, on, static_cast<size_t>(order) - 1, n * t / threads, n * (t + 1) / threads, p.items);
+        });
+        double sum = 0, count = 0;
+        for (size_t i = 1; i < n; ++i)
+            if (learnt[i]) sum -= log_of(p[i]), ++count;
+        const double loss = sum / most(count, 1.0);
+        result.loss_by_order[order] = loss;
+        if (order == 1 || loss < result.loss) result.order = order, result.loss = loss;
+    }
+    return Status();
+}
+
+namespace {
+
 void predict_next(const Ngram& model, const int32_t* history, size_t length, double* p) {
     const NgramState& s = *model.state;
-    const double vocab = model.vocab, n = static_cast<double>(s.ids.count);
+    const double vocab = model.vocab, n = static_cast<double>(s.count);
     double kinds = 0;
-    const auto count = [&](int id) {
-        return static_cast<double>(s.starts[static_cast<size_t>(id) + 2] - s.starts[static_cast<size_t>(id) + 1]);
-    };
+    const auto begin = [&](int id) { return id > 0 ? s.ends[static_cast<size_t>(id) - 1] : 0; };
+    const auto count = [&](int id) { return static_cast<double>(s.ends[static_cast<size_t>(id)] - begin(id)); };
     for (int id = 0; id < model.vocab; ++id) kinds += count(id) > 0;
     for (int id = 0; id < model.vocab; ++id) p[id] = (count(id) + kinds / vocab) / (n + kinds);
     for (size_t depth = 1; depth <= least(length, static_cast<size_t>(model.order) - 1); ++depth) {
         const int32_t* h = history + (length - depth);
-        size_t low = s.starts[static_cast<size_t>(h[0]) + 1], high = s.starts[static_cast<size_t>(h[0]) + 2];
-        for (size_t i = 1; i < depth; ++i) {
-            const uint32_t letter = static_cast<uint32_t>(h[i]) + 1;
-            low = s.find(low, high, i, letter);
-            high = s.find(low, high, i, letter + 1);
-        }
+        size_t low = begin(h[0]), high = s.ends[static_cast<size_t>(h[0])];
+        for (size_t i = 1; i < depth; ++i) s.narrow(low, high, i, static_cast<uint32_t>(h[i]) + 1);
         low = s.find(low, high, depth, 1);  // where the text ends, nothing follows
         if (low == high) return;            // never seen: longer ones neither
         kinds = 0;
@@ -9509,10 +9471,10 @@ BABYGPT_RARE Status Ngram::create(Runtime& from, Data& training, int with_vocab,
     if (training.tokens < 1) return fail(Error::invalid_argument, "there is no text to count n-grams in");
     Ngram made;
     made.order = of_order, made.vocab = with_vocab, made.runtime = &from;
-    made.state = babygpt::create<NgramState>(from, from);
+    made.state = babygpt::create<NgramState>(from, from, with_vocab);
     if (!made.state) return out_of_memory(sizeof(NgramState));
-    BABYGPT_TRY(copy_ids(training, with_vocab, least(most(cap, uint64_t(1)), uint64_t(UINT32_MAX) - 8), made.state->ids));
-    BABYGPT_TRY(sort_places(*made.state, with_vocab, of_order));
+    BABYGPT_TRY(copy_ids(training, most(cap, uint64_t(1)), *made.state));
+    BABYGPT_TRY(sort_places(*made.state, of_order));
     *this = static_cast<Ngram&&>(made);
     return Status();
 }
@@ -10075,11 +10037,11 @@ Status evaluate(Runtime& runtime, const Model& model, Data& data, Evaluation& re
 BABYGPT_RARE Status evaluate(Runtime& runtime, const Ngram& model, Data& data, Evaluation& result) {
     if (!model.state) return no_ngrams();
     if (data.tokens < 2) return nothing_to_evaluate();
-    Array<int32_t> ids(runtime);
+    NgramState text(runtime, model.vocab);
     Array<char> learnt(runtime);
-    BABYGPT_TRY(copy_ids(data, model.vocab, data.tokens, ids, &learnt));
+    BABYGPT_TRY(copy_ids(data, data.tokens, text, &learnt));
     start_pool(runtime);
-    const size_t vocab = static_cast<size_t>(model.vocab), threads = static_cast<size_t>(runtime.thread_count()), n = ids.count - 1;
+    const size_t vocab = text.vocab, threads = static_cast<size_t>(runtime.thread_count()), n = text.count - 1;
     Array<double> probabilities(runtime), losses(runtime);
     Array<int32_t> ranks(runtime);
     if (!probabilities.resize(threads * vocab) || !losses.resize(n) || !ranks.resize(n))
@@ -10088,8 +10050,10 @@ BABYGPT_RARE Status evaluate(Runtime& runtime, const Ngram& model, Data& data, E
         const size_t t = static_cast<size_t>(thread);
         double* p = probabilities.items + t * vocab;
         for (size_t i = n * t / threads; i < n * (t + 1) / threads; ++i) {
-            const size_t length = least(i + 1, size_t(8)), target = static_cast<size_t>(ids[i + 1]);
-            predict_next(model, ids.items + (i + 1 - length), length, p);
+            const size_t length = least(i + 1, size_t(7)), target = static_cast<size_t>(text.id(i + 1));
+            int32_t history[7];
+            for (size_t k = 0; k < length; ++k) history[k] = text.id(i + 1 - length + k);
+            predict_next(model, history, length, p);
             losses[i] = -log_of(p[target]);
             for (size_t v = 0; v < vocab; ++v) ranks[i] += p[v] > p[target] || (v < target && !(p[v] < p[target]));
         }
