@@ -33,6 +33,9 @@ tests := $(patsubst tests/%.cpp,%,$(wildcard tests/*.cpp))
 drivers := torch_steps
 programs := $(filter-out $(drivers),$(tests))
 inside := $(patsubst tests/%.cpp,%,$(shell grep -l '^.define BABYGPT_IMPLEMENTATION' tests/*.cpp))
+# Those that run kernels on the CPU: tests/cuda_emulator.h takes the place of the thread sanitizer's library, so that it sees each access.
+emulated := $(patsubst tests/%.cpp,%,$(shell grep -l '^.include "cuda_emulator.h"' tests/*.cpp))
+watch := $(if $(filter sanitize,$(config)),,-DEMULATOR_WATCH -fsanitize=thread)
 examples := $(patsubst examples/%.cpp,$(build)/examples/%,$(wildcard examples/*.cpp))
 
 .PHONY: all run test test-all exam examples bench matrix clean help
@@ -44,10 +47,15 @@ $(build)/babygpt.o: babygpt.h Makefile
 $(build)/babygpt: tools/babygpt.cpp $(build)/babygpt.o tools/measures.h
 	$(compile) $(filter-out %.h,$^) $(LDFLAGS) -o $@
 $(patsubst %,$(build)/tests/%,$(filter-out fast,$(inside))): flags.release := -O1  # need no speed, and compile sooner
+$(emulated:%=$(build)/tests/%): flags.release := -O1 -g
+$(emulated:%=$(build)/tests/%): $(build)/tests/%: tests/%.cpp tests/check.h tests/cuda_emulator.h $(wildcard babygpt_cuda.cu) $(build)/babygpt.o
+	@mkdir -p $(@D)
+	$(compile) $(watch) -c $< -o $@.o
+	$(compile) $@.o $(build)/babygpt.o $(LDFLAGS) -o $@
 $(inside:%=$(build)/tests/%): $(build)/tests/%: tests/%.cpp tests/check.h babygpt.h
 	@mkdir -p $(@D)
 	$(compile) $< $(LDFLAGS) -o $@
-$(filter-out $(inside:%=$(build)/tests/%),$(tests:%=$(build)/tests/%)): $(build)/tests/%: tests/%.cpp tests/check.h $(build)/babygpt.o
+$(filter-out $(patsubst %,$(build)/tests/%,$(inside) $(emulated)),$(tests:%=$(build)/tests/%)): $(build)/tests/%: tests/%.cpp tests/check.h $(build)/babygpt.o
 	@mkdir -p $(@D)
 	$(compile) $< $(build)/babygpt.o $(LDFLAGS) -o $@
 $(build)/tests/measures: tools/measures.h
