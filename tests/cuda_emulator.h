@@ -54,6 +54,15 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+// What the watch itself is made of must not be watched.
+#if defined(__clang__) && defined(EMULATOR_WATCH)
+#define EMULATOR_PLAIN __attribute__((disable_sanitizer_instrumentation))
+#elif defined(EMULATOR_WATCH)
+#define EMULATOR_PLAIN __attribute__((no_sanitize("thread")))
+#else
+#define EMULATOR_PLAIN
+#endif
+
 // ---- The words of the language ---------------------------------------------------------------------------------------
 #define __global__
 #define __device__
@@ -276,7 +285,7 @@ struct SharedArray {
     const char* name;
     size_t at, bytes;
 };
-struct Cell {  // what the watch knows of a byte; times count barriers
+struct Cell {  // what the watch knows of four bytes, or of one; times count barriers
     uint32_t writer, write_time, reader, read_time;
 };
 struct Block {
@@ -284,7 +293,6 @@ struct Block {
     uint32_t number = 0;
     std::vector<Thread*> threads;
     unsigned char* arena = nullptr;
-    Cell* cells = nullptr;
     std::vector<SharedArray> arrays;
     size_t used = 0;
     uint32_t start_time = 0, barrier_time = 0, fence_time = 0, release_time = 0, acquire_time = 0;
@@ -324,7 +332,11 @@ inline std::recursive_mutex mutex;
 constexpr size_t stack_bytes = 256 << 10, arena_bytes = 320 << 10, most_resident = 64, gap = 256, page = 4096;
 inline unsigned char *device = nullptr, *device_next = nullptr, *arenas = nullptr, *stacks = nullptr;
 inline size_t device_bytes = 0;
-inline Cell *device_cells = nullptr, *arena_cells = nullptr;
+struct Cells {  // of a range of memory: a word's cell counts for its bytes, until somebody touches a part of it
+    Cell *words = nullptr, *bytes = nullptr;
+};
+constexpr uint32_t in_bytes = 0xffffffffu;  // as a word's writer: its bytes have cells of their own
+inline Cells device_cells, arena_cells;
 inline Thread* now = nullptr;           // the thread of a kernel that runs
 inline const Launch* launch = nullptr;  // and its kernel
 inline volatile int inside =
@@ -332,8 +344,8 @@ inline volatile int inside =
 inline uint32_t clock_time = 1, launch_time = 1, grid_time = 1;
 inline std::vector<Block> resident;
 struct Inside {
-    Inside() { inside = inside + 1; }
-    ~Inside() { inside = inside - 1; }
+    EMULATOR_PLAIN Inside() { inside = inside + 1; }
+    EMULATOR_PLAIN ~Inside() { inside = inside - 1; }
 };
 
 inline std::string format(const char* text, ...) {
@@ -407,8 +419,10 @@ inline void* reserve(size_t bytes, int protection) {
     void* const at = mmap(nullptr, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     return at == MAP_FAILED ? nullptr : at;
 }
-inline bool in_device(const void* p) { return static_cast<size_t>(static_cast<const unsigned char*>(p) - device) < device_bytes; }
-inline bool in_stacks(const void* p) {
+EMULATOR_PLAIN inline bool in_device(const void* p) {
+    return static_cast<size_t>(static_cast<const unsigned char*>(p) - device) < device_bytes;
+}
+EMULATOR_PLAIN inline bool in_stacks(const void* p) {
     return static_cast<size_t>(static_cast<const unsigned char*>(p) - stacks) < most_resident * 1024 * stack_bytes;
 }
 inline const std::pair<const uintptr_t, Allocation>* allocation_of(const void* p) {
@@ -452,8 +466,11 @@ inline void set_up() {
     state.handler = true;
 #ifdef EMULATOR_WATCH
     device_bytes = size_t(64) << 30;
-    device_cells = static_cast<Cell*>(reserve(device_bytes * sizeof(Cell), PROT_READ | PROT_WRITE));
-    arena_cells = static_cast<Cell*>(reserve(most_resident * arena_bytes * sizeof(Cell), PROT_READ | PROT_WRITE));
+    for (Cells* cells : {&device_cells, &arena_cells}) {
+        const size_t bytes = cells == &device_cells ? device_bytes : most_resident * arena_bytes;
+        cells->words = static_cast<Cell*>(reserve(bytes / 4 * sizeof(Cell), PROT_READ | PROT_WRITE));
+        cells->bytes = static_cast<Cell*>(reserve(bytes * sizeof(Cell), PROT_READ | PROT_WRITE));
+    }
 #else
     device_bytes = size_t(1) << 40;
 #endif
@@ -486,14 +503,27 @@ struct Open {
         if (--opened == 0) protect(PROT_NONE);
     }
 };
-inline void mark_written(const void* to, size_t bytes) {
+EMULATOR_PLAIN inline void to_bytes(const Cells& cells, size_t word) {
+    if (cells.words[word].writer == in_bytes) return;
+    for (size_t i = 0; i < 4; ++i) cells.bytes[word * 4 + i] = cells.words[word];
+    cells.words[word].writer = in_bytes;
+}
+EMULATOR_PLAIN inline void mark_written(const void* to, size_t bytes) {
 #ifdef EMULATOR_WATCH
     if (!in_device(to)) return;
-    Cell* const cells = device_cells + (static_cast<const unsigned char*>(to) - device);
-    for (size_t i = 0; i < bytes; ++i) cells[i] = {0, clock_time, 0, 0};
+    const size_t at = static_cast<size_t>(static_cast<const unsigned char*>(to) - device), end = at + bytes;
+    for (size_t i = at; i < end;) {
+        if (i % 4 == 0 && end - i >= 4) device_cells.words[i / 4] = {0, clock_time, 0, 0}, i += 4;
+        else to_bytes(device_cells, i / 4), device_cells.bytes[i] = {0, clock_time, 0, 0}, ++i;
+    }
 #else
     static_cast<void>(to), static_cast<void>(bytes);
 #endif
+}
+EMULATOR_PLAIN inline bool is_written(const void* p) {
+    const size_t at = static_cast<size_t>(static_cast<const unsigned char*>(p) - device);
+    const Cell& c = device_cells.words[at / 4];
+    return c.writer == in_bytes ? device_cells.bytes[at].write_time != 0 : c.write_time != 0;
 }
 inline cudaError_t allocate(void** pointer, size_t bytes, bool pinned) {
     const Inside mark;
@@ -538,7 +568,9 @@ inline cudaError_t release(void* pointer, bool pinned) {
         madvise(pointer, pages(bytes), MADV_DONTNEED);
         poison(pointer, pages(bytes));
 #ifdef EMULATOR_WATCH
-        madvise(device_cells + (static_cast<unsigned char*>(pointer) - device), pages(bytes) * sizeof(Cell), MADV_DONTNEED);
+        const size_t at = static_cast<size_t>(static_cast<unsigned char*>(pointer) - device);
+        madvise(device_cells.words + at / 4, pages(bytes) / 4 * sizeof(Cell), MADV_DONTNEED);
+        madvise(device_cells.bytes + at, pages(bytes) * sizeof(Cell), MADV_DONTNEED);
 #endif
         state.used -= bytes;
     }
@@ -588,7 +620,7 @@ __attribute__((naked, noinline, no_sanitize("address", "thread", "undefined"))) 
         "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret\n");
 }
 #endif
-inline void leave(Thread& t, [[maybe_unused]] bool for_good = false) {
+EMULATOR_PLAIN inline void leave(Thread& t, [[maybe_unused]] bool for_good = false) {
     const int depth = inside;
 #ifdef EMULATOR_ASAN
     __sanitizer_start_switch_fiber(for_good ? nullptr : &t.fake_stack, scheduler_stack, scheduler_stack_bytes);
@@ -640,7 +672,7 @@ inline void prepare(Thread& t, size_t number) {
     makecontext(&t.context, fiber_main, 0);
 #endif
 }
-inline void enter(Thread& t) {
+EMULATOR_PLAIN inline void enter(Thread& t) {
     now = &t;
     threadIdx = t.index, blockIdx = t.block->index;
     const int depth = inside;
@@ -667,12 +699,14 @@ inline bool stopped = false;  // a thread of this launch can not go on: nobody d
     abort();
 }
 
+inline const unsigned char *known_from = nullptr, *known_to = nullptr;  // an allocation that was touched lately
+
 // ---- The watch -------------------------------------------------------------------------------------------------------
 // Who: a thread is block * 1024 + thread + 1; several readers at once are a group with a mark in the upper bits.
 constexpr uint32_t group_warp = 1u << 30, group_block = 2u << 30, group_all = 3u << 30, group_mask = 3u << 30, atomics = group_all | 1;
-inline uint32_t self() { return now->block->number * 1024 + now->number + 1; }
+EMULATOR_PLAIN inline uint32_t self() { return now->block->number * 1024 + now->number + 1; }
 // Whether what `who` did at `time` is surely before what the running thread does now.
-inline bool ordered(uint32_t who, uint32_t time) {
+EMULATOR_PLAIN inline bool ordered(uint32_t who, uint32_t time) {
     const Block& b = *now->block;
     if (time < launch_time || time < grid_time) return true;
     if (who == atomics) return time <= b.acquire_time || time < b.barrier_time;
@@ -703,46 +737,78 @@ inline void report(const void* pc, const std::string& text) {
     if (!state.reported.insert(pc).second) return;
     fault(text + " at " + symbol(pc));
 }
-inline void watch_cells(Cell* cells, size_t bytes, bool write, bool shared, const void* at, const void* pc, bool atomic = false) {
-    const uint32_t me = self(), start = shared ? now->block->start_time : 1;
-    for (size_t i = 0; i < bytes; ++i) {
-        Cell& c = cells[i];
-        const void* const byte = static_cast<const unsigned char*>(at) + i;
-        if (shared && c.write_time < start) c.writer = c.write_time = 0;
-        if (shared && c.read_time < start) c.reader = c.read_time = 0;
-        if (!write && c.write_time < start && settings.unwritten) report(pc, "reads " + describe(byte) + ", which nobody has written,");
-        if (c.writer && c.writer != me && !(atomic && c.writer == atomics) && !ordered(c.writer, c.write_time) &&
-            !ordered_with_ended(c.writer, c.write_time))
-            report(pc, std::string(write ? "writes " : "reads ") + describe(byte) + ", which " + name_of(c.writer) +
-                           " wrote with nothing between,");
-        if (write && c.reader && c.reader != me && !(atomic && c.reader == atomics) && !ordered(c.reader, c.read_time) &&
-            !ordered_with_ended(c.reader, c.read_time))
-            report(pc, "writes " + describe(byte) + ", which " + name_of(c.reader) + " read with nothing between,");
-        if (write) c.writer = atomic ? atomics : me, c.write_time = clock_time;
-        else if (c.reader == 0 || c.reader == me || c.read_time < launch_time || ordered(c.reader, c.read_time))
-            c.reader = me, c.read_time = clock_time;
-        else {
-            const uint32_t other = (c.reader & ~group_mask) - 1, mine = me - 1;
-            if ((c.reader & group_mask) == group_all || other / 1024 != mine / 1024) c.reader = group_all;
-            else if ((c.reader & group_mask) == group_block || other / 32 != mine / 32) c.reader = group_block | me;
-            else c.reader = group_warp | me;
-            c.read_time = clock_time;
+struct Access {
+    uint32_t me, start, safe;  // start: of what counts here; what was before `safe` is before us
+    bool write, atomic;
+    const void *at, *pc;
+};
+inline void check_cell_slowly(Cell& c, const Access& a) {
+    if (!a.write && c.write_time < a.start && settings.unwritten) report(a.pc, "reads " + describe(a.at) + ", which nobody has written,");
+    if (c.writer && c.writer != a.me && !(a.atomic && c.writer == atomics) && !ordered(c.writer, c.write_time) &&
+        !ordered_with_ended(c.writer, c.write_time))
+        report(a.pc, std::string(a.write ? "writes " : "reads ") + describe(a.at) + ", which " + name_of(c.writer) +
+                         " wrote with nothing between,");
+    if (a.write && c.reader && c.reader != a.me && !(a.atomic && c.reader == atomics) && !ordered(c.reader, c.read_time) &&
+        !ordered_with_ended(c.reader, c.read_time))
+        report(a.pc, "writes " + describe(a.at) + ", which " + name_of(c.reader) + " read with nothing between,");
+    if (a.write) c.writer = a.atomic ? atomics : a.me, c.write_time = clock_time;
+    else if (c.reader == 0 || c.reader == a.me || c.read_time < launch_time || ordered(c.reader, c.read_time))
+        c.reader = a.me, c.read_time = clock_time;
+    else {
+        const uint32_t other = (c.reader & ~group_mask) - 1, mine = a.me - 1;
+        if ((c.reader & group_mask) == group_all || other / 1024 != mine / 1024) c.reader = group_all;
+        else if ((c.reader & group_mask) == group_block || other / 32 != mine / 32) c.reader = group_block | a.me;
+        else c.reader = group_warp | a.me;
+        c.read_time = clock_time;
+    }
+}
+EMULATOR_PLAIN inline void check_cell(Cell& c, const Access& a) {
+    if (c.write_time < a.start) c.writer = c.write_time = 0;
+    if (c.read_time < a.start) c.reader = c.read_time = 0;
+    const bool after_write = c.writer == a.me || c.write_time < a.safe, after_read = c.reader == a.me || c.read_time < a.safe;
+    if (a.atomic || !after_write || !after_read || (!a.write && c.write_time == 0)) return check_cell_slowly(c, a);
+    if (a.write) c.writer = a.me, c.write_time = clock_time;
+    else c.reader = a.me, c.read_time = clock_time;
+}
+EMULATOR_PLAIN inline void watch_cells(const Cells& cells, size_t offset, size_t bytes, Access a) {
+    for (const size_t end = offset + bytes; offset < end;) {
+        const size_t before = offset;
+        if (offset % 4 == 0 && end - offset >= 4) {
+            Cell& word = cells.words[offset / 4];
+            if (word.writer != in_bytes) check_cell(word, a);
+            else {
+                for (size_t i = 0; i < 4; ++i) check_cell(cells.bytes[offset + i], a);
+                if (a.write) word = cells.bytes[offset];
+            }
+            offset += 4;
+        } else {
+            to_bytes(cells, offset / 4);
+            check_cell(cells.bytes[offset], a);
+            ++offset;
         }
+        a.at = static_cast<const unsigned char*>(a.at) + (offset - before);
     }
 }
 extern "C" unsigned char __executable_start, _end;
-inline void watch(const void* at, size_t bytes, bool write, const void* pc, bool atomic = false) {
+EMULATOR_PLAIN inline void watch(const void* at, size_t bytes, bool write, const void* pc, bool atomic = false) {
     const unsigned char* const p = static_cast<const unsigned char*>(at);
     if (in_stacks(p)) {
         if (static_cast<size_t>(p - now->stack) >= stack_bytes) report(pc, "touches another thread's stack");
         return;
     }
-    const size_t offset = static_cast<size_t>(p - now->block->arena);
-    if (offset < arena_bytes) return watch_cells(now->block->cells + offset, bytes, write, true, at, pc, atomic);
+    const Block& b = *now->block;
+    if (static_cast<size_t>(p - b.arena) < arena_bytes)
+        return watch_cells(arena_cells, static_cast<size_t>(p - arenas), bytes,
+                           {self(), b.start_time, b.barrier_time, write, atomic, at, pc});
     if (in_device(p)) {
-        const std::string wrong = wrong_device_range(at, bytes);
-        if (!wrong.empty()) return report(pc, (write ? "writes " : "reads ") + wrong);
-        return watch_cells(device_cells + (p - device), bytes, write, false, at, pc, atomic);
+        if (p < known_from || p + bytes > known_to) {
+            const std::string wrong = wrong_device_range(at, bytes);
+            if (!wrong.empty()) return report(pc, (write ? "writes " : "reads ") + wrong);
+            const auto* a = allocation_of(at);
+            known_from = reinterpret_cast<const unsigned char*>(a->first), known_to = known_from + a->second.bytes;
+        }
+        return watch_cells(device_cells, static_cast<size_t>(p - device), bytes,
+                           {self(), 1, launch_time > grid_time ? launch_time : grid_time, write, atomic, at, pc});
     }
     if (p >= &__executable_start && p < &_end) return;  // constants
     if (static_cast<size_t>(p - static_cast<const unsigned char*>(launch->arguments)) < launch->arguments_size || is_pinned(p)) return;
@@ -789,13 +855,13 @@ inline std::string waits(const Thread& t) {
     return name + format(" waits at %s, %s:%d", what, short_name(t.site.file), t.site.line) +
            (t.wait == Wait::warp ? format(" with mask %08x", t.mask) : "");
 }
-inline Thread& suspend(Wait wait, Kind kind, unsigned mask, Site site) {
+EMULATOR_PLAIN inline Thread& suspend(Wait wait, Kind kind, unsigned mask, Site site) {
     Thread& t = *now;
     t.wait = wait, t.kind = kind, t.mask = mask, t.site = site;
     leave(t);
     return t;
 }
-inline Thread& meet(Kind kind, unsigned mask, Site site) {
+EMULATOR_PLAIN inline Thread& meet(Kind kind, unsigned mask, Site site) {
     if (!(mask >> now->number % 32 & 1)) {
         fault(format("%s:%d: %s with mask %08x by lane %u, which is not in it", short_name(site.file), site.line, kind_name(kind), mask,
                      now->number % 32));
@@ -868,7 +934,7 @@ inline void load_matrices(Thread* const* lanes, bool across) {
     }
 }
 // Gives every lane of the mask its result. All of them wait at the same place.
-inline bool finish_warp(Thread* const* lanes, unsigned mask) {
+EMULATOR_PLAIN inline bool finish_warp(Thread* const* lanes, unsigned mask) {
     Thread* first = nullptr;
     for (int lane = 31; lane >= 0; --lane)
         if (mask >> lane & 1) first = lanes[lane];
@@ -925,7 +991,7 @@ inline bool finish_warp(Thread* const* lanes, unsigned mask) {
     if (kind == Kind::sync) first->block->warp_time[first->number / 32] = ++clock_time;
     return true;
 }
-inline bool try_warp(Block& b, size_t warp, bool& bad) {
+EMULATOR_PLAIN inline bool try_warp(Block& b, size_t warp, bool& bad) {
     Thread* lanes[32] = {};
     for (size_t lane = 0; lane < 32 && warp * 32 + lane < b.threads.size(); ++lane) lanes[lane] = b.threads[warp * 32 + lane];
     bool progress = false;
@@ -945,7 +1011,7 @@ inline bool try_warp(Block& b, size_t warp, bool& bad) {
     }
     return progress;
 }
-inline bool try_block(Block& b) {
+EMULATOR_PLAIN inline bool try_block(Block& b) {
     const Thread& first = *b.threads[0];
     if (first.wait != Wait::block) return false;
     uint64_t count = 0;
@@ -1007,7 +1073,7 @@ inline uint32_t mix(uint32_t x) {
     return x ^ x >> 16;
 }
 // The i-th of n in the order of the settings: forwards, backwards, or mixed.
-inline const std::vector<uint32_t>& order_of(size_t n, uint32_t salt, int which) {
+EMULATOR_PLAIN inline const std::vector<uint32_t>& order_of(size_t n, uint32_t salt, int which) {
     static std::vector<uint32_t> orders[3];
     static unsigned made_for[3];
     std::vector<uint32_t>& order = orders[which];
@@ -1025,7 +1091,7 @@ inline void start_block(Block& b, uint32_t number, size_t slot) {
     const size_t count = static_cast<size_t>(l.block.x) * l.block.y * l.block.z;
     b.number = number;
     b.index = {number % l.grid.x, number / l.grid.x % l.grid.y, number / l.grid.x / l.grid.y};
-    b.arena = arenas + slot * arena_bytes, b.cells = arena_cells + slot * arena_bytes;
+    b.arena = arenas + slot * arena_bytes;
     b.arrays.clear();
     unpoison(b.arena, arena_bytes);
     memset(b.arena, 0xff, b.used ? b.used : arena_bytes);
@@ -1046,7 +1112,7 @@ inline void start_block(Block& b, uint32_t number, size_t slot) {
         b.threads[i] = &t;
     }
 }
-inline void run_resident() {
+EMULATOR_PLAIN inline void run_resident() {
     bool bad = false;
     for (uint32_t round = 0;; ++round) {
         bool progress = false, all_done = true;
@@ -1082,6 +1148,7 @@ inline void run(const Launch& l) {
     launch = &l;
     gridDim = l.grid, blockDim = l.block;
     launch_time = ++clock_time;
+    known_from = known_to = nullptr;
     stopped = false;
     releases.clear();
     l.check();
@@ -1137,12 +1204,12 @@ inline void grid_sync(EMULATOR_SITE) {
     }
     suspend(Wait::grid, Kind::sync, 0, site);
 }
-inline uint64_t block_vote(Kind kind, bool value, Site site) {
+EMULATOR_PLAIN inline uint64_t block_vote(Kind kind, bool value, Site site) {
     const Inside mark;
     now->value = value;
     return suspend(Wait::block, kind, 0, site).result;
 }
-inline uint64_t warp_value(Kind kind, unsigned mask, uint64_t value, int argument, int width, bool is_signed, Site site) {
+EMULATOR_PLAIN inline uint64_t warp_value(Kind kind, unsigned mask, uint64_t value, int argument, int width, bool is_signed, Site site) {
     const Inside mark;
     Thread& t = *now;
     if (width < 1 || width > 32 || (width & (width - 1)) != 0) {
@@ -2319,7 +2386,7 @@ inline size_t size_of(int type) { return type == CUDA_R_64F ? 8 : type == CUDA_R
 inline float load(const void* p, int type, size_t i) {
     const unsigned char* const at = static_cast<const unsigned char*>(p) + i * size_of(type);
 #ifdef EMULATOR_WATCH
-    if (in_device(at) && device_cells[at - device].write_time == 0 && settings.unwritten && state.reported.insert(p).second)
+    if (in_device(at) && !is_written(at) && settings.unwritten && state.reported.insert(p).second)
         fault("a product reads " + describe(at) + ", which nobody has written");
 #endif
     if (type == CUDA_R_16F || type == CUDA_R_16BF) {
@@ -2613,11 +2680,6 @@ inline size_t alive() { return state.allocations.size() + state.streams.size() +
 
 // ---- The compiler's calls for each access ------------------------------------------------------------------------------
 #ifdef EMULATOR_WATCH
-#if defined(__clang__)
-#define EMULATOR_PLAIN __attribute__((disable_sanitizer_instrumentation))
-#else
-#define EMULATOR_PLAIN __attribute__((no_sanitize("thread")))
-#endif
 EMULATOR_PLAIN inline void emulator_watch(const void* p, size_t bytes, bool write, const void* pc) {
     if (!emulator::now || emulator::inside) return;
     emulator::inside = emulator::inside + 1;
@@ -2684,7 +2746,6 @@ EMULATOR_HOST_ATOMICS(64, uint64_t)
 EMULATOR_PLAIN void __tsan_atomic_thread_fence(int) { __asm__ volatile("" ::: "memory"); }
 EMULATOR_PLAIN void __tsan_atomic_signal_fence(int) {}
 #undef EMULATOR_PC
-#undef EMULATOR_PLAIN
 }
 #endif
 
