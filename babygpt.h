@@ -1041,6 +1041,14 @@ Status compare(const Model& a, const Model& b, Array<Difference>& rows);
 #define BABYGPT_CALL
 #define BABYGPT_RARE
 #endif
+// Between these two: what need not be fast. GCC at -O2 takes three times as long for it as with -Og, and it is most of this file.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__)
+#define BABYGPT_UNHURRIED_BEGIN _Pragma("GCC push_options") _Pragma("GCC optimize(\"Og\")")
+#define BABYGPT_UNHURRIED_END _Pragma("GCC pop_options")
+#else
+#define BABYGPT_UNHURRIED_BEGIN
+#define BABYGPT_UNHURRIED_END
+#endif
 #if defined(__x86_64__) || defined(__i386__) || defined(_M_X64) || defined(_M_IX86)
 #define BABYGPT_X86 1
 #else
@@ -3584,6 +3592,8 @@ struct WordReader {  // passes GPT-2's words to the counter
 
 constexpr char end_of_text_name[] = "<|endoftext|>";
 
+BABYGPT_UNHURRIED_BEGIN
+
 // ---- tokenizer files -------------------------------------------------------------------------------------------------------
 
 // GPT-2 writes bytes as printable characters: those that are printable in Latin-1 stand for themselves, the others, in order, are
@@ -5742,6 +5752,8 @@ Status Tokenizer::copy(Runtime& to, const Tokenizer& from) {
     return Status();
 }
 
+BABYGPT_UNHURRIED_END
+
 Status Tokenizer::encode(Text text, Array<int32_t>& ids, bool special, size_t* unknown_count) const {
     if (unknown_count) *unknown_count = 0;
     if (!tables) return fail(Error::invalid_argument, "the tokenizer is empty: create, train or load it first");
@@ -5866,6 +5878,8 @@ size_t Utf8Stream::finish(char* out) {
 // A tensor is a place in a region: a matrix of rows (one a token) by columns. Rows are a number of the run; columns are fixed.
 // While recording, the architecture also names its weights, so one function a model (chapter 6) says everything about it.
 // Then the planner gives every tensor an offset in one block of memory: two tensors share a place when they are never needed at the same time.
+
+BABYGPT_UNHURRIED_BEGIN
 
 namespace babygpt {
 namespace {
@@ -6453,6 +6467,8 @@ struct Tape {
 
 }  // namespace
 }  // namespace babygpt
+BABYGPT_UNHURRIED_END
+
 // =====================================================================================================================
 // [CHAPTER 5] The ops, plainly
 // =====================================================================================================================
@@ -7539,6 +7555,8 @@ inline const BackendFunctions* plain_backend() {
 // [CHAPTER 6] The architectures
 // =====================================================================================================================
 // Each is one function that writes its forward pass down on a tape; its backward pass follows from the ops.
+
+BABYGPT_UNHURRIED_BEGIN
 
 namespace babygpt {
 namespace {
@@ -9240,6 +9258,8 @@ Status Data::evaluation_window(uint64_t n, int context, int32_t* ids, int32_t* t
 
 namespace {
 
+BABYGPT_UNHURRIED_END
+
 // ---- what counting achieves --------------------------------------------------------------------------------------------
 
 // P(w | h) = (c(h, w) + T(h) P(w | h')) / (c(h) + T(h)), where h' is h without its oldest token, T(h) counts the different tokens that
@@ -9492,6 +9512,8 @@ Status Ngram::predict(Span<const int32_t> history, Span<double> probabilities) c
 }
 
 }  // namespace babygpt
+
+BABYGPT_UNHURRIED_BEGIN
 
 // ---- the schedule --------------------------------------------------------------------------------------------------------
 
@@ -10515,6 +10537,8 @@ Span<const float> Session::logits() const {
     return state && state->ready ? Span<const float>(state->logits, static_cast<size_t>(model->config.vocab)) : Span<const float>();
 }
 
+BABYGPT_UNHURRIED_END
+
 // ---- sampling ------------------------------------------------------------------------------------------------------------
 
 namespace {
@@ -10608,6 +10632,8 @@ int32_t draw(const BackendFunctions& backend, float* l, int32_t* candidates, con
 
 // What a token adds to the text: the end-of-text token's name is no part of it.
 Text said_by(const Tokenizer& tokenizer, int32_t id) { return id == tokenizer.end_of_text ? Text() : tokenizer.bytes(id); }
+
+BABYGPT_UNHURRIED_BEGIN
 
 // ---- guards (a nondeterministic automaton for each pattern, all states of it as bits: Baeza-Yates & Gonnet 1992) ----
 
@@ -13950,6 +13976,8 @@ Status compare(const Model& a, const Model& b, Array<Difference>& rows) {
 }
 
 }  // namespace babygpt
+BABYGPT_UNHURRIED_END
+
 // =====================================================================================================================
 // [CHAPTER 10] The same ops, fast
 // =====================================================================================================================
@@ -16433,6 +16461,8 @@ BABYGPT_RARE Status profile(Runtime& runtime, const Config& config, int batch, d
 // values, a small GPT's gradients in double against differences, the runtime's backend against the plain one, and the bits of a model
 // after a few steps of training. It takes about a second.
 
+BABYGPT_UNHURRIED_BEGIN
+
 namespace babygpt {
 namespace {
 
@@ -16633,6 +16663,8 @@ Status selftest(Runtime& runtime, Array<CheckResult>& results) {
 
 }  // namespace babygpt
 
+BABYGPT_UNHURRIED_END
+
 // ---- the end of the implementation -----------------------------------------------------------------------------------
 
 #if defined(__clang__)
@@ -16645,6 +16677,8 @@ Status selftest(Runtime& runtime, Array<CheckResult>& results) {
 #undef BABYGPT_INLINE
 #undef BABYGPT_CALL
 #undef BABYGPT_RARE
+#undef BABYGPT_UNHURRIED_BEGIN
+#undef BABYGPT_UNHURRIED_END
 #undef BABYGPT_X86
 
 #endif  // BABYGPT_IMPLEMENTED
