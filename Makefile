@@ -38,7 +38,7 @@ emulated := $(patsubst tests/%.cpp,%,$(shell grep -l '^.include "cuda_emulator.h
 watch := $(if $(filter sanitize,$(config)),,-DEMULATOR_WATCH -fsanitize=thread)
 examples := $(patsubst examples/%.cpp,$(build)/examples/%,$(wildcard examples/*.cpp))
 
-.PHONY: all run test test-all exam examples bench matrix clean help
+.PHONY: all always run test test-all exam examples bench matrix clean help
 all: $(build)/babygpt
 
 $(build)/babygpt.o: babygpt.h Makefile
@@ -46,8 +46,11 @@ $(build)/babygpt.o: babygpt.h Makefile
 	echo '#include "babygpt.h"' | $(compile) -DBABYGPT_IMPLEMENTATION -c -x c++ - -o $@
 $(build)/babygpt: tools/babygpt.cpp $(build)/babygpt.o tools/measures.h
 	$(compile) $(filter-out %.h,$^) $(LDFLAGS) -o $@
-$(patsubst %,$(build)/tests/%,$(filter-out fast,$(inside))): flags.release := -O1  # need no speed, and compile sooner
-$(emulated:%=$(build)/tests/%): flags.release := -O1 -g
+# Only what is timed needs -O2; the others compile sooner.
+$(build)/babygpt: private flags.release := -O1
+$(patsubst %,$(build)/tests/%,$(filter-out fast,$(tests))): private flags.release := -O1
+$(build)/tests/golden $(build)/tests/json: private flags.release := -Og
+$(emulated:%=$(build)/tests/%): private flags.release := -O1 -g
 $(emulated:%=$(build)/tests/%): $(build)/tests/%: tests/%.cpp tests/check.h tests/cuda_emulator.h $(wildcard babygpt_cuda.cu) $(build)/babygpt.o
 	@mkdir -p $(@D)
 	$(compile) $(watch) -c $< -o $@.o
@@ -76,14 +79,24 @@ run: $(build)/babygpt
 	    --log $(village:.safetensors=.csv) --plot $(village:.safetensors=.svg)
 	@if [ -t 0 ]; then $< chat $(village); else $< chat $(village) < examples/village_talk.txt; fi
 
-test: $(build)/babygpt $(programs:%=$(build)/tests/%)
-	@BABYGPT=$(build)/babygpt sh tests/run.sh $(programs:%=$(build)/tests/%) $(wildcard tests/test_*.sh)
-test-all: $(build)/babygpt $(build)/ceilings $(tests:%=$(build)/tests/%) examples
-	@BABYGPT=$(build)/babygpt sh tests/run.sh $(programs:%=$(build)/tests/%) '$(build)/tests/tokenizer gpt2_damage 34' \
-	    '$(build)/tests/tokenizer piece_damage 40' $(wildcard tests/test_*.sh tests/test_*.py) tests/matrix.sh \
-	    'tools/compare_torch.py $(build)/tests/torch_steps' 'tools/compare_tokenizers.py --babygpt $(build)/babygpt' \
-	    'tools/compare_transformers.py --babygpt $(build)/babygpt' 'tools/compare_measures.py --babygpt $(build)/babygpt --retrieval $(build)/examples/retrieval' \
-	    'tools/compare_gguf.py --babygpt $(build)/babygpt' 'tools/compare_peft.py --babygpt $(build)/babygpt'
+# Tests run side by side, as many as there are cores; each keeps its closing line.
+results := $(build)/results
+quick := $(programs:%=$(results)/%) $(results)/test_cli.sh
+$(programs:%=$(results)/%): $(results)/%: $(build)/tests/% always
+	@sh tests/run.sh $@ $<
+$(results)/test_cli.sh: $(build)/babygpt always
+	@BABYGPT=$< sh tests/run.sh $@ tests/test_cli.sh
+test: $(quick)
+	@sh tests/run.sh --sum $^
+# The others one after the other: some of them time what they run.
+further := '$(build)/tests/tokenizer gpt2_damage 34' '$(build)/tests/tokenizer piece_damage 40' \
+    $(filter-out tests/test_cli.sh,$(wildcard tests/test_*.sh tests/test_*.py)) tests/matrix.sh \
+    'tools/compare_torch.py $(build)/tests/torch_steps' 'tools/compare_tokenizers.py --babygpt $(build)/babygpt' \
+    'tools/compare_transformers.py --babygpt $(build)/babygpt' 'tools/compare_measures.py --babygpt $(build)/babygpt --retrieval $(build)/examples/retrieval' \
+    'tools/compare_gguf.py --babygpt $(build)/babygpt' 'tools/compare_peft.py --babygpt $(build)/babygpt'
+test-all: $(quick) $(build)/ceilings $(tests:%=$(build)/tests/%) examples
+	@BABYGPT=$(build)/babygpt sh tests/run.sh $(results)/further $(further)
+	@sh tests/run.sh --sum $(quick) $(results)/further
 exam: $(build)/babygpt
 	python3 tools/village_exam.py $(build)/babygpt $(village)
 
@@ -92,7 +105,8 @@ bench: $(build)/babygpt $(build)/ceilings
 
 examples: $(examples)
 matrix:
-	@sh tests/run.sh tests/matrix.sh
+	@sh tests/run.sh $(results)/matrix tests/matrix.sh
+	@sh tests/run.sh --sum $(results)/matrix
 clean:
 	rm -rf build
 help:
