@@ -2003,6 +2003,8 @@ inline bool append_plain_words(Array<char>& to, Text text) {
     return good;
 }
 
+BABYGPT_UNHURRIED_BEGIN
+
 // ---- exact decimal numbers -------------------------------------------------------------------------------------------
 
 // A whole number of up to 1,280 bits: enough to hold any double times or over the power of ten that makes its digits whole.
@@ -2405,6 +2407,8 @@ inline bool append_json(Array<char>& to, int64_t value) {
 }  // namespace
 }  // namespace babygpt
 namespace babygpt {
+
+BABYGPT_UNHURRIED_END
 
 // ---- the classes of Unicode characters ---------------------------------------------------------------------------------
 
@@ -6467,8 +6471,6 @@ struct Tape {
 
 }  // namespace
 }  // namespace babygpt
-BABYGPT_UNHURRIED_END
-
 // =====================================================================================================================
 // [CHAPTER 5] The ops, plainly
 // =====================================================================================================================
@@ -7289,6 +7291,8 @@ void plain_backward(const Tape& tape, const Regions<T>& r, const Run& run) {
     const int ops = static_cast<int>(tape.ops.count);
     for (int i = ops; i-- > 0;) run.time(ops + i, [&] { plain_op_backward(tape, r, run, i); });
 }
+
+BABYGPT_UNHURRIED_END
 
 // ---- AdamW (Loshchilov & Hutter 2019) ------------------------------------------------------------------------------------
 
