@@ -651,7 +651,7 @@ struct TrainConfig {
     double label_smoothing = 0;
     uint64_t seed = 1;
     int64_t evaluate_every = 0;  // 0: about 20 times in a run
-    int64_t patience = 0;        // evaluations without a better validation loss before it stops; 0: never
+    int64_t patience = 0;        // evaluations without a better one (Progress::best) before it stops; 0: never
 };
 
 struct StepResult {
@@ -675,8 +675,8 @@ struct Evaluation {
 struct Progress {  // what a callback sees
     const StepResult* step = nullptr;
     const Evaluation* evaluation = nullptr;  // null unless one was just made
-    bool best = false;                       // it is the best so far (and was saved)
-    int64_t steps = 0;                       // the run's total
+    bool best = false;  // it is the best so far (and was saved): of a classifier by accuracy, then by loss; else by loss
+    int64_t steps = 0;  // the run's total
     double seconds = 0, seconds_left = 0;
 };
 
@@ -690,7 +690,7 @@ struct RunConfig {
 
 struct RunResult {
     int64_t step = 0;
-    double best_validation_loss = 0;  // 0 where there was no validation
+    double best_validation_loss = 0;  // of best_step; 0 where there was no validation
     int64_t best_step = 0;
     double seconds = 0;
     bool stopped_early = false;  // by patience
@@ -706,10 +706,10 @@ struct Trainer {
     Data* training = nullptr;
     Data* validation = nullptr;  // may be null
     int64_t step_count = 0;
-    double best_validation_loss = 0;
-    int64_t best_step = -1;       // -1: none yet
-    int64_t bad_evaluations = 0;  // in a row
-    float* gradients = nullptr;   // sums over the step's tokens, laid out as Model::weights, or as those of the adapter
+    double best_validation_loss = 0, best_accuracy = 0;  // of best_step; best_accuracy: of a classifier
+    int64_t best_step = -1;                              // -1: none yet
+    int64_t bad_evaluations = 0;                         // in a row
+    float* gradients = nullptr;  // sums over the step's tokens, laid out as Model::weights, or as those of the adapter
     float* moment1 = nullptr;
     float* moment2 = nullptr;
     Runtime* runtime = nullptr;
@@ -9721,7 +9721,8 @@ Trainer& Trainer::operator=(Trainer&& other) noexcept {
     if (state) destroy(*runtime, state);
     config = other.config, model = other.model, adapter = other.adapter, training = other.training, validation = other.validation;
     step_count = other.step_count;
-    best_validation_loss = other.best_validation_loss, best_step = other.best_step, bad_evaluations = other.bad_evaluations;
+    best_validation_loss = other.best_validation_loss, best_accuracy = other.best_accuracy, best_step = other.best_step,
+    bad_evaluations = other.bad_evaluations;
     gradients = other.gradients, moment1 = other.moment1, moment2 = other.moment2, runtime = other.runtime, state = other.state;
     other.state = nullptr;
     other.gradients = other.moment1 = other.moment2 = nullptr;
@@ -10131,10 +10132,14 @@ Status Trainer::run(const RunConfig& how, RunResult& result) {
         if (scheduled && validation) {
             BABYGPT_TRY(evaluate(*validation, evaluation));
             progress.evaluation = &evaluation;
-            progress.best = is_finite(evaluation.loss) && (best_step < 0 || evaluation.loss < best_validation_loss);
+            // A classifier's loss rises while more and more is right: few examples, of which it is too sure, outweigh the others.
+            const bool by_loss = model->config.classes == 0 || !(evaluation.top1 < best_accuracy || evaluation.top1 > best_accuracy);
+            const bool better = by_loss ? evaluation.loss < best_validation_loss : evaluation.top1 > best_accuracy;
+            progress.best = is_finite(evaluation.loss) && (best_step < 0 || better);
             ++bad_evaluations;
             if (progress.best) {
                 best_validation_loss = evaluation.loss, best_step = step_count, bad_evaluations = 0;
+                if (model->config.classes > 0) best_accuracy = evaluation.top1;
                 if (saves) BABYGPT_TRY(adapter ? adapter->save(how.out) : model->save(how.out));
             }
         }
@@ -12158,7 +12163,7 @@ void each_field(const TrainConfig*, const F& f) {
 // Where training stands. Random numbers and the order of the data are functions of the seed and the step: the step says where they are.
 struct TrainingState {
     int64_t step_count, best_step, bad_evaluations;
-    double best_validation_loss;
+    double best_validation_loss, best_accuracy;
     uint64_t training_tokens, training_fingerprint, validation_tokens, validation_fingerprint;
 };
 template <class F>
@@ -12172,6 +12177,7 @@ void each_field(const TrainingState*, const F& f) {
     own("training_fingerprint", &TrainingState::training_fingerprint);
     own("validation_tokens", &TrainingState::validation_tokens);
     own("validation_fingerprint", &TrainingState::validation_fingerprint);
+    own("best_accuracy", &TrainingState::best_accuracy);
 }
 
 template <class Record>
@@ -12209,8 +12215,8 @@ constexpr const char* beyond_decoders[] = {"encoder_layers", "causal", "classes"
 // What files of the first kind, or other people's, may lack; it then has its default.
 inline bool is_optional(const char* key) {
     static constexpr const char* names[] = {
-        "position_embedding_type", "dtype",      "optimizer",          "muon_lr",     "model_type", "tie_word_embeddings", "bias",
-        "attention_bias",          "hidden_act", "layer_norm_epsilon", "rms_norm_eps"};
+        "position_embedding_type", "dtype",      "optimizer",          "muon_lr",      "model_type",   "tie_word_embeddings", "bias",
+        "attention_bias",          "hidden_act", "layer_norm_epsilon", "rms_norm_eps", "best_accuracy"};
     return is_one_of(key, names) || is_one_of(key, beyond_gpt2) || is_one_of(key, beyond_decoders);
 }
 template <class Record>
@@ -13628,7 +13634,7 @@ BABYGPT_RARE Status build_gguf(const Model& model, GgufWriter& to) {
 TrainingState state_of(const Trainer& t) {
     TrainingState state{};
     state.step_count = t.step_count, state.best_step = t.best_step, state.bad_evaluations = t.bad_evaluations;
-    state.best_validation_loss = t.best_validation_loss;
+    state.best_validation_loss = t.best_validation_loss, state.best_accuracy = t.best_accuracy;
     if (t.training) state.training_tokens = t.training->tokens, state.training_fingerprint = t.training->fingerprint;
     if (t.validation) state.validation_tokens = t.validation->tokens, state.validation_fingerprint = t.validation->fingerprint;
     return state;
@@ -13640,6 +13646,7 @@ Status parse_training(Runtime& runtime, const Checkpoint& c, TrainConfig& config
     BABYGPT_TRY(read_metadata(runtime, c, "babygpt.training", text));
     if (text.count == 0) return c.bad(" holds no state of training to resume from: that is in the .resume.safetensors beside the model");
     uint64_t in_config = 0, in_state = 0;
+    state.best_accuracy = 0;  // where an older version wrote the file
     Json json(runtime, view(text));
     for (json.enter_object(); json.next_key();) {
         if (json.key_is("config"))
@@ -13919,7 +13926,7 @@ Status Trainer::load(Text path) {
     if (status.ok()) status = read_tensors(*runtime, c, "moment2.", names, moment2, as_converted);
     if (!status.ok()) return fail(status.error, Text(status.message), "; the model is now half loaded: load again before it is used");
     step_count = stored.step_count, best_step = stored.best_step, bad_evaluations = stored.bad_evaluations;
-    best_validation_loss = stored.best_validation_loss;
+    best_validation_loss = stored.best_validation_loss, best_accuracy = stored.best_accuracy;
     return Status();
 }
 

@@ -91,11 +91,11 @@ int main(int count, char** words) {
     TrainConfig how;
     config.causal = false, config.classes = 2;
     config.layers = 1, config.width = 64, config.context = 64;
-    how.steps = files ? 1500 : 300, how.batch = files ? 32 : 8, how.lr = 1e-3, how.dropout = files ? 0.4 : 0.1;
-    how.evaluate_every = how.steps / 15, how.patience = 4;
+    how.steps = files ? 1500 : 300, how.batch = files ? 32 : 8, how.lr = 1e-3, how.dropout = files ? 0.5 : 0.1;
+    how.label_smoothing = 0.1, how.evaluate_every = how.steps / 30;
     watch.out = "build/sentiment.safetensors", watch.progress = &show;
 
-    Status s = tokenizer.train(runtime, {TokenizerKind::wordpiece, files ? 8000 : 400}, Text(learn.text));
+    Status s = tokenizer.train(runtime, {TokenizerKind::wordpiece, files ? 14000 : 400}, Text(learn.text));
     if (s.ok()) s = model.create(runtime, config, static_cast<Tokenizer&&>(tokenizer));
     if (s.ok()) s = learn.tokenize(runtime, model.tokenizer, 64);
     if (s.ok()) s = other.tokenize(runtime, model.tokenizer, 64);

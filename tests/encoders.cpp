@@ -280,6 +280,66 @@ TEST(fine_tuning, "a classifier would not begin with what its encoder has learnt
     CHECK(wider.copy_weights(encoder) == 0);
 }
 
+TEST(best_classifier, "the file would not be the classifier that is right most often, or a resumed run would forget how often that was") {
+    // Half of the labels to learn are wrong: the longer it learns, the surer it is of them, and the loss of the right ones rises.
+    static int32_t words[64][6], labels[64], right[64];
+    std::vector<Example> learnt, held_out;
+    for (int i = 0; i < 64; ++i) {
+        for (int k = 0; k < 6; ++k) words[i][k] = (i * 7 + k * k * 5 + i * k) % 30;
+        right[i] = words[i][0] % 3, labels[i] = i % 4 < 2 ? right[i] : (i * 5 + 1) % 3;
+        Example example{{words[i], 6}, {&labels[i], 1}, {}, {}};
+        learnt.push_back(example);
+        example.targets = {&right[i], 1};
+        held_out.push_back(example);
+    }
+    struct Seen {
+        double accuracy = -1, loss = 0, lowest = 1e9;
+        int64_t step = 0, step_of_lowest = 0;
+        static bool look(void* user, const Progress& p) {
+            Seen& seen = *static_cast<Seen*>(user);
+            if (!p.evaluation) return true;
+            const double accuracy = p.evaluation->top1, loss = p.evaluation->loss;
+            const bool better = accuracy > seen.accuracy || (!(accuracy < seen.accuracy) && loss < seen.loss);
+            CHECK(better == p.best);
+            if (better) seen.accuracy = accuracy, seen.loss = loss, seen.step = p.step->step;
+            if (loss < seen.lowest) seen.lowest = loss, seen.step_of_lowest = p.step->step;
+            return true;
+        }
+    };
+    Runtime runtime;
+    TrainConfig how = tiny_run(200);
+    how.evaluate_every = 5;
+    Seen all, parts;
+    RunResult whole, resumed;
+    for (const bool stop : {false, true}) {
+        Model model;
+        Data data, validation;
+        Trainer trainer;
+        CHECK_OK(model.create(runtime, tiny_classifier(), Tokenizer(), 5));
+        CHECK_OK(data.create(runtime, Span<const Example>(learnt.data(), learnt.size())));
+        CHECK_OK(validation.create(runtime, Span<const Example>(held_out.data(), held_out.size())));
+        CHECK_OK(trainer.create(runtime, model, how, data, &validation));
+        RunConfig run;
+        run.out = "build/test_best_classifier.safetensors";
+        run.progress = &Seen::look, run.user = stop ? &parts : &all;
+        if (!stop) {
+            CHECK_OK(trainer.run(run, whole));
+            continue;
+        }
+        run.stop_at = whole.best_step + 2;
+        CHECK_OK(trainer.run(run, resumed));
+        Trainer again;
+        CHECK_OK(again.create(runtime, model, how, data, &validation));
+        CHECK_OK(again.load("build/test_best_classifier.resume.safetensors"));
+        run.stop_at = 0;
+        CHECK_OK(again.run(run, resumed));
+    }
+    CHECK(all.step != all.step_of_lowest && all.step > 0);  // else this test shows nothing
+    CHECK(whole.best_step == all.step && resumed.best_step == all.step && parts.step == all.step);
+    CHECK(whole.best_validation_loss <= all.loss && whole.best_validation_loss >= all.loss);
+    remove("build/test_best_classifier.safetensors"), remove("build/test_best_classifier.resume.safetensors");
+}
+
 TEST(labels, "the names of classes would be lost in the file, or a damaged file would give a class another one's name") {
     Runtime runtime;
     Model model, loaded;
