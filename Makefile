@@ -2,6 +2,7 @@
 # make run        train a small GPT on the talk of a village (at most two minutes), then chat with it
 # make test       the tests that need a compiler and make, nothing more (under two minutes)
 # make test-all   these, and what needs Python, PyTorch, clang or ../shared: says in a line what is not here and is left out
+# make damage     damaged files for every reader: cut at every byte, 20,000 mutations each, large ones cut at 1,000 places
 # make exam       asks the villagers that make run trained 78 questions, each in three spellings
 # make examples   every program in examples/
 # make bench      how fast it is, in turns with PyTorch and llama.cpp where tools/bench/peers.sh installed them (half an hour;
@@ -38,7 +39,7 @@ emulated := $(patsubst tests/%.cpp,%,$(shell grep -l '^.include "cuda_emulator.h
 watch := $(if $(filter sanitize,$(config)),,-DEMULATOR_WATCH -fsanitize=thread)
 examples := $(patsubst examples/%.cpp,$(build)/examples/%,$(wildcard examples/*.cpp))
 
-.PHONY: all always run test test-all exam examples bench matrix clean help
+.PHONY: all always run test test-all damage exam examples bench matrix clean help
 all: $(build)/babygpt
 
 $(build)/babygpt.o: babygpt.h Makefile
@@ -88,9 +89,15 @@ $(results)/test_cli.sh: $(build)/babygpt always
 	@BABYGPT=$< sh tests/run.sh $@ tests/test_cli.sh
 test: $(quick)
 	@sh tests/run.sh --sum $^
+# Damaged files: what make test does less often.
+damage := '$(build)/tests/tokenizer gpt2_damage 100' '$(build)/tests/tokenizer piece_damage 40' '$(build)/tests/tokenizer real_damage 40' \
+    '$(build)/tests/files huggingface 14' '$(build)/tests/files gguf_damage 3' '$(build)/tests/files damaged_resume 7' \
+    '$(build)/tests/adapters damaged 7'
+damage: $(patsubst %,$(build)/tests/%,tokenizer files data adapters)
+	@sh tests/run.sh $(results)/damage '$(build)/tests/tokenizer damage' '$(build)/tests/files' '$(build)/tests/data damaged' $(damage)
+	@sh tests/run.sh --sum $(results)/damage
 # The others one after the other: some of them time what they run.
-further := '$(build)/tests/tokenizer gpt2_damage 34' '$(build)/tests/tokenizer piece_damage 40' \
-    $(filter-out tests/test_cli.sh,$(wildcard tests/test_*.sh tests/test_*.py)) tests/matrix.sh \
+further := $(damage) $(filter-out tests/test_cli.sh,$(wildcard tests/test_*.sh tests/test_*.py)) tests/matrix.sh \
     'tools/compare_torch.py $(build)/tests/torch_steps' 'tools/compare_tokenizers.py --babygpt $(build)/babygpt' \
     'tools/compare_transformers.py --babygpt $(build)/babygpt' 'tools/compare_measures.py --babygpt $(build)/babygpt --retrieval $(build)/examples/retrieval' \
     'tools/compare_gguf.py --babygpt $(build)/babygpt' 'tools/compare_peft.py --babygpt $(build)/babygpt'

@@ -4,6 +4,7 @@
 #define CHECK_H
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 struct Test {
@@ -35,9 +36,9 @@ struct AddTest {
     }
 };
 
-#define TEST(name, broken)                            \
-    static void name();                               \
-    static AddTest add_##name(#name, broken, &name);  \
+#define TEST(name, broken)                           \
+    static void name();                              \
+    static AddTest add_##name(#name, broken, &name); \
     static void name()
 
 // Goes on after a failure, so that one run shows all of them.
@@ -60,8 +61,16 @@ bool check_status(const Status& status, const char* what, const char* file, int 
     return status.ok();
 }
 
-// With a word as argument: only the tests whose name holds it.
-inline int run_tests(const char* only = nullptr) {
+// How many times as many damaged files as usual. What `make damage` asks for.
+inline int& thoroughness() {
+    static int times = 1;
+    return times;
+}
+
+// With a word as argument: only the tests whose name holds it; with a number after it: so many times as many damaged files.
+inline int run_tests(int count = 0, char** words = nullptr) {
+    const char* only = count > 1 ? words[1] : nullptr;
+    if (count > 2) thoroughness() = atoi(words[2]);
     int passed = 0, failed = 0, left_out = 0;
     for (Test* test = first_test(); test; test = test->next) {
         if (only && !strstr(test->name, only)) continue;

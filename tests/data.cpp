@@ -961,7 +961,8 @@ TEST(damaged_real_files, "a download that broke off could crash or hang the host
         const char* path;
         TextFormat format;
     } const files[] = {{"../shared/data/dialogsum/dialogsum.dev.jsonl", TextFormat::jsonl},
-                       {"../shared/data/dialogsum/validation.csv", TextFormat::csv}};
+                       {"../shared/data/dialogsum/validation.csv", TextFormat::csv},
+                       {"../shared/data/parallel/tur-eng_manythings.tsv", TextFormat::tsv}};
     for (const auto& file : files) {
         FILE* f = fopen(file.path, "rb");
         if (!f) SKIP("../shared is not here");
@@ -971,7 +972,7 @@ TEST(damaged_real_files, "a download that broke off could crash or hang the host
         fclose(f);
         CorpusConfig config;
         config.format = file.format;
-        (file.format == TextFormat::csv ? config.column : config.field) = "dialogue";
+        if (file.format != TextFormat::tsv) (file.format == TextFormat::csv ? config.column : config.field) = "dialogue";
         Runtime runtime;
         Heap memory;
         memory.lend(runtime);
@@ -983,7 +984,7 @@ TEST(damaged_real_files, "a download that broke off could crash or hang the host
             good += status.ok();
             if (!CHECK(status.ok() || (status.error == Error::bad_file && status.message[0] != '\0'))) return;
         }
-        CHECK(good < 1000);
+        CHECK(good < 1000 || file.format == TextFormat::tsv);  // a shorter line is a line
         CHECK(memory.now == 0 && memory.peak < 64 * whole.size() + 100000);
     }
 }
@@ -1072,4 +1073,4 @@ TEST(text_of_any_size_in_bounded_memory, "a file of some gigabytes would need as
     CHECK(memory.peak < 32 << 20);
 }
 
-int main(int count, char** words) { return run_tests(count > 1 ? words[1] : nullptr); }
+int main(int count, char** words) { return run_tests(count, words); }

@@ -253,4 +253,4 @@ TEST(llm_viz_fast, "the fast backend would not compute what PyTorch computes") {
 
 }  // namespace golden_test
 
-int main(int count, char** words) { return run_tests(count > 1 ? words[1] : nullptr); }
+int main(int count, char** words) { return run_tests(count, words); }

@@ -553,4 +553,4 @@ TEST(planner, "two tensors that are needed at the same time would share memory")
 
 }  // namespace gradients_test
 
-int main(int count, char** words) { return run_tests(count > 1 ? words[1] : nullptr); }
+int main(int count, char** words) { return run_tests(count, words); }

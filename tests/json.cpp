@@ -128,4 +128,4 @@ TEST(reading, "members are mixed up, or the message does not tell the place") {
     CHECK(status.error == Error::bad_file && strstr(status.message, "'config.json', byte 11"));
 }
 
-int main(int count, char** arguments) { return run_tests(count > 1 ? arguments[1] : nullptr); }
+int main(int count, char** arguments) { return run_tests(count, arguments); }

@@ -134,4 +134,4 @@ TEST(bytes_that_are_no_text, "a damaged file would be read past its end, or diff
     CHECK(copied.text == bytes && copied.found == copied.spans && copied.longest == copied.characters);
 }
 
-int main(int count, char** words) { return run_tests(count > 1 ? words[1] : nullptr); }
+int main(int count, char** words) { return run_tests(count, words); }

@@ -596,4 +596,4 @@ TEST(best_and_patience, "the file would not be the best model, or training would
     CHECK(resume.push('\0') && remove(resume.data()) == 0);
 }
 
-int main(int count, char** arguments) { return run_tests(count > 1 ? arguments[1] : nullptr); }
+int main(int count, char** arguments) { return run_tests(count, arguments); }
