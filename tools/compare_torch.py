@@ -85,7 +85,7 @@ class Muon:
         for name, w, momentum in self.matrices:
             momentum.lerp_(w.grad, 0.05)
             update = w.grad.lerp(momentum, 0.95)
-            parts = update.chunk(3 if "c_attn" in name else 1, 1)
+            parts = update.chunk(update.shape[1] // update.shape[0] if "c_attn" in name else 1, 1)  # queries, keys, values
             w.mul_(1 - lr * WEIGHT_DECAY)
             in_, out = w.shape[1] if "model.layers." in name else w.shape[0], parts[0].shape[0 if "model.layers." in name else 1]
             w.sub_(torch.cat([orthogonal(p) * max(1, out / in_) ** 0.5 for p in parts], 1), alpha=lr)
@@ -117,9 +117,9 @@ def loss_of_llama(w, ids, targets):
     return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.flatten())
 
 
-def waves():
-    angle = torch.arange(CONTEXT)[:, None] * 10000.0 ** (-torch.arange(0, WIDTH, 2) / WIDTH)
-    return torch.stack([angle.sin(), angle.cos()], -1).view(CONTEXT, WIDTH)
+def waves(length=CONTEXT, width=WIDTH):
+    angle = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, width, 2) / width)
+    return torch.stack([angle.sin(), angle.cos()], -1).view(length, width)
 
 
 def loss_of(w, ids, targets, variant):
@@ -158,52 +158,78 @@ def loss_of(w, ids, targets, variant):
     return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.flatten())
 
 
-class Translator(torch.nn.Module):
-    """Of torch.nn's layers, with our weights. `first`: norms before the sub-layers, learned positions, GELU."""
+class Mirror(torch.nn.Module):
+    """A model of torch.nn's layers. `views` are its parameters under our names, each laid out as ours is."""
 
-    def __init__(self, w, first):
+    def __init__(self):
         super().__init__()
-        shape = dict(d_model=WIDTH, nhead=HEADS, dim_feedforward=4 * WIDTH, dropout=0.0, batch_first=True, norm_first=first,
-                     activation=(lambda x: F.gelu(x, approximate="tanh")) if first else F.relu)
-        self.first = first
-        self.tokens = torch.nn.Parameter(w["wte.weight"].detach().clone())
-        if first:
-            self.positions = torch.nn.ParameterList([w[name].detach().clone() for name in ("encoder.wpe.weight", "wpe.weight")])
-            self.last = torch.nn.ModuleList([torch.nn.LayerNorm(WIDTH), torch.nn.LayerNorm(WIDTH)])
-        self.encoder = torch.nn.ModuleList([torch.nn.TransformerEncoderLayer(**shape) for _ in range(LAYERS)])
-        self.decoder = torch.nn.ModuleList([torch.nn.TransformerDecoderLayer(**shape) for _ in range(LAYERS)])
-        with torch.no_grad():
-            for i in range(LAYERS):
-                self.fill(w, self.encoder[i], f"encoder.h.{i}.", "norm2")
-                self.fill(w, self.decoder[i], f"h.{i}.", "norm3")
-                h, attention = f"h.{i}.crossattention.", self.decoder[i].multihead_attn
-                attention.in_proj_weight.copy_(torch.cat([w[h + "q_attn.weight"].T, w[h + "c_attn.weight"].T]))
-                attention.in_proj_bias.copy_(torch.cat([w[h + "q_attn.bias"], w[h + "c_attn.bias"]]))
-                self.linear(w, attention.out_proj, h + "c_proj")
-                self.norm(w, self.decoder[i].norm2, f"h.{i}.ln_cross_attn")
-            for module, name in zip(self.last if first else (), ("encoder.ln_f", "ln_f")):
-                self.norm(w, module, name)
+        self.views, self.layouts = [], []
 
-    def linear(self, w, module, name):
-        module.weight.copy_(w[name + ".weight"].T)
-        module.bias.copy_(w[name + ".bias"])
+    def see(self, name, parameter, layout=lambda t: t):
+        self.views.append((name, layout(parameter.detach())))
+        self.layouts.append((parameter, layout))
+        return parameter
 
-    def norm(self, w, module, name):
-        module.weight.copy_(w[name + ".weight"])
-        module.bias.copy_(w[name + ".bias"])
+    def parameter(self, w, name):
+        return self.see(name, torch.nn.Parameter(w[name].detach().clone()))
 
-    def fill(self, w, layer, h, norm):
-        layer.self_attn.in_proj_weight.copy_(w[h + "attn.c_attn.weight"].T)
-        layer.self_attn.in_proj_bias.copy_(w[h + "attn.c_attn.bias"])
-        self.linear(w, layer.self_attn.out_proj, h + "attn.c_proj")
-        self.linear(w, layer.linear1, h + "mlp.c_fc")
-        self.linear(w, layer.linear2, h + "mlp.c_proj")
-        self.norm(w, layer.norm1, h + "ln_1")
-        self.norm(w, getattr(layer, norm), h + "ln_2")
+    def linear(self, module, name):  # ours is (in, out), as in GPT-2's Conv1D
+        self.see(name + ".weight", module.weight, lambda t: t.T)
+        self.see(name + ".bias", module.bias)
+
+    def norm(self, module, name):
+        self.see(name + ".weight", module.weight)
+        self.see(name + ".bias", module.bias)
+        return module
+
+    def layer(self, layer, h):
+        self.see(h + "attn.c_attn.weight", layer.self_attn.in_proj_weight, lambda t: t.T)
+        self.see(h + "attn.c_attn.bias", layer.self_attn.in_proj_bias)
+        self.linear(layer.self_attn.out_proj, h + "attn.c_proj")
+        self.linear(layer.linear1, h + "mlp.c_fc")
+        self.linear(layer.linear2, h + "mlp.c_proj")
+        self.norm(layer.norm1, h + "ln_1")
+        self.norm(layer.norm3 if hasattr(layer, "norm3") else layer.norm2, h + "ln_2")
+        if hasattr(layer, "norm3"):
+            attention, width = layer.multihead_attn, layer.linear1.in_features
+            for name, part in (("q_attn", slice(width)), ("c_attn", slice(width, None))):
+                self.see(f"{h}crossattention.{name}.weight", attention.in_proj_weight, lambda t, part=part: t[part].T)
+                self.see(f"{h}crossattention.{name}.bias", attention.in_proj_bias, lambda t, part=part: t[part])
+            self.linear(attention.out_proj, h + "crossattention.c_proj")
+            self.norm(layer.norm2, h + "ln_cross_attn")
+        return layer
+
+    def load(self, w):
+        assert sum(p.numel() for p in self.parameters()) == sum(t.numel() for t in w.values())
+        for name, view in self.views:
+            view.copy_(w[name].detach())
+
+    def see_gradients(self):
+        for (_, view), (parameter, layout) in zip(self.views, self.layouts):
+            view.grad = layout(parameter.grad)
+
+
+class Translator(Mirror):
+    """With "wpe.weight" in w: norms before the sub-layers, learned positions, GELU."""
+
+    def __init__(self, w, heads=HEADS, dropout=0.0):
+        super().__init__()
+        self.first, self.width = "wpe.weight" in w, w["wte.weight"].shape[1]
+        shape = dict(d_model=self.width, nhead=heads, dim_feedforward=4 * self.width, dropout=dropout, batch_first=True, norm_first=self.first,
+                     activation=(lambda x: F.gelu(x, approximate="tanh")) if self.first else F.relu)
+        self.dropout = torch.nn.Dropout(dropout)
+        self.tokens = self.parameter(w, "wte.weight")
+        if self.first:
+            self.positions = torch.nn.ParameterList([self.parameter(w, name) for name in ("encoder.wpe.weight", "wpe.weight")])
+            self.last = torch.nn.ModuleList([self.norm(torch.nn.LayerNorm(self.width), name) for name in ("encoder.ln_f", "ln_f")])
+        layers = sum(name.endswith(".crossattention.c_proj.bias") for name in w)
+        self.encoder = torch.nn.ModuleList([self.layer(torch.nn.TransformerEncoderLayer(**shape), f"encoder.h.{i}.") for i in range(layers)])
+        self.decoder = torch.nn.ModuleList([self.layer(torch.nn.TransformerDecoderLayer(**shape), f"h.{i}.") for i in range(layers)])
+        self.load(w)
 
     def embed(self, ids, which):
-        x = self.tokens[ids]
-        return x + self.positions[which][:ids.shape[1]] if self.first else x * WIDTH**0.5 + waves()[:ids.shape[1]]
+        x, length = self.tokens[ids], ids.shape[1]
+        return self.dropout(x + self.positions[which][:length] if self.first else x * self.width**0.5 + waves(length, self.width))
 
     def forward(self, source, unused, ids):
         x = self.embed(source, 0)
@@ -217,6 +243,10 @@ class Translator(torch.nn.Module):
         return (self.last[1](y) if self.first else y) @ self.tokens.T
 
 
+def padded(rows, with_what):
+    return torch.tensor([row + [with_what] * (max(map(len, rows)) - len(row)) for row in rows])
+
+
 def pairs():
     random = 1
 
@@ -224,9 +254,6 @@ def pairs():
         nonlocal random
         random = (random * 1664525 + 1013904223) % 2**32
         return (random >> 8) % limit
-
-    def padded(rows, with_what):
-        return torch.tensor([row + [with_what] * (max(map(len, rows)) - len(row)) for row in rows])
 
     while True:
         sources, said = [], []
@@ -238,77 +265,79 @@ def pairs():
         yield padded(sources, 0), unused, padded([row[:-1] for row in said], 0), padded([row[1:] for row in said], -1)
 
 
-def compare_translators(driver, variant):
+def our_steps(driver, variant):
+    """What build/tests/torch_steps prints, as numbers, and the weights that it begins with."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "model.safetensors")
         lines = subprocess.run([driver, path, str(variant)], check=True, stdout=subprocess.PIPE, text=True).stdout.split("\n")
-        w = read_safetensors(path)
-    ours = [tuple(map(float, line.split())) for line in lines if line]
-    assert len(ours) == 51 and ("encoder.ln_f.weight" in w) == ("ln_f.weight" in w) == ("wpe.weight" in w) == (variant == 8)
-    model = Translator(w, variant == 8)
-    assert sum(p.numel() for p in model.parameters()) == sum(t.numel() for t in w.values())
-    groups = [{"params": [t for t in model.parameters() if t.dim() == 2], "weight_decay": WEIGHT_DECAY},
-              {"params": [t for t in model.parameters() if t.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON)
-    worst, where, first, last, apart = 0.0, 0, 0.0, 0.0, 0.0
-    for step, ((our_loss, lr), (source, unused, ids, targets)) in enumerate(zip(ours[1:], pairs())):
+        return [tuple(map(float, line.split())) for line in lines if line], read_safetensors(path)
+
+
+def apart(ours, theirs):
+    theirs = theirs.detach()
+    return float((torch.tensor(ours) - theirs).abs().max() / theirs.abs().max())
+
+
+def adamw(tensors):
+    groups = [{"params": [t for t in tensors if t.dim() == 2], "weight_decay": WEIGHT_DECAY},
+              {"params": [t for t in tensors if t.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON)
+
+
+def follow(variant, steps, tensors, batches, loss_of_batch, muon=None, relative=False):
+    """Takes our steps with our learning rates. Muon's matrices are not AdamW's."""
+    of_muon = {id(t) for _, t, _ in muon.matrices} if muon else set()
+    optimizer = adamw([t for t in tensors if id(t) not in of_muon])
+    worst, where, first, last = 0.0, 0, 0.0, 0.0
+    for step, ((our_loss, lr), batch) in enumerate(zip(steps, batches)):
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.zero_grad()
-        logits = model(source, unused, ids)
-        if step == 0:
-            theirs = logits[0, int((targets[0] >= 0).sum()) - 1].detach()
-            apart = float((torch.tensor(ours[0]) - theirs).abs().max() / theirs.abs().max())
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        for t in tensors:
+            t.grad = None
+        loss = loss_of_batch(batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        torch.nn.utils.clip_grad_norm_(tensors, CLIP)
         optimizer.step()
+        if muon:
+            muon.step(MUON_LR * lr / LR)
         first, last = first or loss.item(), loss.item()
-        difference = abs(our_loss - loss.item())
+        difference = abs(our_loss - loss.item()) / (loss.item() if relative else 1)
         if not difference <= worst:
             worst, where = difference, step + 1
-    print(f"variant {variant}: logits relative {apart:.2g}; loss {first:.4f} to {last:.4f}; from PyTorch {torch.__version__}'s it differs by at "
-          f"most {worst:.2g} (step {where})")
-    return worst <= LIMIT and apart <= LOGITS_LIMIT
+    print(f"variant {variant}: loss {first:.4f} to {last:.4f}; from PyTorch {torch.__version__}'s it differs by at most {worst:.2g} (step {where})")
+    return worst <= LIMIT
 
 
-class Reader(torch.nn.Module):
-    """An encoder of torch.nn's layers with our weights: for each id, or pooled for a class, with or without features."""
+def compare_translators(driver, variant):
+    (logits, *steps), w = our_steps(driver, variant)
+    assert len(steps) == 50 and ("encoder.ln_f.weight" in w) == ("ln_f.weight" in w) == ("wpe.weight" in w) == (variant == 8)
+    model = Translator(w)
+    source, unused, ids, targets = next(pairs())
+    difference = apart(logits, model(source, unused, ids)[0, int((targets[0] >= 0).sum()) - 1])
+    print(f"variant {variant}: logits relative {difference:.2g}")
+
+    def loss_of_batch(batch):
+        *read, targets = batch
+        return F.cross_entropy(model(*read).flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    return follow(variant, steps, list(model.parameters()), pairs(), loss_of_batch) and difference <= LOGITS_LIMIT
+
+
+class Reader(Mirror):
+    """An encoder: for each id, or pooled for a class, with or without features."""
 
     def __init__(self, w, variant):
         super().__init__()
         self.variant = variant
-
-        def parameter(name):
-            return torch.nn.Parameter(w[name].detach().clone())
-
-        def linear(name):
-            module = torch.nn.Linear(*w[name + ".weight"].shape)
-            module.weight.copy_(w[name + ".weight"].T)
-            module.bias.copy_(w[name + ".bias"])
-            return module
-
-        def norm(name):
-            module = torch.nn.LayerNorm(WIDTH)
-            module.weight.copy_(w[name + ".weight"])
-            module.bias.copy_(w[name + ".bias"])
-            return module
-
-        with torch.no_grad():
-            self.tokens, self.positions, self.last = parameter("wte.weight"), parameter("wpe.weight"), norm("ln_f")
-            self.features = parameter("features.weight") if variant == 11 else None
-            self.head = parameter("score.weight") if variant > 9 else None
-            self.bias = parameter("score.bias" if variant > 9 else "lm_head.bias")
-            self.layers = torch.nn.ModuleList()
-            for h in (f"h.{i}." for i in range(LAYERS)):
-                layer = torch.nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, 0.0, lambda x: F.gelu(x, approximate="tanh"),
-                                                         batch_first=True, norm_first=True)
-                layer.self_attn.in_proj_weight.copy_(w[h + "attn.c_attn.weight"].T)
-                layer.self_attn.in_proj_bias.copy_(w[h + "attn.c_attn.bias"])
-                layer.self_attn.out_proj = linear(h + "attn.c_proj")
-                layer.linear1, layer.linear2 = linear(h + "mlp.c_fc"), linear(h + "mlp.c_proj")
-                layer.norm1, layer.norm2 = norm(h + "ln_1"), norm(h + "ln_2")
-                self.layers.append(layer)
+        self.tokens, self.positions = self.parameter(w, "wte.weight"), self.parameter(w, "wpe.weight")
+        self.features = self.parameter(w, "features.weight") if variant == 11 else None
+        self.head = self.parameter(w, "score.weight") if variant > 9 else None
+        self.bias = self.parameter(w, "score.bias" if variant > 9 else "lm_head.bias")
+        self.last = self.norm(torch.nn.LayerNorm(WIDTH), "ln_f")
+        self.layers = torch.nn.ModuleList([self.layer(torch.nn.TransformerEncoderLayer(
+            WIDTH, HEADS, 4 * WIDTH, 0.0, lambda x: F.gelu(x, approximate="tanh"), batch_first=True, norm_first=True), f"h.{i}.")
+            for i in range(LAYERS)])
+        self.load(w)
 
     def forward(self, ids, features):  # one sequence: its logits, and its vector
         x = self.tokens[ids] + self.positions[:len(ids)]
@@ -342,39 +371,20 @@ def sentences(variant):
 
 
 def compare_readers(driver, variant):
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "model.safetensors")
-        lines = subprocess.run([driver, path, str(variant)], check=True, stdout=subprocess.PIPE, text=True).stdout.split("\n")
-        w = read_safetensors(path)
-    probabilities, vector, *steps = [tuple(map(float, line.split())) for line in lines if line]
+    (probabilities, vector, *steps), w = our_steps(driver, variant)
     assert len(steps) == 50 and len(probabilities) == (16 if variant == 9 else 5) and len(vector) == WIDTH
     model = Reader(w, variant)
-    assert sum(p.numel() for p in model.parameters()) == sum(t.numel() for t in w.values())
-    groups = [{"params": [t for t in model.parameters() if t.dim() == 2], "weight_decay": WEIGHT_DECAY},
-              {"params": [t for t in model.parameters() if t.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON)
-    worst, where, first, last, apart = 0.0, 0, 0.0, 0.0, 0.0
-    for step, ((our_loss, lr), batch) in enumerate(zip(steps, sentences(variant))):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.zero_grad()
-        said = [model(ids, features) for ids, _, features in batch]
-        if step == 0:
-            logits = said[0][0][-1] if variant == 9 else said[0][0]
-            for ours, theirs in ((probabilities, logits.softmax(0)), (vector, said[0][1])):
-                apart = max(apart, float((torch.tensor(ours) - theirs.detach()).abs().max() / theirs.detach().abs().max()))
-        logits = torch.cat([one if variant == 9 else one[None] for one, _ in said])
-        loss = F.cross_entropy(logits, torch.cat([targets.view(-1) for _, targets, _ in batch]), ignore_index=-1)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        first, last = first or loss.item(), loss.item()
-        difference = abs(our_loss - loss.item())
-        if not difference <= worst:
-            worst, where = difference, step + 1
-    print(f"variant {variant}: probabilities and vector relative {apart:.2g}; loss {first:.4f} to {last:.4f}; from PyTorch {torch.__version__}'s it "
-          f"differs by at most {worst:.2g} (step {where})")
-    return worst <= LIMIT and apart <= LOGITS_LIMIT
+    ids, _, features = next(sentences(variant))[0]
+    logits, their_vector = model(ids, features)
+    difference = max(apart(probabilities, (logits[-1] if variant == 9 else logits).softmax(0)), apart(vector, their_vector))
+    print(f"variant {variant}: probabilities and vector relative {difference:.2g}")
+
+    def loss_of_batch(batch):
+        said = [model(ids, features)[0] for ids, _, features in batch]
+        logits = torch.cat([one if variant == 9 else one[None] for one in said])
+        return F.cross_entropy(logits, torch.cat([targets.view(-1) for _, targets, _ in batch]), ignore_index=-1)
+
+    return follow(variant, steps, list(model.parameters()), sentences(variant), loss_of_batch) and difference <= LOGITS_LIMIT
 
 
 def compare(driver, variant):
@@ -382,39 +392,16 @@ def compare(driver, variant):
         return compare_readers(driver, variant)
     if variant >= 7:
         return compare_translators(driver, variant)
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "model.safetensors")
-        lines = subprocess.run([driver, path, str(variant)], check=True, stdout=subprocess.PIPE, text=True).stdout.split("\n")
-        w = read_safetensors(path)
-    ours = [tuple(map(float, line.split())) for line in lines if line]
-    assert len(ours) == 100 and ("lm_head.weight" in w) == (variant in (1, 4, 5)) and ("ln_f.bias" in w) == (variant in (0, 2, 3))
+    steps, w = our_steps(driver, variant)
+    assert len(steps) == 100 and ("lm_head.weight" in w) == (variant in (1, 4, 5)) and ("ln_f.bias" in w) == (variant in (0, 2, 3))
     assert ("wpe.weight" in w) == (variant in (0, 1, 3))
     blocks = ("h.", "model.layers.")
-    muon = Muon([(name, t) for name, t in w.items() if variant in (3, 5) and t.dim() == 2 and name.startswith(blocks)])
-    theirs = {name for name, _, _ in muon.matrices}
-    groups = [{"params": [t for name, t in w.items() if t.dim() == 2 and name not in theirs], "weight_decay": WEIGHT_DECAY},
-              {"params": [t for t in w.values() if t.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON)
-    worst, where, first, last = 0.0, 0, 0.0, 0.0
-    for step, ((our_loss, lr), (ids, targets)) in enumerate(zip(ours, batches())):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for t in w.values():
-            t.grad = None
-        loss = loss_of(w, ids, targets, variant)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(w.values()), CLIP)
-        optimizer.step()
-        muon.step(MUON_LR * lr / LR)
-        first, last = first or loss.item(), loss.item()
-        difference = abs(our_loss - loss.item()) / (loss.item() if variant == 6 else 1)  # that variant: relative
-        if not difference <= worst:
-            worst, where = difference, step + 1
-    print(f"variant {variant}: loss {first:.4f} to {last:.4f}; from PyTorch {torch.__version__}'s it differs by at most {worst:.2g} (step {where})")
-    return worst <= LIMIT
+    muon = Muon([(name, t) for name, t in w.items() if t.dim() == 2 and name.startswith(blocks)]) if variant in (3, 5) else None
+    return follow(variant, steps, list(w.values()), batches(), lambda batch: loss_of(w, *batch, variant), muon, relative=variant == 6)
 
 
-torch.set_num_threads(2)
-good = [compare(sys.argv[1] if len(sys.argv) > 1 else "build/tests/torch_steps", variant) for variant in range(12)]
-print(f"{sum(good)} passed, {len(good) - sum(good)} failed")
-sys.exit(0 if all(good) else 1)
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    good = [compare(sys.argv[1] if len(sys.argv) > 1 else "build/tests/torch_steps", variant) for variant in range(12)]
+    print(f"{sum(good)} passed, {len(good) - sum(good)} failed")
+    sys.exit(0 if all(good) else 1)
