@@ -902,8 +902,9 @@ struct Session {
     // Log-probability of each token of a text after what the session has read (the first of a fresh session has none: 0, but where there is
     // a source, the end-of-text token stands before it). Returns the sum.
     Status score(Text text, Array<int32_t>& ids, Array<float>& logprobs, double& sum);
-    // The attention of the ids read so far: probabilities [heads][position][position] of one layer.
-    Status attention(int layer, Array<float>& probabilities);
+    // The attention of the ids read so far: probabilities [heads][position][position] of one layer; to_source: [heads][position][ids of the
+    // source], where an encoder has read one.
+    Status attention(int layer, Array<float>& probabilities, bool to_source = false);
 };
 // Draws one token for each of several sessions of the same model, and feeds each its own: as Session::next would do it one after the other,
 // to the bit, but the weights are read once for all. One config for all (then give each session another prompt, or they say the same), or one
@@ -7323,10 +7324,10 @@ inline void adamw(float* w, float* m, float* v, const float* g, int64_t n, const
 
 // ---- numbers of fewer bits -----------------------------------------------------------------------------------------------
 
-// The nearest bf16 (a tie: the even one), as a float. Of a finite number.
+// The nearest finite bf16 (a tie: the even one), as a float. Of a finite number.
 inline float bf16_of(float x) {
-    const uint32_t bits = bits_as<uint32_t>(x);
-    return bits_as<float>((bits + 0x7fffu + (bits >> 16 & 1)) & 0xffff0000u);
+    const uint32_t bits = bits_as<uint32_t>(x), size = (bits & 0x7fffffffu) + 0x7fffu + (bits >> 16 & 1);
+    return bits_as<float>((bits & 0x80000000u) | (least(size, 0x7f7fffffu) & 0xffff0000u));
 }
 // The scale of numbers of which the largest is `biggest`: the power of two that brings it between 64 and 127. So nothing is rounded but the
 // numbers themselves: sums of products with the whole numbers, scaled at the end, have the bits of sums with the scaled numbers, and what
@@ -11739,12 +11740,14 @@ Status Encoder::embed(const Example& example, Span<float> vector) {
 
 // ---- looking inside --------------------------------------------------------------------------------------------------------
 
-Status Session::attention(int layer, Array<float>& probabilities) {
+Status Session::attention(int layer, Array<float>& probabilities, bool to_source) {
     BABYGPT_TRY(check_session(*this, Span<const int32_t>()));
     const FloatMode mode;
     if (layer < 0 || layer >= model->config.layers)
         return fail(Error::invalid_argument, "layer is ", layer, ", but the model has ", model->config.layers);
     if (position == 0) return fail(Error::invalid_argument, "nothing has been read yet");
+    if (to_source && model->config.encoder_layers == 0)
+        return fail(Error::invalid_argument, "the model has no encoder, which reads sources");
     // A tape planned as for training keeps queries, keys and softmax sums.
     Tape tape(*runtime);
     BABYGPT_TRY(record(tape, model->config, position, true, 0, 1, state->adapter ? &state->adapter->config : nullptr));
@@ -11768,22 +11771,24 @@ Status Session::attention(int layer, Array<float>& probabilities) {
     r.weights = model->weights, r.adapter = state->adapter ? state->adapter->weights : nullptr;
     state->backend->forward(*runtime, tape, r, run);
     for (const Op& op : tape.ops) {
-        if (op.kind != OpKind::attention || op.layer != layer || op.side != Side::text || op.sight == Sight::source) continue;
-        const int64_t n = position, width = op.out, dim = op.dim(), stride = op.in;
-        const float *x = values(tape, r, op.x), *softmax = values(tape, r, op.aux);
-        const float scale = 1 / root(static_cast<float>(dim));
+        if (op.kind != OpKind::attention || op.layer != layer || op.side != Side::text || (op.sight == Sight::source) != to_source)
+            continue;
+        const Attention<float> a(tape, r, run, op, 0);
+        const float scale = 1 / root(static_cast<float>(a.dim));
         probabilities = Array<float>(*runtime);
         size_t count;
-        if (!product(op.heads * n, n, count) || !probabilities.resize(count))
-            return out_of_memory(static_cast<uint64_t>(op.heads * n * n) * sizeof(float));
-        for (int64_t head = 0; head < op.heads; ++head)
-            for (int64_t i = 0; i < n; ++i)
-                for (int64_t k = 0; k < (op.sight == Sight::causal ? i + 1 : n); ++k) {
+        if (!product(int64_t(a.heads) * a.queries, a.keys, count) || !probabilities.resize(count))
+            return out_of_memory(static_cast<uint64_t>(a.heads) * static_cast<uint64_t>(a.queries) * static_cast<uint64_t>(a.keys) *
+                                 sizeof(float));
+        float* p = probabilities.items;
+        for (int head = 0; head < a.heads; ++head)
+            for (int i = 0; i < a.queries; ++i, p += a.keys)
+                for (int k = 0; k < a.seen_by(i); ++k) {
                     float score = 0;
-                    const float *query = x + i * stride + head * dim, *key = x + k * stride + width + head / (op.heads / op.kv_heads) * dim;
-                    for (int64_t d = 0; d < dim; ++d) score = madd(query[d], key[d], score);
-                    const float* m = softmax + (i * op.heads + head) * 2;
-                    probabilities[static_cast<size_t>((head * n + i) * n + k)] = exp_of(score * scale - m[0]) / m[1];
+                    const float *query = a.q + i * a.q_stride + head * a.dim, *key = a.k + k * a.k_stride + head / a.group * a.dim;
+                    for (int d = 0; d < a.dim; ++d) score = madd(query[d], key[d], score);
+                    const float* m = a.softmax + (int64_t(i) * a.heads + head) * 2;
+                    p[k] = exp_of(score * scale - m[0]) / m[1];
                 }
         return Status();
     }

@@ -271,6 +271,22 @@ TEST(products, "a product of matrices is wrong, or adds in another order") {
     }
 }
 
+TEST(bf16, "a number would be rounded to another one than the nearest, or a finite one to infinity") {
+    for (int64_t n = 0; n < 100000; ++n) {
+        const uint32_t bits = static_cast<uint32_t>(mix(static_cast<uint64_t>(n))) & (n % 2 ? 0xff7fffffu : 0xffff8fffu);
+        const float x = bits_as<float>(bits);
+        if (!is_finite(static_cast<double>(x))) continue;
+        const float rounded = bf16_of(x);
+        CHECK((bits_as<uint32_t>(rounded) & 0xffffu) == 0 && is_finite(static_cast<double>(rounded)));
+        const double away = fabs(static_cast<double>(x) - static_cast<double>(rounded));
+        for (const uint32_t step : {0x10000u, 0xffff0000u}) {  // no neighbour is nearer
+            const double other = static_cast<double>(bits_as<float>(bits_as<uint32_t>(rounded) + step));
+            if (is_finite(other)) CHECK(away <= fabs(static_cast<double>(x) - other));
+        }
+    }
+    CHECK(bf16_of(3.4e38f) < 3.39e38f && bf16_of(-3.4028234e38f) > -3.39e38f && bf16_of(1e-45f) >= 0);
+}
+
 TEST(whole_steps, "training gives other bits on another processor, with another number of threads, or than the plain backend") {
     Set sets[4];
     const int count = instruction_sets(sets);
@@ -436,4 +452,4 @@ TEST(speed, "a compiler no longer makes vectors of the kernels") {
 #endif
 }
 
-int main(int count, char** words) { return run_tests(count > 1 ? words[1] : nullptr); }
+int main(int count, char** words) { return run_tests(count, words); }

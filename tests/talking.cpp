@@ -664,6 +664,43 @@ static void check_attention(const Model& m) {
         }
     CHECK(session.attention(2, p).error == Error::invalid_argument);
 }
+
+TEST(attention_to_the_source, "a picture of a translation would show other words than those that were looked at") {
+    Runtime runtime;
+    Config config;
+    config.layers = config.encoder_layers = 2, config.heads = 4, config.width = 32, config.context = 16, config.vocab = 30;
+    config.positions = Positions::none;  // then what the source's tokens say does not depend on where they stand
+    Model m;
+    CHECK_OK(m.create(runtime, config, Tokenizer(), 3));
+    for (int64_t i = 0; i < m.block; ++i) m.weights[i] *= 4;  // let it look at some more than at others
+    const int32_t source[] = {7, 3, 21, 12}, moved[] = {12, 7, 3, 21}, ids[] = {5, 9, 12, 7, 9};
+    Session session;
+    Array<float> p, q;
+    CHECK_OK(session.create(runtime, m));
+    CHECK_OK(session.read_source(source));
+    CHECK_OK(session.feed(ids));
+    CHECK_OK(session.attention(1, p, true));
+    CHECK_OK(session.read_source(moved));
+    CHECK_OK(session.feed(ids));
+    CHECK_OK(session.attention(1, q, true));
+    if (!CHECK(p.size() == 4 * 5 * 4 && q.size() == p.size())) return;
+    float unequal = 0;
+    for (size_t row = 0; row < 4 * 5; ++row) {
+        const float *at = p.data() + row * 4, *after = q.data() + row * 4;
+        CHECK(std::fabs(at[0] + at[1] + at[2] + at[3] - 1) < 1e-5f);
+        for (size_t k = 0; k < 4; ++k) CHECK(std::fabs(at[k] - after[(k + 1) % 4]) < 1e-4f);
+        unequal = std::max(unequal, std::fabs(at[0] - at[1]));
+    }
+    CHECK(unequal > 0.01f);
+    CHECK_OK(session.attention(1, q));
+    CHECK(q.size() == 4 * 5 * 5);
+    CHECK(session.attention(2, q, true).error == Error::invalid_argument);
+    Session decoder;
+    CHECK_OK(decoder.create(runtime, model()));
+    CHECK_OK(decoder.feed(ids));
+    CHECK(decoder.attention(0, q, true).error == Error::invalid_argument);
+}
+
 // A fresh encoder-decoder that has read a source, which reads ids at once or one by one.
 static std::vector<float> said_of(const Model& m, Runtime& runtime, Span<const int32_t> source, Span<const int32_t> ids, bool one_by_one) {
     Session session;
@@ -1255,4 +1292,4 @@ TEST(wrong_calls, "a wrong call would crash") {
     CHECK(session.create(runtime, none).error == Error::invalid_argument);
 }
 
-int main(int count, char** arguments) { return run_tests(count > 1 ? arguments[1] : nullptr); }
+int main(int count, char** arguments) { return run_tests(count, arguments); }

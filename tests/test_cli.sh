@@ -97,7 +97,8 @@ run 0 tokenizer a.txt b.txt --kind unigram --vocab 90 --out u.json
 input=b.txt run 0 encode u.model; cp out ids
 input=b.txt run 0 encode u.json;            same 'unigram: both files give the same ids' out ids
 input=ids run 0 decode u.json;              same 'unigram: decode of encode is the text' out b.txt
-run 0 tokenizer a.txt --kind unigram --vocab 340 --byte-fallback --out u.model
+run 1 tokenizer a.txt --kind unigram --vocab 340 --byte-fallback --out u.model; says 'u.model exists'
+run 0 tokenizer a.txt --kind unigram --vocab 340 --byte-fallback --out u.model --overwrite
 input=odd.bin run 0 encode u.model; cp out ids
 printf 'h\303\251!\n\357\277\275\357\277\275' > replaced
 input=ids run 0 decode u.model;             same 'byte fallback: what is no UTF-8 is U+FFFD, the rest comes back' out replaced

@@ -2106,7 +2106,7 @@ int make_tokenizer(Arguments& in) {
     TextOptions text;
     int vocab = 0;
     string out, kind = "bpe";
-    bool json = false, cased = false, byte_fallback = false;
+    bool json = false, cased = false, byte_fallback = false, overwrite = false;
     in.parse(
         common,
         vector<Option>{
@@ -2122,6 +2122,7 @@ int make_tokenizer(Arguments& in) {
             {"--out", "T",
              "written as tokenizer.json (a file, or a folder for it); a unigram model as SentencePiece's file where T ends in .model",
              &out},
+            {"--overwrite", nullptr, "although T exists", &overwrite},
             {"--json", nullptr, "one JSON object on standard output", &json}} +
             text.options(),
         1, 1000000);
@@ -2140,6 +2141,7 @@ int make_tokenizer(Arguments& in) {
     need_ordinary("--out", out);
     for (const string& file : in.operands)
         if (same_file(file, out)) usage("--out " + out + " is a file to read from");
+    if (!overwrite && exists(out)) error(out + " exists; replace it with --overwrite, or choose another --out");
     Corpus corpus;
     open_corpus(common.runtime, in.operands, text.config(0), corpus);
     Tokenizer tokenizer;
@@ -2995,58 +2997,63 @@ int info(Arguments& in) {
 }
 
 struct HeatMap {
-    vector<string> tokens;
-    vector<float> cells;  // [row][column], 0..1: how much the row's token looks at the column's
-    float at(size_t row, size_t column) const { return cells[row * tokens.size() + column]; }
+    vector<string> tokens, seen;  // of the rows, and of the columns
+    bool causal = true;           // those after the row's token are not seen
+    vector<float> cells;          // [row][column], 0..1: how much the row's token looks at the column's
+    float at(size_t row, size_t column) const { return cells[row * seen.size() + column]; }
+    bool sees(size_t row, size_t column) const { return !causal || column <= row; }
 };
 
 void draw_heat_terminal(const HeatMap& map) {
-    const size_t n = map.tokens.size();
     size_t width = 5;
     for (const string& token : map.tokens) width = std::max(width, std::min<size_t>(code_points(token), 16));
     const char* shades[] = {"  ", "\xE2\x96\x91\xE2\x96\x91", "\xE2\x96\x92\xE2\x96\x92", "\xE2\x96\x93\xE2\x96\x93",
                             "\xE2\x96\x88\xE2\x96\x88"};
     string header = string(width + 6, ' ');
-    for (size_t i = 0; i < n; ++i) header += format("%2zu ", (i + 1) % 100);
+    for (size_t i = 0; i < map.seen.size(); ++i) header += format("%2zu ", (i + 1) % 100);
     put_line(header + "  looks most at");
-    for (size_t row = 0; row < n; ++row) {
+    for (size_t row = 0; row < map.tokens.size(); ++row) {
         string line = format("%3zu  ", row + 1) + pad(cut(map.tokens[row], 13), width) + " ";
         size_t most = 0;
-        for (size_t column = 0; column < n; ++column) {
-            const float share = column <= row ? map.at(row, column) : 0;
+        for (size_t column = 0; column < map.seen.size(); ++column) {
+            const float share = map.sees(row, column) ? map.at(row, column) : 0;
             const size_t shade = share < 0.05f ? 0 : std::min<size_t>(4, 1 + size_t(share * 5));
-            line += (column <= row && shade == 0 ? "\xC2\xB7 " : string(shades[shade])) + " ";
-            if (column <= row && share > map.at(row, most)) most = column;
+            line += (map.sees(row, column) && shade == 0 ? "\xC2\xB7 " : string(shades[shade])) + " ";
+            if (share > map.at(row, most)) most = column;
         }
-        put_line(line + format("  %zu %s %.0f %%", most + 1, map.tokens[most].c_str(), 100 * double(map.at(row, most))));
+        put_line(line + format("  %zu %s %.0f %%", most + 1, map.seen[most].c_str(), 100 * double(map.at(row, most))));
     }
 }
 
 void draw_heat_svg(const HeatMap& map, const string& title, const string& path) {
-    const size_t n = map.tokens.size();
-    const double cell = std::clamp(640.0 / double(n), 10.0, 44.0);
+    const size_t rows = map.tokens.size(), columns = map.seen.size();
+    const double cell = std::clamp(640.0 / double(std::max(rows, columns)), 10.0, 44.0);
     size_t longest = 1;
-    for (const string& token : map.tokens) longest = std::max(longest, code_points(token));
+    for (const auto* tokens : {&map.tokens, &map.seen})
+        for (const string& token : *tokens) longest = std::max(longest, code_points(token));
     const double margin = 30 + 8.5 * double(std::min<size_t>(longest, 16)), top = margin + 34;
     Svg svg;
     svg.text(16, 26, title, "font-size=\"16\" font-weight=\"600\" fill=\"#111\"");
-    for (size_t i = 0; i < n; ++i) {
+    for (size_t j = 0; j < columns; ++j)
+        svg.text(
+            0, 0, cut(map.seen[j], 13),
+            format("fill=\"#111\" transform=\"translate(%.1f %.1f) rotate(-60)\"", margin + (double(j) + 0.5) * cell + 4, top - 8).c_str());
+    for (size_t i = 0; i < rows; ++i) {
         const double centre = (double(i) + 0.5) * cell;
         svg.text(margin - 8, top + centre + 4.5, cut(map.tokens[i], 13), "text-anchor=\"end\" fill=\"#111\"");
-        svg.text(0, 0, cut(map.tokens[i], 13),
-                 format("fill=\"#111\" transform=\"translate(%.1f %.1f) rotate(-60)\"", margin + centre + 4, top - 8).c_str());
-        for (size_t j = 0; j < n; ++j) {
-            const double share = j <= i ? double(map.at(i, j)) : 0;
-            const string style = j > i ? string("fill=\"#f3f4f6\"")
-                                       : format("fill=\"#1d4ed8\" fill-opacity=\"%.3f\" stroke=\"#e5e7eb\" stroke-width=\"0.5\"", share);
+        for (size_t j = 0; j < columns; ++j) {
+            const double share = map.sees(i, j) ? double(map.at(i, j)) : 0;
+            const string style = !map.sees(i, j)
+                                     ? string("fill=\"#f3f4f6\"")
+                                     : format("fill=\"#1d4ed8\" fill-opacity=\"%.3f\" stroke=\"#e5e7eb\" stroke-width=\"0.5\"", share);
             svg.rectangle(margin + double(j) * cell, top + double(i) * cell, cell, cell, style.c_str());
-            if (j <= i && cell >= 30 && share >= 0.005)
+            if (cell >= 30 && share >= 0.005)
                 svg.text(margin + (double(j) + 0.5) * cell, top + centre + 4, format("%.0f", 100 * share),
                          format("text-anchor=\"middle\" font-size=\"11\" fill=\"%s\"", share > 0.5 ? "#fff" : "#374151").c_str());
         }
     }
-    svg.text(margin, top + double(n) * cell + 24, "Each row: where this token looks; the darker, the more", "fill=\"#4b5563\"");
-    svg.save(path, std::max(margin + double(n) * cell + margin, 360.0), top + double(n) * cell + 44);
+    svg.text(margin, top + double(rows) * cell + 24, "Each row: where this token looks; the darker, the more", "fill=\"#4b5563\"");
+    svg.save(path, std::max(margin + double(columns) * cell + margin, 360.0), top + double(rows) * cell + 44);
 }
 
 int attention(Arguments& in) {
@@ -3074,25 +3081,44 @@ int attention(Arguments& in) {
         error(format("TEXT has %zu tokens, but the model's context holds %d", ids.count, config.context));
     Session session;
     must(session.create(common.runtime, model));
-    must(session.feed(Span<const int32_t>(ids.items, ids.count)));
     Array<float> all(common.runtime);
-    must(session.attention(layer, all));
-    const size_t n = ids.count, heads = size_t(config.heads);
     HeatMap map;
-    map.cells.assign(n * n, 0);
+    for (const int32_t id : ids) map.seen.push_back(visible(model.tokenizer.bytes(id), true));
+    if (config.encoder_layers > 0) {  // the first row looks where the translation's first token comes from
+        Array<int32_t> said(common.runtime);
+        Generation reply;
+        reply.ids = &said;
+        SampleConfig greedy;
+        greedy.temperature = 0, greedy.tokens = config.context - 1;
+        must(session.read_source(in.operands[1]));
+        must(session.generate("", greedy, reply));
+        if (model.tokenizer.end_of_text >= 0) map.seen.push_back("(end)");
+        for (const int32_t id : said) map.tokens.push_back(visible(model.tokenizer.bytes(id), true));
+        if (reply.stopped) map.tokens.push_back("(end)");
+        map.causal = false;
+    } else {
+        must(session.feed(Span<const int32_t>(ids.items, ids.count)));
+        map.tokens = map.seen;
+    }
+    must(session.attention(layer, all, !map.causal));
+    const size_t cells = all.count / size_t(config.heads), heads = size_t(config.heads);
+    map.tokens.resize(cells / map.seen.size());
+    map.cells.assign(cells, 0);
     for (size_t h = 0; h < heads; ++h) {
         if (head >= 0 && h != size_t(head)) continue;
-        for (size_t i = 0; i < n * n; ++i) map.cells[i] += all[h * n * n + i] / (head >= 0 ? 1.0f : float(heads));
+        for (size_t i = 0; i < cells; ++i) map.cells[i] += all[h * cells + i] / (head >= 0 ? 1.0f : float(heads));
     }
-    for (const int32_t id : ids) map.tokens.push_back(visible(model.tokenizer.bytes(id), true));
-    const string title =
-        format("Attention of layer %d, ", layer) + (head >= 0 ? format("head %d", head) : format("mean of %zu heads", heads));
+    const string title = format(map.causal ? "Attention of layer %d, " : "Attention of layer %d to the source, ", layer) +
+                         (head >= 0 ? format("head %d", head) : format("mean of %zu heads", heads));
     if (!svg.empty()) draw_heat_svg(map, title, svg);
     if (json) {
         string rows;
-        for (size_t i = 0; i < n; ++i) rows += (i ? "," : "") + json_list(map.cells.data() + i * n, n);
+        const size_t columns = map.seen.size();
+        for (size_t i = 0; i < map.tokens.size(); ++i) rows += (i ? "," : "") + json_list(map.cells.data() + i * columns, columns);
         Json line;
-        line.raw("tokens", json_list(map.tokens.data(), n)).add("layer", layer);
+        line.raw("tokens", json_list(map.tokens.data(), map.tokens.size()));
+        if (!map.causal) line.raw("source", json_list(map.seen.data(), columns));
+        line.add("layer", layer);
         if (head >= 0) line.add("head", head);
         line.raw("attention", "[" + rows + "]").print();
         return 0;
@@ -3797,7 +3823,8 @@ const vector<Command> commands = {
      "  babygpt measure accuracy predicted.txt labels.txt --positive yes\n"
      "  babygpt measure copied written.txt train.jsonl --field dialogue\n",
      measure},
-    {"attention", "M TEXT [options]", "Which earlier tokens each token looks at.",
+    {"attention", "M TEXT [options]",
+     "Which earlier tokens each token looks at; with an encoder, at which of TEXT's each token of its translation does.",
      "  babygpt attention m.safetensors 'Kedi mama yer' --layer 1 --svg cat.svg\n", attention},
     {"nearest", "M WORD [+ WORD] [- WORD]... [options]",
      "The tokens whose vectors in the model's table point most nearly to a word, or where sums of words point.",
