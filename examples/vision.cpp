@@ -96,7 +96,6 @@ static Status run(const Pictures& learn, const Pictures& exam, int steps) {
     Model model;
     Data data;
     Trainer trainer;
-    Encoder encoder;
     Evaluation result;
     Config config;
     TrainConfig how;
@@ -122,13 +121,6 @@ static Status run(const Pictures& learn, const Pictures& exam, int steps) {
         printf("step %4d, loss %.3f; of the test pictures %.2f %% right\n", static_cast<int>(step.step), step.loss, 100 * result.top1);
         fflush(stdout);
     }
-    float probabilities[10];
-    if (s.ok()) s = encoder.create(runtime, model);
-    if (s.ok()) s = encoder.classify(all.examples[0], probabilities);
-    for (int i = 0; s.ok() && i < exam.side * exam.side; ++i)
-        printf("%c%s", " .:-=+*#%@@"[static_cast<int>(exam.pixels[static_cast<size_t>(i)] * 10)], (i + 1) % exam.side ? "" : "\n");
-    for (int digit = 0; s.ok() && digit < 10; ++digit) printf("%d: %.3f  ", digit, static_cast<double>(probabilities[digit]));
-    if (s.ok()) printf("\n");
     return s;
 }
 
