@@ -227,6 +227,7 @@ run 0 train p.tsv --out p.safetensors --resume $translator
 run 0 train p.tsv --out q.safetensors $translator --steps 40 --schedule inverse_sqrt --label-smoothing 0.1
 run 0 compare p.resume.safetensors q.resume.safetensors
 printf 'one cat\n\nthe sea\n' > lines
+run 0 attention p.safetensors 'the sea' --json; json; has out '"source":\['  # of a translator: at the source
 input=lines run 0 translate p.safetensors; check 'a line in, a line out' test "$(wc -l < out)" -eq 3; cp out piped
 run 0 translate p.safetensors lines;                               same 'a file as standard input' out piped
 run 0 translate p.safetensors lines --json; json;                  has out '^{"source":"the sea","text":".*","score":-[0-9.]*,"logprob":-[0-9.]*,"tokens":[0-9]*,"ended":'

@@ -3094,26 +3094,25 @@ int attention(Arguments& in) {
         must(session.generate("", greedy, reply));
         if (model.tokenizer.end_of_text >= 0) map.seen.push_back("(end)");
         for (const int32_t id : said) map.tokens.push_back(visible(model.tokenizer.bytes(id), true));
-        if (reply.stopped) map.tokens.push_back("(end)");
         map.causal = false;
     } else {
         must(session.feed(Span<const int32_t>(ids.items, ids.count)));
         map.tokens = map.seen;
     }
     must(session.attention(layer, all, !map.causal));
-    const size_t cells = all.count / size_t(config.heads), heads = size_t(config.heads);
-    map.tokens.resize(cells / map.seen.size());
+    const size_t heads = size_t(config.heads), step = all.count / heads, columns = map.seen.size();
+    map.tokens.resize(std::min(map.tokens.size(), step / columns));  // what came last may have been read, or not
+    const size_t cells = map.tokens.size() * columns;
     map.cells.assign(cells, 0);
     for (size_t h = 0; h < heads; ++h) {
         if (head >= 0 && h != size_t(head)) continue;
-        for (size_t i = 0; i < cells; ++i) map.cells[i] += all[h * cells + i] / (head >= 0 ? 1.0f : float(heads));
+        for (size_t i = 0; i < cells; ++i) map.cells[i] += all[h * step + i] / (head >= 0 ? 1.0f : float(heads));
     }
     const string title = format(map.causal ? "Attention of layer %d, " : "Attention of layer %d to the source, ", layer) +
                          (head >= 0 ? format("head %d", head) : format("mean of %zu heads", heads));
     if (!svg.empty()) draw_heat_svg(map, title, svg);
     if (json) {
         string rows;
-        const size_t columns = map.seen.size();
         for (size_t i = 0; i < map.tokens.size(); ++i) rows += (i ? "," : "") + json_list(map.cells.data() + i * columns, columns);
         Json line;
         line.raw("tokens", json_list(map.tokens.data(), map.tokens.size()));
