@@ -2,6 +2,8 @@
 // instructions), every number of threads, odd shapes. And it is fast: its kernels really run as vectors.
 #define BABYGPT_TEST_WIDE
 #define BABYGPT_IMPLEMENTATION
+#include <math.h>
+
 #include <vector>
 
 #include "babygpt.h"
