@@ -97,7 +97,7 @@ damage: $(patsubst %,$(build)/tests/%,tokenizer files data adapters)
 	@sh tests/run.sh $(results)/damage '$(build)/tests/tokenizer damage' '$(build)/tests/files' '$(build)/tests/data damaged' $(damage)
 	@sh tests/run.sh --sum $(results)/damage
 # The others one after the other: some of them time what they run.
-further := $(damage) $(filter-out tests/test_cli.sh,$(wildcard tests/test_*.sh tests/test_*.py)) tests/matrix.sh \
+further := $(damage) $(filter-out tests/test_cli.sh,$(wildcard tests/test_*.sh tests/test_*.py)) tests/matrix.sh tests/nvcc.sh \
     'tools/compare_torch.py $(build)/tests/torch_steps' 'tools/compare_tokenizers.py --babygpt $(build)/babygpt' \
     'tools/compare_transformers.py --babygpt $(build)/babygpt' 'tools/compare_measures.py --babygpt $(build)/babygpt --retrieval $(build)/examples/retrieval' \
     'tools/compare_gguf.py --babygpt $(build)/babygpt' 'tools/compare_peft.py --babygpt $(build)/babygpt'

@@ -1,0 +1,1 @@
+#include "babygpt.h"
