@@ -645,7 +645,7 @@ TEST(products, "what takes cuBLASLt's place computes something else") {
     check_product(true, false, CUDA_R_32F, CUBLASLT_EPILOGUE_DGELU_BGRAD, false);
 }
 
-int main(int count, char** words) { return run_tests(count > 1 ? words[1] : nullptr); }
+int main(int count, char** words) { return run_tests(count, words); }
 #else
 int main() {
     printf("skipped: the emulator needs Linux\n");
