@@ -7,6 +7,7 @@
 # make examples   every program in examples/
 # make bench      how fast it is, in turns with PyTorch and llama.cpp where tools/bench/peers.sh installed them (half an hour;
 #                 make bench options="--pairs 1 'train-*'" takes less; options=--help says what else)
+# make cuda       build/cuda/babygpt, which trains on an NVIDIA GPU with --backend cuda; needs nvcc (nvcc=PATH, arch=native: for this machine alone)
 # make matrix     compilers, standards, flags, hostile macros, leaked names
 # make clean
 #
@@ -34,12 +35,14 @@ tests := $(patsubst tests/%.cpp,%,$(wildcard tests/*.cpp))
 drivers := torch_steps
 programs := $(filter-out $(drivers),$(tests))
 inside := $(patsubst tests/%.cpp,%,$(shell grep -l '^.define BABYGPT_IMPLEMENTATION' tests/*.cpp))
+nvcc ?= $(or $(shell command -v nvcc 2> /dev/null),/usr/local/cuda/bin/nvcc)
+arch ?= all-major
 # Those that run kernels on the CPU: tests/cuda_emulator.h takes the place of the thread sanitizer's library, so that it sees each access.
 emulated := $(patsubst tests/%.cpp,%,$(shell grep -l '^.include "cuda_emulator.h"' tests/*.cpp))
 watch := $(if $(filter sanitize,$(config)),,-DEMULATOR_WATCH -fsanitize=thread)
 examples := $(patsubst examples/%.cpp,$(build)/examples/%,$(wildcard examples/*.cpp))
 
-.PHONY: all always run test test-all damage exam examples bench matrix clean help
+.PHONY: all always run test test-all damage exam examples bench cuda matrix clean help
 all: $(build)/babygpt
 
 $(build)/babygpt.o: babygpt.h Makefile
@@ -111,6 +114,14 @@ bench: $(build)/babygpt $(build)/ceilings
 	@python3 tools/bench/bench.py --babygpt $(build)/babygpt --ceilings $(build)/ceilings --folder $(build)/bench $(options)
 
 examples: $(examples)
+
+cuda: $(build)/cuda/babygpt
+$(build)/cuda/babygpt_cuda.o: babygpt_cuda.cu babygpt.h
+	@mkdir -p $(@D)
+	@command -v $(nvcc) > /dev/null || { echo "make cuda needs nvcc, of NVIDIA's CUDA toolkit, which is not here (nvcc=PATH says where)"; exit 1; }
+	$(nvcc) -std=$(standard) -O3 -arch=$(arch) -Xcompiler -Wall,-Wextra -c $< -o $@
+$(build)/cuda/babygpt: tools/babygpt.cpp $(build)/babygpt.o $(build)/cuda/babygpt_cuda.o tools/measures.h
+	$(compile) $(filter-out %.h,$^) $(LDFLAGS) -L$(dir $(nvcc))../lib64 -lcudart_static -ldl -lrt -o $@
 matrix:
 	@sh tests/run.sh $(results)/matrix tests/matrix.sh
 	@sh tests/run.sh --sum $(results)/matrix

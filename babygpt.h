@@ -144,7 +144,8 @@ struct Span {
     X(not_finite, "a number is not finite")                     \
     X(no_room, "the caller's storage is too small")             \
     X(cancelled, "cancelled by the caller")                     \
-    X(not_built, "not built into this program")
+    X(not_built, "not built into this program")                 \
+    X(device, "the graphics processor failed")
 
 enum class Error : int32_t {
 #define BABYGPT_X(name, text) name,
@@ -167,7 +168,9 @@ struct [[nodiscard]] Status {
 
 // ---- Runtime: what the host lends us ---------------------------------------------------------------------------------
 
-enum class Backend : int32_t { cpu, plain, cuda };                           // cpu: the fast one; plain: chapter 5, slow and readable
+// cpu: the fast one; plain: chapter 5, slow and readable; cuda: training and evaluation on a GPU, where babygpt_cuda.cu is part of the
+// program, and everything else as cpu.
+enum class Backend : int32_t { cpu, plain, cuda };
 enum class Isa : int32_t { automatic, sse2, avx2, avx512, neon, portable };  // which kernels; for tests. bits are the same
 
 enum class FileMode : int32_t { read, write };  // write: create, or empty what is there
@@ -609,6 +612,7 @@ int32_t mask_id(const Model& model);
 enum class Purpose : int32_t { training, running };
 struct Memory {  // exact, in bytes
     uint64_t weights = 0, gradients = 0, moments = 0, activations = 0, kv = 0, scratch = 0, records = 0;
+    uint64_t device = 0;  // with Backend::cuda, of the GPU's; not in total()
     uint64_t total() const { return weights + gradients + moments + activations + kv + scratch + records; }
 };
 // What a Trainer, a Session or an Encoder takes, each with its Model. batch: sequences at once. adapter: where one is trained, or used.
@@ -709,7 +713,7 @@ struct Trainer {
     double best_validation_loss = 0, best_accuracy = 0;  // of best_step; best_accuracy: of a classifier
     int64_t best_step = -1;                              // -1: none yet
     int64_t bad_evaluations = 0;                         // in a row
-    float* gradients = nullptr;  // sums over the step's tokens, laid out as Model::weights, or as those of the adapter
+    float* gradients = nullptr;  // sums over the step's tokens, laid out as Model::weights, or as those of the adapter; cuda: null
     float* moment1 = nullptr;
     float* moment2 = nullptr;
     Runtime* runtime = nullptr;
@@ -729,6 +733,8 @@ struct Trainer {
     Status step(Span<const int32_t> ids, Span<const int32_t> targets, StepResult& result);
     Status step(Span<const Example> examples, StepResult& result);  // batch * accumulate of them
     Status evaluate(Data& data, Evaluation& result);
+    // With Backend::cuda: brings the weights and moments from the GPU, for a host that reads them itself. What is here does so by itself.
+    Status fetch();
     // Steps up to config.steps, evaluates, keeps the best model in out, and what resuming needs in resume_path(out).
     Status run(const RunConfig& config, RunResult& result);
     // The state of training, with the weights of the last step. Loading refuses what contradicts, and says what.
@@ -980,9 +986,9 @@ Status compare(const Model& a, const Model& b, Array<Difference>& rows);
 // =====================================================================================================================
 // Nearly everything that differs between compilers and systems stands here.
 
-#ifdef BABYGPT_IMPLEMENTATION
-#ifndef BABYGPT_IMPLEMENTED
+#if defined(BABYGPT_IMPLEMENTATION) && !defined(BABYGPT_IMPLEMENTED)
 #define BABYGPT_IMPLEMENTED
+#define BABYGPT_IMPLEMENTING  // until the end
 
 #include <errno.h>
 #include <stdio.h>
@@ -5884,10 +5890,15 @@ size_t Utf8Stream::finish(char* out) {
 // While recording, the architecture also names its weights, so one function a model (chapter 6) says everything about it.
 // Then the planner gives every tensor an offset in one block of memory: two tensors share a place when they are never needed at the same time.
 
-BABYGPT_UNHURRIED_BEGIN
+#endif  // BABYGPT_IMPLEMENTING
+
+// ---- the records of a tape: plain, since babygpt_cuda.cu, a translation unit of its own, sees them, too ----------------------------
+
+#if (defined(BABYGPT_IMPLEMENTING) || defined(BABYGPT_DEVICE)) && !defined(BABYGPT_RECORDS)
+#define BABYGPT_RECORDS
 
 namespace babygpt {
-namespace {
+namespace records {
 
 enum class OpKind : int32_t { embedding, input, waves, norm, linear, gate, rope, attention, add, dropout, pool, head };
 
@@ -6004,17 +6015,104 @@ struct Run {
         const Sequence& s = sequences[i];
         return side == Side::whole ? static_cast<int64_t>(i) : s.row + s.wanted + (s.wanted < 0 ? s.length : 0);
     }
-    template <class Work>
-    void time(int slot, const Work& work) const {
-        const double start = seconds ? seconds_now() : 0;
-        work();
-        if (seconds) seconds[slot] += seconds_now() - start;
-    }
 };
+
+// What the update does to each element; the numbers are prepared once a step (chapter 7). The formulas are in chapter 5.
+struct AdamW {
+    float gradient_scale;  // 1 / tokens, times the clipping factor
+    float beta1, beta2, one_minus_beta1, one_minus_beta2;
+    float step_size;   // lr / (1 - beta1^t)
+    float root_scale;  // 1 / sqrt(1 - beta2^t)
+    float epsilon;
+    float decay;  // lr * weight_decay, for matrices
+};
+struct Muon {
+    float gradient_scale;  // as AdamW's
+    float momentum, one_minus_momentum;
+    float step_size;
+    float keep;  // 1 - step_size * weight_decay
+};
+struct UpdateRule {
+    AdamW adam;
+    bool uses_muon;
+    Muon muon;
+};
+
+// ---- a device: a backend whose memory is elsewhere ----
+
+// What it has to know of a tape. What the spans show stays where it is as long as the device lives.
+struct DevicePlan {
+    Span<const Tensor> tensors;
+    Span<const Op> ops;
+    Span<const WeightPlan> weights, adapter;
+    Span<const Lora> loras;
+    Span<const float> waves;
+    int64_t weight_block, adapter_block, activation_block;  // elements
+    int max_rows[3], sequences;                             // of each side; of text, at most
+    int width, vocab, context, features, head_out, rank;
+    double epsilon, lora_scale;
+    bool output_rows, frozen, training;
+};
+// One update of the weights: the rule with gradients divided by `count`, not clipped yet, and where clipping begins (0: never).
+struct DeviceUpdate {
+    UpdateRule rule;
+    double count, clip;
+};
+// The sums of the runs since the last update, or, after it, of those that it was made from.
+struct DeviceResult {
+    double loss, grad_norm;
+    bool skipped;  // the loss or the norm was not finite, and the weights are as before
+};
+enum class DevicePart : int32_t { weights, adapter, gradients, moment1, moment2 };
+
+struct Device;  // all that it keeps
+
+struct DeviceFunctions {
+    size_t sizes[6];  // of these records, so that files of different versions do not misunderstand each other
+    Status (*create)(const DevicePlan& plan, Device*& device);  // takes all of its memory
+    void (*destroy)(Device* device);
+    uint64_t (*bytes)(const DevicePlan& plan);                             // of the device's memory
+    Status (*upload)(Device* device, DevicePart part, const float* from);  // null: zeros
+    Status (*download)(Device* device, DevicePart part, float* to);
+    // A forward pass, where run.training is set a backward pass, and then, where `update` is not null, an update. It returns as soon as that
+    // is under way; the run's arrays have been read by then.
+    Status (*run)(Device* device, const Run& run, const DeviceUpdate* update);
+    Status (*result)(Device* device, DeviceResult& result);                      // waits
+    Status (*losses)(Device* device, int rows, double* losses, int32_t* ranks);  // waits: those of the last run, as in Regions
+};
+constexpr size_t device_sizes[6] = {sizeof(Tensor), sizeof(Op), sizeof(WeightPlan), sizeof(Run), sizeof(DevicePlan), sizeof(DeviceUpdate)};
 
 // KV cache: pages of `kv_page` positions, each for all layers. In a page, layer after layer: the keys as [head][dim][position]
 // (so that a vector holds one dimension of neighbouring positions), then the values as [head][position][dim].
 constexpr int kv_page = 32;
+
+}  // namespace records
+}  // namespace babygpt
+
+// In babygpt_cuda.cu, where that file is part of the program; else null.
+#if defined(_MSC_VER)
+extern "C" const babygpt::records::DeviceFunctions* babygpt_cuda_device();
+#if defined(BABYGPT_IMPLEMENTING)
+extern "C" const babygpt::records::DeviceFunctions* babygpt_no_device() { return nullptr; }
+#if defined(_M_IX86)
+#pragma comment(linker, "/alternatename:_babygpt_cuda_device=_babygpt_no_device")
+#else
+#pragma comment(linker, "/alternatename:babygpt_cuda_device=babygpt_no_device")
+#endif
+#endif
+#elif defined(__ELF__)
+extern "C" __attribute__((weak)) const babygpt::records::DeviceFunctions* babygpt_cuda_device();
+#endif
+
+#endif  // BABYGPT_RECORDS
+#ifdef BABYGPT_IMPLEMENTING
+
+BABYGPT_UNHURRIED_BEGIN
+
+namespace babygpt {
+namespace {
+
+using namespace records;
 
 // The regions, bound when the tape runs. T is float, or double for the oracle.
 template <class T>
@@ -7283,29 +7381,27 @@ void plain_op_backward(const Tape& tape, const Regions<T>& r, const Run& run, in
                                  op.adds_to_dx, r.scratch);
     }
 }
+// Does the work, and adds the time that it takes where somebody asks (Run::seconds).
+template <class Work>
+void timed(const Run& run, int slot, const Work& work) {
+    const double start = run.seconds ? seconds_now() : 0;
+    work();
+    if (run.seconds) run.seconds[slot] += seconds_now() - start;
+}
 template <class T>
 void plain_forward(const Tape& tape, const Regions<T>& r, const Run& run) {
-    for (int i = 0; i < static_cast<int>(tape.ops.count); ++i) run.time(i, [&] { plain_op_forward(tape, r, run, i); });
+    for (int i = 0; i < static_cast<int>(tape.ops.count); ++i) timed(run, i, [&] { plain_op_forward(tape, r, run, i); });
 }
 template <class T>
 void plain_backward(const Tape& tape, const Regions<T>& r, const Run& run) {
     const int ops = static_cast<int>(tape.ops.count);
-    for (int i = ops; i-- > 0;) run.time(ops + i, [&] { plain_op_backward(tape, r, run, i); });
+    for (int i = ops; i-- > 0;) timed(run, ops + i, [&] { plain_op_backward(tape, r, run, i); });
 }
 
 BABYGPT_UNHURRIED_END
 
 // ---- AdamW (Loshchilov & Hutter 2019) ------------------------------------------------------------------------------------
 
-// What the update does to each element; the numbers are prepared once a step (chapter 7).
-struct AdamW {
-    float gradient_scale;  // 1 / tokens, times the clipping factor
-    float beta1, beta2, one_minus_beta1, one_minus_beta2;
-    float step_size;   // lr / (1 - beta1^t)
-    float root_scale;  // 1 / sqrt(1 - beta2^t)
-    float epsilon;
-    float decay;  // lr * weight_decay, for matrices
-};
 // g' = g * scale;  m = b1 m + (1-b1) g';  v = b2 v + (1-b2) g'^2;  w = w - decay w - step_size m / (sqrt(v) root_scale + epsilon).
 // Moments so small that they would be subnormal become 0: those of rarely seen tokens would slow a processor down by a factor.
 inline void adamw(float* w, float* m, float* v, const float* g, int64_t n, const AdamW& a, bool decays) {
@@ -7391,12 +7487,6 @@ inline void mirror(float* a, int64_t n) {
 
 // ---- Muon (Jordan et al. 2024) -------------------------------------------------------------------------------------------
 
-struct Muon {
-    float gradient_scale;  // as AdamW's
-    float momentum, one_minus_momentum;
-    float step_size;
-    float keep;  // 1 - step_size * weight_decay
-};
 // g' = g * scale;  m = b m + (1-b) g';  g = b m + (1-b) g' (Nesterov);  w = keep w.
 inline void muon_momentum(float* w, float* m, float* g, int64_t n, const Muon& a) {
     constexpr float tiny = 1e-30f;
@@ -7475,11 +7565,6 @@ void muon_steps(const WeightPlan& plan, float* w, const float* u, const Muon& mu
 
 // ---- the update ----------------------------------------------------------------------------------------------------------
 
-struct UpdateRule {
-    AdamW adam;
-    bool uses_muon;
-    Muon muon;
-};
 // The sum of squares of n elements, in double, lanes along blocks of 4096 elements, block after block.
 constexpr int64_t square_block = 4096;
 inline double sum_of_squares(const float* g, int n) {
@@ -7505,7 +7590,21 @@ struct BackendFunctions {
     float (*biggest)(const float* x, int n);
     float (*exponentials)(float* to, const float* x, int n, float biggest, float factor);
 };
-const BackendFunctions* find_backend(const Runtime& runtime);  // null: not built into this program
+// Null: not built into this program. With Backend::cuda: what the processor does beside the device.
+const BackendFunctions* find_backend(const Runtime& runtime);
+// Null: the backend's memory is the processor's own.
+inline const DeviceFunctions* find_device(const Runtime& runtime) {
+    const DeviceFunctions* device = nullptr;
+#if defined(_MSC_VER)
+    if (runtime.backend == Backend::cuda) device = babygpt_cuda_device();
+#elif defined(__ELF__)
+    if (runtime.backend == Backend::cuda && babygpt_cuda_device) device = babygpt_cuda_device();
+#endif
+    for (size_t i = 0; device && i < 6; ++i)
+        if (device->sizes[i] != device_sizes[i]) device = nullptr;
+    (void)runtime;
+    return device;
+}
 
 // How many partial sums square_sum needs.
 inline int64_t square_blocks(const Tape& tape) {
@@ -7765,11 +7864,21 @@ double flops_per_token(const Config& config) {
 
 // ---- the model -----------------------------------------------------------------------------------------------------------
 
+// Weights that a device has changed, and not given back yet.
+struct Borrowed {
+    struct TrainerState* by = nullptr;
+    Borrowed() = default;
+    Borrowed(const Borrowed&) = delete;
+    Borrowed& operator=(const Borrowed&) = delete;
+    ~Borrowed();  // chapter 7: then they are lost
+};
+
 // The backend's packed copies of the weights, made once for each version of them and shared by all sessions.
 struct ModelState {
     Array<WeightPlan> plans;
     Array<Weight> names;
     Block weights;
+    Borrowed borrowed;
     Bell lock;
     struct Packed {
         const void* by = nullptr;  // the backend, since each has its own layout
@@ -7780,6 +7889,9 @@ struct ModelState {
 };
 
 namespace {
+
+Status give_back(const Borrowed& borrowed);  // chapter 7: brings them
+inline Status bring(const Model& model) { return model.state ? give_back(model.state->borrowed) : Status(); }
 
 // The scales of a matrix in int8, one for each of its rows, or each of its columns.
 Status int8_scales(const Weight& weight, const float* w, Array<float>& scales) {
@@ -7895,6 +8007,7 @@ Status Model::create(Runtime& from, const Config& wanted, Tokenizer&& taken, uin
 Status Model::convert(Dtype to) {
     const FloatMode mode;
     if (!weights) return fail(Error::invalid_argument, "an empty model cannot be converted");
+    BABYGPT_TRY(bring(*this));
     for (const Weight& weight : names)
         for (int64_t i = 0; i < weight.rows * weight.cols; ++i)
             if (!is_finite(weights[weight.offset + i]))
@@ -7927,6 +8040,7 @@ struct AdapterState {
     Array<Weight> names;
     Array<char> targets;
     Block weights;
+    Borrowed borrowed;
     Architecture architecture = Architecture::gpt2;  // of its model
     explicit AdapterState(Runtime& runtime) : names(runtime), targets(runtime) {}
 };
@@ -8035,6 +8149,8 @@ Status Adapter::create(Runtime& from, const Model& model, const AdapterConfig& w
 Status merge(Model& model, const Adapter& adapter) {
     const FloatMode mode;
     if (!model.weights || !adapter.weights) return fail(Error::invalid_argument, "an empty model or adapter cannot be merged");
+    BABYGPT_TRY(bring(model));
+    BABYGPT_TRY(give_back(adapter.state->borrowed));
     Tape tape(*model.runtime);
     BABYGPT_TRY(record(tape, model.config, 0, false, 0, 1, &adapter.config));
     BABYGPT_TRY(check_adapter(tape, adapter));
@@ -8093,6 +8209,7 @@ Text Model::label(int of) const {
 
 int Model::copy_weights(const Model& from) {
     int copied = 0;
+    if (!bring(*this).ok() || !bring(from).ok()) return 0;
     for (const Weight& weight : names) {
         const Weight* there = from.find(weight.name);
         if (!there || there->rows != weight.rows || there->cols != weight.cols) continue;
@@ -9563,10 +9680,86 @@ struct TrainerState {
     int count = 0, rows = 0, source_rows = 0, target_rows = 0;          // of what lies there
     double* partial = nullptr;
     double* op_seconds = nullptr;  // see Run::seconds
+    // With a device, where weights, gradients and moments are; the host's are copies.
+    const DeviceFunctions* on = nullptr;
+    Device* device = nullptr;
+    Borrowed* lent = nullptr;                       // by whom, where the device's weights are newer,
+    float* home = nullptr;                          // and where they belong
+    float *moment1 = nullptr, *moment2 = nullptr;   // the trainer's
+    bool newer_moments = false;                     // on the device
+    bool newer_here = true;                         // the host's moments: they have been loaded
+    uint64_t weights_there = 0, adapter_there = 0;  // versions of the model's and the adapter's; 0: none yet
     explicit TrainerState(Runtime& runtime) : tape(runtime) {}
+    TrainerState(const TrainerState&) = delete;
+    TrainerState& operator=(const TrainerState&) = delete;
+    ~TrainerState() {
+        if (lent) lent->by = nullptr;
+        if (device) on->destroy(device);
+    }
 };
+Borrowed::~Borrowed() {
+    if (by) by->lent = nullptr;
+}
 
 namespace {
+
+// ---- on a device -----------------------------------------------------------------------------------------------------------
+
+// Nothing is copied before somebody looks: then the weights come back.
+BABYGPT_RARE Status give_back(const Borrowed& borrowed) {
+    if (!borrowed.by) return Status();
+    TrainerState& s = *borrowed.by;
+    BABYGPT_TRY(s.on->download(s.device, s.tape.frozen ? DevicePart::adapter : DevicePart::weights, s.home));
+    s.lent->by = nullptr, s.lent = nullptr;
+    return Status();
+}
+BABYGPT_RARE Status bring_moments(TrainerState& s) {
+    if (!s.newer_moments) return Status();
+    BABYGPT_TRY(s.on->download(s.device, DevicePart::moment1, s.moment1));
+    BABYGPT_TRY(s.on->download(s.device, DevicePart::moment2, s.moment2));
+    s.newer_moments = false;
+    return Status();
+}
+BABYGPT_RARE Status bring_all(TrainerState& s) {
+    if (s.lent) BABYGPT_TRY(give_back(*s.lent));
+    return bring_moments(s);
+}
+// What the host has changed since the device saw it.
+BABYGPT_RARE Status send(TrainerState& s, const Model& model, const Adapter* adapter) {
+    if (s.weights_there != model.version) {
+        BABYGPT_TRY(bring(model));
+        BABYGPT_TRY(s.on->upload(s.device, DevicePart::weights, model.weights));
+        s.weights_there = model.version;
+    }
+    if (adapter && s.adapter_there != adapter->version) {
+        BABYGPT_TRY(give_back(adapter->state->borrowed));
+        BABYGPT_TRY(s.on->upload(s.device, DevicePart::adapter, adapter->weights));
+        s.adapter_there = adapter->version;
+    }
+    if (!s.newer_here || !s.moment1) return Status();
+    BABYGPT_TRY(s.on->upload(s.device, DevicePart::moment1, s.moment1));
+    BABYGPT_TRY(s.on->upload(s.device, DevicePart::moment2, s.moment2));
+    s.newer_here = false;
+    return Status();
+}
+BABYGPT_RARE DevicePlan plan_of(const Tape& t, const Config& config, int sequences) {
+    DevicePlan p{};
+    p.tensors = {t.tensors.items, t.tensors.count}, p.ops = {t.ops.items, t.ops.count}, p.weights = {t.weights.items, t.weights.count};
+    p.adapter = {t.adapter.items, t.adapter.count}, p.loras = {t.loras.items, t.loras.count}, p.waves = {t.waves.items, t.waves.count};
+    p.weight_block = t.weight_block, p.adapter_block = t.adapter_block, p.activation_block = t.activation_block;
+    for (int side = 0; side < 3; ++side) p.max_rows[side] = t.max_rows[side];
+    p.sequences = sequences;
+    p.width = t.width, p.vocab = t.vocab, p.context = t.context, p.features = config.features, p.head_out = t.head_out, p.rank = t.rank;
+    p.epsilon = t.epsilon, p.lora_scale = t.lora_scale;
+    p.output_rows = t.output_rows, p.frozen = t.frozen, p.training = t.training;
+    return p;
+}
+// A forward pass alone, with its losses.
+Status forward(Runtime& runtime, TrainerState& s, const Run& run) {
+    if (!s.device) return s.backend->forward(runtime, s.tape, s.regions, run), Status();
+    BABYGPT_TRY(s.on->run(s.device, run, nullptr));
+    return s.on->losses(s.device, s.target_rows, s.regions.losses, s.regions.ranks);
+}
 
 // Hands out places in a block that is not there yet. `memory` null: only counts.
 struct Layout {
@@ -9585,15 +9778,18 @@ inline void lay_out(Layout& layout, TrainerState& s, Trainer* trainer, const Con
     const Tape& tape = s.tape;
     const int64_t rows = tape.rows_on(Side::text), sources = tape.rows_on(Side::source);
     if (trainer) {
-        trainer->gradients = layout.take<float>(tape.learnt_block());
+        trainer->gradients = s.on ? nullptr : layout.take<float>(tape.learnt_block());
         trainer->moment1 = layout.take<float>(tape.learnt_block());
         trainer->moment2 = layout.take<float>(tape.learnt_block());
+        s.moment1 = trainer->moment1, s.moment2 = trainer->moment2;
         s.regions.gradients = trainer->gradients;
-        s.regions.lookup_gradients = layout.take<float>(tape.lookup_block());
+        s.regions.lookup_gradients = s.on ? nullptr : layout.take<float>(tape.lookup_block());
     }
-    s.regions.activations = layout.take<float>(tape.activation_block);
-    s.regions.low = layout.take<float>(tape.low_block());
-    s.regions.scratch = layout.take<float>(s.backend->scratch(tape, threads));
+    if (!s.on) {
+        s.regions.activations = layout.take<float>(tape.activation_block);
+        s.regions.low = layout.take<float>(tape.low_block());
+        s.regions.scratch = layout.take<float>(s.backend->scratch(tape, threads));
+    }
     s.regions.threads = threads;
     s.regions.losses = layout.take<double>(rows);
     s.regions.ranks = layout.take<int32_t>(rows);
@@ -9604,7 +9800,7 @@ inline void lay_out(Layout& layout, TrainerState& s, Trainer* trainer, const Con
     s.features = layout.take<float>(rows * config.features);
     s.sequences = layout.take<Sequence>(batch);
     s.sources = layout.take<Sequence>(sources > 0 ? batch : 0);
-    if (trainer) s.partial = layout.take<double>(square_blocks(tape));
+    if (trainer && !s.on) s.partial = layout.take<double>(square_blocks(tape));
 }
 
 // Bytes that a tape's own records take.
@@ -9689,6 +9885,7 @@ Status fill(Trainer& trainer, Runtime& from, const Model& of, Adapter* adapter, 
     TrainerState* const state = trainer.state = create<TrainerState>(from, from);
     if (!state) return out_of_memory(sizeof(TrainerState));
     state->backend = backend;
+    state->on = find_device(from);
     state->tape.frozen = adapter != nullptr;
     BABYGPT_TRY(record(state->tape, of.config, config.batch * of.config.context, true, config.dropout, config.batch,
                        adapter ? &adapter->config : nullptr));
@@ -9698,7 +9895,8 @@ Status fill(Trainer& trainer, Runtime& from, const Model& of, Adapter* adapter, 
     if (!state->memory.take(from, layout.bytes, true)) return out_of_memory(layout.bytes);
     layout = Layout{state->memory.memory, 0};
     lay_out(layout, *state, &trainer, of.config, config.batch, from.thread_count());
-    return Status();
+    if (state->on && config.optimizer == Optimizer::muon) return fail(Error::unsupported, "the backend cuda learns by adamw, not by muon");
+    return state->on ? state->on->create(plan_of(state->tape, of.config, config.batch), state->device) : Status();
 }
 
 Status start(Trainer& t, Runtime& from, const Model& of, Adapter* adapter, const TrainConfig& wanted, Data& data, Data* held_out) {
@@ -9719,6 +9917,7 @@ Status start(Trainer& t, Runtime& from, const Model& of, Adapter* adapter, const
 Trainer::Trainer(Trainer&& other) noexcept { *this = static_cast<Trainer&&>(other); }
 Trainer& Trainer::operator=(Trainer&& other) noexcept {
     if (this == &other) return *this;
+    if (state) (void)fetch();
     if (state) destroy(*runtime, state);
     config = other.config, model = other.model, adapter = other.adapter, training = other.training, validation = other.validation;
     step_count = other.step_count;
@@ -9730,6 +9929,7 @@ Trainer& Trainer::operator=(Trainer&& other) noexcept {
     return *this;
 }
 Trainer::~Trainer() {
+    if (state) (void)fetch();
     if (state) destroy(*runtime, state);
 }
 
@@ -9878,6 +10078,35 @@ inline void add_losses(const TrainerState& s, double& loss, double& weight) {
         loss += counts * s.regions.losses[i], weight += counts;
     }
 }
+// What the update is made of, without the gradients' scale.
+UpdateRule rule_of(const TrainConfig& c, double lr, int64_t number) {
+    UpdateRule rule{};
+    AdamW& adam = rule.adam;
+    adam.beta1 = static_cast<float>(c.beta1), adam.one_minus_beta1 = static_cast<float>(1 - c.beta1);
+    adam.beta2 = static_cast<float>(c.beta2), adam.one_minus_beta2 = static_cast<float>(1 - c.beta2);
+    adam.step_size = static_cast<float>(lr / (1 - power(c.beta1, number)));
+    adam.root_scale = static_cast<float>(1 / root(1 - power(c.beta2, number)));
+    adam.epsilon = static_cast<float>(c.epsilon);
+    adam.decay = static_cast<float>(lr * c.weight_decay);
+    constexpr double momentum = 0.95;
+    const double muon_lr = c.muon_lr * (lr / c.lr);
+    rule.uses_muon = c.optimizer == Optimizer::muon;
+    rule.muon.momentum = static_cast<float>(momentum), rule.muon.one_minus_momentum = static_cast<float>(1 - momentum);
+    rule.muon.step_size = static_cast<float>(muon_lr);
+    rule.muon.keep = static_cast<float>(1 - muon_lr * c.weight_decay);
+    return rule;
+}
+// Nothing may be left of the micro-batches before.
+BABYGPT_RARE Status drop_gradients(Trainer& t, const Status& why) {
+    TrainerState& s = *t.state;
+    if (s.device) {
+        const Status zeroed = s.on->upload(s.device, DevicePart::gradients, nullptr);
+        return zeroed.ok() ? why : zeroed;
+    }
+    memset(t.gradients, 0, static_cast<size_t>(s.tape.learnt_block()) * sizeof(float));
+    memset(s.regions.lookup_gradients, 0, static_cast<size_t>(s.tape.lookup_block()) * sizeof(float));
+    return why;
+}
 // One update. Gradients are weighted sums over tokens; they are divided once, here: so micro-batches add up to the bits of the large batch.
 Status update(Trainer& t, const Given& given, StepResult& result) {
     const FloatMode mode;
@@ -9885,15 +10114,17 @@ Status update(Trainer& t, const Given& given, StepResult& result) {
     TrainerState& s = *t.state;
     s.regions.weights = t.model->weights;
     s.regions.adapter = t.adapter ? t.adapter->weights : nullptr;
+    uint64_t& version = t.adapter ? t.adapter->version : s.trained->version;
+    const int64_t number = t.step_count + 1;
     double loss = 0, weight = 0;
     uint64_t first_row[3] = {};
+    result = StepResult();
+    result.lr = t.learning_rate(t.step_count);
+    UpdateRule rule = rule_of(t.config, result.lr, number);
+    if (s.device) BABYGPT_TRY(send(s, *t.model, t.adapter));
     for (int micro = 0; micro < t.config.accumulate; ++micro) {
         const Status status = fill_batch(t, given, micro);
-        if (!status.ok()) {  // nothing may be left of the micro-batches before
-            memset(t.gradients, 0, static_cast<size_t>(s.tape.learnt_block()) * sizeof(float));
-            memset(s.regions.lookup_gradients, 0, static_cast<size_t>(s.tape.lookup_block()) * sizeof(float));
-            return status;
-        }
+        if (!status.ok()) return drop_gradients(t, status);
         Run run = make_run(s);
         run.training = true;
         run.dropout = t.config.dropout, run.label_smoothing = t.config.label_smoothing;
@@ -9903,6 +10134,12 @@ Status update(Trainer& t, const Given& given, StepResult& result) {
             first_row[side] += static_cast<uint64_t>(run.on(static_cast<Side>(side)).rows);
         }
         run.seconds = s.op_seconds;
+        if (s.device) {
+            for (int i = 0; i < s.target_rows; ++i) weight += s.targets[i] < 0 ? 0 : static_cast<double>(s.row_weights[i]);
+            const DeviceUpdate update = {rule, weight > 0 ? weight : 1, t.config.clip};
+            BABYGPT_TRY(s.on->run(s.device, run, micro + 1 == t.config.accumulate ? &update : nullptr));
+            continue;
+        }
         int32_t* ranks = s.regions.ranks;
         s.regions.ranks = nullptr;
         s.backend->forward(*t.runtime, s.tape, s.regions, run);
@@ -9911,35 +10148,25 @@ Status update(Trainer& t, const Given& given, StepResult& result) {
         add_losses(s, loss, weight);
     }
     const double count = weight > 0 ? weight : 1;
-    const double norm = root(s.backend->square_sum(*t.runtime, s.tape, s.regions, s.partial)) / count;
-    result = StepResult();
-    result.loss = loss / count;
-    result.lr = t.learning_rate(t.step_count);
-    result.grad_norm = norm;
-    result.skipped = !is_finite(loss) || !is_finite(norm);
-    const int64_t number = t.step_count + 1;
-    if (result.skipped) memset(t.gradients, 0, static_cast<size_t>(s.tape.learnt_block()) * sizeof(float));
-    else {
-        const TrainConfig& c = t.config;
-        const double clipping = c.clip > 0 && norm > c.clip ? c.clip / norm : 1;
-        UpdateRule rule;
-        AdamW& adam = rule.adam;
-        adam.gradient_scale = static_cast<float>(clipping / count);
-        adam.beta1 = static_cast<float>(c.beta1), adam.one_minus_beta1 = static_cast<float>(1 - c.beta1);
-        adam.beta2 = static_cast<float>(c.beta2), adam.one_minus_beta2 = static_cast<float>(1 - c.beta2);
-        adam.step_size = static_cast<float>(result.lr / (1 - power(c.beta1, number)));
-        adam.root_scale = static_cast<float>(1 / root(1 - power(c.beta2, number)));
-        adam.epsilon = static_cast<float>(c.epsilon);
-        adam.decay = static_cast<float>(result.lr * c.weight_decay);
-        constexpr double momentum = 0.95;
-        const double muon_lr = c.muon_lr * (result.lr / c.lr);
-        rule.uses_muon = c.optimizer == Optimizer::muon;
-        rule.muon.gradient_scale = adam.gradient_scale;
-        rule.muon.momentum = static_cast<float>(momentum), rule.muon.one_minus_momentum = static_cast<float>(1 - momentum);
-        rule.muon.step_size = static_cast<float>(muon_lr);
-        rule.muon.keep = static_cast<float>(1 - muon_lr * c.weight_decay);
-        s.backend->update(*t.runtime, s.tape, s.regions, t.adapter ? t.adapter->weights : s.trained->weights, t.moment1, t.moment2, rule);
-        ++(t.adapter ? t.adapter->version : s.trained->version);
+    if (s.device) {
+        DeviceResult there;
+        BABYGPT_TRY(s.on->result(s.device, there));
+        result.loss = there.loss / count, result.grad_norm = there.grad_norm, result.skipped = there.skipped;
+        s.newer_moments = true;
+        s.lent = t.adapter ? &t.adapter->state->borrowed : &s.trained->state->borrowed;
+        s.lent->by = &s, s.home = t.adapter ? t.adapter->weights : s.trained->weights;
+        if (!result.skipped) (t.adapter ? s.adapter_there : s.weights_there) = ++version;
+    } else {
+        const double norm = root(s.backend->square_sum(*t.runtime, s.tape, s.regions, s.partial)) / count;
+        result.loss = loss / count, result.grad_norm = norm, result.skipped = !is_finite(loss) || !is_finite(norm);
+        if (result.skipped) memset(t.gradients, 0, static_cast<size_t>(s.tape.learnt_block()) * sizeof(float));
+        else {
+            const double clipping = t.config.clip > 0 && norm > t.config.clip ? t.config.clip / norm : 1;
+            rule.adam.gradient_scale = rule.muon.gradient_scale = static_cast<float>(clipping / count);
+            float* const w = t.adapter ? t.adapter->weights : s.trained->weights;
+            s.backend->update(*t.runtime, s.tape, s.regions, w, t.moment1, t.moment2, rule);
+            ++version;
+        }
     }
     result.step = t.step_count = number;
     const double rows = static_cast<double>(first_row[0] + first_row[1]);  // of text and source
@@ -10007,6 +10234,7 @@ Status evaluate_windows(Runtime& runtime, TrainerState& s, const Model& model, c
     s.regions.weights = model.weights;
     s.regions.adapter = adapter ? adapter->weights : nullptr;
     BABYGPT_TRY(check_data(model, data));
+    if (s.device) BABYGPT_TRY(send(s, model, adapter));
     result = Evaluation();
     Sums sums;
     for (uint64_t window = 0; window < windows && (window == 0 || go_on(static_cast<double>(window) / static_cast<double>(windows)));) {
@@ -10023,7 +10251,7 @@ Status evaluate_windows(Runtime& runtime, TrainerState& s, const Model& model, c
             add_window(s, length);
         }
         BABYGPT_TRY(check_ids(s));
-        s.backend->forward(runtime, s.tape, s.regions, make_run(s));
+        BABYGPT_TRY(forward(runtime, s, make_run(s)));
         for (int i = 0; i < s.target_rows; ++i)
             if (s.targets[i] >= 0) sums.add(s.regions.losses[i], s.regions.ranks[i], static_cast<double>(s.row_weights[i]));
     }
@@ -10034,6 +10262,8 @@ Status evaluate_windows(Runtime& runtime, TrainerState& s, const Model& model, c
 }
 
 }  // namespace
+
+Status Trainer::fetch() { return state ? bring_all(*state) : no_trainer(); }
 
 Status Trainer::evaluate(Data& data, Evaluation& result) {
     if (!state) return no_trainer();
@@ -10047,16 +10277,20 @@ Status evaluate(Runtime& runtime, const Model& model, Data& data, Evaluation& re
     TrainConfig config;
     config.batch = batch;
     BABYGPT_TRY(check(config, model.config.context));
+    BABYGPT_TRY(bring(model));
     TrainerState state(runtime);
     state.backend = backend;
+    state.on = find_device(runtime);
     if (adapter && !adapter->weights) return fail(Error::invalid_argument, "the adapter is empty: create or load it first");
     BABYGPT_TRY(record(state.tape, model.config, batch * model.config.context, false, 0, batch, adapter ? &adapter->config : nullptr));
     if (adapter) BABYGPT_TRY(check_adapter(state.tape, *adapter));
+    if (adapter) BABYGPT_TRY(give_back(adapter->state->borrowed));
     Layout layout;
     lay_out(layout, state, nullptr, model.config, batch, runtime.thread_count());
     if (!state.memory.take(runtime, layout.bytes, true)) return out_of_memory(layout.bytes);
     layout = Layout{state.memory.memory, 0};
     lay_out(layout, state, nullptr, model.config, batch, runtime.thread_count());
+    if (state.on) BABYGPT_TRY(state.on->create(plan_of(state.tape, model.config, batch), state.device));
     start_pool(runtime);
     return evaluate_windows(runtime, state, model, adapter, batch, data, result,
                             [=](double done) { return !progress || progress(user, done); });
@@ -10296,12 +10530,12 @@ inline int chunk_rows(const Config& config) { return least(config.context, 256);
 Status pack_weights(Runtime& runtime, const Model& model, Tape& tape, const BackendFunctions& backend, const float*& packed) {
     ModelState& m = *model.state;
     m.lock.enter();
-    Status status;
+    Status status = give_back(m.borrowed);
     tape.dtype = model.config.dtype;
     const size_t wanted = static_cast<size_t>(backend.packed(tape));
     ModelState::Packed* mine = m.packed;
     while (wanted > 0 && mine->by && mine->by != &backend) ++mine;  // there are no more backends that pack than places
-    if (wanted > 0 && mine->version != model.version) {
+    if (wanted > 0 && mine->version != model.version && status.ok()) {
         if (!mine->floats.runtime) mine->floats = Array<float>(*model.runtime);
         if (mine->floats.count == wanted || mine->floats.resize(wanted)) {
             backend.pack(runtime, tape, model.weights, mine->floats.items);
@@ -10499,6 +10733,7 @@ Status Session::use(const Adapter* adapter, bool keep_cache) {
     const FloatMode mode;
     SessionState& s = *state;
     if (adapter && !adapter->weights) return fail(Error::invalid_argument, "the adapter is empty: create or load it first");
+    if (adapter) BABYGPT_TRY(give_back(adapter->state->borrowed));
     const auto put = [&](const Adapter* wanted) {
         s.tape.unadapt();
         s.adapter = nullptr;
@@ -11840,13 +12075,17 @@ BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpos
         TrainerState state(runtime);
         Trainer trainer;
         state.backend = backend;
+        state.on = find_device(runtime);
         state.tape.frozen = adapter != nullptr;
         BABYGPT_TRY(record(state.tape, config, batch * config.context, true, dropout, batch, adapter));
         lay_out(layout, state, &trainer, config, batch, runtime.thread_count());
-        memory.gradients = learnt + round_up(static_cast<uint64_t>(state.tape.lookup_block()) * sizeof(float), uint64_t(cache_line));
+        if (state.on) memory.device = state.on->bytes(plan_of(state.tape, config, batch));
         memory.moments = 2 * learnt;
-        memory.activations = activations(state.tape);
-        memory.scratch = scratch(state.tape);
+        if (!state.on) {
+            memory.gradients = learnt + round_up(static_cast<uint64_t>(state.tape.lookup_block()) * sizeof(float), uint64_t(cache_line));
+            memory.activations = activations(state.tape);
+            memory.scratch = scratch(state.tape);
+        }
         memory.records += sizeof(TrainerState) + record_bytes(state.tape);
     } else if (is_encoder(config)) {
         EncoderState state(runtime);
@@ -13732,10 +13971,12 @@ Status Model::load_memory(Runtime& from, Text bytes) {
 
 Status Model::save(Text path) const {
     const Section sections[] = {{"", weights, config.dtype}};
+    BABYGPT_TRY(bring(*this));
     return save_checkpoint(*this, sections, Text(), path);
 }
 Status Model::save_memory(Array<char>& bytes) const {
     if (!weights) return fail(Error::invalid_argument, "an empty model cannot be saved");
+    BABYGPT_TRY(bring(*this));
     const Section sections[] = {{"", weights, config.dtype}};
     BABYGPT_TRY(build_header(*this, Span<const Section>(sections), Text(), bytes));
     for (const Weight& weight : names)
@@ -13765,6 +14006,7 @@ BABYGPT_RARE Status must_be_plain(const Config& config, const char* whose) {
 
 BABYGPT_RARE Status Model::save_huggingface(Text folder) const {
     if (!weights) return fail(Error::invalid_argument, "an empty model cannot be saved to '", folder, "'");
+    BABYGPT_TRY(bring(*this));
     BABYGPT_TRY(must_be_plain(config, "Hugging Face's"));
     const Path path(folder, "/model.safetensors"), config_path(folder, "/config.json"), tokenizer_path(folder, "/tokenizer.json");
     if (!path.fits || !tokenizer_path.fits || !config_path.fits) return fail(Error::cannot_write, "the path of the folder is too long");
@@ -13782,6 +14024,7 @@ BABYGPT_RARE Status Model::save_huggingface(Text folder) const {
 
 Status Model::save_llama2c(Text path) const {
     if (!weights) return fail(Error::invalid_argument, "an empty model cannot be saved to '", path, "'");
+    BABYGPT_TRY(bring(*this));
     Config wanted = config;
     BABYGPT_TRY(preset_architecture("llama", wanted));
     if (config.architecture != Architecture::llama || !is_plain_decoder(config) || config.norm != wanted.norm || !config.gated ||
@@ -13840,11 +14083,13 @@ Status Adapter::load_memory(Runtime& from, const Model& model, Text bytes) {
 }
 Status Adapter::save(Text path) const {
     if (!weights) return fail(Error::invalid_argument, "an empty adapter cannot be saved to '", path, "'");
+    BABYGPT_TRY(give_back(state->borrowed));
     const Section sections[] = {{peft_prefix(state->architecture), weights, Dtype::f32}};
     return save_adapter(*this, sections, Text(), path);
 }
 Status Adapter::save_memory(Array<char>& bytes) const {
     if (!weights) return fail(Error::invalid_argument, "an empty adapter cannot be saved");
+    BABYGPT_TRY(give_back(state->borrowed));
     const Section sections[] = {{peft_prefix(state->architecture), weights, Dtype::f32}};
     BABYGPT_TRY(build_adapter_header(*this, Span<const Section>(sections), Text(), bytes));
     for (const Weight& weight : names) {
@@ -13866,6 +14111,7 @@ BABYGPT_RARE Status Adapter::save_peft(Text folder) const {
 
 Status Model::save_gguf(Text path) const {
     if (!weights) return fail(Error::invalid_argument, "an empty model cannot be saved to '", path, "'");
+    BABYGPT_TRY(bring(*this));
     BABYGPT_TRY(must_be_plain(config, "GGUF's"));
     const bool llama = config.architecture == Architecture::llama;
     if (config.activation != (llama ? Activation::silu : Activation::gelu_tanh))
@@ -13887,6 +14133,7 @@ Status Model::save_gguf(Text path) const {
 
 Status Trainer::save(Text path) const {
     if (!model) return fail(Error::invalid_argument, "an empty trainer cannot be saved to '", path, "'");
+    BABYGPT_TRY(bring_all(*state));
     Array<char> training_json(*runtime);
     bool good = append(training_json, "{\"config\":{") && append_fields(training_json, config) && append(training_json, "},\"state\":{");
     good = good && append_fields(training_json, state_of(*this)) && append(training_json, "}}");
@@ -13922,7 +14169,9 @@ Status Trainer::load(Text path) {
     BABYGPT_TRY(parse_training(*runtime, c, stored_config, stored));
     if (!adapter) BABYGPT_TRY(check_resume(*this, c));
     BABYGPT_TRY(check_resume(*this, c.source.name, stored_config, stored));
+    BABYGPT_TRY(bring_all(*state));
     // From here on the trainer changes.
+    state->newer_here = true;
     ++(adapter ? adapter->version : state->trained->version);
     const Span<const Weight> names = adapter ? adapter->names : model->names;
     bool as_converted;
@@ -13963,6 +14212,8 @@ Status read_train_config(Runtime& runtime, Text resume_file, TrainConfig& config
 Status compare(const Model& a, const Model& b, Array<Difference>& rows) {
     const FloatMode mode;
     if (!a.runtime || !b.runtime) return fail(Error::invalid_argument, "an empty model cannot be compared");
+    BABYGPT_TRY(bring(a));
+    BABYGPT_TRY(bring(b));
     rows = Array<Difference>(*a.runtime);
     // Where both have the same config, a name stands at the same place in both.
     const auto twin = [](const Model& in, size_t at, const Weight& weight) {
@@ -16277,11 +16528,11 @@ struct Walk {
         }
     }
     BABYGPT_CALL void forward() const {
-        for (int i = 0; i < static_cast<int>(tape.ops.count); ++i) run.time(i, [&] { forward(i); });
+        for (int i = 0; i < static_cast<int>(tape.ops.count); ++i) timed(run, i, [&] { forward(i); });
     }
     BABYGPT_CALL void backward() const {
         const int ops = static_cast<int>(tape.ops.count);
-        for (int i = ops; i-- > 0;) run.time(ops + i, [&] { backward(i); });
+        for (int i = ops; i-- > 0;) timed(run, ops + i, [&] { backward(i); });
     }
     BABYGPT_CALL double square_sum(double* partial) const {
         double total = 0;
@@ -16365,7 +16616,7 @@ inline Choice choose(Isa wanted) {
 }
 
 const BackendFunctions* find_backend(const Runtime& runtime) {
-    if (runtime.backend == Backend::cuda) return nullptr;
+    if (runtime.backend == Backend::cuda && !find_device(runtime)) return nullptr;
     return runtime.backend == Backend::plain ? plain_backend() : choose(runtime.isa).functions;
 }
 
@@ -16414,6 +16665,8 @@ void count_work(const Tape& tape, const Op& op, double rows, ProfileRow& forward
 
 BABYGPT_RARE Status profile(Runtime& runtime, const Config& config, int batch, double seconds, Array<ProfileRow>& rows) {
     rows = Array<ProfileRow>(runtime);
+    if (runtime.backend == Backend::cuda)
+        return fail(Error::unsupported, "the profile is of the processor's backends: choose cpu or plain");
     Model model;
     BABYGPT_TRY(model.create(runtime, config, Tokenizer()));
     TrainConfig how;
@@ -16661,6 +16914,8 @@ struct SelfTest {
 Status selftest(Runtime& runtime, Array<CheckResult>& results) {
     const FloatMode mode;
     results = Array<CheckResult>(runtime);
+    if (runtime.backend == Backend::cuda)
+        return fail(Error::unsupported, "the self-test is of the processor's backends: choose cpu or plain");
     SelfTest test{runtime, results};
     BABYGPT_TRY(test.functions());
     Config config;
@@ -16697,8 +16952,8 @@ BABYGPT_UNHURRIED_END
 #undef BABYGPT_UNHURRIED_END
 #undef BABYGPT_X86
 
-#endif  // BABYGPT_IMPLEMENTED
-#endif  // BABYGPT_IMPLEMENTATION
+#undef BABYGPT_IMPLEMENTING
+#endif  // BABYGPT_IMPLEMENTING
 
 // =====================================================================================================================
 // [CHAPTER 12] Licence (MIT)

@@ -453,7 +453,7 @@ struct Common {
     vector<Option> options() {
         return {{nullptr, nullptr, "Everywhere"},
                 {"--threads", "N", "how many threads (all cores; the result is the same with any number)", &threads, 1, 1024},
-                {"--backend", "plain|cpu|cuda", "plain: the readable, slow one (cpu)", &backend},
+                {"--backend", "plain|cpu|cuda", "plain: the readable, slow one; cuda: training on a GPU (cpu)", &backend},
                 {"--isa", "automatic|sse2|avx2|avx512|neon|portable", nullptr, &isa}};
     }
     void apply() {
@@ -2875,6 +2875,7 @@ string memory_json(const Memory& m) {
     Json object;
     object.add("weights", m.weights).add("gradients", m.gradients).add("moments", m.moments).add("activations", m.activations);
     object.add("kv", m.kv).add("scratch", m.scratch).add("records", m.records).add("total", m.total());
+    if (m.device > 0) object.add("device", m.device);
     return object.text + "}";
 }
 
@@ -2886,6 +2887,7 @@ void show_memory(const string& title, const Memory& m) {
     for (const auto& [name, bytes] : all)
         if (bytes > 0) parts += (parts.empty() ? "" : ", ") + string(name) + " " + bytes_text(bytes);
     put_line(pad(title, 26) + pad(grouped(int64_t(m.total())), 16, true) + " bytes (" + parts + ")");
+    if (m.device > 0) put_line(pad("  and on the GPU", 26) + pad(grouped(int64_t(m.device)), 16, true) + " bytes");
 }
 
 const char* const dtype_names[] = {"f32", "bf16", "int8"};

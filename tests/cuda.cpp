@@ -1,0 +1,358 @@
+// The GPU's backend, babygpt_cuda.cu itself, compiled for the processor by cuda_emulator.h and compared with the plain backend. What stands here
+// is "the same" where each tensor's largest difference is at most 1e-5 of its largest number.
+#include "babygpt.h"
+#include "check.h"
+#include "cuda_emulator.h"
+//
+#include "babygpt_cuda.cu"
+//
+#include <string>
+#include <vector>
+
+using namespace babygpt;
+
+namespace {
+
+#define TRY(expression)                    \
+    do {                                   \
+        const Status tried = (expression); \
+        if (!tried.ok()) return tried;     \
+    } while (false)
+
+constexpr double tolerance = 1e-5;
+
+double uniform(uint64_t key, uint64_t i) { return static_cast<double>(cuda::mixed(key ^ cuda::mixed(i)) >> 11) * 0x1p-53; }
+
+// What a case trains on, and how.
+struct Case {
+    const char* name;
+    Config config;
+    TrainConfig how;
+    bool examples = false, lora = false;
+    int steps = 2;
+    const char* targets = "";
+};
+Config small(const char* architecture) {
+    Config c;
+    CHECK_OK(preset_architecture(architecture, c));
+    c.layers = 1, c.heads = 3, c.width = 18, c.hidden = 20, c.context = 11, c.vocab = 37;
+    return c;
+}
+TrainConfig some(int batch) {
+    TrainConfig how;
+    how.batch = batch, how.steps = 10, how.warmup = 0, how.lr = 1e-2;
+    how.beta1 = 0;       // moment1 is the gradient
+    how.epsilon = 1e-3;  // without it AdamW would make much of the rounding where a gradient is nearly nothing
+    return how;
+}
+std::vector<int32_t> text(size_t n, int vocab) {
+    std::vector<int32_t> ids(n);
+    for (size_t i = 0; i < n; ++i)  // much of it is one id, as a blank is
+        ids[i] = i % 3 == 0 ? 7 % vocab : static_cast<int32_t>(cuda::mixed(i) % static_cast<uint64_t>(vocab));
+    return ids;
+}
+
+// A model, its data and its trainer on a backend.
+struct Learner {
+    Runtime runtime;
+    Model model;
+    Adapter adapter;
+    Data data;
+    Trainer trainer;
+    std::vector<int32_t> ids;
+    std::vector<float> features;
+    std::vector<Example> examples;
+
+    Status create(Backend backend, const Case& c, uint64_t seed = 5) {
+        runtime.backend = backend, runtime.threads = 1;
+        TRY(model.create(runtime, c.config, Tokenizer(), seed));
+        for (const Weight& w : model.names)  // biases, too, and nothing too even
+            for (int64_t i = w.offset; i < w.offset + w.rows * w.cols; ++i)
+                model.weights[i] += static_cast<float>(uniform(9, static_cast<uint64_t>(i)) - 0.5) * 0.1f;
+        const Config& full = model.config;
+        ids = text(c.examples ? 500 : static_cast<size_t>(4 * full.context + 30), full.vocab);
+        if (!c.examples) TRY(data.create(runtime, Span<const int32_t>(ids)));
+        else {
+            features.resize(ids.size() * static_cast<size_t>(full.features + 1));
+            for (size_t i = 0; i < features.size(); ++i) features[i] = static_cast<float>(uniform(3, i)) - 0.5f;
+            for (size_t n = 0; n < 9; ++n) {
+                Example e;
+                const size_t length =
+                    n % 3 == 0 ? static_cast<size_t>(full.context) : 1 + cuda::mixed(n) % static_cast<uint64_t>(full.context);
+                e.ids = {ids.data() + 40 * n, length}, e.targets = {ids.data() + 40 * n + 1, full.classes > 0 ? 1 : length};
+                if (full.encoder_layers > 0) e.source = {ids.data() + 7 * n, 1 + cuda::mixed(n + 99) % static_cast<uint64_t>(full.context)};
+                if (full.features > 0) e.features = {features.data() + 5 * n, length * static_cast<size_t>(full.features)};
+                e.weight = n % 4 == 0 ? 0.5f : 1.0f;
+                examples.push_back(e);
+            }
+            for (int32_t& id : ids)
+                if (full.classes > 0) id %= full.classes;
+            TRY(data.create(runtime, Span<const Example>(examples.data(), examples.size())));
+        }
+        if (!c.lora) return trainer.create(runtime, model, c.how, data);
+        TRY(adapter.create(runtime, model, {3, 6, c.targets}));
+        for (int64_t i = 0; i < adapter.block; ++i)
+            adapter.weights[i] += static_cast<float>(uniform(8, static_cast<uint64_t>(i)) - 0.5) * 0.1f;
+        ++adapter.version;
+        return trainer.create(runtime, model, adapter, c.how, data);
+    }
+};
+
+// The largest relative error of a weight's part of a block.
+double distance(Span<const Weight> names, const float* a, const float* b, const char* what, const char* where) {
+    double worst = 0;
+    for (const Weight& w : names) {
+        double difference = 0, reference = 1e-6;
+        for (int64_t i = w.offset; i < w.offset + w.rows * w.cols; ++i) {
+            const double d = static_cast<double>(a[i]) - static_cast<double>(b[i]), r = fabs(static_cast<double>(a[i]));
+            difference = fabs(d) <= 1e300 ? fmax(difference, fabs(d)) : 1e300;
+            reference = fmax(reference, r);
+        }
+        if (difference / reference > tolerance) printf("  %s, %s of %s: off by %.2g of %.2g\n", where, what, w.name, difference, reference);
+        worst = fmax(worst, difference / reference);
+    }
+    return worst;
+}
+
+void compare(const Case& c) {
+    Learner plain, cuda;
+    if (!CHECK_OK(plain.create(Backend::plain, c)) || !CHECK_OK(cuda.create(Backend::cuda, c))) return;
+    StepResult a, b;
+    const Span<const Weight> names = c.lora ? plain.adapter.names : plain.model.names;
+    double gradients = 0, weights = 0;
+    for (int step = 0; step < c.steps; ++step) {
+        CHECK_OK(plain.trainer.step(a));
+        CHECK_OK(cuda.trainer.step(b));
+        if (!CHECK(fabs(a.loss - b.loss) <= tolerance * a.loss) || !CHECK(fabs(a.grad_norm - b.grad_norm) <= tolerance * a.grad_norm))
+            printf("  %s, step %d: loss %.9g and %.9g, norm %.9g and %.9g\n", c.name, step, a.loss, b.loss, a.grad_norm, b.grad_norm);
+        if (step > 0) continue;
+        CHECK_OK(cuda.trainer.fetch());
+        gradients = distance(names, plain.trainer.moment1, cuda.trainer.moment1, "the gradient", c.name);
+    }
+    CHECK_OK(cuda.trainer.fetch());
+    weights = distance(names, c.lora ? plain.adapter.weights : plain.model.weights, c.lora ? cuda.adapter.weights : cuda.model.weights,
+                       "the weights", c.name);
+    CHECK(gradients <= tolerance && weights <= tolerance);
+    Evaluation e, f;
+    CHECK_OK(plain.trainer.evaluate(plain.data, e));
+    CHECK_OK(cuda.trainer.evaluate(cuda.data, f));
+    CHECK(fabs(e.loss - f.loss) <= tolerance * e.loss && e.tokens == f.tokens);
+    CHECK(fabs(e.top1 - f.top1) <= 0.02 && fabs(e.top5 - f.top5) <= 0.02);  // two logits may be equal but for rounding
+    CHECK_OK(evaluate(cuda.runtime, cuda.model, cuda.data, f, 3, nullptr, nullptr, c.lora ? &cuda.adapter : nullptr));
+    CHECK(fabs(e.loss - f.loss) <= tolerance * e.loss);
+    CHECK(emulator::faults() == 0);
+    printf("%-34s gradients off by at most %.1g, weights after %d steps by %.1g\n", c.name, gradients, c.steps, weights);
+}
+
+}  // namespace
+
+TEST(gpt2, "GPT-2 would learn otherwise on a GPU") {
+    Case c{"gpt2", small("gpt2"), some(3)};
+    c.config.layers = 2, c.config.hidden = 70;
+    compare(c);
+    c.name = "gpt2, dropout, smoothing, 2 parts", c.how.dropout = 0.2, c.how.label_smoothing = 0.1, c.how.accumulate = 2;
+    compare(c);
+    c = Case{"gpt2, erf, untied, long, large V", small("gpt2"), some(4)};
+    c.config.activation = Activation::gelu, c.config.tied = false, c.config.context = 70, c.config.vocab = 300;
+    compare(c);
+    c = Case{"gpt2, rotary, 2 kv heads of 4", small("gpt2"), some(2)};
+    c.config.positions = Positions::rotary, c.config.heads = 4, c.config.kv_heads = 2, c.config.width = 24, c.config.head_bias = true;
+    c.config.activation = Activation::relu;
+    compare(c);
+}
+TEST(llama, "Llama would learn otherwise on a GPU") {
+    Case c{"llama", small("llama"), some(3)};
+    c.config.kv_heads = 1;
+    compare(c);
+}
+TEST(transformer, "an encoder with a decoder would learn otherwise on a GPU") {
+    Case c{"transformer", small("transformer"), some(4), true};
+    c.config.encoder_layers = 1;
+    compare(c);
+    c.name = "lecture, dropout", c.config = small("lecture"), c.examples = false, c.how.dropout = 0.1;
+    compare(c);
+}
+TEST(encoders, "an encoder alone would learn otherwise on a GPU") {
+    Case c{"encoder, gaps", small("gpt2"), some(3)};
+    c.config.causal = false;
+    compare(c);
+    c = Case{"classes, mean", small("gpt2"), some(5), true};
+    c.config.causal = false, c.config.classes = 4;
+    compare(c);
+    c.name = "classes, first row, features", c.config.pool_first = true, c.config.features = 3;
+    compare(c);
+}
+TEST(adapters, "LoRA would learn otherwise on a GPU") {
+    Case c{"LoRA beside gpt2", small("gpt2"), some(3), false, true};
+    c.how.dropout = 0.1;
+    compare(c);
+    c = Case{"LoRA beside llama, 3 parts of 7", small("llama"), some(2), false, true};
+    c.targets = "q_proj,v_proj,up_proj";
+    compare(c);
+}
+TEST(wide_heads, "attention would not work in smaller tiles, where heads are wide or shared memory is small") {
+    Case c{"tiles of 16", small("gpt2"), some(2)};
+    c.config.heads = 1, c.steps = 1;
+    emulator::settings.shared_optin = 24 << 10;
+    compare(c);
+    c.name = "tiles of 8", emulator::settings.shared_optin = 12 << 10;
+    compare(c);
+    Learner none;
+    emulator::settings.shared_optin = 4 << 10;
+    const Status status = none.create(Backend::cuda, c);
+    CHECK(status.error == Error::unsupported && strstr(status.message, "too many columns"));
+    emulator::settings.shared_optin = 227 << 10;
+}
+
+TEST(deterministic, "a GPU would compute other bits from run to run") {
+    Case c{"", small("gpt2"), some(4)};
+    c.how.dropout = 0.1;
+    std::vector<float> first;
+    for (unsigned order = 0; order < 2; ++order) {
+        emulator::settings.order = order;
+        Learner l;
+        StepResult r;
+        CHECK_OK(l.create(Backend::cuda, c));
+        for (int i = 0; i < 2; ++i) CHECK_OK(l.trainer.step(r));
+        CHECK_OK(l.trainer.fetch());
+        if (order == 0) first.assign(l.model.weights, l.model.weights + l.model.block);
+        CHECK(memcmp(first.data(), l.model.weights, first.size() * sizeof(float)) == 0);
+    }
+    emulator::settings.order = 0;
+}
+
+TEST(hand_over, "a run could not go from the processor to a GPU and back") {
+    Case c{"", small("gpt2"), some(3)};
+    Learner whole;
+    StepResult a, b;
+    CHECK_OK(whole.create(Backend::plain, c));
+    for (int i = 0; i < 6; ++i) CHECK_OK(whole.trainer.step(a));
+    const Backend order[] = {Backend::plain, Backend::cuda, Backend::cpu};
+    for (int part = 0; part < 3; ++part) {
+        Learner l;
+        CHECK_OK(l.create(order[part], c, 77));
+        if (part == 0) CHECK_OK(l.create(order[part], c));
+        else CHECK_OK(l.trainer.load("build/test_cuda.resume.safetensors"));
+        for (int i = 0; i < 2; ++i) CHECK_OK(l.trainer.step(b));
+        CHECK_OK(l.trainer.save("build/test_cuda.resume.safetensors"));
+    }
+    CHECK(b.step == 6 && fabs(a.loss - b.loss) < 1e-3 * a.loss);
+}
+
+TEST(who_looks, "what reads a model while a GPU trains it would see old weights, or writing them would be lost") {
+    Case c{"", small("gpt2"), some(3)};
+    Learner l, other;
+    StepResult r;
+    CHECK_OK(l.create(Backend::cuda, c));
+    CHECK_OK(other.create(Backend::cuda, c));
+    const std::vector<float> before(l.model.weights, l.model.weights + l.model.block);
+    const auto old = [&] { return memcmp(before.data(), l.model.weights, before.size() * sizeof(float)) == 0; };
+    CHECK_OK(l.trainer.step(r));
+    CHECK(old());  // nothing is copied before somebody looks
+    Array<char> file(l.runtime);
+    CHECK_OK(l.model.save_memory(file));
+    CHECK(!old());
+    Model loaded;
+    CHECK_OK(loaded.load_memory(l.runtime, Text(file.items, file.count)));
+    CHECK(memcmp(loaded.weights, l.model.weights, static_cast<size_t>(loaded.block) * sizeof(float)) == 0);
+    CHECK_OK(l.trainer.step(r));
+    Session session;
+    std::vector<float> there(l.model.weights, l.model.weights + l.model.block);
+    CHECK_OK(session.create(l.runtime, l.model));
+    CHECK(memcmp(there.data(), l.model.weights, there.size() * sizeof(float)) != 0);
+    // What the host writes is used from the next step on.
+    CHECK_OK(other.trainer.step(r));
+    CHECK_OK(other.trainer.step(r));
+    CHECK(other.model.copy_weights(l.model) > 0);
+    StepResult s;
+    CHECK_OK(l.trainer.step(r));
+    CHECK_OK(other.trainer.step(s));
+    CHECK(r.loss <= s.loss && r.loss >= s.loss);
+    // What a trainer that ends has learnt stays.
+    l.trainer = Trainer();
+    CHECK_OK(other.trainer.fetch());
+    CHECK(!old() && memcmp(other.model.weights, l.model.weights, before.size() * sizeof(float)) == 0);
+}
+
+TEST(not_finite, "a loss that is not finite would spoil the weights on a GPU") {
+    Case c{"", small("gpt2"), some(3)};
+    Learner l;
+    StepResult r;
+    CHECK_OK(l.create(Backend::cuda, c));
+    CHECK_OK(l.trainer.step(r));
+    CHECK_OK(l.trainer.fetch());
+    const float good = l.model.weights[5];
+    const std::vector<float> moments(l.trainer.moment1, l.trainer.moment1 + l.model.block);
+    l.model.weights[l.model.find("ln_f.weight")->offset] = INFINITY, ++l.model.version;
+    CHECK_OK(l.trainer.step(r));
+    CHECK(r.skipped && l.trainer.step_count == 2);
+    CHECK_OK(l.trainer.fetch());
+    CHECK(good <= l.model.weights[5] && good >= l.model.weights[5]);
+    CHECK(memcmp(moments.data(), l.trainer.moment1, moments.size() * sizeof(float)) == 0);
+    l.model.weights[l.model.find("ln_f.weight")->offset] = 1, ++l.model.version;
+    CHECK_OK(l.trainer.step(r));
+    CHECK(!r.skipped && isfinite(r.loss));
+}
+
+TEST(one_graph, "a step on a GPU would be more than one graph launch, or take memory") {
+    Case c{"", small("gpt2"), some(3)};
+    Learner l;
+    StepResult r;
+    CHECK_OK(l.create(Backend::cuda, c));
+    CHECK_OK(l.trainer.step(r));
+    const emulator::Counts before = emulator::counts;
+    for (int i = 0; i < 3; ++i) CHECK_OK(l.trainer.step(r));
+    const emulator::Counts& now = emulator::counts;
+    CHECK(now.graph_launches - before.graph_launches == 3 && now.launches == before.launches && now.allocations == before.allocations);
+    printf("a step: %ld kernels in %ld graph, %ld synchronisations\n", (now.kernels - before.kernels) / 3,
+           (now.graph_launches - before.graph_launches) / 3, (now.synchronisations - before.synchronisations) / 3);
+    Memory memory;
+    CHECK_OK(memory_needed(l.runtime, c.config, Purpose::training, c.how.batch, memory));
+    const size_t all = emulator::settings.memory;
+    l.trainer = Trainer();
+    emulator::settings.memory = static_cast<size_t>(memory.device);
+    CHECK_OK(l.trainer.create(l.runtime, l.model, c.how, l.data));
+    l.trainer = Trainer();
+    emulator::settings.memory = static_cast<size_t>(memory.device) - 1;
+    const Status status = l.trainer.create(l.runtime, l.model, c.how, l.data);
+    CHECK(status.error == Error::out_of_memory && strstr(status.message, "of the GPU's were asked for"));
+    emulator::settings.memory = all;
+}
+
+TEST(troubles, "an error of CUDA's would not be said, or leave something behind") {
+    Case c{"", small("gpt2"), some(1)};
+    c.config.context = 4, c.config.heads = 1;
+    const auto message = [&] {
+        Learner l;
+        return std::string(l.create(Backend::cuda, c).message);
+    };
+    emulator::settings.no_device = true;
+    CHECK(message().find("no NVIDIA GPU") != std::string::npos);
+    emulator::settings.no_device = false;
+    emulator::settings.fail_allocation = 1;
+    CHECK(message().find("out of memory: ") != std::string::npos);
+    emulator::settings.fail_allocation = 0;
+    // Each call in turn.
+    int failed = 0;
+    for (long call = 1; call < 200; ++call) {
+        emulator::settings.fail_call = call;
+        Learner l;
+        Status status = l.create(Backend::cuda, c);
+        StepResult r;
+        for (int i = 0; i < 2 && status.ok(); ++i) status = l.trainer.step(r);
+        if (status.ok()) status = l.trainer.fetch();
+        const bool reached = emulator::settings.fail_call == 0;
+        emulator::settings.fail_call = 0;
+        if (!reached) break;
+        failed += !status.ok();
+        CHECK(status.ok() || strlen(status.message) > 10);
+    }
+    CHECK(failed > 20);
+    Case muon{"", small("gpt2"), some(2)};
+    muon.how.optimizer = Optimizer::muon;
+    Learner l;
+    const Status status = l.create(Backend::cuda, muon);
+    CHECK(status.error == Error::unsupported && strstr(status.message, "muon"));
+}
+
+int main(int count, char** arguments) { return run_tests(count, arguments); }
