@@ -83,9 +83,10 @@ run: $(build)/babygpt
 	    --log $(village:.safetensors=.csv) --plot $(village:.safetensors=.svg)
 	@if [ -t 0 ]; then $< chat $(village); else $< chat $(village) < examples/village_talk.txt; fi
 
-# Tests run side by side, as many as there are cores; each keeps its closing line.
+# Tests run side by side, as many as there are cores; each keeps its closing line. One is not quick: a GPU's threads, one after the other.
 results := $(build)/results
-quick := $(programs:%=$(results)/%) $(results)/test_cli.sh
+quick := $(patsubst %,$(results)/%,$(filter-out cuda,$(programs)) test_cli.sh)
+side_by_side := $(quick) $(results)/cuda
 $(programs:%=$(results)/%): $(results)/%: $(build)/tests/% always
 	@sh tests/run.sh $@ $<
 $(results)/test_cli.sh: $(build)/babygpt always
@@ -104,9 +105,9 @@ further := $(damage) $(filter-out tests/test_cli.sh,$(wildcard tests/test_*.sh t
     'tools/compare_torch.py $(build)/tests/torch_steps' 'tools/compare_tokenizers.py --babygpt $(build)/babygpt' \
     'tools/compare_transformers.py --babygpt $(build)/babygpt' 'tools/compare_measures.py --babygpt $(build)/babygpt --retrieval $(build)/examples/retrieval' \
     'tools/compare_gguf.py --babygpt $(build)/babygpt' 'tools/compare_peft.py --babygpt $(build)/babygpt'
-test-all: $(quick) $(build)/ceilings $(tests:%=$(build)/tests/%) examples
+test-all: $(side_by_side) $(build)/ceilings $(tests:%=$(build)/tests/%) examples
 	@BABYGPT=$(build)/babygpt sh tests/run.sh $(results)/further $(further)
-	@sh tests/run.sh --sum $(quick) $(results)/further
+	@sh tests/run.sh --sum $(side_by_side) $(results)/further
 exam: $(build)/babygpt
 	python3 tools/village_exam.py $(build)/babygpt $(village)
 
