@@ -83,25 +83,27 @@ run: $(build)/babygpt
 	    --log $(village:.safetensors=.csv) --plot $(village:.safetensors=.svg)
 	@if [ -t 0 ]; then $< chat $(village); else $< chat $(village) < examples/village_talk.txt; fi
 
-# Tests run side by side, as many as there are cores; each keeps its closing line. One is not quick: a GPU's threads, one after the other.
+# Tests run side by side, as many as there are cores; each keeps its closing line.
 results := $(build)/results
 quick := $(patsubst %,$(results)/%,$(filter-out cuda,$(programs)) test_cli.sh)
-side_by_side := $(quick) $(results)/cuda
+side_by_side := $(quick) $(patsubst %,$(results)/%,cuda matrix.sh nvcc.sh damaged)
 $(programs:%=$(results)/%): $(results)/%: $(build)/tests/% always
 	@sh tests/run.sh $@ $<
-$(results)/test_cli.sh: $(build)/babygpt always
-	@BABYGPT=$< sh tests/run.sh $@ tests/test_cli.sh
+$(results)/%.sh: tests/%.sh $(build)/babygpt always
+	@BABYGPT=$(build)/babygpt sh tests/run.sh $@ $<
 test: $(quick)
 	@sh tests/run.sh --sum $^
 # Damaged files: what make test does less often.
 damage := '$(build)/tests/tokenizer gpt2_damage 100' '$(build)/tests/tokenizer piece_damage 40' '$(build)/tests/tokenizer real_damage 40' \
     '$(build)/tests/files huggingface 14' '$(build)/tests/files gguf_damage 3' '$(build)/tests/files damaged_resume 7' \
     '$(build)/tests/adapters damaged 7'
+$(results)/damaged: $(patsubst %,$(build)/tests/%,tokenizer files adapters) always
+	@sh tests/run.sh $@ $(damage)
 damage: $(patsubst %,$(build)/tests/%,tokenizer files data adapters)
 	@sh tests/run.sh $(results)/damage '$(build)/tests/tokenizer damage' '$(build)/tests/files' '$(build)/tests/data damaged' $(damage)
 	@sh tests/run.sh --sum $(results)/damage
 # The others one after the other: some of them time what they run.
-further := $(damage) $(filter-out tests/test_cli.sh,$(wildcard tests/test_*.sh tests/test_*.py)) tests/matrix.sh tests/nvcc.sh \
+further := $(wildcard tests/test_*.py) \
     'tools/compare_torch.py $(build)/tests/torch_steps' 'tools/compare_tokenizers.py --babygpt $(build)/babygpt' \
     'tools/compare_transformers.py --babygpt $(build)/babygpt' 'tools/compare_measures.py --babygpt $(build)/babygpt --retrieval $(build)/examples/retrieval' \
     'tools/compare_gguf.py --babygpt $(build)/babygpt' 'tools/compare_peft.py --babygpt $(build)/babygpt'
@@ -123,9 +125,8 @@ $(build)/cuda/babygpt_cuda.o: babygpt_cuda.cu babygpt.h
 	$(nvcc) -std=$(standard) -O3 -arch=$(arch) -Xcompiler -Wall,-Wextra -c $< -o $@
 $(build)/cuda/babygpt: tools/babygpt.cpp $(build)/babygpt.o $(build)/cuda/babygpt_cuda.o tools/measures.h
 	$(compile) $(filter-out %.h,$^) $(LDFLAGS) -L$(dir $(nvcc))../lib64 -lcudart_static -ldl -lrt -o $@
-matrix:
-	@sh tests/run.sh $(results)/matrix tests/matrix.sh
-	@sh tests/run.sh --sum $(results)/matrix
+matrix: $(results)/matrix.sh
+	@sh tests/run.sh --sum $<
 clean:
 	rm -rf build
 help:
