@@ -1284,7 +1284,8 @@ TEST(damaged_resume_files, "a damaged resume file could crash or half-load a tra
     const std::string file = host.files["r"], before = t.snapshot();
     const size_t header = header_of(file).size() + 8;
     std::string& damaged = host.files["d"];
-    for (size_t size = 0; size<file.size(); size += thoroughness()> 1 ? 1 : size < header ? 7 : 101) {
+    const bool all = thoroughness() > 1;
+    for (size_t size = 0; size < file.size(); size += all ? 1u : size < header ? 7u : 101u) {
         damaged = file.substr(0, size);
         if (!CHECK(!t.trainer.load("d").ok() && t.snapshot() == before)) return;
     }
