@@ -86,7 +86,7 @@ run: $(build)/babygpt
 # Tests run side by side, as many as there are cores; each keeps its closing line.
 results := $(build)/results
 quick := $(patsubst %,$(results)/%,$(filter-out cuda,$(programs)) test_cli.sh)
-side_by_side := $(quick) $(patsubst %,$(results)/%,cuda matrix.sh nvcc.sh damaged)
+side_by_side := $(quick) $(patsubst %,$(results)/%,cuda nvcc.sh damaged)
 $(programs:%=$(results)/%): $(results)/%: $(build)/tests/% always
 	@sh tests/run.sh $@ $<
 $(results)/%.sh: tests/%.sh $(build)/babygpt always
@@ -103,7 +103,7 @@ damage: $(patsubst %,$(build)/tests/%,tokenizer files data adapters)
 	@sh tests/run.sh $(results)/damage '$(build)/tests/tokenizer damage' '$(build)/tests/files' '$(build)/tests/data damaged' $(damage)
 	@sh tests/run.sh --sum $(results)/damage
 # The others one after the other: some of them time what they run.
-further := $(wildcard tests/test_*.py) \
+further := $(wildcard tests/test_*.py) tests/matrix.sh \
     'tools/compare_torch.py $(build)/tests/torch_steps' 'tools/compare_tokenizers.py --babygpt $(build)/babygpt' \
     'tools/compare_transformers.py --babygpt $(build)/babygpt' 'tools/compare_measures.py --babygpt $(build)/babygpt --retrieval $(build)/examples/retrieval' \
     'tools/compare_gguf.py --babygpt $(build)/babygpt' 'tools/compare_peft.py --babygpt $(build)/babygpt'
