@@ -1,8 +1,8 @@
 # make            build/babygpt, the command line
 # make run        train a small GPT on the talk of a village (at most two minutes), then chat with it
-# make test       the tests that need a compiler and make, nothing more (under two minutes)
+# make test       the tests that need a compiler and make, nothing more (two or three minutes)
 # make test-all   these, and what needs Python, PyTorch, clang or ../shared: says in a line what is not here and is left out
-# make damage     damaged files for every reader: cut at every byte, 20,000 mutations each, large ones cut at 1,000 places
+# make damage     damaged files for the readers: small ones cut at every byte and changed some 20,000 times, large ones cut at 1,000 places
 # make exam       asks the villagers that make run trained 78 questions, each in three spellings
 # make examples   every program in examples/
 # make bench      how fast it is, in turns with PyTorch and llama.cpp where tools/bench/peers.sh installed them (half an hour;

@@ -6068,7 +6068,7 @@ enum class DevicePart : int32_t { weights, adapter, gradients, moment1, moment2 
 struct Device;  // all that it keeps
 
 struct DeviceFunctions {
-    size_t sizes[6];  // of these records, so that files of different versions do not misunderstand each other
+    const size_t* sizes;  // device_sizes, so that files of different versions do not misunderstand each other
     Status (*create)(const DevicePlan& plan, Device*& device);  // takes all of its memory
     void (*destroy)(Device* device);
     uint64_t (*bytes)(const DevicePlan& plan);                             // of the device's memory

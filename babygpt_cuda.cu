@@ -1134,43 +1134,25 @@ struct Gpu {
 void Gpu::linear_forward(const Op& op) {
     const int side = static_cast<int>(op.side), rows = max_rows(op);
     const Extent all{rows, side, 0};
-    float *y = values(op.y), *before = values(op.aux);
-    if (op.loras == 0 || before == nullptr) {
-        const Activation activation = op.loras == 0 ? op.activation : Activation::none;
-        multiply(Product{y,
-                         op.out,
-                         weight(op.b),
-                         0,
-                         values(op.x),
-                         weight(op.w),
-                         op.in,
-                         plan.output_rows ? op.in : op.out,
-                         all,
-                         {op.in, -1, 0},
-                         op.out,
-                         1,
-                         op.loras == 0 ? before : nullptr,
-                         activation},
-                 true, plan.output_rows);
-        if (op.loras == 0) return;
-        before = y;
-    } else {
-        multiply(Product{before,
-                         op.out,
-                         weight(op.b),
-                         0,
-                         values(op.x),
-                         weight(op.w),
-                         op.in,
-                         plan.output_rows ? op.in : op.out,
-                         all,
-                         {op.in, -1, 0},
-                         op.out,
-                         1,
-                         nullptr,
-                         Activation::none},
-                 true, plan.output_rows);
-    }
+    float *const y = values(op.y), *const aux = values(op.aux);
+    // With LoRA the activation comes last, of what both have added up to.
+    float* const before = op.loras > 0 && aux ? aux : y;
+    multiply(Product{before,
+                     op.out,
+                     weight(op.b),
+                     0,
+                     values(op.x),
+                     weight(op.w),
+                     op.in,
+                     plan.output_rows ? op.in : op.out,
+                     all,
+                     {op.in, -1, 0},
+                     op.out,
+                     1,
+                     op.loras == 0 ? aux : nullptr,
+                     op.loras == 0 ? op.activation : Activation::none},
+             true, plan.output_rows);
+    if (op.loras == 0) return;
     // LoRA: h = (x A^T) scale, then y += h B^T
     for (int i = 0; i < op.loras; ++i) {
         const Lora& lora = plan.loras[static_cast<size_t>(op.lora + i)];
@@ -1687,15 +1669,7 @@ Status losses_of(Device* d, int rows, double* losses, int32_t* ranks) {
 extern "C" const babygpt::records::DeviceFunctions* babygpt_cuda_device() {
     using namespace babygpt::cuda;
     static constexpr DeviceFunctions functions = {
-        {sizeof(Tensor), sizeof(Op), sizeof(WeightPlan), sizeof(Run), sizeof(DevicePlan), sizeof(DeviceUpdate)},
-        &create_device,
-        &destroy_device,
-        &device_bytes,
-        &upload,
-        &download,
-        &run_device,
-        &result_of,
-        &losses_of,
+        device_sizes, &create_device, &destroy_device, &device_bytes, &upload, &download, &run_device, &result_of, &losses_of,
     };
     return &functions;
 }

@@ -107,16 +107,16 @@ static Status play(vector<Document>& documents, Encoder& encoder, const Model& m
             for (const size_t d : best_of(scores[i])) scores[2][d] += 1 / ++rank;
         }
     }
-    for (int i = 0; s.ok() && !model.runtime && i < (encoder.model ? 3 : 1); ++i)
-        for (size_t k = 0; k < documents.size() && k < 5; ++k) {
-            const size_t d = best_of(scores[i])[k];
+    if (s.ok() && !encoder.model && !(scores[0][best_of(scores[0])[0]] > 0)) return printf("No document has a word of this question.\n"), s;
+    static const char* const ways[] = {"words", "vectors", "both"};
+    for (int i = 0; s.ok() && !model.runtime && i < (encoder.model ? 3 : 1); ++i) {
+        vector<size_t> best = best_of(scores[i]);
+        best.resize(std::min<size_t>(best.size(), 5));
+        for (const size_t d : best) {
             const int shown = static_cast<int>(std::min<size_t>(70, documents[d].text.find('\n')));
-            printf("%.3f by %s\t%s\t%.*s\n", scores[i][d],
-                   i == 0   ? "words"
-                   : i == 1 ? "vectors"
-                            : "both",
-                   documents[d].source.c_str(), shown, documents[d].text.c_str());
+            printf("%.3f by %s\t%s\t%.*s\n", scores[i][d], ways[i], documents[d].source.c_str(), shown, documents[d].text.c_str());
         }
+    }
     if (!s.ok() || !model.runtime) return s;
     // The document goes before the question, as much of its beginning as half the context holds.
     const Document& best = documents[best_of(scores[encoder.model ? 2 : 0])[0]];

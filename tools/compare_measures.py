@@ -150,7 +150,7 @@ def against_rank_bm25():
     encoder = ["-e", chosen["--encoder"]] if "--encoder" in chosen else []
     found = subprocess.run([retrieval, *encoder, "-f", "dialogue", "-", os.path.join(shared, "data", "dialogsum/dialogsum.dev.jsonl")],
                            input="".join(q + "\n" for q in questions).encode(), check=True, stdout=subprocess.PIPE).stdout.decode()
-    answers = re.split(r"\n\n(?=[0-9.]+ by |$)", found)
+    answers = re.split(r"\n\n(?=[0-9.]+ by |No document|$)", found)
     n, theirs, ours = len(questions), 0, {}
     for i, (question, answer) in enumerate(zip(questions, answers)):
         for how, number in re.findall(r"^-?[0-9.]+ by (\w+)\t.*, document ([0-9]+)\t", answer, re.M):

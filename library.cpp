@@ -1,1 +1,0 @@
-#include "babygpt.h"
