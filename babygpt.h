@@ -519,16 +519,19 @@ struct Weight {          // one named tensor inside Model::weights, row-major
     bool scaled_rows;  // in int8 each row has a scale (a token's vector), not each column (an output of a layer)
 };
 
+enum class Purpose : int32_t { training, running };  // training: or anything else
+
 // Config, tokenizer, chat template and named weights in one block. Read-only once trained: any number of sessions on any threads share it;
 // a Trainer writes to it.
 struct Model {
     Config config;
     Tokenizer tokenizer;
     Chat chat;
-    Array<char> labels;        // of a classifier: the names of its classes, each ended by a line end; empty: they have only numbers
-    float* weights = nullptr;  // `parameters` floats; tensors of one product (Llama's q, k, v) adjoin, others begin on a cache line
-    int64_t parameters = 0;    // without the padding
-    int64_t block = 0;         // floats in the block
+    Array<char> labels;  // of a classifier: the names of its classes, each ended by a line end; empty: they have only numbers
+    // `parameters` floats; tensors of one product (Llama's q, k, v) adjoin, others begin on a cache line. Null where it was loaded to run only.
+    float* weights = nullptr;
+    int64_t parameters = 0;  // without the padding
+    int64_t block = 0;       // floats in the block
     Span<Weight> names;
     uint64_t version = 0;  // grows with each change of the weights; keys packed copies
     Runtime* runtime = nullptr;
@@ -543,9 +546,12 @@ struct Model {
     Status create(Runtime& runtime, const Config& config, Tokenizer&& tokenizer, uint64_t seed = 1);
     // A checkpoint (safetensors); GGUF of architecture gpt2 or llama in F32, F16, BF16 or Q8_0; llama2.c's .bin; or a folder of Hugging Face's with config.json and model.safetensors, in one or several
     // pieces, of type gpt2 or llama: then also the tokenizer that lies there, where there is one. Other people's models become f32.
-    Status load(Runtime& runtime, Text path);
-    Status load_memory(Runtime& runtime, Text bytes);  // a checkpoint, GGUF or a .bin
-    Status save(Text path) const;                      // a checkpoint: temporary file, sync, rename, sync of the folder
+    // Purpose::running: only for sessions and encoders on the runtime's backend and isa, which begin sooner and say the same. The matrices are
+    // there once, as these read them, and not as floats beside it; only the embeddings' are. What needs them is an error then: to train,
+    // evaluate, convert, save, compare or merge the model, Session::attention, other kernels.
+    Status load(Runtime& runtime, Text path, Purpose purpose = Purpose::training);
+    Status load_memory(Runtime& runtime, Text bytes, Purpose purpose = Purpose::training);  // a checkpoint, GGUF or a .bin
+    Status save(Text path) const;  // a checkpoint: temporary file, sync, rename, sync of the folder
     Status save_memory(Array<char>& bytes) const;
     // For other people's programs; what these cannot express is an error that says so. The folder must be there; transformers loads it.
     Status save_huggingface(Text folder) const;
@@ -609,13 +615,13 @@ Status merge(Model& model, const Adapter& adapter);
 // token's; -1: there is none.
 int32_t mask_id(const Model& model);
 
-enum class Purpose : int32_t { training, running };
 struct Memory {  // exact, in bytes
     uint64_t weights = 0, gradients = 0, moments = 0, activations = 0, kv = 0, scratch = 0, records = 0;
     uint64_t device = 0;  // with Backend::cuda, of the GPU's; not in total()
     uint64_t total() const { return weights + gradients + moments + activations + kv + scratch + records; }
 };
-// What a Trainer, a Session or an Encoder takes, each with its Model. batch: sequences at once. adapter: where one is trained, or used.
+// What a Trainer takes, or, running, a Session or an Encoder, each with its Model, loaded for that purpose. batch: sequences at once.
+// adapter: where one is trained, or used.
 Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, int batch, Memory& memory, double dropout = 0,
                      const AdapterConfig* adapter = nullptr);
 
@@ -1047,6 +1053,17 @@ Status compare(const Model& a, const Model& b, Array<Difference>& rows);
 #define BABYGPT_INLINE inline
 #define BABYGPT_CALL
 #define BABYGPT_RARE
+#endif
+// A function of simple loops, which GCC at -O2 would not turn into vectors.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__)
+#define BABYGPT_LOOPS __attribute__((optimize("O3")))
+#else
+#define BABYGPT_LOOPS
+#endif
+#if defined(__GNUC__) || defined(__clang__) || defined(_MSC_VER)
+#define BABYGPT_ALONE __restrict  // nothing else points there
+#else
+#define BABYGPT_ALONE
 #endif
 // Between these two: what need not be fast. GCC at -O2 takes three times as long for it as with -Og, and it is most of this file.
 #if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__)
@@ -7577,8 +7594,9 @@ inline double sum_of_squares(const float* g, int n) {
 // A backend takes the whole tape and owns the whole cycle of a step. The fast one follows in chapter 11.
 struct BackendFunctions {
     int64_t (*scratch)(const Tape& tape, int threads);  // floats of Regions::scratch
-    int64_t (*packed)(const Tape& tape);                // floats of Regions::packed, for running; 0: it needs none
-    void (*pack)(Runtime& runtime, const Tape& tape, const float* weights, float* packed);
+    // Running: how many floats an op's packed copy of its matrix takes (0: the op reads the matrix itself), and how that is made of it.
+    int64_t (*packed)(const Tape& tape, const Op& op);
+    void (*pack)(Runtime& runtime, const Tape& tape, const Op& op, const float* matrix, float* packed);
     void (*forward)(Runtime& runtime, const Tape& tape, const Regions<float>& r, const Run& run);
     void (*backward)(Runtime& runtime, const Tape& tape, const Regions<float>& r, const Run& run);
     // Adds the lookup gradients to the gradients (and zeroes them), then returns the sum of all squares: block after block, weight after weight.
@@ -7590,6 +7608,19 @@ struct BackendFunctions {
     float (*biggest)(const float* x, int n);
     float (*exponentials)(float* to, const float* x, int n, float biggest, float factor);
 };
+// All packed copies, which lie one behind the other.
+inline int64_t packed_block(const BackendFunctions& backend, const Tape& tape) {
+    int64_t total = 0;
+    for (const Op& op : tape.ops) total += backend.packed(tape, op);
+    return total;
+}
+inline void pack_all(const BackendFunctions& backend, Runtime& runtime, const Tape& tape, const float* weights, float* packed) {
+    for (const Op& op : tape.ops) {
+        const int64_t size = backend.packed(tape, op);
+        if (size > 0) backend.pack(runtime, tape, op, weights + tape.weight(op.w).offset, packed);
+        packed += size;
+    }
+}
 // Null: not built into this program. With Backend::cuda: what the processor does beside the device.
 const BackendFunctions* find_backend(const Runtime& runtime);
 // Null: the backend's memory is the processor's own.
@@ -7641,8 +7672,8 @@ inline void plain_update(Runtime&, const Tape& tape, const Regions<float>& r, fl
 inline const BackendFunctions* plain_backend() {
     static constexpr BackendFunctions functions = {
         [](const Tape& tape, int) { return plain_scratch(tape); },
-        [](const Tape&) { return int64_t(0); },
-        [](Runtime&, const Tape&, const float*, float*) {},
+        [](const Tape&, const Op&) { return int64_t(0); },
+        [](Runtime&, const Tape&, const Op&, const float*, float*) {},
         [](Runtime&, const Tape& tape, const Regions<float>& r, const Run& run) { plain_forward(tape, r, run); },
         [](Runtime&, const Tape& tape, const Regions<float>& r, const Run& run) { plain_backward(tape, r, run); },
         &plain_square_sum,
@@ -7877,21 +7908,36 @@ struct Borrowed {
 struct ModelState {
     Array<WeightPlan> plans;
     Array<Weight> names;
-    Block weights;
+    Block weights;           // all of them, or ...
+    bool only_runs = false;  // ... those that leave_out_packed keeps, and the others only in packed[0]
     Borrowed borrowed;
     Bell lock;
     struct Packed {
-        const void* by = nullptr;  // the backend, since each has its own layout
+        const BackendFunctions* by = nullptr;  // since each has its own layout
         Array<float> floats;
         uint64_t version = 0;
-    } packed[4];
+        // Gets memory for the copies that a backend makes for a tape.
+        Status take(Runtime& runtime, const Tape& tape, const BackendFunctions& backend, uint64_t of_version) {
+            const size_t wanted = static_cast<size_t>(packed_block(backend, tape));
+            if (!floats.runtime) floats = Array<float>(runtime);
+            if (!floats.reserve(wanted)) return out_of_memory(wanted * sizeof(float));
+            floats.count = wanted;
+            by = &backend, version = of_version;
+            return Status();
+        }
+    } packed[5];
     explicit ModelState(Runtime& runtime) : plans(runtime), names(runtime) {}
 };
 
 namespace {
 
 Status give_back(const Borrowed& borrowed);  // chapter 7: brings them
-inline Status bring(const Model& model) { return model.state ? give_back(model.state->borrowed) : Status(); }
+inline Status bring(const Model& model) {
+    if (!model.state) return Status();
+    if (!model.state->only_runs) return give_back(model.state->borrowed);
+    return fail(Error::unsupported, "the model was loaded only to run, and this needs its weights: load it without Purpose::running");
+}
+inline float* block_of(const Model& model) { return reinterpret_cast<float*>(model.state->weights.memory); }
 
 // The scales of a matrix in int8, one for each of its rows, or each of its columns.
 Status int8_scales(const Weight& weight, const float* w, Array<float>& scales) {
@@ -7906,11 +7952,54 @@ Status int8_scales(const Weight& weight, const float* w, Array<float>& scales) {
     for (float& scale : scales) scale = int8_scale(scale);
     return Status();
 }
-// Takes memory for a config's weights, all zero or only what is between them, and names them.
-Status allocate_weights(Runtime& runtime, Model& model, const Config& config, bool zero) {
+Status must_be_finite(const Weight& weight, const float* w) {
+    for (int64_t i = 0; i < weight.rows * weight.cols; ++i)
+        if (!is_finite(w[i])) return fail(Error::not_finite, "'", weight.name, "' holds a number that is not finite");
+    return Status();
+}
+// What Model::convert does to a weight; `scales` is space.
+Status round_weight(const Weight& weight, float* w, Dtype to, Array<float>& scales) {
+    if (weight.is_vector || to == Dtype::f32) return Status();
+    if (to == Dtype::int8) BABYGPT_TRY(int8_scales(weight, w, scales));
+    for (int64_t row = 0; row < weight.rows; ++row)
+        for (int64_t col = 0; col < weight.cols; ++col, ++w) {
+            const float scale = to == Dtype::int8 ? scales[static_cast<size_t>(weight.scaled_rows ? row : col)] : 0;
+            *w = to == Dtype::int8 ? static_cast<float>(int8_of(*w, scale)) * scale : bf16_of(*w);
+        }
+    return Status();
+}
+// Does a run read this weight itself, not only packed copies of it?
+bool is_read(const Tape& tape, const BackendFunctions& backend, int weight) {
+    for (const Op& op : tape.ops)
+        if (op.b == weight || (op.w == weight && backend.packed(tape, op) == 0)) return true;
+    return false;
+}
+// Makes the weights region of a tape as small as it can be where all packed copies are there. What it leaves out would lie behind the region.
+void leave_out_packed(Tape& tape, const BackendFunctions& backend) {
+    int64_t end = 0;
+    for (int pass = 0; pass < 2; ++pass) {
+        const bool stays = pass == 0;
+        Weight* name = tape.names.items;
+        for (size_t i = 0; i < tape.weights.count; ++i) {
+            Weight& weight = tape.weights[i].weight;
+            const bool now = is_read(tape, backend, static_cast<int>(i)) == stays;
+            const int64_t size = weight.rows * weight.cols;
+            if (now) weight.offset = end, end += round_up(size, static_cast<int64_t>(16));
+            for (int64_t at = 0; at < size; at += name->rows * name->cols, ++name)
+                if (now) name->offset = weight.offset + at;
+        }
+        if (stays) tape.weight_block = end;
+    }
+}
+
+// Takes memory for a config's weights, all zero or only what is between them, and names them. only_runs_on: for what this backend reads, and
+// for its packed copies.
+Status allocate_weights(Runtime& runtime, Model& model, const Config& config, bool zero, const BackendFunctions* only_runs_on = nullptr) {
     BABYGPT_TRY(check(config));
     Tape tape(runtime);
     BABYGPT_TRY(record(tape, config, 0, false, 0));
+    tape.dtype = config.dtype;
+    if (only_runs_on) leave_out_packed(tape, *only_runs_on);
     ModelState* state = create<ModelState>(runtime, runtime);
     if (!state) return out_of_memory(sizeof(ModelState));
     model.state = state;
@@ -7921,9 +8010,16 @@ Status allocate_weights(Runtime& runtime, Model& model, const Config& config, bo
     size_t bytes;
     if (!product(tape.weight_block, sizeof(float), bytes) || !state->weights.take(runtime, bytes, zero))
         return out_of_memory(static_cast<uint64_t>(tape.weight_block) * sizeof(float));
-    model.weights = reinterpret_cast<float*>(state->weights.memory);
-    for (const WeightPlan& plan : state->plans)
-        for (int64_t i = plan.weight.rows * plan.weight.cols; i % 16 != 0; ++i) model.weights[plan.weight.offset + i] = 0;
+    float* const block = block_of(model);
+    for (size_t i = 0; i < state->plans.count; ++i) {
+        const Weight& weight = state->plans[i].weight;
+        if (only_runs_on && !is_read(tape, *only_runs_on, static_cast<int>(i))) continue;
+        for (int64_t k = weight.rows * weight.cols; k % 16 != 0; ++k) block[weight.offset + k] = 0;
+    }
+    if (only_runs_on) {
+        state->only_runs = true;
+        BABYGPT_TRY(state->packed[0].take(runtime, tape, *only_runs_on, model.version = 1));
+    } else model.weights = block;
     model.block = tape.weight_block;
     model.parameters = tape.parameters;
     model.names = Span<Weight>(state->names.items, state->names.count);
@@ -8006,23 +8102,11 @@ Status Model::create(Runtime& from, const Config& wanted, Tokenizer&& taken, uin
 }
 Status Model::convert(Dtype to) {
     const FloatMode mode;
-    if (!weights) return fail(Error::invalid_argument, "an empty model cannot be converted");
+    if (!state) return fail(Error::invalid_argument, "an empty model cannot be converted");
     BABYGPT_TRY(bring(*this));
-    for (const Weight& weight : names)
-        for (int64_t i = 0; i < weight.rows * weight.cols; ++i)
-            if (!is_finite(weights[weight.offset + i]))
-                return fail(Error::not_finite, "'", weight.name, "' holds a number that is not finite");
+    for (const Weight& weight : names) BABYGPT_TRY(must_be_finite(weight, weights + weight.offset));
     Array<float> scales(*runtime);
-    for (const Weight& weight : names) {
-        if (weight.is_vector || to == Dtype::f32) continue;
-        float* w = weights + weight.offset;
-        if (to == Dtype::int8) BABYGPT_TRY(int8_scales(weight, w, scales));
-        for (int64_t row = 0; row < weight.rows; ++row)
-            for (int64_t col = 0; col < weight.cols; ++col, ++w) {
-                const float scale = to == Dtype::int8 ? scales[static_cast<size_t>(weight.scaled_rows ? row : col)] : 0;
-                *w = to == Dtype::int8 ? static_cast<float>(int8_of(*w, scale)) * scale : bf16_of(*w);
-            }
-    }
+    for (const Weight& weight : names) BABYGPT_TRY(round_weight(weight, weights + weight.offset, to, scales));
     config.dtype = to;
     ++version;
     return Status();
@@ -8091,7 +8175,7 @@ Status check(const AdapterConfig& config) {
 // Memory for its weights, all zero, and their names.
 BABYGPT_RARE Status allocate_adapter(Runtime& runtime, const Model& model, const AdapterConfig& config, Adapter& adapter) {
     adapter = Adapter();
-    if (!model.weights) return fail(Error::invalid_argument, "the model is empty: create or load it first");
+    if (!model.state) return fail(Error::invalid_argument, "the model is empty: create or load it first");
     BABYGPT_TRY(check(config));
     AdapterState* const state = create<AdapterState>(runtime, runtime);
     if (!state) return out_of_memory(sizeof(AdapterState));
@@ -8148,7 +8232,7 @@ Status Adapter::create(Runtime& from, const Model& model, const AdapterConfig& w
 
 Status merge(Model& model, const Adapter& adapter) {
     const FloatMode mode;
-    if (!model.weights || !adapter.weights) return fail(Error::invalid_argument, "an empty model or adapter cannot be merged");
+    if (!model.state || !adapter.weights) return fail(Error::invalid_argument, "an empty model or adapter cannot be merged");
     BABYGPT_TRY(bring(model));
     BABYGPT_TRY(give_back(adapter.state->borrowed));
     Tape tape(*model.runtime);
@@ -9872,7 +9956,8 @@ Status no_trainer() { return fail(Error::invalid_argument, "the trainer is empty
 Status fill(Trainer& trainer, Runtime& from, const Model& of, Adapter* adapter, const TrainConfig& wanted) {
     if (adapter && !adapter->weights) return fail(Error::invalid_argument, "the adapter is empty: create or load it first");
     if (adapter && wanted.optimizer != Optimizer::adamw) return fail(Error::invalid_argument, "an adapter learns by adamw, not by muon");
-    if (!of.weights) return fail(Error::invalid_argument, "the model is empty: create or load it first");
+    if (!of.state) return fail(Error::invalid_argument, "the model is empty: create or load it first");
+    BABYGPT_TRY(bring(of));
     BABYGPT_TRY(check(wanted, of.config.context));
     TrainConfig& config = trainer.config;
     config = wanted;
@@ -10526,29 +10611,29 @@ inline void lay_out(Layout& layout, SessionState& s, int threads, size_t longest
 
 inline int chunk_rows(const Config& config) { return least(config.context, 256); }
 
-// The packed weights of the model's present version, made by the first session that needs them.
-Status pack_weights(Runtime& runtime, const Model& model, Tape& tape, const BackendFunctions& backend, const float*& packed) {
+// What a tape's runs read: the model's weights, and their packed copies in its present version, made by the first session that needs them.
+Status bind_weights(Runtime& runtime, const Model& model, Tape& tape, const BackendFunctions& backend, Regions<float>& r) {
     ModelState& m = *model.state;
     m.lock.enter();
     Status status = give_back(m.borrowed);
     tape.dtype = model.config.dtype;
-    const size_t wanted = static_cast<size_t>(backend.packed(tape));
     ModelState::Packed* mine = m.packed;
-    while (wanted > 0 && mine->by && mine->by != &backend) ++mine;  // there are no more backends that pack than places
-    if (wanted > 0 && mine->version != model.version && status.ok()) {
-        if (!mine->floats.runtime) mine->floats = Array<float>(*model.runtime);
-        if (mine->floats.count == wanted || mine->floats.resize(wanted)) {
-            backend.pack(runtime, tape, model.weights, mine->floats.items);
-            mine->by = &backend, mine->version = model.version;
-        } else status = out_of_memory(wanted * sizeof(float));
+    while (!m.only_runs && mine->by && mine->by != &backend) ++mine;  // there are no more backends than places
+    if (m.only_runs && mine->by != &backend)
+        status = fail(Error::unsupported,
+                      "the model was loaded only to run, and with other kernels than these: load it without Purpose::running");
+    if (status.ok() && mine->version != model.version) {
+        status = mine->take(*model.runtime, tape, backend, model.version);
+        if (status.ok()) pack_all(backend, runtime, tape, block_of(model), mine->floats.items);
     }
-    packed = wanted > 0 && status.ok() ? mine->floats.items : nullptr;
+    r.weights = block_of(model);
+    r.packed = status.ok() && mine->floats.count > 0 ? mine->floats.items : nullptr;
     m.lock.leave();
     return status;
 }
 
 Status fill(Session& session, Runtime& from, const Model& of) {
-    if (!of.weights) return fail(Error::invalid_argument, "the model is empty: create or load it first");
+    if (!of.state) return fail(Error::invalid_argument, "the model is empty: create or load it first");
     if (!of.config.causal || of.config.classes > 0 || of.config.features > 0)
         return fail(Error::unsupported, "only a decoder can talk, and this model is none: see Encoder");
     const BackendFunctions* backend;
@@ -10559,6 +10644,7 @@ Status fill(Session& session, Runtime& from, const Model& of) {
     state->backend = backend;
     state->chunk = chunk_rows(of.config);
     BABYGPT_TRY(record(state->tape, of.config, state->chunk, false, 0));
+    if (of.state->only_runs) leave_out_packed(state->tape, *backend);
     size_t longest_token = 4;
     for (int32_t id = 0; id < of.tokenizer.vocab; ++id) {
         const size_t size = of.tokenizer.bytes(id).size;
@@ -10577,7 +10663,7 @@ Status fill(Session& session, Runtime& from, const Model& of) {
     for (int i = 0; i < state->page_count; ++i) state->pages[i] = i;
     session.model = &of;
     start_pool(from);
-    return pack_weights(from, of, state->tape, *backend, state->regions.packed);
+    return bind_weights(from, of, state->tape, *backend, state->regions);
 }
 
 }  // namespace
@@ -10629,9 +10715,8 @@ void have_read(Session& session, const int32_t* ids, int count) {
     s.line_open = ids[count - 1] != tokenizer.end_of_text && !(last.size > 0 && last[last.size - 1] == '\n');
 }
 
-void bind_weights(Session& session) {
+void bind_adapter(Session& session) {
     SessionState& s = *session.state;
-    s.regions.weights = session.model->weights;
     s.regions.adapter = s.adapter ? s.adapter->weights : nullptr;
 }
 // The encoder's run.
@@ -10639,7 +10724,7 @@ void look_at_source(Session& session) {
     SessionState& s = *session.state;
     Run run;
     run.source = Stream{s.source.length, Span<const Sequence>(&s.source, 1), s.source_ids};
-    bind_weights(session);
+    bind_adapter(session);
     s.backend->forward(*session.runtime, s.tape, s.regions, run);
 }
 
@@ -10665,7 +10750,7 @@ void read_ids(Session& session, const int32_t* ids, int count, double* losses, i
             for (int i = 0; i < rows; ++i) s.targets[i] = done + i + 1 < count ? ids[done + i + 1] : after;
             run.targets = s.targets;
         }
-        bind_weights(session);
+        bind_adapter(session);
         s.backend->forward(*session.runtime, s.tape, s.regions, run);
         if (losses) memcpy(losses + done, s.regions.losses, static_cast<size_t>(rows) * sizeof(double));
         have_read(session, ids + done, rows);
@@ -10712,7 +10797,7 @@ BABYGPT_RARE Status Session::read_source(Span<const int32_t> ids) {
         return fail(Error::invalid_argument, "the source has ", uint64_t(ids.size), " ids, but must have from 1 to context, ",
                     model->config.context);
     const FloatMode mode;
-    BABYGPT_TRY(pack_weights(*runtime, *model, state->tape, *state->backend, state->regions.packed));
+    BABYGPT_TRY(bind_weights(*runtime, *model, state->tape, *state->backend, state->regions));
     reset();
     memcpy(state->source_ids, ids.data, ids.size * sizeof(int32_t));
     state->source = Sequence{0, static_cast<int>(ids.size), 0, nullptr};
@@ -10750,7 +10835,7 @@ Status Session::use(const Adapter* adapter, bool keep_cache) {
     const Status status = put(adapter);
     if (!status.ok()) return (void)put(before), status;  // as before, or, where there is no memory even for that, without one
     if (keep_cache || (position == 0 && s.source.length == 0)) return Status();
-    BABYGPT_TRY(pack_weights(*runtime, *model, s.tape, *s.backend, s.regions.packed));
+    BABYGPT_TRY(bind_weights(*runtime, *model, s.tape, *s.backend, s.regions));
     if (s.source.length > 0) look_at_source(*this);
     const int count = position;
     position = 0;
@@ -10761,7 +10846,7 @@ Status Session::use(const Adapter* adapter, bool keep_cache) {
 Status Session::feed(Span<const int32_t> ids) {
     BABYGPT_TRY(check_session(*this, ids));
     const FloatMode mode;
-    BABYGPT_TRY(pack_weights(*runtime, *model, state->tape, *state->backend, state->regions.packed));
+    BABYGPT_TRY(bind_weights(*runtime, *model, state->tape, *state->backend, state->regions));
     state->said.count = 0;
     state->watches = false;
     const size_t context = static_cast<size_t>(model->config.context);
@@ -11104,7 +11189,7 @@ Status draw_token(Session& session, const SampleConfig& c, Text start, int32_t& 
 Status next_token(Session& session, const SampleConfig& c, Text start, int32_t& id, float* logprob) {
     BABYGPT_TRY(check_session(session, Span<const int32_t>()));
     SessionState& s = *session.state;
-    BABYGPT_TRY(pack_weights(*session.runtime, *session.model, s.tape, *s.backend, s.regions.packed));
+    BABYGPT_TRY(bind_weights(*session.runtime, *session.model, s.tape, *s.backend, s.regions));
     BABYGPT_TRY(draw_token(session, c, start, id, logprob));
     make_room(session, 1);
     read_ids(session, &id, 1, nullptr, -1);
@@ -11151,7 +11236,7 @@ Status next(Span<Session* const> sessions, Span<const SampleConfig> configs, int
         if (s.place != SIZE_MAX) return fail(Error::invalid_argument, "session ", uint64_t(i), " is session ", uint64_t(s.place));
         s.place = i;
         // Each, since make_room may let it read alone:
-        BABYGPT_TRY(pack_weights(*one.runtime, *one.model, s.tape, *s.backend, s.regions.packed));
+        BABYGPT_TRY(bind_weights(*one.runtime, *one.model, s.tape, *s.backend, s.regions));
     }
     Status status;
     if (sessions.size > 0 && sessions[0]->model->config.encoder_layers > 0) {  // each has its source in its own activations
@@ -11178,7 +11263,7 @@ Status next(Span<Session* const> sessions, Span<const SampleConfig> configs, int
         run.rows = count;
         run.sequences = Span<const Sequence>(sequences, static_cast<size_t>(count));
         run.ids = ids + i;
-        bind_weights(first);
+        bind_adapter(first);
         s.backend->forward(*first.runtime, s.tape, s.regions, run);
         for (int k = 0; k < count; ++k, ++i) have_read(*sessions[i], ids + i, 1);
     }
@@ -11718,7 +11803,7 @@ struct SessionSearch {
             run.sequences = Span<const Sequence>(sequences, static_cast<size_t>(n));
             run.source = seen_source(s);
             run.ids = m.ids + first;
-            bind_weights(session);
+            bind_adapter(session);
             s.backend->forward(*session.runtime, s.tape, s.regions, run);
         }
     }
@@ -11784,7 +11869,7 @@ Status Session::search(Text prompt, const BeamConfig& config, SearchResult& resu
     if (prompt.size > 0 || !state->ready) BABYGPT_TRY(feed_text(*this, prompt, position == 0 && prompt.size == 0, read));
     result.unknown = read.unknown;
     if (!state->ready) return fail(Error::invalid_argument, "nothing has been read yet: feed the session at least one id");
-    BABYGPT_TRY(pack_weights(*runtime, *model, state->tape, *state->backend, state->regions.packed));
+    BABYGPT_TRY(bind_weights(*runtime, *model, state->tape, *state->backend, state->regions));
     make_room(*this, least(config.tokens, piece_rows(*this)));
     const int limit = least(config.tokens, model->config.context - position + 1);
     // Of a step's best candidates, so many that `beams` are left however many of the ways to end they hold.
@@ -11805,7 +11890,7 @@ Status Session::search(Text prompt, const BeamConfig& config, SearchResult& resu
 Status Session::score(Text text, Array<int32_t>& ids, Array<float>& logprobs, double& sum_of_logprobs) {
     BABYGPT_TRY(check_session(*this, Span<const int32_t>()));
     const FloatMode mode;
-    BABYGPT_TRY(pack_weights(*runtime, *model, state->tape, *state->backend, state->regions.packed));
+    BABYGPT_TRY(bind_weights(*runtime, *model, state->tape, *state->backend, state->regions));
     BABYGPT_TRY(begin_target(*this));
     state->watches = false;
     ids = Array<int32_t>(*runtime);
@@ -11852,7 +11937,7 @@ inline void lay_out(Layout& layout, EncoderState& s, int threads) {
 }
 
 Status fill(Encoder& encoder, Runtime& from, const Model& of) {
-    if (!of.weights) return fail(Error::invalid_argument, "the model is empty: create or load it first");
+    if (!of.state) return fail(Error::invalid_argument, "the model is empty: create or load it first");
     if (!is_encoder(of.config))
         return fail(Error::unsupported, "the model is neither an encoder alone nor a classifier: it needs a session");
     const BackendFunctions* backend;
@@ -11862,6 +11947,7 @@ Status fill(Encoder& encoder, Runtime& from, const Model& of) {
     if (!s) return out_of_memory(sizeof(EncoderState));
     s->backend = backend;
     BABYGPT_TRY(record(s->tape, of.config, of.config.context, false, 0));
+    if (of.state->only_runs) leave_out_packed(s->tape, *backend);
     Layout layout;
     lay_out(layout, *s, from.thread_count());
     if (!s->memory.take(from, layout.bytes, true)) return out_of_memory(layout.bytes);
@@ -11869,7 +11955,7 @@ Status fill(Encoder& encoder, Runtime& from, const Model& of) {
     lay_out(layout, *s, from.thread_count());
     encoder.model = &of;
     start_pool(from);
-    return pack_weights(from, of, s->tape, *backend, s->regions.packed);
+    return bind_weights(from, of, s->tape, *backend, s->regions);
 }
 
 // Reads an example; of row `at` the head says its logits. `wanted`: how many floats the caller expects, for which there is `room`.
@@ -11883,13 +11969,12 @@ Status read_example(Encoder& encoder, const Example& example, int at, float* log
         if (id < 0 || id >= c.vocab) return fail(Error::invalid_argument, "the id ", id, " is none of the model's ", c.vocab);
     if (room < wanted) return fail(Error::no_room, "the result has ", uint64_t(wanted), " floats, but there is room for ", uint64_t(room));
     EncoderState& s = *encoder.state;
-    BABYGPT_TRY(pack_weights(*encoder.runtime, *encoder.model, s.tape, *s.backend, s.regions.packed));
+    BABYGPT_TRY(bind_weights(*encoder.runtime, *encoder.model, s.tape, *s.backend, s.regions));
     const Sequence sequence{0, rows, 0, nullptr, nullptr, logits, at};
     Run run;
     run.rows = rows;
     run.sequences = Span<const Sequence>(&sequence, 1);
     run.ids = example.ids.data, run.features = example.features.data;
-    s.regions.weights = encoder.model->weights;
     s.backend->forward(*encoder.runtime, s.tape, s.regions, run);
     return Status();
 }
@@ -11981,6 +12066,7 @@ Status Session::attention(int layer, Array<float>& probabilities, bool to_source
     if (layer < 0 || layer >= model->config.layers)
         return fail(Error::invalid_argument, "layer is ", layer, ", but the model has ", model->config.layers);
     if (position == 0) return fail(Error::invalid_argument, "nothing has been read yet");
+    BABYGPT_TRY(bring(*model));
     if (to_source && model->config.encoder_layers == 0)
         return fail(Error::invalid_argument, "the model has no encoder, which reads sources");
     // A tape planned as for training keeps queries, keys and softmax sums.
@@ -12044,13 +12130,12 @@ BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpos
     const BackendFunctions* backend;
     BABYGPT_TRY(backend_for(runtime, backend));
     const bool training = purpose == Purpose::training;
-    int64_t weight_block;
     uint64_t learnt;  // bytes of what is trained
     {                 // the model's own, and the adapter's
         Tape tape(runtime);
         BABYGPT_TRY(record(tape, config, 0, false, 0, 1, adapter));
-        weight_block = tape.weight_block;
-        memory.weights = static_cast<uint64_t>(weight_block) * sizeof(float);
+        if (!training) leave_out_packed(tape, *backend);
+        memory.weights = static_cast<uint64_t>(tape.weight_block) * sizeof(float);
         memory.records = sizeof(ModelState) + tape.weights.capacity * sizeof(WeightPlan) + tape.names.capacity * sizeof(Weight);
         learnt = memory.weights;
         if (adapter) {
@@ -12093,7 +12178,7 @@ BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpos
         BABYGPT_TRY(record(state.tape, config, config.context, false, 0));
         lay_out(layout, state, runtime.thread_count());
         layout.bytes *= static_cast<size_t>(batch);  // `batch` encoders of one model
-        memory.weights += static_cast<uint64_t>(backend->packed(state.tape)) * sizeof(float);
+        memory.weights += static_cast<uint64_t>(packed_block(*backend, state.tape)) * sizeof(float);
         memory.activations = activations(state.tape) * static_cast<uint64_t>(batch);
         memory.scratch = scratch(state.tape) * static_cast<uint64_t>(batch);
         memory.records += sizeof(EncoderState) + record_bytes(state.tape);
@@ -12102,7 +12187,7 @@ BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpos
         state.backend = backend;
         BABYGPT_TRY(record(state.tape, config, chunk_rows(config), false, 0, 1, adapter));
         lay_out(layout, state, runtime.thread_count(), longest_stop);
-        memory.weights += static_cast<uint64_t>(backend->packed(state.tape)) * sizeof(float);
+        memory.weights += static_cast<uint64_t>(packed_block(*backend, state.tape)) * sizeof(float);
         memory.activations = activations(state.tape);
         memory.scratch = scratch(state.tape);
         memory.kv = pages_bytes(state.tape, context_pages(config.context));
@@ -12899,13 +12984,36 @@ Status open_checkpoint(Runtime& runtime, Checkpoint& c, bool moments) {
 
 // ---- reading tensors -------------------------------------------------------------------------------------------------
 
-inline float float_from(Stored type, uint16_t half) {
+BABYGPT_UNHURRIED_END
+BABYGPT_INLINE float float_from(Stored type, uint16_t half) {
     if (type == Stored::bf16) return bits_as<float>(static_cast<uint32_t>(half) << 16);
     const uint32_t sign = (half & 0x8000u) << 16, rest = half & 0x7fffu;
     if (rest < 0x400) return bits_as<float>(bits_as<uint32_t>(static_cast<float>(rest) * 0x1p-24f) | sign);  // zero or subnormal
     const uint32_t more_exponent = rest < 0x7c00 ? 112u << 23 : 224u << 23;  // infinity and NaN keep theirs full
     return bits_as<float>(sign | ((rest << 13) + more_exponent));
 }
+// A row of numbers as floats. int8: times a scale for each number, or, `one`, for all; the magnitudes of each number, or of all, are or-ed to
+// what is there.
+BABYGPT_LOOPS void widen(float* BABYGPT_ALONE to, const uint16_t* from, int64_t n, Stored type) {
+    if (type == Stored::bf16)
+        for (int64_t i = 0; i < n; ++i) to[i] = float_from(Stored::bf16, from[i]);
+    else
+        for (int64_t i = 0; i < n; ++i) to[i] = float_from(Stored::f16, from[i]);
+}
+BABYGPT_LOOPS void widen(float* BABYGPT_ALONE to, const signed char* from, int64_t n, const float* scale,
+                         unsigned char* BABYGPT_ALONE magnitudes, bool one) {
+    if (one) {
+        const float by = *scale;
+        unsigned all = *magnitudes;
+        for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]) * by;
+        for (int64_t i = 0; i < n; ++i) all |= static_cast<unsigned char>(from[i] < 0 ? -from[i] : from[i]);
+        *magnitudes = static_cast<unsigned char>(all);
+    } else {
+        for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]) * scale[i];
+        for (int64_t i = 0; i < n; ++i) magnitudes[i] |= static_cast<unsigned char>(from[i] < 0 ? -from[i] : from[i]);
+    }
+}
+BABYGPT_UNHURRIED_BEGIN
 
 // Reads a tensor in pieces of whole rows, and lets threads turn them into floats: f(thread, row, its bytes). (A new block's pages are made
 // when they are first written to, which takes as long as the reading: so threads share that too.)
@@ -12934,23 +13042,14 @@ Status read_int8(Runtime& runtime, const Weight& weight, const StoredTensor& ten
                  bool& as_converted) {
     Array<float> scale(runtime);
     Array<unsigned char> seen(runtime);  // for each thread and feature: all magnitudes, or-ed, whose highest bit is that of the largest
-    const size_t features = static_cast<size_t>(scales_of(weight).cols), cols = static_cast<size_t>(weight.cols);
+    const size_t features = static_cast<size_t>(scales_of(weight).cols);
     if (!scale.resize(features) || !seen.resize(reading_threads * features)) return out_of_memory(reading_threads * features);
     BABYGPT_TRY(scales.read(scales.begin, scale.items, scales.end - scales.begin));
     BABYGPT_TRY(read_rows(runtime, tensor, weight.rows, [&](int thread, int64_t row, const char* bytes) {
         unsigned char* mine = seen.items + static_cast<size_t>(thread) * features;
-        float* out = to + static_cast<size_t>(row) * cols;
-        int magnitude = 0;
-        for (size_t i = 0; i < cols; ++i) {
-            const size_t feature = weight.scaled_rows ? static_cast<size_t>(row) : i;
-            const int value = static_cast<signed char>(bytes[i]);
-            out[i] = static_cast<float>(value) * scale[feature];
-            magnitude |= value < 0 ? -value : value;
-            if (weight.scaled_rows) continue;
-            mine[i] = static_cast<unsigned char>(mine[i] | magnitude);
-            magnitude = 0;
-        }
-        if (weight.scaled_rows) mine[row] = static_cast<unsigned char>(magnitude);
+        const int64_t feature = weight.scaled_rows ? row : 0;
+        widen(to + row * weight.cols, reinterpret_cast<const signed char*>(bytes), weight.cols, scale.items + feature, mine + feature,
+              weight.scaled_rows);
     }));
     for (size_t i = 0; i < features; ++i) {
         int magnitude = 0;
@@ -12987,35 +13086,80 @@ Status read_gguf_tensor(Runtime& runtime, const Config& config, const Weight& we
     });
 }
 
-// Every weight, or moment, from its place in the file to its place in the block.
-// as_converted: whether Model::convert would change nothing.
-Status read_tensors(Runtime& runtime, const Checkpoint& c, Text prefix, Span<const Weight> names, float* block, bool& as_converted) {
-    start_pool(runtime);
-    as_converted = true;
-    for (const Weight& weight : names) {
-        const StoredTensor *tensor, *scales;
-        BABYGPT_TRY(find_tensor(c, prefix, weight, tensor, &scales));
-        float* to = block + weight.offset;
-        as_converted = as_converted && (weight.is_vector || c.config.dtype == Dtype::f32 || tensor->type == stored_as(c.config.dtype));
-        if (c.gguf) {
-            BABYGPT_TRY(read_gguf_tensor(runtime, c.config, weight, *tensor, to));
-            continue;
+// A weight, or a moment of it. as_converted: whether Model::convert would change nothing.
+Status read_tensor(Runtime& runtime, const Checkpoint& c, Text prefix, const Weight& weight, float* to, bool& as_converted) {
+    const StoredTensor *tensor, *scales;
+    BABYGPT_TRY(find_tensor(c, prefix, weight, tensor, &scales));
+    as_converted = weight.is_vector || c.config.dtype == Dtype::f32 || tensor->type == stored_as(c.config.dtype);
+    if (c.gguf) return read_gguf_tensor(runtime, c.config, weight, *tensor, to);
+    if (tensor->type == Stored::int8) return read_int8(runtime, weight, *tensor, *scales, to, as_converted);
+    if (tensor->type == Stored::f32) return tensor->read(tensor->begin, to, tensor->end - tensor->begin);
+    return read_rows(runtime, *tensor, weight.rows, [&](int, int64_t row, const char* bytes) {
+        widen(to + row * weight.cols, reinterpret_cast<const uint16_t*>(bytes), weight.cols, tensor->type);
+    });
+}
+// All of them, each to its place in the block.
+Status read_tensors(Runtime& runtime, const Checkpoint& c, Text prefix, Span<const Weight> names, float* block) {
+    bool as_converted;
+    for (const Weight& weight : names) BABYGPT_TRY(read_tensor(runtime, c, prefix, weight, block + weight.offset, as_converted));
+    return Status();
+}
+
+// Where the weights of a model that is loaded go, one after the other: place() says where weight number i shall be put, keep() is called when
+// it is there. To run only: what the backend reads as packed copies is packed, and never there as a whole.
+struct Filling {
+    Runtime& runtime;
+    Model& model;
+    const BackendFunctions* backend = nullptr;  // of a model that only runs
+    Tape tape;
+    Block piece;  // a matrix on its way to its packed copies
+    Filling(Runtime& from, Model& of) : runtime(from), model(of), tape(from) {}
+
+    Status begin(const Config& config, Purpose purpose) {
+        start_pool(runtime);
+        if (purpose == Purpose::training) return allocate_weights(runtime, model, config, false);
+        BABYGPT_TRY(backend_for(runtime, backend));
+        BABYGPT_TRY(allocate_weights(runtime, model, config, false, backend));
+        BABYGPT_TRY(record(tape, config, 0, false, 0));
+        tape.dtype = config.dtype;
+        uint64_t largest = 0;
+        for (size_t i = 0; i < tape.weights.count; ++i)
+            if (!is_read(tape, *backend, static_cast<int>(i)))
+                largest = most(largest, static_cast<uint64_t>(tape.weights[i].weight.rows * tape.weights[i].weight.cols));
+        return largest == 0 || piece.take(runtime, largest * sizeof(float), false) ? Status() : out_of_memory(largest * sizeof(float));
+    }
+    float* place(size_t i) const {
+        if (backend && !is_read(tape, *backend, static_cast<int>(i))) return reinterpret_cast<float*>(piece.memory);
+        return block_of(model) + model.state->plans[i].weight.offset;
+    }
+    void keep(size_t i) const {
+        float* to = model.state->packed[0].floats.items;
+        for (const Op& op : tape.ops) {  // none where the model is whole
+            const int64_t size = backend->packed(tape, op);
+            if (size > 0 && op.w == static_cast<int>(i)) backend->pack(runtime, tape, op, place(i), to);
+            to += size;
         }
-        if (tensor->type == Stored::int8) {
-            BABYGPT_TRY(read_int8(runtime, weight, *tensor, *scales, to, as_converted));
-            continue;
+    }
+};
+
+// Gives a model all of its weights.
+Status read_weights(Runtime& runtime, const Checkpoint& c, Purpose purpose, Model& model) {
+    Filling filling(runtime, model);
+    BABYGPT_TRY(filling.begin(c.config, purpose));
+    Array<float> scales(runtime);
+    const Weight* name = model.names.data;
+    for (size_t i = 0; i < model.state->plans.count; ++i) {
+        const Weight& whole = model.state->plans[i].weight;
+        for (int64_t at = 0; at < whole.rows * whole.cols; at += name->rows * name->cols, ++name) {
+            float* const to = filling.place(i) + at;
+            bool as_converted;
+            BABYGPT_TRY(read_tensor(runtime, c, "", *name, to, as_converted));
+            if (as_converted) continue;
+            Status status = must_be_finite(*name, to);
+            if (status.ok()) status = round_weight(*name, to, c.config.dtype, scales);
+            if (!status.ok()) return c.bad(": ", Text(status.message));
         }
-        if (tensor->type == Stored::f32) {
-            BABYGPT_TRY(tensor->read(tensor->begin, to, tensor->end - tensor->begin));
-            continue;
-        }
-        BABYGPT_TRY(read_rows(runtime, *tensor, weight.rows, [&](int, int64_t row, const char* bytes) {
-            for (int64_t i = 0; i < weight.cols; ++i) {
-                uint16_t half;
-                memcpy(&half, bytes + 2 * i, sizeof half);
-                to[row * weight.cols + i] = float_from(tensor->type, half);
-            }
-        }));
+        filling.keep(i);
     }
     return Status();
 }
@@ -13087,7 +13231,8 @@ Status is_llama2c(ByteSource& source, Llama2c& header, Config& config, bool& is)
     return Status();
 }
 
-BABYGPT_RARE Status load_llama2c(Runtime& runtime, ByteSource& source, const Llama2c& header, const Config& config, Model& result) {
+BABYGPT_RARE Status load_llama2c(Runtime& runtime, ByteSource& source, const Llama2c& header, const Config& config, Purpose purpose,
+                                 Model& result) {
     Model model;
     BABYGPT_TRY(allocate_weights(runtime, model, config, false));
     uint64_t at = Llama2c::start;
@@ -13101,7 +13246,16 @@ BABYGPT_RARE Status load_llama2c(Runtime& runtime, ByteSource& source, const Lla
             return status;
         },
         [&](uint64_t floats) { return at += floats * sizeof(float), Status(); }));
-    result = static_cast<Model&&>(model);
+    if (purpose == Purpose::training) return result = static_cast<Model&&>(model), Status();
+    Model running;  // what is one product lies in several places of the file, so only now
+    Filling filling(runtime, running);
+    BABYGPT_TRY(filling.begin(config, purpose));
+    for (size_t i = 0; i < model.state->plans.count; ++i) {
+        const Weight& weight = model.state->plans[i].weight;
+        memcpy(filling.place(i), model.weights + weight.offset, static_cast<size_t>(weight.rows * weight.cols) * sizeof(float));
+        filling.keep(i);
+    }
+    result = static_cast<Model&&>(running);
     return Status();
 }
 
@@ -13176,7 +13330,7 @@ bool is_idle(const Config& config, Text name) {
 }
 
 // config: of folder/config.json
-BABYGPT_RARE Status load_huggingface(Runtime& runtime, Text folder, Text config, Model& result) {
+BABYGPT_RARE Status load_huggingface(Runtime& runtime, Text folder, Text config, Purpose purpose, Model& result) {
     Shards shards(runtime);
     ByteSource whole{Text()};
     Checkpoint c(runtime, whole);
@@ -13208,9 +13362,7 @@ BABYGPT_RARE Status load_huggingface(Runtime& runtime, Text folder, Text config,
     if (status.error != Error::cannot_open) BABYGPT_TRY(status);  // there need not be one
     if (model.tokenizer.vocab > c.config.vocab)
         return c.bad(": its tokenizer has ", model.tokenizer.vocab, " ids, but vocab_size is ", c.config.vocab);
-    BABYGPT_TRY(allocate_weights(runtime, model, c.config, false));
-    bool as_converted;
-    BABYGPT_TRY(read_tensors(runtime, c, "", model.names, model.weights, as_converted));
+    BABYGPT_TRY(read_weights(runtime, c, purpose, model));
     result = static_cast<Model&&>(model);
     return Status();
 }
@@ -13344,7 +13496,7 @@ BABYGPT_RARE Status read_gguf_config(const Gguf& g, const Checkpoint& c, Config&
     return scaling.size == 0 || equal(scaling, "none") ? Status() : g.unsupported("rope.scaling.type is not supported: ", scaling);
 }
 
-BABYGPT_RARE Status load_gguf(Runtime& runtime, ByteSource& source, Model& result) {
+BABYGPT_RARE Status load_gguf(Runtime& runtime, ByteSource& source, Purpose purpose, Model& result) {
     Gguf g(runtime, source);
     Checkpoint c(runtime, source);
     c.gguf = true;
@@ -13359,26 +13511,24 @@ BABYGPT_RARE Status load_gguf(Runtime& runtime, ByteSource& source, Model& resul
     if (kind.size && !equal(kind, "none") && !equal(kind, "no_vocab")) BABYGPT_TRY(read_gguf_tokenizer(model.tokenizer, runtime, g));
     if (model.tokenizer.vocab > c.config.vocab)
         return c.bad(": its tokenizer has ", model.tokenizer.vocab, " ids, but token_embd.weight only ", c.config.vocab);
-    BABYGPT_TRY(allocate_weights(runtime, model, c.config, false));
+    BABYGPT_TRY(read_weights(runtime, c, purpose, model));
     double plain_words = 0;
     BABYGPT_TRY(g.read("babygpt.plain_words", plain_words));
     BABYGPT_TRY(model.set_chat(g.text("babygpt.user_turn"), g.text("babygpt.reply_turn"), plain_words != 0));
-    bool as_converted;
-    BABYGPT_TRY(read_tensors(runtime, c, "", model.names, model.weights, as_converted));
     result = static_cast<Model&&>(model);
     return Status();
 }
 
 // Of bytes that are our checkpoint, GGUF or a .bin.
-Status load_model(Runtime& runtime, ByteSource& source, Model& result) {
+Status load_model(Runtime& runtime, ByteSource& source, Purpose purpose, Model& result) {
     Llama2c header;
     Config config;
     bool is;
     char magic[4] = {};
     BABYGPT_TRY(source.read(0, magic, least(source.size, uint64_t(sizeof magic))));
-    if (equal(Text(magic, sizeof magic), "GGUF")) return load_gguf(runtime, source, result);
+    if (equal(Text(magic, sizeof magic), "GGUF")) return load_gguf(runtime, source, purpose, result);
     BABYGPT_TRY(is_llama2c(source, header, config, is));
-    if (is) return load_llama2c(runtime, source, header, config, result);
+    if (is) return load_llama2c(runtime, source, header, config, purpose, result);
     Checkpoint c(runtime, source);
     Model model;
     BABYGPT_TRY(open_checkpoint(runtime, c, false));
@@ -13389,18 +13539,12 @@ Status load_model(Runtime& runtime, ByteSource& source, Model& result) {
     }
     if (model.tokenizer.vocab > c.config.vocab)
         return c.bad(": its tokenizer has ", model.tokenizer.vocab, " ids, but vocab_size is ", c.config.vocab);
-    BABYGPT_TRY(allocate_weights(runtime, model, c.config, false));
+    BABYGPT_TRY(read_weights(runtime, c, purpose, model));
     BABYGPT_TRY(read_chat(runtime, c, model.chat));
     Array<char> labels(runtime);
     BABYGPT_TRY(read_metadata(runtime, c, "babygpt.labels", labels));
     if (labels.count) {
         const Status status = model.set_labels(view(labels));
-        if (!status.ok()) return c.bad(": ", Text(status.message));
-    }
-    bool as_converted;
-    BABYGPT_TRY(read_tensors(runtime, c, "", model.names, model.weights, as_converted));
-    if (!as_converted) {
-        const Status status = model.convert(c.config.dtype);
         if (!status.ok()) return c.bad(": ", Text(status.message));
     }
     result = static_cast<Model&&>(model);
@@ -13621,12 +13765,11 @@ Status read_adapter_config(Runtime& runtime, Checkpoint& c, AdapterConfig& confi
 Status read_adapter(Runtime& runtime, const Checkpoint& c, const Model& model, const AdapterConfig& config, Adapter& result) {
     Adapter adapter;
     const char* prefix;
-    bool as_converted;
     const Status status = allocate_adapter(runtime, model, config, adapter);
     if (status.error == Error::invalid_argument) return c.bad(": ", Text(status.message));
     BABYGPT_TRY(status);
     BABYGPT_TRY(match_adapter(c, adapter, false, prefix));
-    BABYGPT_TRY(read_tensors(runtime, c, Text(prefix), adapter.names, adapter.weights, as_converted));
+    BABYGPT_TRY(read_tensors(runtime, c, Text(prefix), adapter.names, adapter.weights));
     result = static_cast<Adapter&&>(adapter);
     return Status();
 }
@@ -13634,7 +13777,7 @@ Status load_adapter(Runtime& runtime, const Model& model, ByteSource& source, Ad
     Checkpoint c(runtime, source);
     AdapterConfig config;
     Array<char> targets(runtime);
-    if (!model.weights) return fail(Error::invalid_argument, "the adapter's model is empty: create or load it first");
+    if (!model.state) return fail(Error::invalid_argument, "the adapter's model is empty: create or load it first");
     BABYGPT_TRY(read_adapter_config(runtime, c, config, targets));
     return read_adapter(runtime, c, model, config, result);
 }
@@ -13949,24 +14092,24 @@ Status check_resume(const Trainer& t, Text name, const TrainConfig& config, cons
 
 // ---- the public calls ------------------------------------------------------------------------------------------------
 
-Status Model::load(Runtime& from, Text path) {
+Status Model::load(Runtime& from, Text path, Purpose purpose) {
     const FloatMode mode;
     const Path inside(path, "/config.json");  // is it a folder?
     if (inside.fits && path.size) {
         Array<char> json(from);
         const Status status = read_file(from, Text(inside.text), json);
-        if (status.ok()) return load_huggingface(from, path, view(json), *this);
+        if (status.ok()) return load_huggingface(from, path, view(json), purpose, *this);
         if (status.error != Error::cannot_open) return status;
     }
     File file(from);
     ByteSource source(file);
     BABYGPT_TRY(source.open(path));
-    return load_model(from, source, *this);
+    return load_model(from, source, purpose, *this);
 }
-Status Model::load_memory(Runtime& from, Text bytes) {
+Status Model::load_memory(Runtime& from, Text bytes, Purpose purpose) {
     const FloatMode mode;
     ByteSource source(bytes);
-    return load_model(from, source, *this);
+    return load_model(from, source, purpose, *this);
 }
 
 Status Model::save(Text path) const {
@@ -13975,7 +14118,7 @@ Status Model::save(Text path) const {
     return save_checkpoint(*this, sections, Text(), path);
 }
 Status Model::save_memory(Array<char>& bytes) const {
-    if (!weights) return fail(Error::invalid_argument, "an empty model cannot be saved");
+    if (!state) return fail(Error::invalid_argument, "an empty model cannot be saved");
     BABYGPT_TRY(bring(*this));
     const Section sections[] = {{"", weights, config.dtype}};
     BABYGPT_TRY(build_header(*this, Span<const Section>(sections), Text(), bytes));
@@ -14005,7 +14148,7 @@ BABYGPT_RARE Status must_be_plain(const Config& config, const char* whose) {
 }  // namespace
 
 BABYGPT_RARE Status Model::save_huggingface(Text folder) const {
-    if (!weights) return fail(Error::invalid_argument, "an empty model cannot be saved to '", folder, "'");
+    if (!state) return fail(Error::invalid_argument, "an empty model cannot be saved to '", folder, "'");
     BABYGPT_TRY(bring(*this));
     BABYGPT_TRY(must_be_plain(config, "Hugging Face's"));
     const Path path(folder, "/model.safetensors"), config_path(folder, "/config.json"), tokenizer_path(folder, "/tokenizer.json");
@@ -14023,7 +14166,7 @@ BABYGPT_RARE Status Model::save_huggingface(Text folder) const {
 }
 
 Status Model::save_llama2c(Text path) const {
-    if (!weights) return fail(Error::invalid_argument, "an empty model cannot be saved to '", path, "'");
+    if (!state) return fail(Error::invalid_argument, "an empty model cannot be saved to '", path, "'");
     BABYGPT_TRY(bring(*this));
     Config wanted = config;
     BABYGPT_TRY(preset_architecture("llama", wanted));
@@ -14065,7 +14208,7 @@ Status Adapter::load(Runtime& from, const Model& model, Text path) {
         if (status.ok()) {
             Checkpoint c(from, source);
             AdapterConfig wanted;
-            if (!model.weights) return fail(Error::invalid_argument, "the adapter's model is empty: create or load it first");
+            if (!model.state) return fail(Error::invalid_argument, "the adapter's model is empty: create or load it first");
             BABYGPT_TRY(parse_adapter_config(from, view(json), Words("adapter_config.json of ", path), wanted, targets));
             BABYGPT_TRY(source.open(Text(tensors.text)));
             BABYGPT_TRY(read_header(from, c));
@@ -14110,7 +14253,7 @@ BABYGPT_RARE Status Adapter::save_peft(Text folder) const {
 }
 
 Status Model::save_gguf(Text path) const {
-    if (!weights) return fail(Error::invalid_argument, "an empty model cannot be saved to '", path, "'");
+    if (!state) return fail(Error::invalid_argument, "an empty model cannot be saved to '", path, "'");
     BABYGPT_TRY(bring(*this));
     BABYGPT_TRY(must_be_plain(config, "GGUF's"));
     const bool llama = config.architecture == Architecture::llama;
@@ -14174,10 +14317,9 @@ Status Trainer::load(Text path) {
     state->newer_here = true;
     ++(adapter ? adapter->version : state->trained->version);
     const Span<const Weight> names = adapter ? adapter->names : model->names;
-    bool as_converted;
-    Status status = read_tensors(*runtime, c, Text(prefix), names, adapter ? adapter->weights : state->trained->weights, as_converted);
-    if (status.ok()) status = read_tensors(*runtime, c, "moment1.", names, moment1, as_converted);
-    if (status.ok()) status = read_tensors(*runtime, c, "moment2.", names, moment2, as_converted);
+    Status status = read_tensors(*runtime, c, Text(prefix), names, adapter ? adapter->weights : state->trained->weights);
+    if (status.ok()) status = read_tensors(*runtime, c, "moment1.", names, moment1);
+    if (status.ok()) status = read_tensors(*runtime, c, "moment2.", names, moment2);
     if (!status.ok()) return fail(status.error, Text(status.message), "; the model is now half loaded: load again before it is used");
     step_count = stored.step_count, best_step = stored.best_step, bad_evaluations = stored.bad_evaluations;
     best_validation_loss = stored.best_validation_loss, best_accuracy = stored.best_accuracy;
@@ -14293,6 +14435,8 @@ struct VectorTypes {
     typedef int32_t M __attribute__((vector_size(4 * W)));
     typedef double D __attribute__((vector_size(8 * W)));
     typedef uint64_t L __attribute__((vector_size(8 * W)));
+    typedef uint16_t Half __attribute__((vector_size(2 * W)));
+    typedef uint8_t Quarter __attribute__((vector_size(W)));
 #endif
 };
 template <>
@@ -14343,6 +14487,20 @@ struct Simd : VectorTypes<width_> {
 
     static BABYGPT_INLINE void load(V& v, const float* p) { v = *reinterpret_cast<const Loose*>(p); }
     static BABYGPT_INLINE void store(float* p, const V& v) { *reinterpret_cast<Loose*>(p) = v; }
+#if BABYGPT_VECTORS
+    using typename VectorTypes<width_>::Half;
+    using typename VectorTypes<width_>::Quarter;
+    // The lower halves, or quarters, of numbers of 32 bits. (GCC knows instructions for one step at a time.)
+    static BABYGPT_INLINE void store_low(uint16_t* to, const U& bits) {
+        const Half half = __builtin_convertvector(bits, Half);
+        memcpy(to, &half, sizeof half);
+    }
+    static BABYGPT_INLINE void store_low(int8_t* to, const U& bits) {
+        const Half half = __builtin_convertvector(bits, Half);
+        const Quarter quarter = __builtin_convertvector(half, Quarter);
+        memcpy(to, &quarter, sizeof quarter);
+    }
+#endif
     // bf16 is the upper half of a float. int8: two vectors of them, times int8_unit. (Clang refuses 512 bits in assembly here, and GCC 12
     // takes such conversions apart; with 256 bits a shuffle into the upper bytes is faster than sign extension.)
 #if defined(__clang__)
@@ -14726,29 +14884,30 @@ struct Products {
         constexpr int some = 64;
         float piece[static_cast<size_t>(some * tile_columns)], scale[static_cast<size_t>(tile_columns)];
         E* narrow = reinterpret_cast<E*>(to + scales<E>);
-        V by[2], v, magic;
+        V by[2], v[2], magic;
         U bits, no_sign;
         Set::splat(magic, 12582912.0f), Set::splat(no_sign, 0x7fffffffu), Set::splat(by[0], 0), by[1] = by[0];
         for (int pass = sizeof(E) == 1 ? 0 : 1; pass < 2; ++pass) {  // first what is largest in each column, then the numbers
             for (int k = 0; k < depth; k += some) {
                 const int deep = least(some, depth - k);
                 pack<tile_columns>(piece, runs == along ? from + k : from + k * stride, stride, runs, deep, count);
-                for (int i = 0; i < 2 * deep; ++i) {
-                    Set::load(v, piece + i * Set::width);
-                    if (pass == 0) {
-                        Set::bits(bits, v);
-                        bits = bits & no_sign;
-                        Set::from_bits(v, bits);
-                        Set::larger(by[i % 2], by[i % 2], v);
-                        continue;
+                for (int i = 0; i < deep; ++i) {
+                    BABYGPT_UNROLL
+                    for (int j = 0; j < 2; ++j) {
+                        Set::load(v[j], piece + (2 * i + j) * Set::width);
+                        if (pass == 0) {
+                            Set::bits(bits, v[j]);
+                            bits = bits & no_sign;
+                            Set::from_bits(v[j], bits);
+                            Set::larger(by[j], by[j], v[j]);
+                            continue;
+                        }
+                        if constexpr (sizeof(E) == 1) v[j] = v[j] * by[j] + magic;  // its last byte is the whole number
+                        Set::bits(bits, v[j]);
+                        if constexpr (sizeof(E) == 2) bits = bits >> 16;
+                        Set::store_low(narrow, bits);
+                        narrow += Set::width;
                     }
-                    if constexpr (sizeof(E) == 1) v = v * by[i % 2] + magic;  // its last byte is the whole number
-                    Set::bits(bits, v);
-                    if constexpr (sizeof(E) == 2) bits = bits >> 16;
-                    uint32_t each[static_cast<size_t>(Set::width)];
-                    memcpy(each, &bits, sizeof each);
-                    for (int j = 0; j < Set::width; ++j) narrow[j] = static_cast<E>(each[j] & (sizeof(E) == 1 ? 0xff : 0xffff));
-                    narrow += Set::width;
                 }
             }
             if (pass == 1) break;
@@ -16509,23 +16668,12 @@ struct Walk {
         const Scratch s(kernels, tape);
         return s.a_panels + s.panels + s.logits + threads * s.slot;
     }
-    BABYGPT_CALL static int64_t packed_size(const Kernels& kernels, const Tape& tape) {
-        int64_t total = 0;
-        for (const Op& op : tape.ops) total += packed_size(kernels, tape.dtype, op);
-        return total;
-    }
-    BABYGPT_CALL static void pack(const Kernels& kernels, Runtime& runtime, const Tape& tape, const float* weights, float* to) {
+    BABYGPT_CALL static void pack(const Kernels& kernels, Runtime& runtime, const Tape& tape, const Op& op, const float* w, float* to) {
         const int columns = kernels.tile_columns;
-        for (const Op& op : tape.ops) {
-            const int64_t size = packed_size(kernels, tape.dtype, op);
-            if (size == 0) continue;
-            const float* w = weights + tape.weight(op.w).offset;
-            const Factor factor = forward_factor(tape, op, w);
-            parallel(runtime, (op.out + columns - 1) / columns, [&](int i) {
-                kernels.pack_b(to + i * kernels.panel_floats(tape.dtype, op.in), factor, i * columns, op.in, op.out, tape.dtype);
-            });
-            to += size;
-        }
+        const Factor factor = forward_factor(tape, op, w);
+        parallel(runtime, (op.out + columns - 1) / columns, [&](int i) {
+            kernels.pack_b(to + i * kernels.panel_floats(tape.dtype, op.in), factor, i * columns, op.in, op.out, tape.dtype);
+        });
     }
     BABYGPT_CALL void forward() const {
         for (int i = 0; i < static_cast<int>(tape.ops.count); ++i) timed(run, i, [&] { forward(i); });
@@ -16574,9 +16722,9 @@ struct Walk {
 template <const Kernels& kernels>
 struct Fast {
     static int64_t scratch(const Tape& tape, int threads) { return Walk::scratch_size(kernels, tape, threads); }
-    static int64_t packed(const Tape& tape) { return Walk::packed_size(kernels, tape); }
-    static void pack(Runtime& runtime, const Tape& tape, const float* weights, float* to) {
-        Walk::pack(kernels, runtime, tape, weights, to);
+    static int64_t packed(const Tape& tape, const Op& op) { return Walk::packed_size(kernels, tape.dtype, op); }
+    static void pack(Runtime& runtime, const Tape& tape, const Op& op, const float* matrix, float* to) {
+        Walk::pack(kernels, runtime, tape, op, matrix, to);
     }
     static void forward(Runtime& runtime, const Tape& tape, const Regions<float>& r, const Run& run) {
         Walk(kernels, runtime, tape, r, run).forward();
@@ -16948,6 +17096,8 @@ BABYGPT_UNHURRIED_END
 #undef BABYGPT_INLINE
 #undef BABYGPT_CALL
 #undef BABYGPT_RARE
+#undef BABYGPT_LOOPS
+#undef BABYGPT_ALONE
 #undef BABYGPT_UNHURRIED_BEGIN
 #undef BABYGPT_UNHURRIED_END
 #undef BABYGPT_X86

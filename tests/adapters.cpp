@@ -366,6 +366,10 @@ TEST(memory, "memory_needed would be a guess, a step would allocate, or a frozen
                 for (int i = 0; i < 3; ++i) CHECK_OK(trainer.step(result));
                 CHECK(counter.calls == calls);
             }
+            Array<char> file(runtime);
+            CHECK_OK(model.save_memory(file));
+            CHECK_OK(model.load_memory(runtime, Text(file.items, file.count), Purpose::running));
+            file.clear();
             Session session;
             CHECK_OK(session.create(runtime, model));
             CHECK_OK(session.use(&adapter));

@@ -426,6 +426,16 @@ TEST(memory, "reading would allocate, memory would be lost when there is too lit
         CHECK_OK(memory_needed(runtime, tiny_encoder(), Purpose::running, 1, said));
         CHECK_OK(model.create(runtime, tiny_encoder(), Tokenizer()));
         CHECK_OK(encoder.create(runtime, model));
+        float whole[30];
+        CHECK_OK(encoder.embed(example_of(16), whole));
+        Array<char> file(runtime);
+        CHECK_OK(model.save_memory(file));
+        encoder = Encoder();
+        CHECK_OK(model.load_memory(runtime, Text(file.items, file.count), Purpose::running));
+        file.clear();
+        CHECK_OK(encoder.create(runtime, model));
+        CHECK_OK(encoder.embed(example_of(16), room));
+        CHECK(memcmp(room, whole, sizeof(float) * static_cast<size_t>(model.config.width)) == 0);
         if (!CHECK(memory.bytes == said.total()))
             printf("    %lld bytes, not %lld\n", static_cast<long long>(memory.bytes), static_cast<long long>(said.total()));
         const int before = memory.count;

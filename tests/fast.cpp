@@ -398,9 +398,9 @@ TEST(muon, "Muon's step does not go equally far in all directions, or is not the
 static void talk(Bench<float>& b, const BackendFunctions& backend, const Config& config, int length, bool one_by_one) {
     const int pages = (config.context + kv_page - 1) / kv_page;
     CHECK(b.kv.resize(static_cast<size_t>(b.tape.kv_page_block() * pages)) && b.pages.resize(static_cast<size_t>(pages)) &&
-          b.logits.resize(static_cast<size_t>(config.vocab)) && b.packed.resize(static_cast<size_t>(backend.packed(b.tape))));
+          b.logits.resize(static_cast<size_t>(config.vocab)) && b.packed.resize(static_cast<size_t>(packed_block(backend, b.tape))));
     for (int i = 0; i < pages; ++i) b.pages[static_cast<size_t>(i)] = pages - 1 - i;
-    backend.pack(b.runtime, b.tape, b.r.weights, b.packed.items);
+    pack_all(backend, b.runtime, b.tape, b.r.weights, b.packed.items);
     b.r.packed = b.packed.count ? b.packed.items : nullptr;
     b.run.sequences.size = 1;
     for (int i = 0; i < length; i += one_by_one ? 1 : length) {

@@ -441,20 +441,18 @@ TEST(every_allocation_fails, "too little memory would crash, leak, or spoil a fi
         });
         fail_every_allocation(host, [&]() {
             Model loaded;
-            return loaded.load(host.runtime, "m");
-        });
-        fail_every_allocation(host, [&]() {
-            Model loaded;
             return loaded.load_memory(host.runtime, model_file);
         });
         Model small;
         CHECK_OK(small.load(host.runtime, "m"));
         fail_every_allocation(host, [&]() { return small.convert(Dtype::int8); });
         fail_every_allocation(host, [&]() { return small.save("s"); });
-        fail_every_allocation(host, [&]() {
-            Model loaded;
-            return loaded.load(host.runtime, "s");
-        });
+        for (const Purpose purpose : {Purpose::training, Purpose::running})
+            for (const char* path : {"m", "s"})
+                fail_every_allocation(host, [&]() {
+                    Model loaded;
+                    return loaded.load(host.runtime, path, purpose);
+                });
         host.files.erase("s");
         fail_every_allocation(host, [&]() { return t.trainer.save("r"); });
         fail_every_allocation(host, [&]() { return t.trainer.load("r"); });
@@ -585,7 +583,8 @@ TEST(wrong_int8, "numbers without a scale would be taken, or scales of another p
     CHECK_OK(loaded.convert(Dtype::int8));
     CHECK(saved(loaded) == rounded);
     memcpy(&other[std::stoul(header.substr(place))], &wrong, sizeof wrong);
-    CHECK(has(loaded.load_memory(host.runtime, with_header(header, other)), Error::bad_file, "not finite"));
+    for (const Purpose purpose : {Purpose::training, Purpose::running})
+        CHECK(has(loaded.load_memory(host.runtime, with_header(header, other), purpose), Error::bad_file, "not finite"));
 }
 
 TEST(cut_files, "a file that was cut short would crash or be taken for a model") {
@@ -596,7 +595,8 @@ TEST(cut_files, "a file that was cut short would crash or be taken for a model")
         const std::vector<char> exact(file.data(), file.data() + size);  // so that a sanitizer sees a byte too far
         Model loaded;
         host.start_counting();
-        const Status status = loaded.load_memory(host.runtime, Text(exact.data(), exact.size()));
+        const Purpose purpose = size % 2 ? Purpose::training : Purpose::running;
+        const Status status = loaded.load_memory(host.runtime, Text(exact.data(), exact.size()), purpose);
         return CHECK(!status.ok() && status.message[0] && host.total < memory_bound(size));
     };
     const std::string file = saved(model);
@@ -664,9 +664,10 @@ void load_mutations(Dtype dtype, const char* architecture) {
         Model loaded;
         host.start_counting();
         const std::vector<char> exact(bytes.begin(), bytes.end());
-        const Status status = loaded.load_memory(host.runtime, Text(exact.data(), exact.size()));
+        const Purpose purpose = round % 2 ? Purpose::training : Purpose::running;
+        const Status status = loaded.load_memory(host.runtime, Text(exact.data(), exact.size()), purpose);
         loaded_well += status.ok();
-        if (!CHECK(status.ok() == (loaded.weights != nullptr)) || !CHECK(status.ok() || status.message[0]) ||
+        if (!CHECK(status.ok() == (loaded.state != nullptr)) || !CHECK(status.ok() || status.message[0]) ||
             !CHECK(host.total < memory_bound(bytes.size())))
             return;
     }
@@ -802,15 +803,14 @@ TEST(foreign_allocations_fail, "too little memory or a failing disk would crash 
     const std::map<std::string, std::string> whole = host.files;
     const int64_t blocks = host.blocks;
     for (const char* path : {"f", "m.bin"})
-        for (int what = 0; what < 2; ++what)
+        for (int what = 0; what < 4; ++what)
             for (int64_t n = 1;; ++n) {
                 Model loaded;
                 host.start_counting();
-                (what ? host.fail_read : host.fail_allocation) = n;
-                const Status status = loaded.load(host.runtime, path);
-                const bool reached = (what ? host.reads : host.allocations) >= n;
-                if (!CHECK(status.ok() == !reached && status.ok() == (loaded.weights != nullptr) && host.open_files == 0) || !reached)
-                    break;
+                (what % 2 ? host.fail_read : host.fail_allocation) = n;
+                const Status status = loaded.load(host.runtime, path, what < 2 ? Purpose::training : Purpose::running);
+                const bool reached = (what % 2 ? host.reads : host.allocations) >= n;
+                if (!CHECK(status.ok() == !reached && status.ok() == (loaded.state != nullptr) && host.open_files == 0) || !reached) break;
             }
     for (const char* path : {"f", "m.bin"})
         for (int what = 0; what < 2; ++what)

@@ -537,8 +537,8 @@ TEST(planner, "two tensors that are needed at the same time would share memory")
                 Buffers<float> b(apart, backend->scratch(apart, runtime.thread_count()));
                 for (float& x : a.activations) x = 1e30f;
                 for (float& x : b.activations) x = 1e30f;
-                std::vector<float> packed(static_cast<size_t>(training ? 0 : backend->packed(tape)));
-                if (!training) backend->pack(runtime, tape, a.r.weights, packed.data());  // tapes that only run read packed weights
+                std::vector<float> packed(static_cast<size_t>(training ? 0 : packed_block(*backend, tape)));
+                if (!training) pack_all(*backend, runtime, tape, a.r.weights, packed.data());  // tapes that only run read packed weights
                 a.r.packed = b.r.packed = packed.data();
                 backend->forward(runtime, tape, a.r, input.get());
                 backend->forward(runtime, apart, b.r, input.get());

@@ -1184,6 +1184,76 @@ TEST(kernels_side_by_side, "sessions with different kernels would read each othe
     CHECK(say(a, "what is this", greedy(), true) == "This is the inn.");
 }
 
+// A model that is small, of one of several kinds.
+static void create_kind(Runtime& runtime, int kind, Model& m) {
+    Config config;
+    config.layers = 2, config.heads = 4, config.width = 48, config.context = 96, config.vocab = 90;
+    if (kind == 1) CHECK_OK(preset_architecture("llama", config)), config.kv_heads = 2;
+    if (kind == 2) CHECK_OK(preset_architecture("transformer", config)), config.encoder_layers = 2;
+    if (kind == 3) CHECK_OK(preset_architecture("lecture", config)), config.kv_heads = 1;
+    CHECK_OK(m.create(runtime, config, Tokenizer()));
+}
+static const char* const kinds[] = {"gpt2", "llama, keys shared by two", "encoder-decoder", "lecture, keys shared by four"};
+
+TEST(loaded_to_run,
+     "a model that was loaded only to run would say something else, take as much memory as a whole one, or crash where it cannot serve") {
+    for (int kind = 0; kind < 4; ++kind)
+        for (const Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::int8}) {
+            Runtime fast, plain, portable;
+            fast.threads = 3, plain.backend = Backend::plain, portable.isa = Isa::portable;
+            Model whole;
+            create_kind(fast, kind, whole);
+            CHECK_OK(whole.convert(dtype));
+            Array<char> file(fast);
+            CHECK_OK(whole.save_memory(file));
+            int32_t ids[70], source[20];
+            for (int i = 0; i < 70; ++i) ids[i] = (i * 17 + i * i) % 90, source[i % 20] = (i * 31) % 90;
+            std::vector<float> said[2];
+            const auto read = [&](Runtime& runtime, const Model& m, std::vector<float>& logits) {
+                Session session;
+                CHECK_OK(session.create(runtime, m));
+                if (kind == 2) CHECK_OK(session.read_source(source));
+                CHECK_OK(session.feed(Span<const int32_t>(ids, 50)));
+                for (int i = 50; i < 70; ++i) CHECK_OK(session.feed(Span<const int32_t>(ids + i, 1)));
+                logits.assign(session.logits().begin(), session.logits().end());
+            };
+            read(fast, whole, said[0]);
+            for (Runtime* runtime : {&fast, &plain, &portable}) {
+                Model m;
+                CHECK_OK(m.load_memory(*runtime, Text(file.items, file.count), Purpose::running));
+                CHECK(m.parameters == whole.parameters && m.config.dtype == dtype && !m.weights);
+                read(*runtime, m, said[1]);
+                if (!CHECK(said[0] == said[1])) printf("  in %s\n", kinds[kind]);
+                // What needs its weights is refused.
+                Session session;
+                CHECK(session.create(runtime == &fast ? plain : fast, m).error == Error::unsupported && !session.state);
+                CHECK_OK(session.create(*runtime, m));
+                if (kind == 2) CHECK_OK(session.read_source(source));
+                CHECK_OK(session.feed(Span<const int32_t>(ids, 3)));
+                Array<float> p(*runtime);
+                Array<char> bytes(*runtime);
+                Array<Difference> rows(*runtime);
+                Data data;
+                Trainer trainer;
+                Evaluation evaluation;
+                Adapter adapter;
+                const Example example{Span<const int32_t>(ids, 9), Span<const int32_t>(ids, 9), Span<const int32_t>(source), {}, 1};
+                CHECK_OK(data.create(*runtime, Span<const Example>(&example, 1)));
+                CHECK(session.attention(0, p).error == Error::unsupported && m.save_memory(bytes).error == Error::unsupported);
+                CHECK(m.save("nowhere").error == Error::unsupported && m.convert(Dtype::f32).error == Error::unsupported);
+                CHECK(m.save_gguf("nowhere").error == Error::unsupported && m.save_llama2c("nowhere").error == Error::unsupported);
+                CHECK(compare(m, whole, rows).error == Error::unsupported && compare(whole, m, rows).error == Error::unsupported);
+                CHECK(trainer.create(*runtime, m, TrainConfig(), data).error == Error::unsupported);
+                CHECK(evaluate(*runtime, m, data, evaluation).error == Error::unsupported && m.copy_weights(whole) == 0);
+                CHECK_OK(adapter.create(*runtime, m, AdapterConfig()));  // it may stand beside it
+                CHECK_OK(session.use(&adapter));
+                CHECK_OK(session.feed(Span<const int32_t>(ids, 50)));
+                CHECK(merge(m, adapter).error == Error::unsupported);
+                CHECK_OK(whole.load_memory(fast, Text(file.items, file.count)));
+            }
+        }
+}
+
 TEST(turns_stand_on_lines_of_their_own, "a turn would begin in the middle of a line that the host fed") {
     Runtime runtime;
     Session by_text, by_ids;

@@ -414,6 +414,10 @@ static void check_memory(const Config& config) {
             for (int i = 0; i < 3; ++i) CHECK_OK(trainer.step(result));
             CHECK(counter.calls == calls);
         }
+        Array<char> file(runtime);
+        CHECK_OK(model.save_memory(file));
+        CHECK_OK(model.load_memory(runtime, Text(file.items, file.count), Purpose::running));
+        file.clear();
         Session session;
         CHECK_OK(session.create(runtime, model));
         const int32_t ids[] = {1, 2, 3};

@@ -2341,7 +2341,7 @@ int generate(Arguments& in) {
     if (counts) {
         counted.count(common.runtime, in.operands[0], training_files, tokenizer, how_read.config(0));
     } else {
-        must(model.load(common.runtime, in.operands[0]));
+        must(model.load(common.runtime, in.operands[0], Purpose::running));
         need_tokenizer(model, in.operands[0]);
         must(session.create(common.runtime, model));
         must(session.use(beside.load(common.runtime, model)));
@@ -2392,7 +2392,7 @@ int translate(Arguments& in) {
               {"--json", nullptr, "one JSON object a line: source, text, score, logprob, tokens, ended", &json}},
              1, 2);
     Model model;
-    must(model.load(common.runtime, in.operands[0]));
+    must(model.load(common.runtime, in.operands[0], Purpose::running));
     need_tokenizer(model, in.operands[0]);
     how.tokens = std::min(how.tokens, model.config.context);
     const string name = in.operands.size() > 1 && in.operands[1] != "-" ? in.operands[1] : "standard input";
@@ -2439,7 +2439,7 @@ int chat(Arguments& in) {
              1, 1);
     Runtime& runtime = common.runtime;
     Model model;
-    must(model.load(runtime, in.operands[0]));
+    must(model.load(runtime, in.operands[0], Purpose::running));
     need_tokenizer(model, in.operands[0]);
     const bool terminal = is_terminal(stdin) && !json, talks = !model.chat.empty();
     if (!talks) {
@@ -2724,7 +2724,7 @@ struct LineReader {
     size_t number = 0;
 
     void load(const string& path) {
-        must(model.load(common.runtime, path));
+        must(model.load(common.runtime, path, Purpose::running));
         need_tokenizer(model, path);
         const Status made = encoder.create(common.runtime, model);
         if (made.error == Error::unsupported) error(path + ": " + made.message);
@@ -2826,7 +2826,7 @@ int score(Arguments& in) {
               {"--json", nullptr, "the same object for all of standard input", &json}},
              1, 1);
     Model model;
-    must(model.load(common.runtime, in.operands[0]));
+    must(model.load(common.runtime, in.operands[0], Purpose::running));
     need_tokenizer(model, in.operands[0]);
     Session session;
     must(session.create(common.runtime, model));
