@@ -86,6 +86,13 @@
 #define BABYGPT_VERSION_PATCH 0
 #define BABYGPT_FORMAT_VERSION 1  // of the checkpoint file
 
+// For functions of one line, which shall not be calls even where nothing is optimised.
+#if defined(__GNUC__) || defined(__clang__)
+#define BABYGPT_AT_ONCE __attribute__((always_inline))
+#else
+#define BABYGPT_AT_ONCE
+#endif
+
 namespace babygpt {
 
 // ---- Text and Span: views of memory that somebody else owns ----------------------------------------------------------
@@ -95,7 +102,7 @@ struct Text {
     const char* data = "";
     size_t size = 0;
     constexpr Text() = default;
-    constexpr Text(const char* bytes, size_t count) : data(bytes), size(count) {}
+    BABYGPT_AT_ONCE constexpr Text(const char* bytes, size_t count) : data(bytes), size(count) {}
     constexpr Text(const char* zero_ended) : data(zero_ended ? zero_ended : "") {
 #if defined(__GNUC__) || defined(__clang__)
         size = __builtin_strlen(data);  // a constant, where the text is one
@@ -106,9 +113,9 @@ struct Text {
     template <class T, class = decltype(static_cast<const char*>(static_cast<const T*>(nullptr)->data())),
               class = decltype(static_cast<size_t>(static_cast<const T*>(nullptr)->size()))>
     constexpr Text(const T& text) : data(text.data()), size(text.size()) {}
-    constexpr char operator[](size_t i) const { return data[i]; }
-    constexpr const char* begin() const { return data; }
-    constexpr const char* end() const { return data + size; }
+    BABYGPT_AT_ONCE constexpr char operator[](size_t i) const { return data[i]; }
+    BABYGPT_AT_ONCE constexpr const char* begin() const { return data; }
+    BABYGPT_AT_ONCE constexpr const char* end() const { return data + size; }
 };
 
 // `size` elements at `data`. Made from a pointer and a count, an array, or anything with data() and size().
@@ -117,15 +124,15 @@ struct Span {
     T* data = nullptr;
     size_t size = 0;
     constexpr Span() = default;
-    constexpr Span(T* elements, size_t count) : data(elements), size(count) {}
+    BABYGPT_AT_ONCE constexpr Span(T* elements, size_t count) : data(elements), size(count) {}
     template <size_t N>
     constexpr Span(T (&array)[N]) : data(array), size(N) {}
     template <class C, class = decltype(static_cast<T*>(static_cast<C*>(nullptr)->data()))>
     constexpr Span(C& container) : data(container.data()), size(container.size()) {}
-    constexpr operator Span<const T>() const { return Span<const T>(data, size); }
-    constexpr T& operator[](size_t i) const { return data[i]; }
-    constexpr T* begin() const { return data; }
-    constexpr T* end() const { return data + size; }
+    BABYGPT_AT_ONCE constexpr operator Span<const T>() const { return Span<const T>(data, size); }
+    BABYGPT_AT_ONCE constexpr T& operator[](size_t i) const { return data[i]; }
+    BABYGPT_AT_ONCE constexpr T* begin() const { return data; }
+    BABYGPT_AT_ONCE constexpr T* end() const { return data + size; }
 };
 
 // ---- Status: how everything that can fail answers --------------------------------------------------------------------
@@ -160,10 +167,10 @@ const char* error_text(Error error);
 struct [[nodiscard]] Status {
     Error error = Error::ok;
     char message[252];  // empty where all went well
-    Status() { message[0] = '\0'; }
+    BABYGPT_AT_ONCE Status() { message[0] = '\0'; }
     Status(const Status& other);
     Status& operator=(const Status& other);
-    bool ok() const { return error == Error::ok; }
+    BABYGPT_AT_ONCE bool ok() const { return error == Error::ok; }
 };
 
 // ---- Runtime: what the host lends us ---------------------------------------------------------------------------------
@@ -230,7 +237,7 @@ struct Array {
     size_t capacity = 0;
     Runtime* runtime = nullptr;
     Array() = default;
-    explicit Array(Runtime& from) : runtime(&from) {}
+    BABYGPT_AT_ONCE explicit Array(Runtime& from) : runtime(&from) {}
     Array(const Array&) = delete;
     Array& operator=(const Array&) = delete;
     Array(Array&& other) noexcept : items(other.items), count(other.count), capacity(other.capacity), runtime(other.runtime) {
@@ -247,11 +254,11 @@ struct Array {
         return *this;
     }
     ~Array() { clear(); }
-    T* data() const { return items; }
-    size_t size() const { return count; }
-    T& operator[](size_t i) const { return items[i]; }
-    T* begin() const { return items; }
-    T* end() const { return items + count; }
+    BABYGPT_AT_ONCE T* data() const { return items; }
+    BABYGPT_AT_ONCE size_t size() const { return count; }
+    BABYGPT_AT_ONCE T& operator[](size_t i) const { return items[i]; }
+    BABYGPT_AT_ONCE T* begin() const { return items; }
+    BABYGPT_AT_ONCE T* end() const { return items + count; }
     bool reserve(size_t wanted);  // false: out of memory, nothing changed
     bool resize(size_t wanted);   // new elements are zero bytes
     bool push(const T& value);
@@ -986,6 +993,8 @@ Status compare(const Model& a, const Model& b, Array<Difference>& rows);
 
 }  // namespace babygpt
 
+#undef BABYGPT_AT_ONCE
+
 #endif  // BABYGPT_H
 // =====================================================================================================================
 // [CHAPTER 2] The platform corner: memory, threads, files, processor, random numbers
@@ -1641,6 +1650,8 @@ int Runtime::thread_count() const { return threads > 0 ? least(threads, max_thre
 
 namespace {
 
+BABYGPT_UNHURRIED_BEGIN
+
 // ---- files -----------------------------------------------------------------------------------------------------------
 
 #if defined(_WIN32)
@@ -1879,6 +1890,8 @@ Status write_atomically(Runtime& runtime, Text path, const Write& write) {
         return fail(Error::cannot_write, "'", path, "' is written, but its folder cannot be synced");
     return status;
 }
+
+BABYGPT_UNHURRIED_END
 
 // ---- random numbers --------------------------------------------------------------------------------------------------
 
@@ -5284,17 +5297,15 @@ struct UnigramTrainer {
 
 // ---- making a tokenizer -----------------------------------------------------------------------------------------------------
 
-// A tokenizer that `fill(tables)` fills, in the place of what `tokenizer` was; that stays as it was where something fails.
-template <class Fill>
-Status make_tokenizer(Tokenizer& tokenizer, Runtime& runtime, TokenizerKind kind, const Fill& fill) {
-    Tokenizer made;
+BABYGPT_RARE inline Status begin_tokenizer(Tokenizer& made, Runtime& runtime, TokenizerKind kind) {
     made.runtime = &runtime;
-    made.kind = kind;
     made.tables = create<Tables>(runtime, runtime);
     if (!made.tables) return out_of_memory(sizeof(Tables));
+    made.tables->kind = kind;
+    return Status();
+}
+BABYGPT_RARE inline Status finish_tokenizer(Tokenizer& made) {
     Tables& tables = *made.tables;
-    tables.kind = kind;
-    BABYGPT_TRY(fill(tables));
     made.kind = tables.kind;  // a tokenizer.json says which
     if (made.kind == TokenizerKind::characters) {
         made.unknown = static_cast<int32_t>(tables.tokens.count);
@@ -5308,6 +5319,15 @@ Status make_tokenizer(Tokenizer& tokenizer, Runtime& runtime, TokenizerKind kind
                                                                        : end_of_text_name;
     for (const int32_t id : tables.specials)
         if (equal(tables.bytes(id), separator)) made.end_of_text = id;
+    return Status();
+}
+// A tokenizer that `fill(tables)` fills, in the place of what `tokenizer` was; that stays as it was where something fails.
+template <class Fill>
+Status make_tokenizer(Tokenizer& tokenizer, Runtime& runtime, TokenizerKind kind, const Fill& fill) {
+    Tokenizer made;
+    BABYGPT_TRY(begin_tokenizer(made, runtime, kind));
+    BABYGPT_TRY(fill(*made.tables));
+    BABYGPT_TRY(finish_tokenizer(made));
     tokenizer = static_cast<Tokenizer&&>(made);
     return Status();
 }
@@ -12565,14 +12585,21 @@ bool append_shown(Array<char>& to, T value) {
 inline bool append_shown(Array<char>& to, double value) { return append_number(to, value); }
 
 // "'M.resume.safetensors' was made with lr 0.001, but lr is 0.002"
+BABYGPT_RARE inline Status differ(Text file, const char* name, Text was, Text is) {
+    return fail(Error::mismatch, "'", file, "' was made with ", name, " ", was, ", but ", name, " is ", is);
+}
+template <class T>
+BABYGPT_RARE Status must_agree(Runtime& runtime, Text file, const char* name, T stored, T ours) {
+    if (stored == ours) return Status();
+    Array<char> was(runtime), is(runtime);
+    if (!append_shown(was, stored) || !append_shown(is, ours)) return out_of_memory(64);
+    return differ(file, name, view(was), view(is));
+}
 template <class Record>
 Status must_agree(Runtime& runtime, Text file, const Record& stored, const Record& ours) {
     Status status;
     each_field(&ours, [&](const char*, const char* name, auto member) {
-        if (!status.ok() || stored.*member == ours.*member) return;
-        Array<char> was(runtime), is(runtime);
-        if (!append_shown(was, stored.*member) || !append_shown(is, ours.*member)) status = out_of_memory(64);
-        else status = fail(Error::mismatch, "'", file, "' was made with ", name, " ", view(was), ", but ", name, " is ", view(is));
+        if (status.ok()) status = must_agree(runtime, file, name, stored.*member, ours.*member);
     });
     return status;
 }
@@ -14810,6 +14837,28 @@ BABYGPT_INLINE void prefetch(const void* p) {
 #endif
 }
 
+constexpr int ahead = 8;  // rows that lie apart are prefetched so many before
+
+// to[c * to_row + r] = from[r * from_row + c], in squares of 4 x 4
+BABYGPT_CALL inline void transpose(float* to, int64_t to_row, const float* from, int64_t from_row, int rows, int cols) {
+    int r = 0;
+    for (; r + 4 <= rows && cols % 4 == 0; r += 4) {
+        for (int j = 0; j < 4; ++j)
+            for (int c = 0; c < cols; c += 16) prefetch(from + (r + ahead + j) * from_row + c);
+        for (int c = 0; c < cols; c += 4) transpose(to + c * to_row + r, to_row, from + r * from_row + c, from_row);
+    }
+    for (; r < rows; ++r)
+        for (int c = 0; c < cols; ++c) to[c * to_row + r] = from[r * from_row + c];
+}
+// Copies rows x cols; columns from `cols` to `padded` become 0.
+BABYGPT_CALL inline void copy_rows(float* to, int64_t to_row, const float* from, int64_t from_row, int rows, int cols, int padded) {
+    for (int r = 0; r < rows; ++r, to += to_row, from += from_row) {
+        for (int c = 0; c < cols; c += 16) prefetch(from + ahead * from_row + c);
+        memcpy(to, from, static_cast<size_t>(cols) * sizeof(float));
+        memset(to + cols, 0, static_cast<size_t>(padded - cols) * sizeof(float));
+    }
+}
+
 }  // namespace
 }  // namespace babygpt
 // ---- products of matrices -------------------------------------------------------------------------------------------------
@@ -15136,6 +15185,9 @@ BABYGPT_CALL inline double cross_entropy(float total, float biggest, float targe
     if (smoothing > 0) loss -= smoothing * static_cast<double>(sum) / vocab;
     return loss;
 }
+
+template <class Set>
+struct Called;  // what is called rather than inlined: a set's own functions (chapter 11, BABYGPT_KERNELS)
 
 template <class Set>
 struct Rows {
@@ -15535,7 +15587,7 @@ struct Rows {
 
     // ---- add ----
 
-    static BABYGPT_INLINE void add_forward(float* y, const float* a, const float* b, int64_t n) {
+    static BABYGPT_INLINE void add(float* y, const float* a, const float* b, int64_t n) {
         for (int64_t i = 0; i < n; i += W) {
             const int left = static_cast<int>(least(n - i, static_cast<int64_t>(W)));
             V v, u;
@@ -15544,6 +15596,7 @@ struct Rows {
             put(y + i, v, left);
         }
     }
+    static BABYGPT_INLINE void add_forward(float* y, const float* a, const float* b, int64_t n) { Called<Set>::add(y, a, b, n); }
     // For one of the operands.
     static BABYGPT_INLINE void add_backward(float* dx, const float* dy, int64_t n, bool adds) {
         if (adds) add_forward(dx, dx, dy, n);
@@ -15750,7 +15803,8 @@ struct Rows {
     template <int rows, int columns = wide>
     static BABYGPT_INLINE void tile(float* c, int64_t c_row, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row,
                                     int n, bool fresh) {
-        Products<Set>::template tile<rows, columns>(c, c_row, fresh ? nullptr : c, c_row, a, a_row, a_step, b, b_row, n);
+        if constexpr (rows == tall && columns == wide) Called<Set>::tile(c, c_row, fresh ? nullptr : c, a, a_row, a_step, b, b_row, n);
+        else Products<Set>::template tile<rows, columns>(c, c_row, fresh ? nullptr : c, c_row, a, a_row, a_step, b, b_row, n);
     }
     // The triangle of a tile: step e = 0..count-1 adds a[r * a_row + e * a_step] * b[e][0..wide) to the rows r > e (lower: r <= e).
     template <bool lower>
@@ -15772,28 +15826,6 @@ struct Rows {
         }
         BABYGPT_UNROLL
         for (int r = 0; r < tall; ++r) Set::store(c + r * c_row, sum[r][0]), Set::store(c + r * c_row + W, sum[r][1]);
-    }
-
-    static constexpr int ahead = 8;  // rows that lie apart are prefetched so many before
-
-    // to[c * to_row + r] = from[r * from_row + c], in squares of 4 x 4
-    static BABYGPT_INLINE void transpose(float* to, int64_t to_row, const float* from, int64_t from_row, int rows, int cols) {
-        int r = 0;
-        for (; r + 4 <= rows && cols % 4 == 0; r += 4) {
-            for (int j = 0; j < 4; ++j)
-                for (int c = 0; c < cols; c += 16) prefetch(from + (r + ahead + j) * from_row + c);
-            for (int c = 0; c < cols; c += 4) babygpt::transpose(to + c * to_row + r, to_row, from + r * from_row + c, from_row);
-        }
-        for (; r < rows; ++r)
-            for (int c = 0; c < cols; ++c) to[c * to_row + r] = from[r * from_row + c];
-    }
-    // Copies rows x cols; columns from `cols` to `padded` become 0.
-    static BABYGPT_INLINE void copy_rows(float* to, int64_t to_row, const float* from, int64_t from_row, int rows, int cols, int padded) {
-        for (int r = 0; r < rows; ++r, to += to_row, from += from_row) {
-            for (int c = 0; c < cols; c += 16) prefetch(from + ahead * from_row + c);
-            copy(to, from, cols);
-            for (int c = cols; c < padded; ++c) to[c] = 0;
-        }
     }
 
     // Floats of scratch for one thread. `keys`: the longest position + length of a sequence.
@@ -15827,7 +15859,7 @@ struct Rows {
         const int dim = a.dim, before = a.before, keys = before + a.keys, padded = round_up(dim, wide);
         const bool cached = a.has_cache();
         const float *new_keys = a.k + kv_column, *new_values = a.v + kv_column;
-        float *queries = scratch, *out = queries + tall * dim, *scores = out + tall * padded, inverse[static_cast<size_t>(tall)];
+        float *queries = scratch, *out = queries + tall * dim, *scores = out + tall * padded, inverse[static_cast<size_t>(tall)] = {};
         const int64_t scores_row = round_up(keys, page);
         Cache cache;
         cache.keys = scores + tall * scores_row;
@@ -15930,7 +15962,7 @@ struct Rows {
     template <int rows>
     static BABYGPT_INLINE void mix_values(float* out, const float* p, int64_t p_row, const Cache& cache, int keys, int more) {
         const int padded = cache.row;
-        const float* last[static_cast<size_t>(tall - 1)];
+        const float* last[static_cast<size_t>(tall - 1)] = {};
         for (int e = 0; e < more; ++e) last[e] = cache.value(keys + e);
         int c = 0;
         if (rows == 1)
@@ -16039,7 +16071,7 @@ struct Rows {
     }
     // d[query] += sum over the block's keys of a[query][key] * b[key]
     static BABYGPT_INLINE void mix_keys(float* d, const float* a, const float* b, int padded, int queries, int keys, bool diagonal) {
-        const float* last[static_cast<size_t>(tall - 1)];
+        const float* last[static_cast<size_t>(tall - 1)] = {};
         for (int i = 0; i < queries; i += tall) {
             for (int e = 0; e < tall - 1; ++e) last[e] = b + (i + 1 + e) * padded;
             for (int c = 0; c < padded; c += wide) {
@@ -16051,7 +16083,7 @@ struct Rows {
     }
     // d[key] += sum over the block's queries of a[query][key] * b[query]
     static BABYGPT_INLINE void mix_queries(float* d, const float* a, const float* b, int padded, int queries, int keys, bool diagonal) {
-        const float* first[static_cast<size_t>(tall - 1)];
+        const float* first[static_cast<size_t>(tall - 1)] = {};
         for (int j = 0; j < keys; j += tall) {
             const int start = diagonal ? least(j + tall - 1, queries) : 0;  // from here on, every query sees all keys of the tile
             for (int e = 0; e < tall - 1; ++e) first[e] = b + (j + e) * padded;
@@ -16239,54 +16271,64 @@ struct Kernels {
     double (*ceiling)(int64_t rounds, float* result);
 };
 
-#define BABYGPT_KERNELS(set, Set, name, target)                                                                        \
-    struct set {                                                                                                       \
-        target static void pack_a(float* to, const Factor& a, int row, int depth, int rows) {                          \
-            Products<Set>::pack_a(to, a, row, depth, rows);                                                            \
-        }                                                                                                              \
-        static int64_t panel_floats(Dtype dtype, int depth) { return Products<Set>::panel_floats(dtype, depth); }      \
-        target static void pack_b(float* to, const Factor& b, int column, int depth, int columns, Dtype dtype) {       \
-            Products<Set>::pack_b(to, b, column, depth, columns, dtype);                                               \
-        }                                                                                                              \
-        target static void block(const Product& p, const float* a, const float* b, int row, int column, int end) {     \
-            Products<Set>::block(p, a, b, row, column, end);                                                           \
-        }                                                                                                              \
-        target static void single_row(const Product& p, const float* b, int column, int end) {                         \
-            Products<Set>::single_row(p, b, column, end);                                                              \
-        }                                                                                                              \
-        target static void forward(const Work& work, int from, int to) { forward_part<Set>(work, from, to); }          \
-        target static void backward(const Work& work, int from, int to) { backward_part<Set>(work, from, to); }        \
-        target static void attention(const Work& work, int from, int to, float* space, bool backward) {                \
-            attention_part<Set>(work, from, to, space, backward);                                                      \
-        }                                                                                                              \
-        target static void update(const Update& u, int from, int to) { update_part<Set>(u, from, to); }                \
-        target static float biggest(const float* x, int n) { return Rows<Set>::biggest_of(x, n); }                     \
-        target static float exponentials(float* to, const float* x, int n, float biggest, float factor) {              \
-            return Rows<Set>::exponentials(to, x, n, biggest, factor);                                                 \
-        }                                                                                                              \
-        target static double ceiling(int64_t rounds, float* result) { return Products<Set>::ceiling(rounds, result); } \
-        static constexpr Kernels table = {name,                                                                        \
-                                          Products<Set>::tile_rows,                                                    \
-                                          Products<Set>::tile_columns,                                                 \
-                                          &Rows<Set>::attention_scratch,                                               \
-                                          &pack_a,                                                                     \
-                                          &panel_floats,                                                               \
-                                          &pack_b,                                                                     \
-                                          &block,                                                                      \
-                                          &single_row,                                                                 \
-                                          &forward,                                                                    \
-                                          &backward,                                                                   \
-                                          &attention,                                                                  \
-                                          &update,                                                                     \
-                                          &biggest,                                                                    \
-                                          &exponentials,                                                               \
-                                          &ceiling};                                                                   \
+#define BABYGPT_KERNELS(set, Set, name, target)                                                                                          \
+    template <>                                                                                                                          \
+    struct Called<Set> {                                                                                                                 \
+        target static BABYGPT_CALL void tile(float* c, int64_t c_row, const float* start, const float* a, int64_t a_row, int64_t a_step, \
+                                             const float* b, int64_t b_row, int n) {                                                     \
+            Products<Set>::template tile<Rows<Set>::tall, Rows<Set>::wide>(c, c_row, start, c_row, a, a_row, a_step, b, b_row, n);       \
+        }                                                                                                                                \
+        target static BABYGPT_CALL void add(float* y, const float* a, const float* b, int64_t n) { Rows<Set>::add(y, a, b, n); }         \
+    };                                                                                                                                   \
+    struct set {                                                                                                                         \
+        target static void pack_a(float* to, const Factor& a, int row, int depth, int rows) {                                            \
+            Products<Set>::pack_a(to, a, row, depth, rows);                                                                              \
+        }                                                                                                                                \
+        static int64_t panel_floats(Dtype dtype, int depth) { return Products<Set>::panel_floats(dtype, depth); }                        \
+        target static void pack_b(float* to, const Factor& b, int column, int depth, int columns, Dtype dtype) {                         \
+            Products<Set>::pack_b(to, b, column, depth, columns, dtype);                                                                 \
+        }                                                                                                                                \
+        target static void block(const Product& p, const float* a, const float* b, int row, int column, int end) {                       \
+            Products<Set>::block(p, a, b, row, column, end);                                                                             \
+        }                                                                                                                                \
+        target static void single_row(const Product& p, const float* b, int column, int end) {                                           \
+            Products<Set>::single_row(p, b, column, end);                                                                                \
+        }                                                                                                                                \
+        target static void forward(const Work& work, int from, int to) { forward_part<Set>(work, from, to); }                            \
+        target static void backward(const Work& work, int from, int to) { backward_part<Set>(work, from, to); }                          \
+        target static void attention(const Work& work, int from, int to, float* space, bool backward) {                                  \
+            attention_part<Set>(work, from, to, space, backward);                                                                        \
+        }                                                                                                                                \
+        target static void update(const Update& u, int from, int to) { update_part<Set>(u, from, to); }                                  \
+        target static float biggest(const float* x, int n) { return Rows<Set>::biggest_of(x, n); }                                       \
+        target static float exponentials(float* to, const float* x, int n, float biggest, float factor) {                                \
+            return Rows<Set>::exponentials(to, x, n, biggest, factor);                                                                   \
+        }                                                                                                                                \
+        target static double ceiling(int64_t rounds, float* result) { return Products<Set>::ceiling(rounds, result); }                   \
+        static constexpr Kernels table = {name,                                                                                          \
+                                          Products<Set>::tile_rows,                                                                      \
+                                          Products<Set>::tile_columns,                                                                   \
+                                          &Rows<Set>::attention_scratch,                                                                 \
+                                          &pack_a,                                                                                       \
+                                          &panel_floats,                                                                                 \
+                                          &pack_b,                                                                                       \
+                                          &block,                                                                                        \
+                                          &single_row,                                                                                   \
+                                          &forward,                                                                                      \
+                                          &backward,                                                                                     \
+                                          &attention,                                                                                    \
+                                          &update,                                                                                       \
+                                          &biggest,                                                                                      \
+                                          &exponentials,                                                                                 \
+                                          &ceiling};                                                                                     \
     };
 
 #if defined(__ARM_NEON) && BABYGPT_VECTORS
 BABYGPT_KERNELS(KernelsPortable, Portable, "neon", )
 #elif BABYGPT_X86 && BABYGPT_VECTORS
-BABYGPT_KERNELS(KernelsPortable, Portable, "sse2", )
+BABYGPT_UNHURRIED_BEGIN
+BABYGPT_KERNELS(KernelsPortable, Portable, "sse2", )  // each multiply-add is a call: nothing else counts
+BABYGPT_UNHURRIED_END
 #else
 BABYGPT_KERNELS(KernelsPortable, Portable, "portable", )
 #endif
@@ -16301,6 +16343,8 @@ BABYGPT_KERNELS(KernelsAvx512, Avx512, "avx512", __attribute__((target("avx512f,
 BABYGPT_KERNELS(KernelsAvx2Wide, Avx2Wide, "avx2, wide", __attribute__((target("avx2,fma"))))
 #endif
 #endif
+
+BABYGPT_UNHURRIED_BEGIN
 
 // ---- walking the tape ----------------------------------------------------------------------------------------------------
 
@@ -16877,8 +16921,6 @@ BABYGPT_RARE Status profile(Runtime& runtime, const Config& config, int batch, d
 // Does this program, as it was compiled, on this machine, compute what it should? In this order: elementary functions against known
 // values, a small GPT's gradients in double against differences, the runtime's backend against the plain one, and the bits of a model
 // after a few steps of training. It takes about a second.
-
-BABYGPT_UNHURRIED_BEGIN
 
 namespace babygpt {
 namespace {
