@@ -8,6 +8,8 @@
 # make bench      how fast it is, in turns with PyTorch and llama.cpp where tools/bench/peers.sh installed them (half an hour;
 #                 make bench options="--pairs 1 'train-*'" takes less; options=--help says what else)
 # make cuda       build/cuda/babygpt, which trains on an NVIDIA GPU with --backend cuda; needs nvcc (nvcc=PATH, arch=native: for this machine alone)
+# make cuda-test  babygpt_cuda.cu on the GPU that is here, against the processor; then under compute-sanitizer where that is installed
+# make cuda-bench how fast it is there, in turns with PyTorch where python3 has it, and where the time of a step goes
 # make matrix     compilers, standards, flags, hostile macros, leaked names
 # make clean
 #
@@ -42,7 +44,7 @@ emulated := $(patsubst tests/%.cpp,%,$(shell grep -l '^.include "cuda_emulator.h
 watch := $(if $(filter sanitize,$(config)),,-DEMULATOR_WATCH -fsanitize=thread)
 examples := $(patsubst examples/%.cpp,$(build)/examples/%,$(wildcard examples/*.cpp))
 
-.PHONY: all always run test test-all damage exam examples bench cuda matrix clean help
+.PHONY: all always run test test-all damage exam examples bench cuda cuda-test cuda-bench matrix clean help
 all: $(build)/babygpt
 
 $(build)/babygpt.o: babygpt.h Makefile
@@ -118,13 +120,26 @@ bench: $(build)/babygpt $(build)/ceilings
 
 examples: $(examples)
 
+# cuBLASLt is part of the toolkit; where that has been taken apart, of Python's packages.
+cuda_places = $(dir $(nvcc)).. $(shell python3 -c 'import sys; print(*(p + "/nvidia/cu13" for p in sys.path if p))' 2> /dev/null)
+cuda_has = $(firstword $(wildcard $(foreach place,$(cuda_places),$(1:%=$(place)/%))))
+cuda_include = $(patsubst %/cublasLt.h,-isystem %,$(call cuda_has,include/cublasLt.h))
+cuda_cublas = $(call cuda_has,lib64/libcublasLt.so lib64/libcublasLt.so.* lib/libcublasLt.so lib/libcublasLt.so.*)
+cuda_libraries = $(cuda_cublas) -Wl,-rpath,$(dir $(cuda_cublas)) $(call cuda_has,lib64/libcudart_static.a lib/libcudart_static.a lib64/libcudart.so lib/libcudart.so.*) -ldl -lrt
 cuda: $(build)/cuda/babygpt
 $(build)/cuda/babygpt_cuda.o: babygpt_cuda.cu babygpt.h
 	@mkdir -p $(@D)
 	@command -v $(nvcc) > /dev/null || { echo "make cuda needs nvcc, of NVIDIA's CUDA toolkit, which is not here (nvcc=PATH says where)"; exit 1; }
-	$(nvcc) -std=$(standard) -O3 -arch=$(arch) -Xcompiler -Wall,-Wextra -c $< -o $@
+	$(nvcc) -std=$(standard) -O3 -arch=$(arch) -Xcompiler -Wall,-Wextra $(cuda_include) -c $< -o $@
 $(build)/cuda/babygpt: tools/babygpt.cpp $(build)/babygpt.o $(build)/cuda/babygpt_cuda.o tools/measures.h
-	$(compile) $(filter-out %.h,$^) $(LDFLAGS) -L$(dir $(nvcc))../lib64 -lcudart_static -ldl -lrt -o $@
+	$(compile) $(filter-out %.h,$^) $(LDFLAGS) $(cuda_libraries) -o $@
+$(build)/cuda/test: tests/cuda.cpp tests/check.h $(build)/babygpt.o $(build)/cuda/babygpt_cuda.o
+	$(compile) -DON_A_GPU $(cuda_include) -isystem $(dir $(nvcc))../include $(filter-out %.h,$^) $(LDFLAGS) $(cuda_libraries) -o $@
+cuda-test: $(build)/cuda/test
+	@sh tests/cuda.sh $<
+cuda-bench: $(build)/cuda/babygpt
+	@python3 -u tools/bench/bench.py --cuda --babygpt $< --folder $(build)/bench --pairs 1 --seconds 3 --save $(build)/cuda/bench.json $(options)
+	@for batch in 512 64; do echo; $< bench --profile --backend cuda --precision bf16 --batch $$batch --seconds 2 || exit 0; done
 matrix: $(results)/matrix.sh
 	@sh tests/run.sh --sum $<
 clean:

@@ -178,6 +178,7 @@ struct [[nodiscard]] Status {
 // cpu: the fast one; plain: chapter 5, slow and readable; cuda: training and evaluation on a GPU, where babygpt_cuda.cu is part of the
 // program, and everything else as cpu.
 enum class Backend : int32_t { cpu, plain, cuda };
+enum class Precision : int32_t { f32, tf32, bf16 };  // of what a GPU multiplies; sums, weights, gradients, moments are f32. Processors: f32
 enum class Isa : int32_t { automatic, sse2, avx2, avx512, neon, portable };  // which kernels; for tests. bits are the same
 
 enum class FileMode : int32_t { read, write };  // write: create, or empty what is there
@@ -203,6 +204,7 @@ struct FileHooks {
 // Threads: any thread may use a Runtime at any time. When two threads need its workers at once, one of them works alone.
 struct Runtime {
     Backend backend = Backend::cpu;
+    Precision precision = Precision::f32;
     Isa isa = Isa::automatic;
     int threads = 0;  // 0: as many as there are cores; 1: never starts a thread
 
@@ -6089,6 +6091,7 @@ struct DevicePlan {
     int width, vocab, context, features, head_out, rank;
     double epsilon, lora_scale;
     bool output_rows, frozen, training;
+    Precision precision;
 };
 // One update of the weights: the rule with gradients divided by `count`, not clipped yet, and where clipping begins (0: never).
 struct DeviceUpdate {
@@ -9846,7 +9849,7 @@ BABYGPT_RARE Status send(TrainerState& s, const Model& model, const Adapter* ada
     s.newer_here = false;
     return Status();
 }
-BABYGPT_RARE DevicePlan plan_of(const Tape& t, const Config& config, int sequences) {
+BABYGPT_RARE DevicePlan plan_of(const Runtime& runtime, const Tape& t, const Config& config, int sequences) {
     DevicePlan p{};
     p.tensors = {t.tensors.items, t.tensors.count}, p.ops = {t.ops.items, t.ops.count}, p.weights = {t.weights.items, t.weights.count};
     p.adapter = {t.adapter.items, t.adapter.count}, p.loras = {t.loras.items, t.loras.count}, p.waves = {t.waves.items, t.waves.count};
@@ -9856,6 +9859,7 @@ BABYGPT_RARE DevicePlan plan_of(const Tape& t, const Config& config, int sequenc
     p.width = t.width, p.vocab = t.vocab, p.context = t.context, p.features = config.features, p.head_out = t.head_out, p.rank = t.rank;
     p.epsilon = t.epsilon, p.lora_scale = t.lora_scale;
     p.output_rows = t.output_rows, p.frozen = t.frozen, p.training = t.training;
+    p.precision = runtime.precision;
     return p;
 }
 // A forward pass alone, with its losses.
@@ -10001,7 +10005,7 @@ Status fill(Trainer& trainer, Runtime& from, const Model& of, Adapter* adapter, 
     layout = Layout{state->memory.memory, 0};
     lay_out(layout, *state, &trainer, of.config, config.batch, from.thread_count());
     if (state->on && config.optimizer == Optimizer::muon) return fail(Error::unsupported, "the backend cuda learns by adamw, not by muon");
-    return state->on ? state->on->create(plan_of(state->tape, of.config, config.batch), state->device) : Status();
+    return state->on ? state->on->create(plan_of(from, state->tape, of.config, config.batch), state->device) : Status();
 }
 
 Status start(Trainer& t, Runtime& from, const Model& of, Adapter* adapter, const TrainConfig& wanted, Data& data, Data* held_out) {
@@ -10395,7 +10399,7 @@ Status evaluate(Runtime& runtime, const Model& model, Data& data, Evaluation& re
     if (!state.memory.take(runtime, layout.bytes, true)) return out_of_memory(layout.bytes);
     layout = Layout{state.memory.memory, 0};
     lay_out(layout, state, nullptr, model.config, batch, runtime.thread_count());
-    if (state.on) BABYGPT_TRY(state.on->create(plan_of(state.tape, model.config, batch), state.device));
+    if (state.on) BABYGPT_TRY(state.on->create(plan_of(runtime, state.tape, model.config, batch), state.device));
     start_pool(runtime);
     return evaluate_windows(runtime, state, model, adapter, batch, data, result,
                             [=](double done) { return !progress || progress(user, done); });
@@ -12184,7 +12188,7 @@ BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpos
         state.tape.frozen = adapter != nullptr;
         BABYGPT_TRY(record(state.tape, config, batch * config.context, true, dropout, batch, adapter));
         lay_out(layout, state, &trainer, config, batch, runtime.thread_count());
-        if (state.on) memory.device = state.on->bytes(plan_of(state.tape, config, batch));
+        if (state.on) memory.device = state.on->bytes(plan_of(runtime, state.tape, config, batch));
         memory.moments = 2 * learnt;
         if (!state.on) {
             memory.gradients = learnt + round_up(static_cast<uint64_t>(state.tape.lookup_block()) * sizeof(float), uint64_t(cache_line));
@@ -16857,8 +16861,6 @@ void count_work(const Tape& tape, const Op& op, double rows, ProfileRow& forward
 
 BABYGPT_RARE Status profile(Runtime& runtime, const Config& config, int batch, double seconds, Array<ProfileRow>& rows) {
     rows = Array<ProfileRow>(runtime);
-    if (runtime.backend == Backend::cuda)
-        return fail(Error::unsupported, "the profile is of the processor's backends: choose cpu or plain");
     Model model;
     BABYGPT_TRY(model.create(runtime, config, Tokenizer()));
     TrainConfig how;
@@ -16900,7 +16902,7 @@ BABYGPT_RARE Status profile(Runtime& runtime, const Config& config, int batch, d
         count_work(tape, op, static_cast<double>(tokens), forward, backward);
     }
     ProfileRow& update = rows[2 * ops];
-    Line(update.op, sizeof update.op).put("norm and AdamW");
+    Line(update.op, sizeof update.op).put(runtime.backend == Backend::cuda ? "AdamW, launches, host" : "norm and AdamW");
     Line(update.kind, sizeof update.kind).put("update");
     update.seconds = rest, update.bytes = 9.0 * 4 * static_cast<double>(model.parameters);  // g; w, m, v, g read and written
     return Status();

@@ -9,13 +9,13 @@
 // Do this.  Compile this file with nvcc and add it to the program; there is nothing to register, and nothing else changes:
 //
 //     nvcc -O3 -arch=native -c babygpt_cuda.cu                  (-arch=all-major: for other people's machines, too)
-//     g++ -std=c++17 -O2 -pthread program.cpp babygpt_cuda.o -L/usr/local/cuda/lib64 -lcudart -o program
+//     g++ -std=c++17 -O2 -pthread program.cpp babygpt_cuda.o -L/usr/local/cuda/lib64 -lcudart -lcublasLt -o program
 //
-// Then set Runtime::backend = Backend::cuda. Without this file the library says that the program was built without CUDA.
+// Then set Runtime::backend = Backend::cuda, and Runtime::precision = Precision::bf16 for speed. Without this file the library says that the program was built without CUDA.
 //
 // What there is.                                              What there is not.
 //     all architectures, all ops, dropout, LoRA                   generation: sessions compute on the processor
-//     float32, products by tiles in shared memory                 tensor cores (TF32, bf16)
+//     float32, and tf32 or bf16 in products by cuBLASLt           fp16, for GPUs before 2020
 //     the same random numbers as on the processor                 Muon: refused by name
 //     the same bits from run to run: no atomics                   more than one GPU in a Trainer
 //     one graph launch a step; memory taken once                  Windows: nothing known against it, never tried
@@ -31,6 +31,8 @@
 //     5  the ops: kernels, each with its layout      11  what the header calls; 12  licence
 
 #ifdef __CUDACC__
+#include <cublasLt.h>
+#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #define BABYGPT_SHARED(T, name, count) __shared__ T name[count]
 #define BABYGPT_DYNAMIC_SHARED(name)                                   \
@@ -76,6 +78,14 @@ Status trouble(const char* call, cudaError_t error) {
              cudaGetErrorString(error));
     return status;
 }
+Status trouble(const char* call, cublasStatus_t error) {
+    Status status;
+    const char* end = strchr(call, '(');
+    status.error = error == CUBLAS_STATUS_ALLOC_FAILED ? Error::out_of_memory : Error::device;
+    snprintf(status.message, sizeof status.message, "cuBLASLt: %.*s failed: %s", end ? static_cast<int>(end - call) : 40, call,
+             cublasLtGetStatusString(error));
+    return status;
+}
 Status refuse(Error error, const char* text) {
     Status status;
     status.error = error;
@@ -86,6 +96,11 @@ Status refuse(Error error, const char* text) {
     do {                                                                                         \
         const cudaError_t babygpt_error = (call);                                                \
         if (babygpt_error != cudaSuccess) return ::babygpt::cuda::trouble(#call, babygpt_error); \
+    } while (false)
+#define BABYGPT_CUBLAS(call)                                                                               \
+    do {                                                                                                   \
+        const cublasStatus_t babygpt_error = (call);                                                       \
+        if (babygpt_error != CUBLAS_STATUS_SUCCESS) return ::babygpt::cuda::trouble(#call, babygpt_error); \
     } while (false)
 #define BABYGPT_CUDA_TRY(expression)                     \
     do {                                                 \
@@ -194,6 +209,9 @@ struct Memory {
     uint32_t *keys[2], *counts;  // sorting: an id and its row, twice; how often each digit is in each block
     int32_t* sorted_rows[2];
     float* edges;  // embedding_backward's
+    // Precision::bf16: a copy of the weights, and of the rows that a product multiplies now (x, dy). Where there are tensor cores: cuBLASLt's.
+    __nv_bfloat16 *narrow_weights, *narrow[2];
+    unsigned char* workspace;
     // Sent for each run, in one piece that the host has a copy of.
     Now* now;
     Place* places[2];
@@ -205,8 +223,10 @@ struct Memory {
 constexpr int most_splits = 64;  // of a sum over rows
 #ifdef BABYGPT_CUDA_EMULATOR
 constexpr int64_t scratch_logits = 1 << 12;  // tests are small, and shall see several chunks
+constexpr size_t workspace_bytes = 4096;
 #else
-constexpr int64_t scratch_logits = 1 << 24;  // of the head, at once
+constexpr size_t workspace_bytes = size_t(32) << 20;  // what NVIDIA recommends for Hopper
+constexpr int64_t scratch_logits = 1 << 26;           // of the head, at once: so many rows that dW's own traffic does not count
 #endif
 constexpr int square_blocks_there = 512;
 constexpr int sort_block = block_threads, digits = 256;
@@ -219,6 +239,11 @@ constexpr int tile = 64;
 inline int splits_of(int64_t rows, int64_t in, int64_t out) {
     constexpr int64_t busy = 512;
     return static_cast<int>(lesser<int64_t>(splits_of(rows), parts_of(busy, parts_of(in, tile) * parts_of(out, tile))));
+}
+inline bool on_tensor_cores(const DevicePlan& plan) { return plan.precision != Precision::f32; }
+// Between two rows of logits: tensor cores want 16 bytes at a time.
+inline int64_t logits_stride(const DevicePlan& plan) {
+    return on_tensor_cores(plan) ? parts_of(plan.head_out, 8) * 8 : static_cast<int64_t>(plan.head_out);
 }
 inline int head_chunk(const DevicePlan& plan, int64_t rows) {
     const int64_t fit = greater<int64_t>(1, scratch_logits / plan.head_out / 64) * 64;
@@ -263,7 +288,7 @@ inline void plan_input(Plan& plan, const DevicePlan& p, Memory& m) {
 }
 inline void plan_memory(Plan& plan, const DevicePlan& p, Memory& m) {
     const int64_t learnt = p.training ? learnt_block(p) : 0, rows = greater(p.max_rows[0], p.max_rows[1]);
-    int64_t widest = 1, low = 0, parts = 0;
+    int64_t widest = 1, low = 0, parts = 0, narrow[2] = {};
     bool embeds = false;
     for (const Op& op : p.ops) {
         const int64_t side_rows = p.max_rows[static_cast<int>(op.side)];
@@ -271,6 +296,11 @@ inline void plan_memory(Plan& plan, const DevicePlan& p, Memory& m) {
         widest = greater<int64_t>(widest, greater(op.in, op.out));
         if (op.kind == OpKind::linear || op.kind == OpKind::head)
             parts = greater(parts, splits_of(side_rows, op.in, op.out) * static_cast<int64_t>(op.in) * op.out);
+        if (op.w != nothing && (op.kind == OpKind::linear || op.kind == OpKind::head)) {
+            const bool is_head = op.kind == OpKind::head;
+            narrow[0] = greater(narrow[0], (is_head ? head_chunk(p, side_rows) : side_rows) * static_cast<int64_t>(op.in));
+            if (p.training && !is_head) narrow[1] = greater(narrow[1], side_rows * op.out);
+        }
         for (int i = 0; i < op.loras; ++i) parts = greater(parts, most_splits * static_cast<int64_t>(p.rank) * greater(op.in, op.out));
         embeds = embeds || (op.kind == OpKind::embedding && p.training && !p.frozen);
     }
@@ -284,8 +314,12 @@ inline void plan_memory(Plan& plan, const DevicePlan& p, Memory& m) {
     m.activations = plan.take<float>(p.activation_block, "activations");
     m.low = plan.take<float>(p.training ? 0 : low, "low");
     const int64_t head_rows = p.ops.size ? p.max_rows[static_cast<int>(p.ops[p.ops.size - 1].side)] : 0;
-    m.scratch = plan.take<float>(greater<int64_t>(static_cast<int64_t>(head_chunk(p, head_rows)) * p.head_out, 1), "logits");
+    m.scratch = plan.take<float>(greater<int64_t>(head_chunk(p, head_rows) * logits_stride(p), 1), "logits");
     m.edges = plan.take<float>(greater(parts, embeds ? 2 * parts_of(rows, edge_rows) * p.width : 0), "parts");
+    const bool is_narrow = p.precision == Precision::bf16;
+    m.narrow_weights = plan.take<__nv_bfloat16>(is_narrow ? p.weight_block : 0, "narrow_weights");
+    for (int i = 0; i < 2; ++i) m.narrow[i] = plan.take<__nv_bfloat16>(is_narrow ? narrow[i] : 0, "narrow");
+    m.workspace = plan.take<unsigned char>(on_tensor_cores(p) ? static_cast<int64_t>(workspace_bytes) : 0, "workspace");
     m.waves = plan.take<float>(static_cast<int64_t>(p.waves.size), "waves");
     m.losses = plan.take<double>(p.max_rows[0], "losses");
     m.ranks = plan.take<int32_t>(p.max_rows[0], "ranks");
@@ -371,54 +405,53 @@ __global__ void sort_move(uint32_t* to_keys, int32_t* to_rows, const uint32_t* p
     for (unsigned i = 0; i < threadIdx.x; ++i) place += digit[i] == mine;
     to_keys[place] = key, to_rows[place] = sorted ? sorted[row] : row;
 }
-// A warp has 64 sorted rows, its lanes the columns. Rows of one id that all lie within them are added to dtoken at once; those that go on from
-// the 64 before, or into the 64 after, are left in `edges`: [blocks][2][n], in the first or second place. 8 bytes.
+// A warp has 64 sorted rows, its lanes 32 of the columns. Rows of one id that all lie within them are added to dtoken at once; those that go on
+// from the 64 before, or into the 64 after, are left in `edges`: [blocks][2][n], in the first or second place. 8 bytes.
 __global__ void embedding_backward(float* dtoken, float* edges, const float* dy, const uint32_t* keys, const int32_t* sorted,
                                    const Now* now, int side, int n) {
-    const int rows = now->rows[side];
-    for (int part = first_row(); part * edge_rows < rows; part += all_warps()) {
-        const int from = part * edge_rows, to = lesser(from + edge_rows, rows);
-        for (int c = lane(); c < n; c += warp) {
-            float sum = 0;
-            for (int i = from; i < to; ++i) {
-                sum += dy[static_cast<int64_t>(sorted[i]) * n + c];
-                if (i + 1 < to && keys[i + 1] == keys[i]) continue;
-                const bool goes_on = i + 1 == to && to < rows && keys[to] == keys[i];
-                const bool came = from > 0 && keys[from - 1] == keys[i] && keys[from] == keys[i];
-                if (came || goes_on) edges[(2 * static_cast<int64_t>(part) + (came ? 0 : 1)) * n + c] = sum;
-                else dtoken[static_cast<int64_t>(keys[i]) * n + c] += sum;
-                sum = 0;
-            }
+    const int rows = now->rows[side], across = (n + warp - 1) / warp;
+    for (int number = first_row(); number / across * edge_rows < rows; number += all_warps()) {
+        const int part = number / across, from = part * edge_rows, to = lesser(from + edge_rows, rows), c = number % across * warp + lane();
+        float sum = 0;
+        for (int i = from; i < to && c < n; ++i) {
+            sum += dy[static_cast<int64_t>(sorted[i]) * n + c];
+            if (i + 1 < to && keys[i + 1] == keys[i]) continue;
+            const bool goes_on = i + 1 == to && to < rows && keys[to] == keys[i];
+            const bool came = from > 0 && keys[from - 1] == keys[i] && keys[from] == keys[i];
+            if (came || goes_on) edges[(2 * static_cast<int64_t>(part) + (came ? 0 : 1)) * n + c] = sum;
+            else dtoken[static_cast<int64_t>(keys[i]) * n + c] += sum;
+            sum = 0;
         }
     }
 }
 // Then the warp whose 64 rows such a sum begins in adds its parts.
 __global__ void embedding_edges(float* dtoken, const float* edges, const uint32_t* keys, const Now* now, int side, int n) {
-    const int rows = now->rows[side];
-    for (int part = first_row(); part * edge_rows < rows; part += all_warps()) {
-        const int from = part * edge_rows, to = from + edge_rows;
+    const int rows = now->rows[side], across = (n + warp - 1) / warp;
+    for (int number = first_row(); number / across * edge_rows < rows; number += all_warps()) {
+        const int part = number / across, from = part * edge_rows, to = from + edge_rows, c = number % across * warp + lane();
         if (to >= rows || keys[to] != keys[to - 1]) continue;                                  // nothing goes on
         if (from > 0 && keys[from - 1] == keys[from] && keys[from] == keys[to - 1]) continue;  // it began before
+        if (c >= n) continue;
         const uint32_t id = keys[to - 1];
-        for (int c = lane(); c < n; c += warp) {
-            float sum = edges[(2 * static_cast<int64_t>(part) + 1) * n + c];
-            for (int next = part + 1; next * edge_rows < rows && keys[next * edge_rows] == id; ++next)
-                sum += edges[2 * static_cast<int64_t>(next) * n + c];
-            dtoken[static_cast<int64_t>(id) * n + c] += sum;
-        }
+        float sum = edges[(2 * static_cast<int64_t>(part) + 1) * n + c];
+        for (int next = part + 1; next * edge_rows < rows && keys[next * edge_rows] == id; ++next)
+            sum += edges[2 * static_cast<int64_t>(next) * n + c];
+        dtoken[static_cast<int64_t>(id) * n + c] += sum;
     }
 }
-// dposition[p] += the sum of dy over the sequences that reach p. A warp has a position, its lanes the columns. 4 bytes.
+// dposition[p] += the sum of dy over the sequences that reach p. A warp has a position, its lanes 32 of the columns. 4 bytes.
 __global__ void position_backward(float* dposition, const float* dy, const Place* places, const Now* now, int context, int n) {
-    for (int p = first_row(); p < context; p += all_warps())
-        for (int c = lane(); c < n; c += warp) {
-            float sum = dposition[static_cast<int64_t>(p) * n + c];
-            for (int i = 0; i < now->sequences; ++i) {
-                const int at = p - places[i].position;
-                if (at >= 0 && at < places[i].length) sum += dy[static_cast<int64_t>(places[i].row + at) * n + c];
-            }
-            dposition[static_cast<int64_t>(p) * n + c] = sum;
+    const int across = (n + warp - 1) / warp;
+    for (int number = first_row(); number / across < context; number += all_warps()) {
+        const int p = number / across, c = number % across * warp + lane();
+        if (c >= n) continue;
+        float sum = dposition[static_cast<int64_t>(p) * n + c];
+        for (int i = 0; i < now->sequences; ++i) {
+            const int at = p - places[i].position;
+            if (at >= 0 && at < places[i].length) sum += dy[static_cast<int64_t>(places[i].row + at) * n + c];
         }
+        dposition[static_cast<int64_t>(p) * n + c] = sum;
+    }
 }
 
 // ---- input, waves, add, dropout: over rows, or over elements. 8, 8, 12 and 8 bytes ----------------------------------------------
@@ -508,7 +541,8 @@ __global__ void norm_backward(float* dx, const float* dy, const float* x, const 
 
 // db = the sum of dy's rows, dw = the sum of dy * h (x null: not wanted). A block has 32 columns and a part of the rows, warp i of it every 8th
 // row; parts: [splits][n] of db, then of dw. dy's rows are `stride` apart. 4 bytes, 8 with dw.
-__global__ void sums_over_rows(float* parts, const float* dy, int64_t stride, const float* x, const float* statistics, Extent extent,
+template <class T>
+__global__ void sums_over_rows(float* parts, const T* dy, int64_t stride, const float* x, const float* statistics, Extent extent,
                                const Now* now, int n) {
     BABYGPT_SHARED(float, b, block_threads);
     BABYGPT_SHARED(float, w, block_threads);
@@ -517,7 +551,7 @@ __global__ void sums_over_rows(float* parts, const float* dy, int64_t stride, co
     const int c = static_cast<int>(blockIdx.x) * warp + lane();
     float sum_b = 0, sum_w = 0;
     for (int row = from + static_cast<int>(threadIdx.x) / warp; row < to && c < n; row += block_warps) {
-        const float d = dy[row * stride + c];
+        const float d = static_cast<float>(dy[row * stride + c]);
         sum_b += d;
         if (x) sum_w = fmaf(d, (x[static_cast<int64_t>(row) * n + c] - statistics[2 * row]) * statistics[2 * row + 1], sum_w);
     }
@@ -655,6 +689,37 @@ __global__ void __launch_bounds__(block_threads) product(Product p, const Now* n
         }
 }
 
+// ---- products on tensor cores --------------------------------------------------------------------------------------------
+
+// They are cuBLASLt's, from numbers in bf16 or tf32 and with sums in float. The library multiplies as many rows as there might be: those that this
+// run does not have must be zeros. What follows is beside them: over elements. 6, 0 and 8 bytes.
+__global__ void narrow_rows(__nv_bfloat16* to, const float* from, Extent extent, const Now* now, int n) {
+    const int64_t there = static_cast<int64_t>(extent.now(now)) * n, all = static_cast<int64_t>(extent.size) * n;
+    for (int64_t i = first_element(); i < all; i += all_threads()) to[i] = __float2bfloat16_rn(i < there ? from[i] : 0.0f);
+}
+__global__ void clear_rest(float* x, Extent extent, const Now* now, int64_t n) {
+    const int64_t there = static_cast<int64_t>(extent.now(now)) * n, all = static_cast<int64_t>(extent.size) * n;
+    for (int64_t i = there + first_element(); i < all; i += all_threads()) x[i] = 0;
+}
+__global__ void add_bias(float* x, const float* bias, int64_t stride, Extent extent, const Now* now, int n) {
+    for (int row = first_row(); row < extent.now(now); row += all_warps())
+        for (int c = lane(); c < n; c += warp) x[row * stride + c] += bias[c];
+}
+// How the library multiplies one shape: found when it is first wanted, always its own first choice, so that a device makes the same bits each time.
+struct Tensorial {
+    Product of;  // its pointers say only whether there is something
+    bool a_along, b_along, adds_bias;
+    cublasLtMatmulDesc_t product;
+    cublasLtMatrixLayout_t a, b, c;
+    cublasLtMatmulHeuristicResult_t choice;
+    Tensorial* next;
+    bool fits(const Product& p, bool along_a, bool along_b) const {
+        return of.rows.size == p.rows.size && of.depth.size == p.depth.size && of.columns == p.columns && of.a_stride == p.a_stride &&
+               of.b_stride == p.b_stride && of.c_stride == p.c_stride && (of.start == nullptr) == (p.start == nullptr) &&
+               of.start_stride == p.start_stride && a_along == along_a && b_along == along_b;
+    }
+};
+
 // ---- rope: turns pairs of a head's queries and keys. Over rows; sign -1: back. 8 bytes --------------------------------------------
 
 __global__ void rope(float* x, const float* waves, const Where* where, const Now* now, int side, int heads, int kv_heads, int dim,
@@ -676,7 +741,8 @@ __global__ void rope(float* x, const float* waves, const Where* where, const Now
 
 // Tiles of T queries and T keys in shared memory, of any dim that fits there; nothing of size length x length is ever in device memory (Dao et al.
 // 2022). Rows of a tile are dim + 1 apart, so that neighbouring lanes meet neighbouring banks. A head's probabilities are made from
-// the maximum and the sum that the forward pass leaves for each query.
+// the maximum and the sum that the forward pass leaves for each query. Narrow: what is multiplied is rounded to bf16, and tensor cores do
+// it, each warp a tile of 16 x 8 at a time; then T is 32, dim a multiple of 16, and rows are dim + 8 apart.
 struct Attend {
     const float *q, *k, *v;  // of row 0
     float *y, *softmax;      // [rows][heads * dim]; [rows][heads][2]
@@ -689,19 +755,72 @@ struct Attend {
     float scale;
     bool causal, adds_q, adds_kv;
 };
-template <int T>
+template <bool narrow>
+constexpr int padding = narrow ? 8 : 1;
+template <int T, bool narrow = false>
 size_t attention_bytes(int dim, int tiles_of_rows, int tiles_of_scores) {
-    return sizeof(float) * static_cast<size_t>(tiles_of_rows * T * (dim + 1) + tiles_of_scores * T * (T + 1) + 3 * T);
+    constexpr int more = padding<narrow>;
+    return sizeof(float) * static_cast<size_t>(tiles_of_rows * T * (dim + more) + tiles_of_scores * T * (T + more) + 3 * T);
 }
 // to[i] = from[i], for the `count` rows from `first` on; zeros beyond them.
-template <int T>
+template <int T, bool narrow>
 __device__ __forceinline__ void load_rows(float* to, const float* from, int64_t stride, int count, int dim) {
+    const int apart = dim + padding<narrow>;
     for (int i = static_cast<int>(threadIdx.x) / warp; i < T; i += block_warps)
-        for (int d = lane(); d < dim; d += warp) to[i * (dim + 1) + d] = i < count ? from[i * stride + d] : 0.0f;
+        for (int d = lane(); d < dim; d += warp) to[i * apart + d] = i < count ? from[i * stride + d] : 0.0f;
+}
+// d += a b, on tiles of 16 x 16 and 16 x 8. In lane 4 g + t are: of a, rows g and g + 8, columns 2 t, 2 t + 1 and those 8 further; of b, rows 2 t,
+// 2 t + 1 and those 8 further, column g; of d, rows g and g + 8, columns 2 t and 2 t + 1.
+__device__ __forceinline__ void multiply_tiles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(BABYGPT_CUDA_EMULATOR)
+    emulator::mma_m16n8k16(d, a, b, __nv_bfloat16());
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    (void)d, (void)a, (void)b;  // Gpu::create has refused such a GPU
+#endif
+}
+__device__ __forceinline__ uint32_t two(float low, float high) {
+    return static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(high))) << 16 | __bfloat16_as_ushort(__float2bfloat16_rn(low));
+}
+// s[i][j] = a[i] . b[j], and to[i] += sum over j of p[i][j] * v[j], or p[j][i] * v[j]: as below, on tensor cores.
+__device__ __forceinline__ void tile_products_narrow(float* s, const float* a, const float* b, int dim) {
+    const int apart = dim + 8, number = static_cast<int>(threadIdx.x) / warp, g = lane() / 4, t = lane() % 4 * 2;
+    const float *left = a + (number / 4 * 16 + g) * apart + t, *right = b + (number % 4 * 8 + g) * apart + t;
+    float sum[4] = {};
+    for (int k = 0; k < dim; k += 16, left += 16, right += 16) {
+        const float* const lower = left + 8 * apart;
+        const uint32_t x[4] = {two(left[0], left[1]), two(lower[0], lower[1]), two(left[8], left[9]), two(lower[8], lower[9])};
+        const uint32_t y[2] = {two(right[0], right[1]), two(right[8], right[9])};
+        multiply_tiles(sum, x, y);
+    }
+    float* const to = s + (number / 4 * 16 + g) * 40 + number % 4 * 8 + t;
+    to[0] = sum[0], to[1] = sum[1], to[8 * 40] = sum[2], to[8 * 40 + 1] = sum[3];
+}
+template <bool across>
+__device__ __forceinline__ void tile_sums_narrow(float* to, const float* p, const float* v, int dim) {
+    constexpr int next_row = across ? 1 : 40, next_k = across ? 40 : 1;  // in p
+    const int apart = dim + 8, g = lane() / 4, t = lane() % 4 * 2;
+    for (int number = static_cast<int>(threadIdx.x) / warp; number < dim / 4; number += block_warps) {
+        const int row = number % 2 * 16 + g, column = number / 2 * 8;
+        float* const c = to + row * apart + column + t;
+        float sum[4] = {c[0], c[1], c[8 * apart], c[8 * apart + 1]};
+        for (int k = 0; k < 32; k += 16) {
+            const float *const left = p + row * next_row + (k + t) * next_k, *const lower = left + 8 * next_row;
+            const float* const right = v + (k + t) * apart + column + g;
+            const uint32_t x[4] = {two(left[0], left[next_k]), two(lower[0], lower[next_k]), two(left[8 * next_k], left[9 * next_k]),
+                                   two(lower[8 * next_k], lower[9 * next_k])};
+            const uint32_t y[2] = {two(right[0], right[apart]), two(right[8 * apart], right[9 * apart])};
+            multiply_tiles(sum, x, y);
+        }
+        c[0] = sum[0], c[1] = sum[1], c[8 * apart] = sum[2], c[8 * apart + 1] = sum[3];
+    }
 }
 // s[i][j] = a[i] . b[j]. Thread t has column t % T and every (256 / T)th row.
 template <int T>
-__device__ __forceinline__ void tile_products(float* s, const float* a, const float* b, int dim) {
+__device__ __forceinline__ void tile_products_wide(float* s, const float* a, const float* b, int dim) {
     constexpr int step = block_threads / T;
     constexpr unsigned each = T > step ? T / step : 1;
     const int j = static_cast<int>(threadIdx.x) % T, i0 = static_cast<int>(threadIdx.x) / T;
@@ -715,7 +834,7 @@ __device__ __forceinline__ void tile_products(float* s, const float* a, const fl
 }
 // to[i] += sum over j of p[i][j] * v[j], or p[j][i] * v[j]. Warp w has every 8th row from w on, its lanes the columns.
 template <int T, bool across>
-__device__ __forceinline__ void tile_sums(float* to, const float* p, const float* v, int dim) {
+__device__ __forceinline__ void tile_sums_wide(float* to, const float* p, const float* v, int dim) {
     constexpr unsigned each = T / block_warps;
     const int i0 = static_cast<int>(threadIdx.x) / warp;
     for (int d = lane(); d < dim; d += warp) {
@@ -731,69 +850,80 @@ __device__ __forceinline__ void tile_sums(float* to, const float* p, const float
         for (int e = 0; e < static_cast<int>(each); ++e) to[(i0 + e * block_warps) * (dim + 1) + d] = sum[e];
     }
 }
+template <int T, bool narrow>
+__device__ __forceinline__ void tile_products(float* s, const float* a, const float* b, int dim) {
+    if constexpr (narrow) tile_products_narrow(s, a, b, dim);
+    else tile_products_wide<T>(s, a, b, dim);
+}
+template <int T, bool narrow, bool across>
+__device__ __forceinline__ void tile_sums(float* to, const float* p, const float* v, int dim) {
+    if constexpr (narrow) tile_sums_narrow<across>(to, p, v, dim);
+    else tile_sums_wide<T, across>(to, p, v, dim);
+}
 // A block has T queries of a head, and goes through the keys that they see: maximum, sum and y so far are put right when a greater maximum comes
 // (Milakov & Gimelshein 2018). 16 bytes for each element of y, and the keys and values again for each T queries, from the cache.
-template <int T>
+template <int T, bool narrow>
 __global__ void __launch_bounds__(block_threads) attention_forward(Attend a, const Now* now) {
     BABYGPT_DYNAMIC_SHARED(memory);
-    const int dim = a.dim, rows = T * (dim + 1);
+    const int dim = a.dim, apart = dim + padding<narrow>, apart_s = T + padding<narrow>, rows = T * apart;
     float *const q = reinterpret_cast<float*>(memory), *const k = q + rows, *const v = k + rows, *const y = v + rows, *const s = y + rows,
-                 *const most = s + T * (T + 1), *const total = most + T;
+                 *const most = s + T * apart_s, *const total = most + T;
     const int number = static_cast<int>(blockIdx.x) / a.tiles / a.heads, head = static_cast<int>(blockIdx.x) / a.tiles % a.heads;
     if (number >= now->sequences) return;
     const int i0 = static_cast<int>(blockIdx.x) % a.tiles * T, queries = a.places[number].length - i0;
     if (queries <= 0) return;
     const int row = a.places[number].row + i0, key_row = a.seen[number].row, keys = a.seen[number].length;
     const int64_t kv_column = static_cast<int64_t>(head / (a.heads / a.kv_heads)) * dim;
-    load_rows<T>(q, a.q + row * a.q_stride + static_cast<int64_t>(head) * dim, a.q_stride, queries, dim);
+    load_rows<T, narrow>(q, a.q + row * a.q_stride + static_cast<int64_t>(head) * dim, a.q_stride, queries, dim);
     for (int i = static_cast<int>(threadIdx.x); i < rows; i += block_threads) y[i] = 0;
     for (int i = static_cast<int>(threadIdx.x); i < T; i += block_threads) most[i] = -INFINITY, total[i] = 0;
     for (int k0 = 0; k0 < keys && (!a.causal || k0 <= i0 + T - 1); k0 += T) {
         __syncthreads();
-        load_rows<T>(k, a.k + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
-        load_rows<T>(v, a.v + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
+        load_rows<T, narrow>(k, a.k + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
+        load_rows<T, narrow>(v, a.v + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
         __syncthreads();
-        tile_products<T>(s, q, k, dim);
+        tile_products<T, narrow>(s, q, k, dim);
         __syncthreads();
         for (int i = static_cast<int>(threadIdx.x) / warp; i < T; i += block_warps) {  // a warp has a query, a lane a key
             const int j = lane();
             const bool sees = j < T && k0 + j < keys && i < queries && (!a.causal || k0 + j <= i0 + i);
-            const float score = sees ? s[i * (T + 1) + j] * a.scale : -INFINITY, before = most[i];
+            const float score = sees ? s[i * apart_s + j] * a.scale : -INFINITY, before = most[i];
             const float biggest = fmaxf(before, warp_most(score)), base = biggest == -INFINITY ? 0.0f : biggest;
             float p = sees ? expf(score - base) : 0.0f;
             const float factor = expf(before - base), sum = warp_sum(p);
             if (now->drop_below != 0 && sees) p *= drop_factor(now, drop_key(now, a.side, a.op, row + i), head * 65536 + k0 + j);
             __syncwarp();
-            if (j < T) s[i * (T + 1) + j] = p;
+            if (j < T) s[i * apart_s + j] = p;
             if (j == 0) most[i] = biggest, total[i] = fmaf(total[i], factor, sum);
-            for (int d = j; d < dim; d += warp) y[i * (dim + 1) + d] *= factor;
+            for (int d = j; d < dim; d += warp) y[i * apart + d] *= factor;
         }
         __syncthreads();
-        tile_sums<T, false>(y, s, v, dim);
+        tile_sums<T, narrow, false>(y, s, v, dim);
     }
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x) / warp; i < T && i < queries; i += block_warps) {
         const float inverse = 1 / total[i];
         for (int d = lane(); d < dim; d += warp)
-            a.y[static_cast<int64_t>(row + i) * a.heads * dim + static_cast<int64_t>(head) * dim + d] = y[i * (dim + 1) + d] * inverse;
+            a.y[static_cast<int64_t>(row + i) * a.heads * dim + static_cast<int64_t>(head) * dim + d] = y[i * apart + d] * inverse;
         float* to = a.softmax + (static_cast<int64_t>(row + i) * a.heads + head) * 2;
         if (lane() == 0) to[0] = most[i], to[1] = total[i];
     }
 }
 // p, with f the dropout's factors, to s (f p), and p (f dp - D) / sqrt(dim), which is ds, to dp. D = dy . y of each query.
-template <int T>
+template <int T, bool narrow>
 __device__ __forceinline__ void score_gradients(const Attend& a, const Now* now, float* s, float* dp, const float* most,
                                                 const float* inverse, const float* D, int row, int i0, int k0, int queries, int keys,
                                                 int head) {
+    constexpr int apart_s = T + padding<narrow>;
     for (int i = static_cast<int>(threadIdx.x) / warp; i < T; i += block_warps) {
         const int j = lane();
         if (j >= T) continue;
         const bool sees = k0 + j < keys && i < queries && (!a.causal || k0 + j <= i0 + i);
-        const float p = sees ? expf(s[i * (T + 1) + j] * a.scale - most[i]) * inverse[i] : 0.0f;
+        const float p = sees ? expf(s[i * apart_s + j] * a.scale - most[i]) * inverse[i] : 0.0f;
         const float f = now->drop_below != 0 ? drop_factor(now, drop_key(now, a.side, a.op, row + i), head * 65536 + k0 + j) : 1.0f;
-        const float d = dp[i * (T + 1) + j];
-        s[i * (T + 1) + j] = p * f;
-        dp[i * (T + 1) + j] = sees ? p * (d * f - D[i]) * a.scale : 0.0f;
+        const float d = dp[i * apart_s + j];
+        s[i * apart_s + j] = p * f;
+        dp[i * apart_s + j] = sees ? p * (d * f - D[i]) * a.scale : 0.0f;
     }
 }
 // The queries' maxima, the inverses of their sums, and D. A warp has a query.
@@ -809,12 +939,12 @@ __device__ __forceinline__ void load_queries(const Attend& a, float* most, float
     }
 }
 // dq = sum over the keys of ds k. A block has T queries of a head.
-template <int T>
+template <int T, bool narrow>
 __global__ void __launch_bounds__(block_threads) attention_backward_queries(Attend a, const Now* now) {
     BABYGPT_DYNAMIC_SHARED(memory);
-    const int dim = a.dim, rows = T * (dim + 1);
+    const int dim = a.dim, apart = dim + padding<narrow>, apart_s = T + padding<narrow>, rows = T * apart;
     float *const q = reinterpret_cast<float*>(memory), *const dy = q + rows, *const k = dy + rows, *const v = k + rows,
-                 *const dq = v + rows, *const s = dq + rows, *const dp = s + T * (T + 1), *const most = dp + T * (T + 1),
+                 *const dq = v + rows, *const s = dq + rows, *const dp = s + T * apart_s, *const most = dp + T * apart_s,
                  *const inverse = most + T, *const D = inverse + T;
     const int number = static_cast<int>(blockIdx.x) / a.tiles / a.heads, head = static_cast<int>(blockIdx.x) / a.tiles % a.heads;
     if (number >= now->sequences) return;
@@ -823,70 +953,70 @@ __global__ void __launch_bounds__(block_threads) attention_backward_queries(Atte
     const int row = a.places[number].row + i0, key_row = a.seen[number].row, keys = a.seen[number].length;
     const int64_t column = static_cast<int64_t>(head) * dim, kv_column = static_cast<int64_t>(head / (a.heads / a.kv_heads)) * dim;
     const int64_t width = static_cast<int64_t>(a.heads) * dim;
-    load_rows<T>(q, a.q + row * a.q_stride + column, a.q_stride, queries, dim);
-    load_rows<T>(dy, a.dy + row * width + column, width, queries, dim);
+    load_rows<T, narrow>(q, a.q + row * a.q_stride + column, a.q_stride, queries, dim);
+    load_rows<T, narrow>(dy, a.dy + row * width + column, width, queries, dim);
     load_queries<T>(a, most, inverse, D, row, queries, head);
     for (int i = static_cast<int>(threadIdx.x); i < rows; i += block_threads) dq[i] = 0;
     for (int k0 = 0; k0 < keys && (!a.causal || k0 <= i0 + T - 1); k0 += T) {
         __syncthreads();
-        load_rows<T>(k, a.k + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
-        load_rows<T>(v, a.v + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
+        load_rows<T, narrow>(k, a.k + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
+        load_rows<T, narrow>(v, a.v + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
         __syncthreads();
-        tile_products<T>(s, q, k, dim);
-        tile_products<T>(dp, dy, v, dim);
+        tile_products<T, narrow>(s, q, k, dim);
+        tile_products<T, narrow>(dp, dy, v, dim);
         __syncthreads();
-        score_gradients<T>(a, now, s, dp, most, inverse, D, row, i0, k0, queries, keys, head);
+        score_gradients<T, narrow>(a, now, s, dp, most, inverse, D, row, i0, k0, queries, keys, head);
         __syncthreads();
-        tile_sums<T, false>(dq, dp, k, dim);
+        tile_sums<T, narrow, false>(dq, dp, k, dim);
     }
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x) / warp; i < T && i < queries; i += block_warps)
         for (int d = lane(); d < dim; d += warp) {
             float& to = a.dq[(row + i) * a.q_stride + column + d];
-            to = a.adds_q ? to + dq[i * (dim + 1) + d] : dq[i * (dim + 1) + d];
+            to = a.adds_q ? to + dq[i * apart + d] : dq[i * apart + d];
         }
 }
 // dk = sum over the queries of ds q, dv = sum of f p dy. A block has T keys of a kv head, and goes through the queries that see them, head after
 // head of those that share it.
-template <int T>
+template <int T, bool narrow>
 __global__ void __launch_bounds__(block_threads) attention_backward_keys(Attend a, const Now* now) {
     BABYGPT_DYNAMIC_SHARED(memory);
-    const int dim = a.dim, rows = T * (dim + 1);
+    const int dim = a.dim, apart = dim + padding<narrow>, apart_s = T + padding<narrow>, rows = T * apart;
     float *const k = reinterpret_cast<float*>(memory), *const v = k + rows, *const dk = v + rows, *const dv = dk + rows,
-                 *const q = dv + rows, *const dy = q + rows, *const s = dy + rows, *const dp = s + T * (T + 1),
-                 *const most = dp + T * (T + 1), *const inverse = most + T, *const D = inverse + T;
+                 *const q = dv + rows, *const dy = q + rows, *const s = dy + rows, *const dp = s + T * apart_s,
+                 *const most = dp + T * apart_s, *const inverse = most + T, *const D = inverse + T;
     const int number = static_cast<int>(blockIdx.x) / a.tiles / a.kv_heads, kv_head = static_cast<int>(blockIdx.x) / a.tiles % a.kv_heads;
     if (number >= now->sequences) return;
     const int k0 = static_cast<int>(blockIdx.x) % a.tiles * T, keys = a.seen[number].length;
     if (k0 >= keys) return;
     const int first = a.places[number].row, length = a.places[number].length, key_row = a.seen[number].row, group = a.heads / a.kv_heads;
     const int64_t kv_column = static_cast<int64_t>(kv_head) * dim, width = static_cast<int64_t>(a.heads) * dim;
-    load_rows<T>(k, a.k + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
-    load_rows<T>(v, a.v + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
+    load_rows<T, narrow>(k, a.k + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
+    load_rows<T, narrow>(v, a.v + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
     for (int i = static_cast<int>(threadIdx.x); i < rows; i += block_threads) dk[i] = dv[i] = 0;
     for (int head = kv_head * group; head < (kv_head + 1) * group; ++head)
         for (int i0 = a.causal ? k0 : 0; i0 < length; i0 += T) {
             const int row = first + i0, queries = length - i0;
             const int64_t column = static_cast<int64_t>(head) * dim;
             __syncthreads();
-            load_rows<T>(q, a.q + row * a.q_stride + column, a.q_stride, queries, dim);
-            load_rows<T>(dy, a.dy + row * width + column, width, queries, dim);
+            load_rows<T, narrow>(q, a.q + row * a.q_stride + column, a.q_stride, queries, dim);
+            load_rows<T, narrow>(dy, a.dy + row * width + column, width, queries, dim);
             load_queries<T>(a, most, inverse, D, row, queries, head);
             __syncthreads();
-            tile_products<T>(s, q, k, dim);
-            tile_products<T>(dp, dy, v, dim);
+            tile_products<T, narrow>(s, q, k, dim);
+            tile_products<T, narrow>(dp, dy, v, dim);
             __syncthreads();
-            score_gradients<T>(a, now, s, dp, most, inverse, D, row, i0, k0, queries, keys, head);
+            score_gradients<T, narrow>(a, now, s, dp, most, inverse, D, row, i0, k0, queries, keys, head);
             __syncthreads();
-            tile_sums<T, true>(dk, dp, q, dim);
-            tile_sums<T, true>(dv, s, dy, dim);
+            tile_sums<T, narrow, true>(dk, dp, q, dim);
+            tile_sums<T, narrow, true>(dv, s, dy, dim);
         }
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x) / warp; i < T && k0 + i < keys; i += block_warps)
         for (int d = lane(); d < dim; d += warp) {
             const int64_t at = (key_row + k0 + i) * a.k_stride + kv_column + d;
-            a.dk[at] = a.adds_kv ? a.dk[at] + dk[i * (dim + 1) + d] : dk[i * (dim + 1) + d];
-            a.dv[at] = a.adds_kv ? a.dv[at] + dv[i * (dim + 1) + d] : dv[i * (dim + 1) + d];
+            a.dk[at] = a.adds_kv ? a.dk[at] + dk[i * apart + d] : dk[i * apart + d];
+            a.dv[at] = a.adds_kv ? a.dv[at] + dv[i * apart + d] : dv[i * apart + d];
         }
 }
 
@@ -918,13 +1048,13 @@ __global__ void pool_backward(float* dx, const float* dy, const Place* places, c
 // ---- output head with softmax cross-entropy ------------------------------------------------------------------------------
 
 // A warp has a row of logits, of a chunk of rows that begins at `first`: the loss, the target's rank, and, where it learns, the logits' gradients in
-// their place: dl = softmax(l) - (1-e) [v is the target] - e/V, times the row's weight. 4 bytes to read, three times (from the cache where
-// the row is short), 4 to write.
-__global__ void head_loss(float* logits, double* losses, int32_t* ranks, const int32_t* targets, const float* row_weights, Extent extent,
-                          const Now* now, int vocab, bool learns) {
+// their place: dl = softmax(l) - (1-e) [v is the target] - e/V, times the row's weight. Narrow gradients lie in the first half of their
+// row. 4 bytes to read, three times (from the cache where the row is short), 4 to write, or 2.
+__global__ void head_loss(float* logits, int64_t stride, bool narrow, double* losses, int32_t* ranks, const int32_t* targets,
+                          const float* row_weights, Extent extent, const Now* now, int vocab, bool learns) {
     const int rows = extent.now(now);
     for (int i = first_row(); i < rows; i += all_warps()) {
-        float* l = logits + static_cast<int64_t>(i) * vocab;
+        float* l = logits + i * stride;
         const int row = extent.first + i, target = targets[row];
         float biggest = -INFINITY, sum = 0, all = 0;
         for (int v = lane(); v < vocab; v += warp) biggest = fmaxf(biggest, l[v]);
@@ -945,9 +1075,15 @@ __global__ void head_loss(float* logits, double* losses, int32_t* ranks, const i
         if (!learns) continue;
         const float inverse = 1 / sum, weight = target < 0 ? 0.0f : row_weights[row];
         const float each = static_cast<float>(now->smoothing / vocab), more = static_cast<float>(1 - now->smoothing);
-        __syncwarp();  // all lanes have read the target's logit
-        for (int v = lane(); v < vocab; v += warp)
-            l[v] = weight == 0 ? 0.0f : (expf(l[v] - biggest) * inverse - each - (v == target ? more : 0.0f)) * weight;
+        for (int first = 0; first < vocab; first += warp) {
+            const int v = first + lane();
+            const bool counts = v < vocab && weight != 0;
+            const float d = counts ? (expf(l[v] - biggest) * inverse - each - (v == target ? more : 0.0f)) * weight : 0.0f;
+            __syncwarp();  // all lanes have read what is written over now
+            if (v >= vocab) continue;
+            if (narrow) reinterpret_cast<__nv_bfloat16*>(l)[v] = __float2bfloat16_rn(d);
+            else l[v] = d;
+        }
     }
 }
 
@@ -994,8 +1130,9 @@ __global__ void judge(Sums* sums, const double* parts, int count, const Now* now
     sums->skipped = !(fabs(norm) <= 1.7e308) || !(fabs(sums->loss) <= 1.7e308);
     sums->scale = static_cast<float>((now->clip > 0 && norm > now->clip ? now->clip / norm : 1) / now->count);
 }
-// The header's adamw; then the gradient becomes zero. Over elements. 32 bytes a weight.
-__global__ void adamw(float* w, float* m, float* v, float* g, const unsigned char* decays, int64_t n, const Sums* sums, const Now* now) {
+// The header's adamw; then the gradient becomes zero. Over elements. 32 bytes a weight, and 2 where it has a narrow copy.
+__global__ void adamw(float* w, __nv_bfloat16* narrow, float* m, float* v, float* g, const unsigned char* decays, int64_t n,
+                      const Sums* sums, const Now* now) {
     constexpr float tiny = 1e-30f;
     const AdamW a = now->adam;
     for (int64_t i = first_element(); i < n; i += all_threads()) {
@@ -1008,13 +1145,15 @@ __global__ void adamw(float* w, float* m, float* v, float* g, const unsigned cha
         m[i] = first, v[i] = second;
         const float decay = decays[i / 16] ? a.decay : 0.0f;
         w[i] = fmaf(-a.step_size, first / fmaf(sqrtf(second), a.root_scale, a.epsilon), fmaf(-decay, w[i], w[i]));
+        if (narrow) narrow[i] = __float2bfloat16_rn(w[i]);
     }
 }
 
 // ---- the device ----------------------------------------------------------------------------------------------------------
 
-// All state. The tape's walk is captured in a graph when it is first walked: a forward pass alone, one with a backward pass, and one with an
-// update after it. From then on a step is a copy of the batch and one graph launch.
+// All state. There are three walks of the tape: a forward pass alone, one with a backward pass, and one with an update after it. The first of each
+// launches kernel after kernel, so that the driver loads what it loads only when it is called; the second is captured in a graph. From
+// then on a step is a copy of the batch and one graph launch.
 struct Gpu {
     DevicePlan plan;
     Memory memory{};
@@ -1026,21 +1165,27 @@ struct Gpu {
     cudaStream_t stream = nullptr;
     cudaEvent_t sent = nullptr;
     cudaGraphExec_t graphs[3] = {};
+    bool walked[3] = {};
+    cudaEvent_t* marks = nullptr;  // where somebody asks for the times of ops: [2 * ops + 1], before the first and after each
+    int marks_made = 0;
     bool fresh = true;                // no run since the last update
     bool sending = false;             // a copy of the input may be under way
     cudaError_t error = cudaSuccess;  // of the first launch that failed
-    int64_t launches = 0;             // of kernels, in the graph that was captured last
+    cublasStatus_t product_error = CUBLAS_STATUS_SUCCESS;
+    cublasLtHandle_t library = nullptr;
+    Tensorial* products = nullptr;  // those that have been wanted
+    int64_t launches = 0;           // of kernels, in the graph that was captured last
 
     template <class... Wanted, class... Given>
     void launch(void (*kernel)(Wanted...), int64_t blocks, int splits, size_t shared, Given... given) {
+        if (!walked_well().ok()) return;  // what comes after a failure would compute from what is not there
         cudaLaunchConfig_t config{};
         config.gridDim = dim3(static_cast<unsigned>(greater<int64_t>(blocks, 1)), static_cast<unsigned>(splits));
         config.blockDim = dim3(block_threads);
         config.dynamicSmemBytes = shared;
         config.stream = stream;
         ++launches;
-        const cudaError_t launched = cudaLaunchKernelEx(&config, kernel, static_cast<Wanted>(given)...);
-        if (error == cudaSuccess) error = launched;
+        error = cudaLaunchKernelEx(&config, kernel, static_cast<Wanted>(given)...);
     }
     // The two layouts' blocks: for n elements, for n rows. No more than keep the device busy.
     int64_t blocks(int64_t n, int64_t each) const { return lesser<int64_t>(parts_of(n, each), processors * int64_t(32)); }
@@ -1070,6 +1215,41 @@ struct Gpu {
     int max_rows(const Op& op) const { return plan.max_rows[static_cast<int>(op.side)]; }
     bool runs_backward(const Op& op) const { return !at(op.y != nothing ? op.y : op.x).fixed; }
 
+    // ---- products ----
+
+    bool is_narrow() const { return plan.precision == Precision::bf16; }
+    // A side of a product, as it shall be multiplied: n columns of the run's rows of an activation or a gradient (which: 0, 1), or a weight.
+    const float* side_of(float* x, Extent rows, int n, int which) {
+        const int64_t all = static_cast<int64_t>(rows.size) * n;
+        if (is_narrow()) over_elements(narrow_rows, all, memory.narrow[which], x, rows, memory.now, n);
+        else if (on_tensor_cores(plan)) over_elements(clear_rest, all, x, rows, memory.now, n);
+        return is_narrow() ? reinterpret_cast<const float*>(memory.narrow[which]) : x;
+    }
+    const float* side_of_weight(int index) const {
+        const int64_t offset = plan.weights[static_cast<size_t>(index)].weight.offset;
+        return is_narrow() ? reinterpret_cast<const float*>(memory.narrow_weights + offset) : memory.weights + offset;
+    }
+    // On tensor cores, where these are wanted; there the sides are those above, and there is no activation.
+    void multiply_fast(const Product& p, bool a_along, bool b_along) {
+        if (!on_tensor_cores(plan)) return multiply(p, a_along, b_along);
+        const bool adds = p.start == p.c;
+        const Tensorial* const t = walked_well().ok() ? tensorial(p, a_along, b_along) : nullptr;
+        if (!t) return;
+        if (adds && p.rows.side >= 0) over_elements(clear_rest, p.rows.size * p.c_stride, p.c, p.rows, memory.now, p.c_stride);
+        const float one = 1, beta = adds ? 1.0f : 0.0f;
+        cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
+        if (t->adds_bias) status = cublasLtMatmulDescSetAttribute(t->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p.start, sizeof p.start);
+        // The library's matrices stand in columns: their rows are our columns, its left side is our right one.
+        if (status == CUBLAS_STATUS_SUCCESS)
+            status = cublasLtMatmul(library, t->product, &one, p.b, t->b, p.a, t->a, &beta, p.c, t->c, p.c, t->c, &t->choice.algo,
+                                    memory.workspace, workspace_bytes, stream);
+        product_error = status;
+        ++launches;
+        if (p.start && !adds && !t->adds_bias) over_rows(add_bias, p.rows.size, p.c, p.start, p.c_stride, p.rows, memory.now, p.columns);
+    }
+    const Tensorial* tensorial(const Product& p, bool a_along, bool b_along);
+    cublasStatus_t plan_product(Tensorial& t) const;
+
     void multiply(const Product& p, bool a_along, bool b_along, int splits = 1) {
         const int64_t tiles = parts_of(p.rows.size, tile) * parts_of(p.columns, tile);
         const auto kernel = a_along ? (b_along ? product<true, true> : product<true, false>) : product<false, false>;
@@ -1077,7 +1257,11 @@ struct Gpu {
     }
     // g [rows][columns] += a^T b, summed over the run's rows.
     void multiply_over_rows(float* g, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int rows, int columns,
-                            Extent depth) {
+                            Extent depth, bool fast) {
+        if (on_tensor_cores(plan) && fast)
+            return multiply_fast(
+                Product{g, columns, g, columns, a, b, a_stride, b_stride, {rows, -1, 0}, depth, columns, 1, nullptr, Activation::none},
+                false, false);
         const int splits = splits_of(depth.size, rows, columns);
         float* const c = splits > 1 ? memory.edges : g;
         multiply(Product{c,
@@ -1099,9 +1283,11 @@ struct Gpu {
         if (splits > 1) over_elements(add_parts, n, g, memory.edges, splits, n);
     }
     // db += the sum of dy's rows; dw += that of dy * h, where x and its norm's statistics are given.
-    void sum_over_rows(float* db, float* dw, const float* dy, int64_t stride, const float* x, const float* statistics, Extent rows, int n) {
+    template <class T>
+    void sum_over_rows(float* db, float* dw, const T* dy, int64_t stride, const float* x, const float* statistics, Extent rows, int n) {
         const int splits = splits_of(rows.size);
-        launch(sums_over_rows, parts_of(n, warp), splits, 0, memory.edges, dy, stride, dw ? x : nullptr, statistics, rows, memory.now, n);
+        launch(sums_over_rows<T>, parts_of(n, warp), splits, 0, memory.edges, dy, stride, dw ? x : nullptr, statistics, rows, memory.now,
+               n);
         if (db) over_elements(add_parts, n, db, memory.edges, splits, n);
         if (dw) over_elements(add_parts, n, dw, memory.edges + static_cast<int64_t>(splits) * n, splits, n);
     }
@@ -1114,11 +1300,21 @@ struct Gpu {
     void embed_backward(const Op& op);
     void head(const Op& op, bool learns);
     void attention(const Op& op, int number, bool backward);
-    template <int T>
+    template <int T, bool narrow = false>
     void attention_of(Attend a, int sequences, bool backward);
     void op_forward(int number, bool learns);
     void op_backward(int number);
-    void walk(bool learns, bool updates);
+    void walk(int which, bool marked);
+    Status walked_well() const {
+        if (product_error != CUBLAS_STATUS_SUCCESS) return trouble("cublasLtMatmul", product_error);
+        return error == cudaSuccess ? Status() : trouble("cudaLaunchKernelEx", error);
+    }
+    Status walk_now(int which, double* seconds);
+    Status make_marks();
+    void mark(int number, bool marked) {
+        const cudaError_t recorded = marked ? cudaEventRecord(marks[number], stream) : cudaSuccess;
+        if (error == cudaSuccess) error = recorded;
+    }
     Status capture(int which, cudaGraphExec_t& to);
     void write_input(const Run& run, const DeviceUpdate* update);
     float* part(DevicePart which) const;
@@ -1131,28 +1327,102 @@ struct Gpu {
 // [CHAPTER 6] Walking the tape
 // =====================================================================================================================
 
+cublasStatus_t Gpu::plan_product(Tensorial& t) const {
+    const Product& p = t.of;
+    const cudaDataType_t type = is_narrow() ? CUDA_R_16BF : CUDA_R_32F;
+    const int32_t across_b = t.b_along ? CUBLAS_OP_T : CUBLAS_OP_N, across_a = t.a_along ? CUBLAS_OP_N : CUBLAS_OP_T,
+                  epilogue = t.adds_bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+    const uint64_t rows = static_cast<uint64_t>(p.rows.size), columns = static_cast<uint64_t>(p.columns),
+                   depth = static_cast<uint64_t>(p.depth.size);
+    const uint32_t alignment = 16;
+    const cudaDataType_t of_bias = CUDA_R_32F;
+    const size_t space = workspace_bytes;
+    cublasLtMatmulPreference_t wish = nullptr;
+    cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
+    const auto then = [&](cublasStatus_t next) { status = status == CUBLAS_STATUS_SUCCESS ? next : status; };
+    const auto set = [&](cublasLtMatmulDescAttributes_t which, const void* value, size_t size) {
+        if (status == CUBLAS_STATUS_SUCCESS) status = cublasLtMatmulDescSetAttribute(t.product, which, value, size);
+    };
+    const auto ask = [&](cublasLtMatmulPreferenceAttributes_t which, const void* value, size_t size) {
+        if (status == CUBLAS_STATUS_SUCCESS) status = cublasLtMatmulPreferenceSetAttribute(wish, which, value, size);
+    };
+    then(cublasLtMatmulDescCreate(&t.product, is_narrow() ? CUBLAS_COMPUTE_32F : CUBLAS_COMPUTE_32F_FAST_TF32, CUDA_R_32F));
+    set(CUBLASLT_MATMUL_DESC_TRANSA, &across_b, sizeof across_b);
+    set(CUBLASLT_MATMUL_DESC_TRANSB, &across_a, sizeof across_a);
+    set(CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
+    if (t.adds_bias) {
+        set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &of_bias, sizeof of_bias);
+        set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p.start, sizeof p.start);
+    }
+    then(cublasLtMatrixLayoutCreate(&t.b, type, t.b_along ? depth : columns, t.b_along ? columns : depth, p.b_stride));
+    then(cublasLtMatrixLayoutCreate(&t.a, type, t.a_along ? depth : rows, t.a_along ? rows : depth, p.a_stride));
+    then(cublasLtMatrixLayoutCreate(&t.c, CUDA_R_32F, columns, rows, p.c_stride));
+    then(cublasLtMatmulPreferenceCreate(&wish));
+    ask(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &space, sizeof space);
+    for (const auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                             CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+        ask(which, &alignment, sizeof alignment);
+    int found = 0;
+    if (status == CUBLAS_STATUS_SUCCESS)
+        status = cublasLtMatmulAlgoGetHeuristic(library, t.product, t.b, t.a, t.c, t.c, wish, 1, &t.choice, &found);
+    if (status == CUBLAS_STATUS_SUCCESS && found == 0) status = CUBLAS_STATUS_NOT_SUPPORTED;
+    if (wish) (void)cublasLtMatmulPreferenceDestroy(wish);
+    return status;
+}
+void destroy_plan(Tensorial& t) {
+    if (t.product) (void)cublasLtMatmulDescDestroy(t.product);
+    for (cublasLtMatrixLayout_t layout : {t.a, t.b, t.c})
+        if (layout) (void)cublasLtMatrixLayoutDestroy(layout);
+    t.product = nullptr, t.a = t.b = t.c = nullptr;
+}
+// Null: there is an error. Where the library does not add a bias to such a product, a pass of its own does.
+const Tensorial* Gpu::tensorial(const Product& p, bool a_along, bool b_along) {
+    for (const Tensorial* t = products; t; t = t->next)
+        if (t->fits(p, a_along, b_along)) return t;
+    Tensorial* const t = new (std::nothrow) Tensorial();
+    cublasStatus_t status = t ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_ALLOC_FAILED;
+    if (t) {
+        t->of = p, t->a_along = a_along, t->b_along = b_along, t->adds_bias = p.start && p.start != p.c;
+        status = plan_product(*t);
+        if (status == CUBLAS_STATUS_NOT_SUPPORTED && t->adds_bias) {
+            destroy_plan(*t);
+            t->adds_bias = false;
+            status = plan_product(*t);
+        }
+    }
+    if (status == CUBLAS_STATUS_SUCCESS) {
+        t->next = products, products = t;
+        return t;
+    }
+    if (t) destroy_plan(*t);
+    delete t;
+    if (product_error == CUBLAS_STATUS_SUCCESS) product_error = status;
+    return nullptr;
+}
+
 void Gpu::linear_forward(const Op& op) {
     const int side = static_cast<int>(op.side), rows = max_rows(op);
     const Extent all{rows, side, 0};
     float *const y = values(op.y), *const aux = values(op.aux);
-    // With LoRA the activation comes last, of what both have added up to.
-    float* const before = op.loras > 0 && aux ? aux : y;
-    multiply(Product{before,
-                     op.out,
-                     weight(op.b),
-                     0,
-                     values(op.x),
-                     weight(op.w),
-                     op.in,
-                     plan.output_rows ? op.in : op.out,
-                     all,
-                     {op.in, -1, 0},
-                     op.out,
-                     1,
-                     op.loras == 0 ? aux : nullptr,
-                     op.loras == 0 ? op.activation : Activation::none},
-             true, plan.output_rows);
-    if (op.loras == 0) return;
+    // With LoRA the activation comes last, of what both have added up to; and after cuBLASLt, which knows one of them only.
+    const bool late = op.loras > 0 || on_tensor_cores(plan);
+    float* const before = late && aux ? aux : y;
+    multiply_fast(Product{before,
+                          op.out,
+                          weight(op.b),
+                          0,
+                          side_of(values(op.x), all, op.in, 0),
+                          side_of_weight(op.w),
+                          op.in,
+                          plan.output_rows ? op.in : op.out,
+                          all,
+                          {op.in, -1, 0},
+                          op.out,
+                          1,
+                          late ? nullptr : aux,
+                          late ? Activation::none : op.activation},
+                  true, plan.output_rows);
+    if (!late) return;
     // LoRA: h = (x A^T) scale, then y += h B^T
     for (int i = 0; i < op.loras; ++i) {
         const Lora& lora = plan.loras[static_cast<size_t>(op.lora + i)];
@@ -1197,28 +1467,30 @@ void Gpu::linear_backward(const Op& op) {
     const int side = static_cast<int>(op.side), rows = max_rows(op);
     const Extent all{rows, side, 0};
     float *const dy = gradient(op.y), *const dx = gradient(op.x), *const dw = weight_gradient(op.w), *const db = weight_gradient(op.b);
-    const float* x = values(op.x);
+    float* const x = values(op.x);
     if (op.activation != Activation::none)
         over_elements(activate_backward, static_cast<int64_t>(rows) * op.out, dy, values(op.aux), memory.now, side, op.out, op.activation);
-    if (db) sum_over_rows(db, nullptr, dy, op.out, nullptr, nullptr, all, op.out);
-    if (dw && plan.output_rows) multiply_over_rows(dw, dy, op.out, x, op.in, op.out, op.in, all);
-    else if (dw) multiply_over_rows(dw, x, op.in, dy, op.out, op.in, op.out, all);
+    if (db) sum_over_rows(db, nullptr, static_cast<const float*>(dy), op.out, nullptr, nullptr, all, op.out);
+    const float* const right = dw || dx ? side_of(dy, all, op.out, 1) : nullptr;
+    const float* const left = dw ? side_of(x, all, op.in, 0) : nullptr;
+    if (dw && plan.output_rows) multiply_over_rows(dw, right, op.out, left, op.in, op.out, op.in, all, true);
+    else if (dw) multiply_over_rows(dw, left, op.in, right, op.out, op.in, op.out, all, true);
     if (dx)
-        multiply(Product{dx,
-                         op.in,
-                         op.adds_to_dx ? dx : nullptr,
-                         op.in,
-                         dy,
-                         weight(op.w),
-                         op.out,
-                         plan.output_rows ? op.in : op.out,
-                         all,
-                         {op.out, -1, 0},
-                         op.in,
-                         1,
-                         nullptr,
-                         Activation::none},
-                 true, !plan.output_rows);
+        multiply_fast(Product{dx,
+                              op.in,
+                              op.adds_to_dx ? dx : nullptr,
+                              op.adds_to_dx ? op.in : 0,
+                              right,
+                              side_of_weight(op.w),
+                              op.out,
+                              plan.output_rows ? op.in : op.out,
+                              all,
+                              {op.out, -1, 0},
+                              op.in,
+                              1,
+                              nullptr,
+                              Activation::none},
+                      true, !plan.output_rows);
     lora_backward(op);
 }
 // dB = dy^T h,  dh = (dy B) scale,  dA = dh^T x,  dx += dh A.
@@ -1230,7 +1502,7 @@ void Gpu::lora_backward(const Op& op) {
         const int64_t stride = static_cast<int64_t>(op.loras) * rank, a = in_adapter(lora.a), b = in_adapter(lora.b);
         const float *h = values(op.low) + i * rank, *dy = gradient(op.y) + lora.first;
         float *const dh = gradient(op.low) + i * rank, *const dx = gradient(op.x);
-        multiply_over_rows(memory.gradients + b, dy, op.out, h, stride, lora.outputs, rank, all);
+        multiply_over_rows(memory.gradients + b, dy, op.out, h, stride, lora.outputs, rank, all, false);
         multiply(Product{dh,
                          stride,
                          nullptr,
@@ -1246,7 +1518,7 @@ void Gpu::lora_backward(const Op& op) {
                          nullptr,
                          Activation::none},
                  true, false);
-        multiply_over_rows(memory.gradients + a, dh, stride, values(op.x), op.in, rank, op.in, all);
+        multiply_over_rows(memory.gradients + a, dh, stride, values(op.x), op.in, rank, op.in, all, false);
         if (dx)
             multiply(
                 Product{
@@ -1267,55 +1539,59 @@ void Gpu::embed_backward(const Op& op) {
         keys = memory.keys[to], sorted = memory.sorted_rows[to];
     }
     float *const dtoken = weight_gradient(op.w), *const dposition = weight_gradient(op.b);
-    const int64_t warps = parts_of(rows, edge_rows);
+    const int64_t across = parts_of(n, warp), warps = parts_of(rows, edge_rows) * across;
     over_rows(embedding_backward, warps, dtoken, memory.edges, gradient(op.y), keys, sorted, memory.now, side, n);
     over_rows(embedding_edges, warps, dtoken, memory.edges, keys, memory.now, side, n);
-    if (dposition) over_rows(position_backward, plan.context, dposition, gradient(op.y), memory.places[side], memory.now, plan.context, n);
+    if (dposition)
+        over_rows(position_backward, plan.context * across, dposition, gradient(op.y), memory.places[side], memory.now, plan.context, n);
 }
 // Forward, and, where it learns, backward at once: chunk of rows after chunk, so that no more logits than these are ever there.
 void Gpu::head(const Op& op, bool learns) {
     const int side = static_cast<int>(op.side), rows = max_rows(op), chunk = head_chunk(plan, rows);
     float *const logits = memory.scratch, *const dx = gradient(op.x), *const dw = weight_gradient(op.w), *const db = weight_gradient(op.b);
     learns = learns && runs_backward(op);
+    const int64_t stride = logits_stride(plan), dl_stride = is_narrow() ? 2 * stride : stride;
     for (int first = 0; first < rows; first += chunk) {
         const Extent here{lesser(chunk, rows - first), side, first};
         const int64_t from = static_cast<int64_t>(first) * op.in;
-        const float* const x = values(op.x) + from;
-        multiply(
-            Product{
-                logits, op.out, weight(op.b), 0, x, weight(op.w), op.in, op.in, here, {op.in, -1, 0}, op.out, 1, nullptr, Activation::none},
-            true, true);
-        over_rows(head_loss, here.size, logits, memory.losses, memory.ranks, memory.targets, memory.row_weights, here, memory.now, op.out,
-                  learns);
+        const float *const x = side_of(values(op.x) + from, here, op.in, 0), *const w = side_of_weight(op.w);
+        multiply_fast(
+            Product{logits, stride, weight(op.b), 0, x, w, op.in, op.in, here, {op.in, -1, 0}, op.out, 1, nullptr, Activation::none}, true,
+            true);
+        over_rows(head_loss, here.size, logits, stride, is_narrow(), memory.losses, memory.ranks, memory.targets, memory.row_weights, here,
+                  memory.now, op.out, learns);
         if (!learns) continue;
-        multiply(Product{dx + from,
-                         op.in,
-                         op.adds_to_dx ? dx + from : nullptr,
-                         op.in,
-                         logits,
-                         weight(op.w),
-                         op.out,
-                         op.in,
-                         here,
-                         {op.out, -1, 0},
-                         op.in,
-                         1,
-                         nullptr,
-                         Activation::none},
-                 true, false);
-        if (dw) multiply_over_rows(dw, logits, op.out, x, op.in, op.out, op.in, here);
-        if (db) sum_over_rows(db, nullptr, logits, op.out, nullptr, nullptr, here, op.out);
+        if (on_tensor_cores(plan)) over_elements(clear_rest, here.size * stride, logits, here, memory.now, stride);
+        multiply_fast(Product{dx + from,
+                              op.in,
+                              op.adds_to_dx ? dx + from : nullptr,
+                              op.adds_to_dx ? op.in : 0,
+                              logits,
+                              w,
+                              dl_stride,
+                              op.in,
+                              here,
+                              {op.out, -1, 0},
+                              op.in,
+                              1,
+                              nullptr,
+                              Activation::none},
+                      true, false);
+        if (dw) multiply_over_rows(dw, logits, dl_stride, x, op.in, op.out, op.in, here, true);
+        if (db && is_narrow())
+            sum_over_rows(db, nullptr, reinterpret_cast<const __nv_bfloat16*>(logits), dl_stride, nullptr, nullptr, here, op.out);
+        else if (db) sum_over_rows(db, nullptr, static_cast<const float*>(logits), stride, nullptr, nullptr, here, op.out);
     }
     if (learns) launch(add_losses_up, 1, 1, 0, memory.sums, memory.losses, memory.targets, memory.row_weights, memory.now);
 }
-template <int T>
+template <int T, bool narrow>
 void Gpu::attention_of(Attend a, int sequences, bool backward) {
     a.tiles = static_cast<int>(parts_of(plan.context, T));
     const int64_t of_queries = static_cast<int64_t>(sequences) * a.heads * a.tiles,
                   of_keys = static_cast<int64_t>(sequences) * a.kv_heads * a.tiles;
-    if (!backward) return launch(attention_forward<T>, of_queries, 1, attention_bytes<T>(a.dim, 4, 1), a, memory.now);
-    launch(attention_backward_queries<T>, of_queries, 1, attention_bytes<T>(a.dim, 5, 2), a, memory.now);
-    launch(attention_backward_keys<T>, of_keys, 1, attention_bytes<T>(a.dim, 6, 2), a, memory.now);
+    if (!backward) return launch(attention_forward<T, narrow>, of_queries, 1, attention_bytes<T, narrow>(a.dim, 4, 1), a, memory.now);
+    launch(attention_backward_queries<T, narrow>, of_queries, 1, attention_bytes<T, narrow>(a.dim, 5, 2), a, memory.now);
+    launch(attention_backward_keys<T, narrow>, of_keys, 1, attention_bytes<T, narrow>(a.dim, 6, 2), a, memory.now);
 }
 void Gpu::attention(const Op& op, int number, bool backward) {
     Attend a{};
@@ -1333,6 +1609,7 @@ void Gpu::attention(const Op& op, int number, bool backward) {
         a.dk = other ? gradient(op.x2) : a.dq + width, a.dv = a.dk + kv_width;
         a.adds_q = op.adds_to_dx, a.adds_kv = other ? op.adds_to_dx2 : op.adds_to_dx;
     }
+    if (tile_of_attention == 32 && is_narrow() && a.dim % 16 == 0) return attention_of<32, true>(a, plan.sequences, backward);
     if (tile_of_attention == 32) return attention_of<32>(a, plan.sequences, backward);
     if (tile_of_attention == 16) return attention_of<16>(a, plan.sequences, backward);
     attention_of<8>(a, plan.sequences, backward);
@@ -1396,7 +1673,9 @@ void Gpu::op_backward(int number) {
         case OpKind::waves:
             return over_rows(add_waves, rows, dx, memory.waves, where, memory.now, side, op.in, true);
         case OpKind::norm:
-            if (!plan.frozen) sum_over_rows(weight_gradient(op.b), weight_gradient(op.w), dy, op.in, x, aux, {rows, side, 0}, op.in);
+            if (!plan.frozen)
+                sum_over_rows(weight_gradient(op.b), weight_gradient(op.w), static_cast<const float*>(dy), op.in, x, aux, {rows, side, 0},
+                              op.in);
             return over_rows(norm_backward, rows, dx, dy, x, aux, w, memory.now, side, op.in, op.centred, op.adds_to_dx);
         case OpKind::linear:
             return linear_backward(op);
@@ -1415,17 +1694,20 @@ void Gpu::op_backward(int number) {
                              op.adds_to_dx);
     }
 }
-void Gpu::walk(bool learns, bool updates) {
+void Gpu::walk(int which, bool marked) {
     const int ops = static_cast<int>(plan.ops.size);
-    for (int i = 0; i < ops; ++i) op_forward(i, learns);
-    for (int i = ops; i-- > 0 && learns;) op_backward(i);
-    if (!updates) return;
+    const bool learns = which > 0;
+    error = cudaSuccess, product_error = CUBLAS_STATUS_SUCCESS, launches = 0;
+    mark(0, marked);
+    for (int i = 0; i < ops; ++i) op_forward(i, learns), mark(i + 1, marked);
+    for (int i = ops; i-- > 0 && learns;) op_backward(i), mark(2 * ops - i, marked);
+    if (which < 2) return;
     const int64_t n = learnt_block(plan);
     const int parts = static_cast<int>(lesser<int64_t>(parts_of(n, block_threads), square_blocks_there));
     launch(square_parts, parts, 1, 0, memory.partial, memory.gradients, n);
     launch(judge, 1, 1, 0, memory.sums, memory.partial, parts, memory.now);
-    over_elements(adamw, n, plan.frozen ? memory.adapter : memory.weights, memory.moment1, memory.moment2, memory.gradients, memory.decays,
-                  n, memory.sums, memory.now);
+    over_elements(adamw, n, plan.frozen ? memory.adapter : memory.weights, plan.frozen || !is_narrow() ? nullptr : memory.narrow_weights,
+                  memory.moment1, memory.moment2, memory.gradients, memory.decays, n, memory.sums, memory.now);
     const cudaError_t copied = cudaMemcpyAsync(sums, memory.sums, sizeof *sums, cudaMemcpyDeviceToHost, stream);
     if (error == cudaSuccess) error = copied;
 }
@@ -1464,20 +1746,28 @@ Status Gpu::create(const DevicePlan& of) {
     BABYGPT_CUDA(cudaGetDevice(&ordinal));
     BABYGPT_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, ordinal));
     BABYGPT_CUDA(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal));
+    int generation = 0;
+    BABYGPT_CUDA(cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, ordinal));
+    if (on_tensor_cores(plan) && generation < 8)
+        return refuse(Error::unsupported, "this GPU multiplies neither tf32 nor bf16 (those from 2020 on do): choose the precision f32");
     int dim = 1;
     for (const Op& op : plan.ops)
         if (op.kind == OpKind::attention) dim = greater(dim, op.dim());
     const auto fits = [&](size_t wanted) { return wanted <= static_cast<size_t>(shared_bytes); };
-    tile_of_attention = fits(attention_bytes<32>(dim, 6, 2)) ? 32 : fits(attention_bytes<16>(dim, 6, 2)) ? 16 : 8;
+    tile_of_attention = fits(is_narrow() ? attention_bytes<32, true>(dim, 6, 2) : attention_bytes<32>(dim, 6, 2)) ? 32
+                        : fits(attention_bytes<16>(dim, 6, 2))                                                    ? 16
+                                                                                                                  : 8;
     if (!fits(attention_bytes<8>(dim, 6, 2)))
         return refuse(Error::unsupported,
                       "attention's heads have too many columns for this GPU's shared memory: take more heads, or the backend cpu");
-    void (*const kernels[][3])(Attend, const Now*) = {{attention_forward<32>, attention_backward_queries<32>, attention_backward_keys<32>},
-                                                      {attention_forward<16>, attention_backward_queries<16>, attention_backward_keys<16>},
-                                                      {attention_forward<8>, attention_backward_queries<8>, attention_backward_keys<8>}};
-    for (const auto kernel : kernels[tile_of_attention == 32 ? 0 : tile_of_attention == 16 ? 1 : 2])
-        BABYGPT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    void (*const kernels[])(Attend, const Now*) = {
+        attention_forward<32, true>,  attention_backward_queries<32, true>,  attention_backward_keys<32, true>,
+        attention_forward<32, false>, attention_backward_queries<32, false>, attention_backward_keys<32, false>,
+        attention_forward<16, false>, attention_backward_queries<16, false>, attention_backward_keys<16, false>,
+        attention_forward<8, false>,  attention_backward_queries<8, false>,  attention_backward_keys<8, false>};
+    for (const auto kernel : kernels) BABYGPT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
 
+    if (on_tensor_cores(plan)) BABYGPT_CUBLAS(cublasLtCreate(&library));
     Plan there;
     plan_memory(there, plan, memory);
     bytes = there.bytes;
@@ -1530,7 +1820,15 @@ void Gpu::destroy() {
     if (stream) (void)cudaStreamSynchronize(stream);
     for (cudaGraphExec_t graph : graphs)
         if (graph) (void)cudaGraphExecDestroy(graph);
+    for (Tensorial* t = products; t; t = products) {
+        products = t->next;
+        destroy_plan(*t);
+        delete t;
+    }
+    if (library) (void)cublasLtDestroy(library);
     if (sent) (void)cudaEventDestroy(sent);
+    for (int i = 0; i < marks_made; ++i) (void)cudaEventDestroy(marks[i]);
+    free(marks);
     if (stream) (void)cudaStreamDestroy(stream);
     if (input_block) (void)cudaFreeHost(input_block);
     if (block) (void)cudaFree(block);
@@ -1565,15 +1863,37 @@ void Gpu::write_input(const Run& run, const DeviceUpdate* update) {
     if (plan.features > 0)
         memcpy(input.features, run.features, static_cast<size_t>(run.rows) * static_cast<size_t>(plan.features) * sizeof(float));
 }
+// Kernel after kernel. `seconds` not null: as in Run.
+Status Gpu::walk_now(int which, double* seconds) {
+    if (seconds) BABYGPT_CUDA_TRY(make_marks());
+    walk(which, seconds != nullptr);
+    BABYGPT_CUDA_TRY(walked_well());
+    if (!seconds) return Status();
+    BABYGPT_CUDA(cudaStreamSynchronize(stream));
+    const int ops = static_cast<int>(plan.ops.size), count = which > 0 ? 2 * ops : ops;
+    for (int i = 0; i < count; ++i) {
+        float ms = 0;
+        BABYGPT_CUDA(cudaEventElapsedTime(&ms, marks[i], marks[i + 1]));
+        seconds[i < ops ? i : ops + (2 * ops - 1 - i)] += 1e-3 * static_cast<double>(ms);
+    }
+    return Status();
+}
+Status Gpu::make_marks() {
+    const int count = 2 * static_cast<int>(plan.ops.size) + 1;
+    if (!marks) marks = static_cast<cudaEvent_t*>(malloc(static_cast<size_t>(count) * sizeof(cudaEvent_t)));
+    if (!marks) return refuse(Error::out_of_memory, "out of memory");
+    for (; marks_made < count; ++marks_made) BABYGPT_CUDA(cudaEventCreate(&marks[marks_made]));
+    return Status();
+}
 Status Gpu::capture(int which, cudaGraphExec_t& to) {
     cudaGraph_t graph = nullptr;
-    error = cudaSuccess, launches = 0;
     BABYGPT_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    walk(which > 0, which > 1);
+    walk(which, false);
     const cudaError_t ended = cudaStreamEndCapture(stream, &graph);
-    if (error != cudaSuccess || ended != cudaSuccess) {
+    const Status status = walked_well();
+    if (!status.ok() || ended != cudaSuccess) {
         if (graph) (void)cudaGraphDestroy(graph);
-        return trouble("cudaLaunchKernelEx", error != cudaSuccess ? error : ended);
+        return status.ok() ? trouble("cudaStreamEndCapture", ended) : status;
     }
     const cudaError_t made = cudaGraphInstantiate(&to, graph, 0);
     (void)cudaGraphDestroy(graph);
@@ -1617,6 +1937,13 @@ Status upload(Device* d, DevicePart which, const float* from) {
     if (bytes == 0) return Status();
     if (from) BABYGPT_CUDA(cudaMemcpyAsync(d->part(which), from, bytes, cudaMemcpyHostToDevice, d->stream));
     else BABYGPT_CUDA(cudaMemsetAsync(d->part(which), 0, bytes, d->stream));
+    if (which == DevicePart::weights && d->is_narrow()) {
+        const int rows = static_cast<int>(d->plan.weight_block / 16);  // the block is made of sixteens
+        d->error = cudaSuccess, d->product_error = CUBLAS_STATUS_SUCCESS;
+        d->over_elements(narrow_rows, d->plan.weight_block, d->memory.narrow_weights, d->memory.weights, Extent{rows, -1, 0}, d->memory.now,
+                         16);
+        if (d->error != cudaSuccess) return trouble("cudaLaunchKernelEx", d->error);
+    }
     BABYGPT_CUDA(cudaStreamSynchronize(d->stream));
     return Status();
 }
@@ -1640,8 +1967,13 @@ Status run_device(Device* d, const Run& run, const DeviceUpdate* update) {
     BABYGPT_CUDA(cudaEventRecord(d->sent, d->stream));
     d->sending = true;
     const int which = !run.training ? 0 : update ? 2 : 1;
-    if (!d->graphs[which]) BABYGPT_CUDA_TRY(d->capture(which, d->graphs[which]));
-    BABYGPT_CUDA(cudaGraphLaunch(d->graphs[which], d->stream));
+    if (run.seconds || !d->walked[which]) {
+        BABYGPT_CUDA_TRY(d->walk_now(which, run.seconds));
+        d->walked[which] = true;
+    } else {
+        if (!d->graphs[which]) BABYGPT_CUDA_TRY(d->capture(which, d->graphs[which]));
+        BABYGPT_CUDA(cudaGraphLaunch(d->graphs[which], d->stream));
+    }
     if (run.training) d->fresh = update != nullptr;
     return Status();
 }
@@ -1675,6 +2007,7 @@ extern "C" const babygpt::records::DeviceFunctions* babygpt_cuda_device() {
 }
 
 #undef BABYGPT_CUDA
+#undef BABYGPT_CUBLAS
 #undef BABYGPT_CUDA_TRY
 #ifdef __CUDACC__
 #undef BABYGPT_SHARED

@@ -212,6 +212,8 @@ struct Settings {
     bool quiet = false;        // faults are only counted, for tests that expect them
     bool names = true;         // faults name functions and lines; looking these up takes a while
     bool unwritten = true;     // the watch reports reads of memory that nobody wrote
+    bool rounds_tf32 = true;   // false: products in tf32 multiply floats, so that a test sees all but the rounding
+    bool mixed_bias = true;    // false: cuBLASLt adds no bias to a product of other numbers than it makes
 };
 inline Settings settings;
 struct Counts {
@@ -2444,7 +2446,7 @@ inline void multiply(const Product& p, float alpha, const void* a, const Layout&
     if (workspace_bytes) check_range(workspace, workspace_bytes, "a product's workspace");
     if (state.sticky != cudaSuccess) return;
     if (workspace_bytes) memset(workspace, 0xff, workspace_bytes);
-    const bool tf32 = p.compute == CUBLAS_COMPUTE_32F_FAST_TF32 && la.type == CUDA_R_32F;
+    const bool tf32 = p.compute == CUBLAS_COMPUTE_32F_FAST_TF32 && la.type == CUDA_R_32F && settings.rounds_tf32;
     std::vector<float> rows(m * k), columns(n * k);
     std::vector<double> row_sums(m), a_sums(m), b_sums(n);
     for (size_t batch = 0; batch < static_cast<size_t>(ld.batch); ++batch) {
@@ -2622,6 +2624,8 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cu
     *count = 0;
     if (call.error != cudaSuccess || !emulator::known(handle)) return CUBLAS_STATUS_INTERNAL_ERROR;
     if (!emulator::wrong_product(*product, *a, *b, *c, *d).empty()) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (!emulator::settings.mixed_bias && product->epilogue != CUBLASLT_EPILOGUE_DEFAULT && a->type != d->type)
+        return CUBLAS_STATUS_NOT_SUPPORTED;
     for (int i = 0; i < most && i < 3 && static_cast<uint64_t>(i) * 1024 <= preference->workspace; ++i) {
         results[i] = {};
         results[i].algo.data[0] = 0x616c676fu, results[i].workspaceSize = static_cast<size_t>(i) * 1024, results[i].wavesCount = 1;

@@ -1,7 +1,7 @@
 #!/bin/sh
 # babygpt_cuda.cu under nvcc: for the oldest and a present architecture, with g++ and clang++ as hosts, without a warning, and linked into a
 # program that says clearly what it lacks. No GPU is needed. all=1 in the environment: for every major architecture (a minute more).
-# nvcc is the one on the PATH, in /usr/local/cuda, or of Python's packages nvidia-cuda-nvcc, -runtime, -crt, -cccl and nvidia-nvvm.
+# nvcc is the one on the PATH, in /usr/local/cuda, or of Python's packages nvidia-cuda-nvcc, -runtime, -crt, -cccl, nvidia-nvvm and nvidia-cublas.
 root=$PWD
 passed=0 failed=0
 nvcc=
@@ -10,11 +10,16 @@ for place in "$(command -v nvcc)" /usr/local/cuda/bin/nvcc \
     if [ -z "$nvcc" ] && [ -x "$place" ]; then nvcc=$place; fi
 done
 if [ ! -f babygpt_cuda.cu ] || [ -z "$nvcc" ]; then
-    echo "skipped: nvcc is not here (pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl)"
+    echo "skipped: nvcc is not here (pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl nvidia-cublas)"
     echo "0 passed, 0 failed"
     exit 0
 fi
 toolkit=$(cd "$(dirname "$(readlink -f "$nvcc")")/.." && pwd)
+if [ ! -f "$toolkit/include/cublasLt.h" ]; then
+    echo "skipped: nvcc is here, but not cublasLt.h (pip install nvidia-cublas)"
+    echo "0 passed, 0 failed"
+    exit 0
+fi
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
 cd "$work" || exit 1
@@ -53,9 +58,10 @@ int main() {
 END
 echo '#include "babygpt.h"' > library.cpp
 cudart=$(ls "$toolkit"/lib64/libcudart_static.a "$toolkit"/lib/libcudart_static.a 2> /dev/null | head -n 1)
+cublas=$(ls "$toolkit"/lib64/libcublasLt.so* "$toolkit"/lib/libcublasLt.so* 2> /dev/null | head -n 1)
 check "the library" g++ -std=c++17 -O0 -I"$root" -pthread -DBABYGPT_IMPLEMENTATION -c library.cpp -o library.o
 check "a program without the file" g++ -std=c++17 -I"$root" -pthread program.cpp library.o -o without
-check "a program with the file" g++ -std=c++17 -I"$root" -pthread program.cpp library.o cuda.o "$cudart" -ldl -lrt -o with
+check "a program with the file" g++ -std=c++17 -I"$root" -pthread program.cpp library.o cuda.o "$cublas" -Wl,-rpath,"$(dirname "$cublas")" "$cudart" -ldl -lrt -o with
 check "what it says without the file" sh -c './without | grep -q "without CUDA" || ./without'
 check "what it says with the file" sh -c './with | grep -q -e "^trains" -e GPU -e NVIDIA -e "^CUDA" || ./with'
 check "that the file changes it" sh -c './with | grep "without CUDA"; :'

@@ -120,11 +120,33 @@ def check_bench(folder):
         check("a table of what there is", "CPU time between two tokens" in output and "\u2264 0.5" in output)
 
 
+def check_cuda(folder):
+    """The works of a GPU, with a babygpt that only says that it is fast."""
+    fake, saved = os.path.join(folder, "fake"), os.path.join(folder, "saved")
+    with open(fake, "w", encoding="utf-8") as file:
+        file.write('#!/bin/sh\necho \'{"tokens_per_second": 5e6, "ms": 3, "device_bytes": 1073741824}\'\n')
+    os.chmod(fake, 0o755)
+    common = [sys.executable, BENCH, "--cuda", "--folder", folder, "--peers", "none", "--pairs", "1"]
+    result = run(*common, "--babygpt", fake, "--save", saved)
+    check("the works of a GPU end well: " + result.stderr, result.returncode == 0)
+    with open(saved, encoding="utf-8") as file:
+        found = {work["work"]: work for work in map(json.loads, file) if "work" in work}
+    check("a figure of each", len(found) > 6 and all(work["turns"] == 1 for work in found.values()))
+    check("each is said as soon as it is there", result.stdout.count("training bf16, B=512, V=96") == 2)
+    check("memory in GiB", found["cuda-memory-64"]["ours"]["median"] == 1 and found["cuda-memory-64"]["held"] is True)
+    share = found["cuda-512"]["share"]["median"]
+    check("a share of what the tensor cores can do", abs(share - 5e6 * 3 * bench.forward_flops(96) / 790e12) < 1e-9)
+    result = run(*common, "--babygpt", BABYGPT)
+    check("no GPU: " + result.stderr, result.returncode == 0 and result.stdout.startswith("skipped: ") and "CUDA" in result.stdout)
+
+
 check_ceilings()
 check_bars()
 check_model()
 with tempfile.TemporaryDirectory() as where:
     check_compilers(where)
     check_bench(where)
+    if os.name == "posix":
+        check_cuda(where)
 print(f"{passed} passed, {failed} failed")
 sys.exit(failed > 0)

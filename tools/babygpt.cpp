@@ -449,16 +449,20 @@ struct Option {
 struct Common {
     Runtime runtime;
     int threads = 0;
-    string backend = "cpu", isa;
+    string backend = "cpu", precision = "f32", isa;
     vector<Option> options() {
         return {{nullptr, nullptr, "Everywhere"},
                 {"--threads", "N", "how many threads (all cores; the result is the same with any number)", &threads, 1, 1024},
                 {"--backend", "plain|cpu|cuda", "plain: the readable, slow one; cuda: training on a GPU (cpu)", &backend},
+                {"--precision", "f32|tf32|bf16", "with cuda: of what is multiplied; bf16 is the fastest (f32)", &precision},
                 {"--isa", "automatic|sse2|avx2|avx512|neon|portable", nullptr, &isa}};
     }
     void apply() {
         runtime.threads = threads;
         runtime.backend = backend == "plain" ? Backend::plain : backend == "cuda" ? Backend::cuda : Backend::cpu;
+        runtime.precision = precision == "bf16" ? Precision::bf16 : precision == "tf32" ? Precision::tf32 : Precision::f32;
+        if (runtime.precision != Precision::f32 && runtime.backend != Backend::cuda)
+            usage("--precision " + precision + " needs --backend cuda");
         const char* names[] = {"automatic", "sse2", "avx2", "avx512", "neon", "portable"};
         for (int i = 0; i < 6; ++i)
             if (isa == names[i]) runtime.isa = Isa(i);
@@ -3434,7 +3438,7 @@ double cpu_seconds() {  // of all threads of this process
 
 // Where the time of a training step goes: one line for each kind of op, forward and backward.
 void show_profile(Runtime& runtime, const Config& config, int batch, double seconds, bool json) {
-    const double ceiling = fma_ceiling(runtime, runtime.thread_count());
+    const double ceiling = runtime.backend == Backend::cuda ? 0 : fma_ceiling(runtime, runtime.thread_count());  // a GPU has another one
     Array<ProfileRow> rows(runtime);
     must(profile(runtime, config, batch, seconds, rows));
     if (json) {
@@ -3442,7 +3446,8 @@ void show_profile(Runtime& runtime, const Config& config, int batch, double seco
             Json line;
             line.add("op", row.op).add("kind", row.kind).add("backward", row.backward).add("ms", row.seconds * 1e3);
             line.add("gflops", row.flops / row.seconds / 1e9).add("gb_per_second", row.bytes / row.seconds / 1e9);
-            line.add("percent_of_ceiling", row.flops / row.seconds / 1e7 / ceiling).print();
+            if (ceiling > 0) line.add("percent_of_ceiling", row.flops / row.seconds / 1e7 / ceiling);
+            line.print();
         }
         return;
     }
@@ -3460,7 +3465,9 @@ void show_profile(Runtime& runtime, const Config& config, int batch, double seco
     put_line(format("%-20s %9s %7s %9s %11s %7s", "op (all layers)", "ms", "share", "GFLOP/s", "of ceiling", "GB/s"));
     for (const auto& [name, row] : kinds) {
         string flops = format("%9s %11s", "", "");
-        if (row.flops > 0) flops = format("%9.1f %9.1f %%", row.flops / row.seconds / 1e9, row.flops / row.seconds / 1e7 / ceiling);
+        if (row.flops > 0 && ceiling > 0)
+            flops = format("%9.1f %9.1f %%", row.flops / row.seconds / 1e9, row.flops / row.seconds / 1e7 / ceiling);
+        else if (row.flops > 0) flops = format("%9.0f %11s", row.flops / row.seconds / 1e9, "");
         put_line(format("%-20s %9.2f %5.1f %% %s %7.1f", name.c_str(), row.seconds * 1e3, 100 * row.seconds / whole, flops.c_str(),
                         row.bytes / row.seconds / 1e9));
     }
@@ -3526,6 +3533,7 @@ int bench(Arguments& in) {
         id = int32_t((state >> 33) % uint64_t(vocab));
     }
     const double ceiling = fma_ceiling(runtime, runtime.thread_count());
+    double device = 0;  // bytes of a GPU's
     if (!json)
         put_line(format("%s (%s), vocabulary %d; %s %s, %d threads; FMA ceiling %.0f GFLOP/s", name.c_str(), architecture.c_str(), vocab,
                         common.backend.c_str(), runtime.isa_name(), runtime.thread_count(), ceiling));
@@ -3546,7 +3554,8 @@ int bench(Arguments& in) {
                 .add("width", config.width)
                 .add("batch", batch)
                 .add("sessions", several);
-            line.add("dtype", strcmp(kind, "train") == 0 ? "f32" : dtype);
+            line.add("dtype", strcmp(kind, "train") == 0 ? common.precision : dtype);
+            if (device > 0) line.add("device_bytes", device);
             line.add("threads", runtime.thread_count()).add("backend", common.backend).add("isa", runtime.isa_name()).print();
         } else {
             put_now(format("%-8s %9s tokens/s  %10.3f ms %-12s %8.1f GFLOP/s  %5.1f %% of the ceiling\n", kind,
@@ -3567,6 +3576,9 @@ int bench(Arguments& in) {
         learning.schedule = Schedule::constant;
         Trainer trainer;
         must(trainer.create(runtime, model, learning, data));
+        Memory memory;
+        must(memory_needed(runtime, model.config, Purpose::training, batch, memory));
+        device = double(memory.device);
         const size_t tokens = ids.size() - 1;
         const double time = middle_time(seconds, [&] {
             StepResult result;

@@ -4,6 +4,7 @@
     make bench                                              all works, five turns each
     make bench options="--pairs 1 train-96 'decode-*'"      some of them
     python3 tools/bench/bench.py --list                     which there are
+    make cuda-bench                                         those of an NVIDIA GPU (--cuda), one turn each
 
 A turn is: a ceiling, babygpt, the peer; each a fresh process. Quoted are the median of the turns, and the least and the most. The share is of
 the FMA ceiling, or, where every token reads all weights, of the tokens/s that the read bandwidth of as many bytes allows; both are measured in
@@ -86,6 +87,10 @@ class Machine:
                     if os.path.exists(python) and subprocess.call([python, "-c", find], stderr=subprocess.DEVNULL) == 0:
                         self.peers.setdefault(module, python)
         self.version = Process([self.babygpt_path, "--version"]).lines[0]
+        if options.cuda:
+            self.babygpt(*cuda_words(1, 8, "f32"), "--preset", "tiny", seconds=0.01)  # is there one?
+            self.all_ceilings = []
+            return
         self.all_ceilings = [json.loads(line) for line in Process([self.ceilings_path, "--json", "--threads", self.some_threads(),
                                                                    "--seconds", str(min(0.3, self.seconds))]).lines]
 
@@ -149,6 +154,13 @@ class Machine:
         difference = max(abs(a - b) for a, b in zip(ours["logprobs"][1:], theirs))
         if not difference < 0.01 or len(theirs) + 1 != len(ours["ids"]):
             raise Failed(f"llama.cpp computes something else: its log-probabilities differ by {difference:.3g}")
+
+
+def gpu_name():
+    try:
+        return Process(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]).lines[0]
+    except (Failed, OSError, IndexError):
+        return "an NVIDIA GPU"
 
 
 def characters(count):
@@ -305,6 +317,37 @@ def works(threads, cores):
     return result
 
 
+GPU_FLOPS = 790e12  # of bf16 products on an H100 or H200, as measured with large ones
+
+
+def cuda_words(batch, vocab, precision):
+    return ["bench", "train", "--backend", "cuda", "--precision", precision, "--batch", batch, "--vocab", vocab]
+
+
+def cuda_works():
+    """Training on an NVIDIA GPU. Bars are of issue-sized work on an H200: tokens/s, or milliseconds a step."""
+    result = []
+
+    def add(key, title, batch, vocab, precision, peer=True, unit="tokens/s", figure="tokens_per_second", scale=1.0, **how):
+        result.append(Work(
+            key, title, lambda m: scale * m.babygpt(*cuda_words(batch, vocab, precision)).json()[figure], unit,
+            peer=lambda m, _: scale * m.torch("--device", "cuda", "--batch", batch, "--vocab", vocab, "--dtype", precision).json()[figure],
+            peers=["PyTorch"] if peer else [], needs="torch", **how))
+
+    def bound(vocab):
+        return lambda m: GPU_FLOPS / (3 * forward_flops(vocab))
+
+    add("cuda-512", "training bf16, B=512, V=96", 512, 96, "bf16", bound=bound(96), bar=Bar(1.5))
+    add("cuda-64", "a step bf16, B=64, V=96", 64, 96, "bf16", unit="ms", figure="ms", less=True, bar=Bar(most=3.5))
+    add("cuda-512-tf32", "training tf32, B=512, V=96", 512, 96, "tf32", peer=False)
+    add("cuda-512-f32", "training f32, B=512, V=96", 512, 96, "f32", peer=False)
+    add("cuda-large", "training bf16, B=512, V=50304", 512, 50304, "bf16", bound=bound(50304), bar=Bar(1.5))
+    for batch, most in ((64, 1.3), (512, 8)):
+        add(f"cuda-memory-{batch}", f"memory bf16, B={batch}, V=96", batch, 96, "bf16", peer=False, unit="GiB", figure="device_bytes", scale=2.0 ** -30,
+            less=True, pairs=1, bar=Bar(most=most))
+    return result
+
+
 # ---- What people see --------------------------------------------------------------------------------------------------
 
 MARK = {True: "\u2713", False: "\u2717", None: "?"}
@@ -389,6 +432,8 @@ def parse():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("works", nargs="*", metavar="WORK", help="names as --list shows them, * stands for anything (all)")
     parser.add_argument("--list", action="store_true", help="the works' names")
+    parser.add_argument("--cuda", action="store_true", help="the works of an NVIDIA GPU, with a babygpt that make cuda has built")
+    parser.add_argument("--save", metavar="FILE", help="what --json prints, there as well")
     parser.add_argument("--pairs", type=int, default=5, help="turns of each work (5)")
     parser.add_argument("--seconds", type=float, default=3, help="how long each is measured in a turn (3)")
     parser.add_argument("--threads", type=int, default=cores, help="how many (all cores)")
@@ -399,10 +444,10 @@ def parse():
     parser.add_argument("--folder", default="build/bench", help="for models and caches (build/bench)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line: this machine, each ceiling, each work")
     options = parser.parse_args()
-    options.peers = options.peers or ["build/peers"]
+    options.peers = options.peers or ["build/peers"] + ([sys.prefix] if options.cuda else [])
     if options.pairs < 1 or options.seconds <= 0 or options.threads < 1:
         parser.error("--pairs, --seconds and --threads must be more than nothing")
-    chosen = works(options.threads, cores)
+    chosen = cuda_works() if options.cuda else works(options.threads, cores)
     unknown = [word for word in options.works if not fnmatch.filter([work.key for work in chosen], word)]
     if unknown:
         parser.error(f"no work is called {unknown[0]}; --list shows them")
@@ -446,21 +491,36 @@ def main():
     rows = [["work", "babygpt", "peer", "ratio [least..most]", "share", "bar", ""]]
     code = 0
     try:
-        machine = Machine(options)
-        missing = [name for module, name in (("torch", "PyTorch"), ("llama_cpp", "llama.cpp")) if module not in machine.peers]
+        try:
+            machine = Machine(options)
+        except Failed as failure:
+            if not options.cuda:
+                raise
+            print(f"skipped: {failure}")
+            return 0
+        missing = [name for module, name in (("torch", "PyTorch"), ("llama_cpp", "llama.cpp"))[: 1 if options.cuda else 2]
+                   if module not in machine.peers]
         if missing and "none" not in options.peers:
             print(f"note: {' and '.join(missing)}: not in {', '.join(options.peers)}, left out (sh tools/bench/peers.sh installs them)",
                   file=sys.stderr)
-        about = {"version": machine.version, "cpu": machine.all_ceilings[0]["cpu"], "threads": options.threads, "pairs": options.pairs,
+        about = {"version": machine.version, "cpu": machine.all_ceilings[0]["cpu"] if machine.all_ceilings else gpu_name(), "threads": options.threads, "pairs": options.pairs,
                  "seconds": options.seconds, "load": busy, "peers": sorted(machine.peers)}
         if options.json:
             for line in [about] + machine.all_ceilings:
                 print(json.dumps(line), flush=True)
         else:
             print(f"{machine.version}; {about['cpu']}, {options.threads} threads; {options.pairs} turns, {options.seconds:g} s each\n")
-            show_ceilings(machine.all_ceilings, options.threads)
+            if machine.all_ceilings:
+                show_ceilings(machine.all_ceilings, options.threads)
+        saved = open(options.save, "w", encoding="utf-8") if options.save else None
+        if saved:
+            print(json.dumps(about), file=saved, flush=True)
 
         def finished(work):
+            if saved:
+                print(json.dumps(work.summary()), file=saved, flush=True)
+            if options.cuda and not options.json:  # a lent machine may go before the table comes
+                print(" | ".join(row(work.summary(), work.bar)), flush=True)
             if options.json:
                 print(json.dumps(work.summary()), flush=True)
             else:
