@@ -139,7 +139,7 @@ TEST(same_bits, "an adapter would depend on threads, kernels or micro-batches, o
             CHECK(train(runtime, llama, 15) == expected);
             CHECK(train(runtime, llama, 15, true) == expected);
         }
-        for (const Isa isa : {Isa::portable, Isa::sse2, Isa::avx2, Isa::avx512}) {
+        for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
             Runtime runtime;
             runtime.isa = isa;
             CHECK(train(runtime, llama, 15) == expected);

@@ -80,7 +80,7 @@ TEST(threads_and_kernels, "weights would depend on the number of threads or on t
             runtime.threads = threads;
             CHECK(train(runtime, config, how, steps) == expected);
         }
-        for (const Isa isa : {Isa::portable, Isa::sse2, Isa::avx2, Isa::avx512}) {  // one that the machine lacks stands for the best it has
+        for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {  // one that the machine lacks stands for the best it has
             Runtime runtime;
             runtime.isa = isa;
             CHECK(train(runtime, config, how, steps) == expected);
