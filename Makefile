@@ -55,7 +55,7 @@ $(build)/babygpt: tools/babygpt.cpp $(build)/babygpt.o tools/measures.h
 # Only what is timed needs -O2; the others compile sooner.
 $(build)/babygpt: private flags.release := -O1
 $(patsubst %,$(build)/tests/%,$(filter-out fast,$(tests))): private flags.release := -O1
-$(build)/tests/golden $(build)/tests/json: private flags.release := -Og
+$(build)/tests/golden $(build)/tests/json: private flags.release := -O0
 $(emulated:%=$(build)/tests/%): private flags.release := -O1 -g
 $(emulated:%=$(build)/tests/%): $(build)/tests/%: tests/%.cpp tests/check.h tests/cuda_emulator.h $(wildcard babygpt_cuda.cu) $(build)/babygpt.o
 	@mkdir -p $(@D)
@@ -87,8 +87,8 @@ run: $(build)/babygpt
 
 # Tests run side by side, as many as there are cores; each keeps its closing line.
 results := $(build)/results
-quick := $(patsubst %,$(results)/%,$(filter-out cuda,$(programs)) test_cli.sh)
-side_by_side := $(quick) $(patsubst %,$(results)/%,cuda nvcc.sh damaged)
+quick := $(patsubst %,$(results)/%,$(filter-out $(emulated),$(programs)) test_cli.sh)
+side_by_side := $(quick) $(patsubst %,$(results)/%,$(emulated) nvcc.sh damaged)
 $(programs:%=$(results)/%): $(results)/%: $(build)/tests/% always
 	@sh tests/run.sh $@ $<
 $(results)/%.sh: tests/%.sh $(build)/babygpt always
