@@ -1384,7 +1384,7 @@ const Tensorial* Gpu::tensorial(const Product& p, bool a_along, bool b_along) {
     if (t) {
         t->of = p, t->a_along = a_along, t->b_along = b_along, t->adds_bias = p.start && p.start != p.c;
         status = plan_product(*t);
-        if (status == CUBLAS_STATUS_NOT_SUPPORTED && t->adds_bias) {
+        if (status != CUBLAS_STATUS_SUCCESS && t->adds_bias) {
             destroy_plan(*t);
             t->adds_bias = false;
             status = plan_product(*t);

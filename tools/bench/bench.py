@@ -331,8 +331,9 @@ def cuda_works():
     def add(key, title, batch, vocab, precision, peer=True, unit="tokens/s", figure="tokens_per_second", scale=1.0, **how):
         result.append(Work(
             key, title, lambda m: scale * m.babygpt(*cuda_words(batch, vocab, precision)).json()[figure], unit,
-            peer=lambda m, _: scale * m.torch("--device", "cuda", "--batch", batch, "--vocab", vocab, "--dtype", precision).json()[figure],
-            peers=["PyTorch"] if peer else [], needs="torch", **how))
+            peer=lambda m, name: scale * m.torch("--device", "cuda", "--batch", batch, "--vocab", vocab, "--dtype", precision,
+                                                 *(["--graphs"] if "graphs" in name else [])).json()[figure],
+            peers=["PyTorch, CUDA graphs", "PyTorch"] if peer else [], needs="torch", **how))
 
     def bound(vocab):
         return lambda m: GPU_FLOPS / (3 * forward_flops(vocab))

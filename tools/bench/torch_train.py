@@ -5,7 +5,7 @@
     python3 tools/bench/torch_train.py --device cuda --batch 512 --dtype bf16
 
 Compiled model, fused AdamW, fused attention, gradients set to None, no clipping (which ours does). The embedding's table is the head's.
-On a GPU also CUDA graphs (reduce-overhead), and f32 multiplies in TF32 with --dtype tf32.
+On a GPU --graphs adds CUDA graphs (reduce-overhead), and f32 multiplies in TF32 with --dtype tf32.
 One JSON object.
 """
 import argparse
@@ -58,6 +58,7 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--dtype", choices=["f32", "tf32", "bf16"], default="f32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--graphs", action="store_true")
     parser.add_argument("--seconds", type=float, default=5)
     o = parser.parse_args()
     torch.set_num_threads(o.threads)
@@ -66,7 +67,7 @@ def main():
     if o.dtype == "tf32":
         torch.set_float32_matmul_precision("high")
     model = GPT(o.vocab, o.layers, o.width // 64, o.width, o.context).to(o.device)
-    compiled = torch.compile(model, mode="reduce-overhead") if on_gpu else torch.compile(model)
+    compiled = torch.compile(model, mode="reduce-overhead") if o.graphs else torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
     ids = torch.randint(o.vocab, (o.batch, o.context + 1)).to(o.device)
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -74,7 +75,7 @@ def main():
     warm = 5 if on_gpu else 2  # the first compiles, the second makes the optimizer's state known to the caches; graphs are captured after that
     while len(times) < 3 or time.perf_counter() - begin < o.seconds:
         start = time.perf_counter()
-        if on_gpu:
+        if o.graphs:
             torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(o.device, dtype=torch.bfloat16, enabled=o.dtype == "bf16"):
             loss = compiled(inputs, targets)
