@@ -901,6 +901,12 @@ struct Session {
     // logits that are there, and a change costs next to nothing.
     Status use(const Adapter* adapter, bool keep_cache = false);
     void reset();  // forget everything, but not the adapter
+    // Becomes a session that goes on where `from` is, as `from` would, to the bit: characters of one scene need not read its text one by one.
+    // The full KV pages (of 32 ids) are not copied: both read them, and neither forgets, at the end of the context, what both have read; they
+    // forget the older half of what came after it. So the context must have some room left. All else is this session's own: from then on each
+    // may do what it likes, in any order, on any thread, and what is shared ends with the last that needs it. A session that is reset, reads a
+    // source, or goes on with another adapter without keep_cache, takes memory for pages of its own when it reads next.
+    Status fork(Session& from);
     // An encoder-decoder must read a source before anything else. What had been read and said is forgotten, and all that is said from now on
     // looks at this source. As text it ends with the end-of-text token; from 1 to `context` ids.
     Status read_source(Text text);
@@ -6016,8 +6022,7 @@ struct Slice {
 // One sequence of a run: `length` rows from `row` on, which stand at `position` and after in their text.
 struct Sequence {
     int row, length, position;
-    const int32_t* pages;     // running with a KV cache: the numbers of its pages; null: training, positions are those of this run
-    float* kv = nullptr;      // where these pages lie
+    float* const* pages;      // running with a KV cache: where its pages lie; null: training, positions are those of this run
     float* logits = nullptr;  // of the head: [vocab] of row `wanted`; null: not wanted
     int wanted = -1;          // of the sequence's rows; negative: counted from its end
     int source = 0;           // the sequence of the source that it sees
@@ -7020,7 +7025,7 @@ void rope(T* x, const float* waves, Span<const Sequence> sequences, int heads, i
 template <class T>
 struct Attention {
     int heads, kv_heads, dim, group;
-    int layer, layers;  // for the KV cache
+    int layer;  // for the KV cache
     bool causal;
     int row;            // of the first query, in the run
     int queries, keys;  // rows; without those in a cache
@@ -7039,7 +7044,6 @@ struct Attention {
           dim(op.dim()),
           group(heads / kv_heads),
           layer(op.layer),
-          layers(tape.layers),
           causal(op.sight == Sight::causal),
           s(run.on(op.side).sequences[i]) {
         width = static_cast<int64_t>(heads) * dim, kv_width = static_cast<int64_t>(kv_heads) * dim;
@@ -7056,9 +7060,7 @@ struct Attention {
     bool has_cache() const { return s.pages && causal; }
     int seen_by(int query) const { return causal ? before + query + 1 : keys; }
     // The keys (which: 0) or values (1) of the page that holds this position.
-    float* page(int position, int which) const {
-        return s.kv + ((static_cast<int64_t>(s.pages[position / kv_page]) * layers + layer) * 2 + which) * kv_width * kv_page;
-    }
+    float* page(int position, int which) const { return s.pages[position / kv_page] + (layer * 2 + which) * kv_width * kv_page; }
 
  private:
     static T* values_of(const Tape& tape, const Regions<T>& r, int tensor, int row) {
@@ -10132,7 +10134,7 @@ Status add_example(TrainerState& s, const Config& c, const Example& e) {
         put(s.source_ids + s.source_rows, e.source);
         s.sources[source] = Sequence{s.source_rows, source_length, 0, nullptr};
     }
-    s.sequences[s.count++] = Sequence{s.rows, length, 0, nullptr, nullptr, nullptr, -1, source};
+    s.sequences[s.count++] = Sequence{s.rows, length, 0, nullptr, nullptr, -1, source};
     s.rows += length, s.source_rows += source_length;
     add_targets(s, static_cast<int>(targets), e.weight);
     return Status();
@@ -10558,6 +10560,7 @@ struct SearchMemory {
     Block block;
     float* logits = nullptr;                  // [beams][vocab]
     int32_t* tables[2] = {nullptr, nullptr};  // [beams][pages of a context]: the beams' pages, and those of the beams before the last step
+    float** places = nullptr;                 // [sequences at once][pages of a context]: where those lie that they read
     int32_t* users = nullptr;                 // [all pages]
     int32_t* free_pages = nullptr;            // [all pages], a stack
     int32_t* ids = nullptr;                   // [beams] that they read next
@@ -10571,15 +10574,26 @@ struct SearchMemory {
 
 }  // namespace
 
+// Pages of the KV cache in one piece of memory, which ends with the last session that reads them.
+struct Pages {
+    std::atomic<int> users{1};
+    Block memory;
+};
+
 struct SessionState {
     Tape tape;
-    Block memory, kv_memory, low_memory;
+    Block memory, low_memory;
+    // The pages from number `shared` on are the session's own. Those before lie in `common`, are full and never written to.
+    Pages *own = nullptr, *common = nullptr;
+    int first_own = 0;  // the number of the page that `own` begins with
+    int shared = 0;
+    int kept = 0;        // ids that are not forgotten, those of the shared pages among them
+    int page_count = 0;  // with those of searches, which come behind those of a context
     const Adapter* adapter = nullptr;
     SearchMemory search{};
     const BackendFunctions* backend = nullptr;
     Regions<float> regions;
-    float* kv = nullptr;            // the keys and values of what has been read
-    int32_t* pages = nullptr;       // [context / kv_page]
+    float** pages = nullptr;        // [context / kv_page]: the keys and values of what has been read
     int32_t* history = nullptr;     // [context] ids read
     int32_t* source_ids = nullptr;  // [context] of an encoder-decoder's source
     int32_t* targets = nullptr;     // [chunk]
@@ -10592,7 +10606,6 @@ struct SessionState {
     size_t held_room = 0;    // of both
     Sequence source{};       // length 0: none has been read. Its keys and values stay in the activations
     int chunk = 0;           // rows read at once
-    int page_count = 0;      // of the KV cache: the session's own, and behind them those of searches
     int turn = 0;            // where the newest turn of a chat begins
     size_t place = 0;        // among the sessions of a next() for several
     bool ready = false;      // logits are there
@@ -10602,6 +10615,11 @@ struct SessionState {
     const Guard* watched = nullptr;
     Array<uint64_t> states;  // ... these are of: said.watch's, then those of a token on trial
     explicit SessionState(Runtime& runtime) : tape(runtime), states(runtime) {}
+    ~SessionState() { drop(own), drop(common); }
+    static void drop(Pages*& pages) {
+        if (pages && pages->users.fetch_sub(1) == 1) destroy(*pages->memory.runtime, pages);
+        pages = nullptr;
+    }
 };
 
 namespace {
@@ -10620,7 +10638,7 @@ inline void lay_out(Layout& layout, SessionState& s, int threads, size_t longest
     s.regions.scratch = layout.take<float>(s.backend->scratch(tape, threads));
     s.regions.threads = threads;
     s.regions.losses = layout.take<double>(tape.rows_on(Side::text));
-    s.pages = layout.take<int32_t>(context_pages(tape.context));
+    s.pages = layout.take<float*>(context_pages(tape.context));
     s.history = layout.take<int32_t>(tape.context);
     s.source_ids = layout.take<int32_t>(tape.rows_on(Side::source));
     s.targets = layout.take<int32_t>(tape.rows_on(Side::text));
@@ -10656,7 +10674,46 @@ Status bind_weights(Runtime& runtime, const Model& model, Tape& tape, const Back
     return status;
 }
 
-Status fill(Session& session, Runtime& from, const Model& of) {
+// Gives a session `count` pages, of which the first `shared` stay what they are; what stands in the others of a context is copied.
+BABYGPT_RARE Status take_pages(Session& session, int shared, int64_t count) {
+    SessionState& s = *session.state;
+    const int in_context = context_pages(s.tape.context);
+    const uint64_t bytes = pages_bytes(s.tape, count - shared);
+    Pages* taken = create<Pages>(*session.runtime);
+    if (!taken || !taken->memory.take(*session.runtime, bytes, !s.own)) {
+        if (taken) destroy(*session.runtime, taken);
+        return out_of_memory(bytes);
+    }
+    for (int i = shared; i < in_context; ++i) {
+        float* const page = reinterpret_cast<float*>(taken->memory.memory + pages_bytes(s.tape, i - shared));
+        if (s.own) memcpy(page, s.pages[i], static_cast<size_t>(pages_bytes(s.tape, 1)));
+        s.pages[i] = page;
+    }
+    SessionState::drop(s.own);
+    s.own = taken, s.first_own = s.shared = shared, s.page_count = static_cast<int>(count);
+    if (shared == 0) SessionState::drop(s.common);
+    return Status();
+}
+// Lets a new session read the full pages of another one, as far as they lie in one piece of memory, and copies the others.
+BABYGPT_RARE Status share_pages(Session& session, const Session& with) {
+    SessionState &s = *session.state, &from = *with.state;
+    const int full = with.position / kv_page, shared = from.common && from.common != from.own ? least(full, from.shared) : full;
+    for (int i = 0; i < shared; ++i) s.pages[i] = from.pages[i];
+    if (shared > 0) s.common = from.common ? from.common : from.own, ++s.common->users;
+    BABYGPT_TRY(take_pages(session, shared, context_pages(s.tape.context)));
+    for (int i = shared; i < context_pages(with.position); ++i)
+        memcpy(s.pages[i], from.pages[i], static_cast<size_t>(pages_bytes(s.tape, 1)));
+    s.kept = with.position;
+    return Status();
+}
+// Before a session reads: what a run needs. Where it begins anew it must not write to what it shared.
+Status prepare(Session& session) {
+    SessionState& s = *session.state;
+    BABYGPT_TRY(bind_weights(*session.runtime, *session.model, s.tape, *s.backend, s.regions));
+    return s.shared > 0 && session.position == 0 ? take_pages(session, 0, s.page_count) : Status();
+}
+
+Status fill(Session& session, Runtime& from, const Model& of, const Session* parent) {
     if (!of.state) return fail(Error::invalid_argument, "the model is empty: create or load it first");
     if (!of.config.causal || of.config.classes > 0 || of.config.features > 0)
         return fail(Error::unsupported, "only a decoder can talk, and this model is none: see Encoder");
@@ -10680,11 +10737,7 @@ Status fill(Session& session, Runtime& from, const Model& of) {
     if (!state->memory.take(from, layout.bytes, true)) return out_of_memory(layout.bytes);
     layout = Layout{state->memory.memory, 0};
     lay_out(layout, *state, from.thread_count(), longest_token);
-    state->page_count = context_pages(of.config.context);
-    const uint64_t kv_bytes = pages_bytes(state->tape, state->page_count);
-    if (!state->kv_memory.take(from, kv_bytes, true)) return out_of_memory(kv_bytes);
-    state->kv = reinterpret_cast<float*>(state->kv_memory.memory);
-    for (int i = 0; i < state->page_count; ++i) state->pages[i] = i;
+    BABYGPT_TRY(parent ? share_pages(session, *parent) : take_pages(session, 0, context_pages(of.config.context)));
     session.model = &of;
     start_pool(from);
     return bind_weights(from, of, state->tape, *backend, state->regions);
@@ -10708,7 +10761,7 @@ Session::~Session() {
 Status Session::create(Runtime& from, const Model& of) {
     const FloatMode mode;
     *this = Session();
-    const Status status = fill(*this, from, of);
+    const Status status = fill(*this, from, of, nullptr);
     if (!status.ok()) *this = Session();
     return status;
 }
@@ -10718,7 +10771,7 @@ void Session::reset() {
     forgotten = 0;
     sampled = 0;
     if (!state) return;
-    state->turn = 0;
+    state->turn = state->kept = 0;
     state->said.count = 0;
     state->source.length = 0;
     state->watches = false;
@@ -10764,7 +10817,7 @@ void read_ids(Session& session, const int32_t* ids, int count, double* losses, i
     SessionState& s = *session.state;
     for (int done = 0; done < count;) {
         const int rows = least(s.chunk, count - done);
-        const Sequence sequence{0, rows, session.position, s.pages, s.kv, done + rows == count ? s.logits : nullptr};
+        const Sequence sequence{0, rows, session.position, s.pages, done + rows == count ? s.logits : nullptr};
         Run run;
         run.rows = rows;
         run.sequences = Span<const Sequence>(&sequence, 1);
@@ -10782,18 +10835,22 @@ void read_ids(Session& session, const int32_t* ids, int count, double* losses, i
     }
 }
 
-// Makes room for `count` more ids (at most half a context): forgets the older half, in a chat up to the beginning of a turn, and reads the rest again.
+// The largest piece that make_room can always make room for.
+inline int piece_rows(const Session& session) { return most(1, (session.model->config.context - session.state->kept) / 2); }
+
+// Makes room for at most so many more ids: forgets the older half of what may be forgotten, in a chat up to the beginning of a turn, and
+// reads the rest again.
 void make_room(Session& session, int count) {
     SessionState& s = *session.state;
     const int context = session.model->config.context;
     if (session.position + count <= context) return;
-    int from = most(session.position - context / 2, 0);
+    int from = most(session.position - (context - s.kept) / 2, s.kept);
     if (s.turn > from && s.turn < session.position) from = s.turn;
-    const int kept = session.position - from;
-    session.forgotten += static_cast<uint64_t>(from);
-    session.position = 0;
-    s.turn = most(s.turn - from, 0);
-    read_ids(session, s.history + from, kept, nullptr, -1);
+    const int again = session.position - from;
+    session.forgotten += static_cast<uint64_t>(from - s.kept);
+    session.position = s.kept;
+    s.turn = most(s.turn - (from - s.kept), 0);
+    read_ids(session, s.history + from, again, nullptr, -1);
 }
 
 Status check_session_ids(const Session& session, Span<const int32_t> ids) {
@@ -10809,9 +10866,6 @@ Status check_session(const Session& session, Span<const int32_t> ids) {
     return fail(Error::invalid_argument, "the model has an encoder, and the session no source yet: let it read one first");
 }
 
-// The largest piece that make_room can always make room for.
-inline int piece_rows(const Session& session) { return most(1, session.model->config.context / 2); }
-
 }  // namespace
 
 BABYGPT_RARE Status Session::read_source(Span<const int32_t> ids) {
@@ -10821,7 +10875,7 @@ BABYGPT_RARE Status Session::read_source(Span<const int32_t> ids) {
         return fail(Error::invalid_argument, "the source has ", uint64_t(ids.size), " ids, but must have from 1 to context, ",
                     model->config.context);
     const FloatMode mode;
-    BABYGPT_TRY(bind_weights(*runtime, *model, state->tape, *state->backend, state->regions));
+    BABYGPT_TRY(prepare(*this));
     reset();
     memcpy(state->source_ids, ids.data, ids.size * sizeof(int32_t));
     state->source = Sequence{0, static_cast<int>(ids.size), 0, nullptr};
@@ -10860,6 +10914,7 @@ Status Session::use(const Adapter* adapter, bool keep_cache) {
     if (!status.ok()) return (void)put(before), status;  // as before, or, where there is no memory even for that, without one
     if (keep_cache || (position == 0 && s.source.length == 0)) return Status();
     BABYGPT_TRY(bind_weights(*runtime, *model, s.tape, *s.backend, s.regions));
+    if (s.shared > 0) BABYGPT_TRY(take_pages(*this, 0, s.page_count));
     if (s.source.length > 0) look_at_source(*this);
     const int count = position;
     position = 0;
@@ -10867,10 +10922,37 @@ Status Session::use(const Adapter* adapter, bool keep_cache) {
     return Status();
 }
 
+BABYGPT_RARE Status Session::fork(Session& from) {
+    const FloatMode mode;
+    if (&from == this) return fail(Error::invalid_argument, "a session cannot be forked from itself");
+    *this = Session();
+    BABYGPT_TRY(check_session(from, Span<const int32_t>()));
+    const int context = from.model->config.context;
+    if (from.position == 0) return fail(Error::invalid_argument, "the session has read nothing that another one could share");
+    if (from.position == context)
+        return fail(Error::no_room, "the session has filled its context, ", context, ", so that another one could not go on");
+    Status status = fill(*this, *from.runtime, *from.model, &from);
+    if (status.ok() && from.state->adapter) status = use(from.state->adapter, true);
+    if (!status.ok()) return *this = Session(), status;
+    SessionState &s = *state, &f = *from.state;
+    position = from.position, forgotten = from.forgotten, sampled = from.sampled;
+    memcpy(s.history, f.history, static_cast<size_t>(position) * sizeof(int32_t));
+    memcpy(s.logits, f.logits, static_cast<size_t>(s.tape.head_out) * sizeof(float));
+    memcpy(s.said.tail, f.said.tail, s.said.count = f.said.count);
+    s.turn = f.turn, s.ready = f.ready, s.line_open = f.line_open;
+    if (s.shared > 0 && !f.common) f.common = s.common, ++f.common->users;
+    f.shared = most(f.shared, s.shared), f.kept = position;
+    if (f.source.length == 0) return Status();
+    s.source = f.source;  // what the encoder says of it is among the activations
+    memcpy(s.source_ids, f.source_ids, static_cast<size_t>(s.source.length) * sizeof(int32_t));
+    memcpy(s.regions.activations, f.regions.activations, static_cast<size_t>(s.tape.activation_block) * sizeof(float));
+    return Status();
+}
+
 Status Session::feed(Span<const int32_t> ids) {
     BABYGPT_TRY(check_session(*this, ids));
     const FloatMode mode;
-    BABYGPT_TRY(bind_weights(*runtime, *model, state->tape, *state->backend, state->regions));
+    BABYGPT_TRY(prepare(*this));
     state->said.count = 0;
     state->watches = false;
     const size_t context = static_cast<size_t>(model->config.context);
@@ -11212,8 +11294,7 @@ Status draw_token(Session& session, const SampleConfig& c, Text start, int32_t& 
 }
 Status next_token(Session& session, const SampleConfig& c, Text start, int32_t& id, float* logprob) {
     BABYGPT_TRY(check_session(session, Span<const int32_t>()));
-    SessionState& s = *session.state;
-    BABYGPT_TRY(bind_weights(*session.runtime, *session.model, s.tape, *s.backend, s.regions));
+    BABYGPT_TRY(prepare(session));
     BABYGPT_TRY(draw_token(session, c, start, id, logprob));
     make_room(session, 1);
     read_ids(session, &id, 1, nullptr, -1);
@@ -11260,7 +11341,7 @@ Status next(Span<Session* const> sessions, Span<const SampleConfig> configs, int
         if (s.place != SIZE_MAX) return fail(Error::invalid_argument, "session ", uint64_t(i), " is session ", uint64_t(s.place));
         s.place = i;
         // Each, since make_room may let it read alone:
-        BABYGPT_TRY(bind_weights(*one.runtime, *one.model, s.tape, *s.backend, s.regions));
+        BABYGPT_TRY(prepare(*sessions[i]));
     }
     Status status;
     if (sessions.size > 0 && sessions[0]->model->config.encoder_layers > 0) {  // each has its source in its own activations
@@ -11280,7 +11361,7 @@ Status next(Span<Session* const> sessions, Span<const SampleConfig> configs, int
             status = draw_token(session, configs[configs.size == 1 ? 0 : k], Text(), ids[k], nullptr);
             if (!status.ok()) break;  // those before still read what they have said
             make_room(session, 1);
-            sequences[count] = Sequence{count, 1, session.position, session.state->pages, session.state->kv, session.state->logits};
+            sequences[count] = Sequence{count, 1, session.position, session.state->pages, session.state->logits};
         }
         if (count == 0) break;
         Run run;
@@ -11657,7 +11738,11 @@ struct SessionSearch {
           search{how, of.state->search, of.model->config.vocab, limit, keep, this, &may_go_on, &would_end} {}
 
     int32_t* table(int beam) const { return search.memory.tables[0] + static_cast<int64_t>(beam) * longest; }
-    float* page(int32_t number) const { return session.state->kv + number * session.state->tape.kv_page_block(); }
+    float* page(int32_t number) const {
+        const SessionState& s = *session.state;
+        if (number < longest) return s.pages[number];
+        return reinterpret_cast<float*>(s.own->memory.memory) + (number - s.first_own) * s.tape.kv_page_block();
+    }
     // Pages that a beam may need beside those that the session has filled.
     int own_pages() const {
         const int first = session.position / kv_page;
@@ -11679,6 +11764,7 @@ struct SessionSearch {
                 if (layout.memory) m.said[i][beam] = Said{tail, 0, Watch{states, {}, 0, false, false}};
             }
         }
+        m.places = layout.take<float*>(least<int64_t>(beams, most_at_once) * longest);
         m.users = layout.take<int32_t>(pages);
         m.free_pages = layout.take<int32_t>(pages);
         m.ids = layout.take<int32_t>(beams);
@@ -11692,14 +11778,7 @@ struct SessionSearch {
         SessionState& s = *session.state;
         const int64_t wanted = longest + static_cast<int64_t>(config.beams) * own_pages();
         if (wanted > INT32_MAX) return out_of_memory(pages_bytes(s.tape, wanted));
-        if (wanted > s.page_count) {
-            Block larger;
-            if (!larger.take(*session.runtime, pages_bytes(s.tape, wanted), false)) return out_of_memory(pages_bytes(s.tape, wanted));
-            memcpy(larger.memory, s.kv_memory.memory, static_cast<size_t>(pages_bytes(s.tape, longest)));
-            larger.swap(s.kv_memory);
-            s.kv = reinterpret_cast<float*>(s.kv_memory.memory);
-            s.page_count = static_cast<int>(wanted);
-        }
+        if (wanted > s.page_count) BABYGPT_TRY(take_pages(session, s.shared, wanted));
         Layout layout;
         lay_out(layout);
         if (layout.bytes > s.search.block.bytes && !s.search.block.take(*session.runtime, layout.bytes, false))
@@ -11711,7 +11790,7 @@ struct SessionSearch {
     void begin() {
         SessionState& s = *session.state;
         memcpy(s.search.logits, s.logits, static_cast<size_t>(search.vocab) * sizeof(float));
-        memcpy(table(0), s.pages, static_cast<size_t>(longest) * sizeof(int32_t));
+        for (int i = 0; i < longest; ++i) table(0)[i] = i;
         memcpy(s.search.said[0][0].tail, s.said.tail, s.said.count);
         s.search.said[0][0].count = s.said.count;
         copy_watch(s.search.said[0][0].watch, s.said.watch);
@@ -11815,13 +11894,12 @@ struct SessionSearch {
         for (int first = 0, n; first < search.live; first += n) {
             n = least(search.live - first, least(most_at_once, s.chunk));
             Sequence sequences[most_at_once];
-            for (int i = 0; i < n; ++i)
-                sequences[i] = Sequence{i,
-                                        1,
-                                        session.position + search.tokens - 1,
-                                        table(first + i),
-                                        s.kv,
-                                        m.logits + static_cast<int64_t>(first + i) * search.vocab};
+            const int position = session.position + search.tokens - 1;
+            for (int i = 0; i < n; ++i) {
+                float** const places = m.places + static_cast<int64_t>(i) * longest;
+                for (int k = 0; k <= position / kv_page; ++k) places[k] = page(table(first + i)[k]);
+                sequences[i] = Sequence{i, 1, position, places, m.logits + static_cast<int64_t>(first + i) * search.vocab};
+            }
             Run run;
             run.rows = n;
             run.sequences = Span<const Sequence>(sequences, static_cast<size_t>(n));
@@ -11893,7 +11971,7 @@ Status Session::search(Text prompt, const BeamConfig& config, SearchResult& resu
     if (prompt.size > 0 || !state->ready) BABYGPT_TRY(feed_text(*this, prompt, position == 0 && prompt.size == 0, read));
     result.unknown = read.unknown;
     if (!state->ready) return fail(Error::invalid_argument, "nothing has been read yet: feed the session at least one id");
-    BABYGPT_TRY(bind_weights(*runtime, *model, state->tape, *state->backend, state->regions));
+    BABYGPT_TRY(prepare(*this));
     make_room(*this, least(config.tokens, piece_rows(*this)));
     const int limit = least(config.tokens, model->config.context - position + 1);
     // Of a step's best candidates, so many that `beams` are left however many of the ways to end they hold.
@@ -11914,7 +11992,7 @@ Status Session::search(Text prompt, const BeamConfig& config, SearchResult& resu
 Status Session::score(Text text, Array<int32_t>& ids, Array<float>& logprobs, double& sum_of_logprobs) {
     BABYGPT_TRY(check_session(*this, Span<const int32_t>()));
     const FloatMode mode;
-    BABYGPT_TRY(bind_weights(*runtime, *model, state->tape, *state->backend, state->regions));
+    BABYGPT_TRY(prepare(*this));
     BABYGPT_TRY(begin_target(*this));
     state->watches = false;
     ids = Array<int32_t>(*runtime);
@@ -11994,7 +12072,7 @@ Status read_example(Encoder& encoder, const Example& example, int at, float* log
     if (room < wanted) return fail(Error::no_room, "the result has ", uint64_t(wanted), " floats, but there is room for ", uint64_t(room));
     EncoderState& s = *encoder.state;
     BABYGPT_TRY(bind_weights(*encoder.runtime, *encoder.model, s.tape, *s.backend, s.regions));
-    const Sequence sequence{0, rows, 0, nullptr, nullptr, logits, at};
+    const Sequence sequence{0, rows, 0, nullptr, logits, at};
     Run run;
     run.rows = rows;
     run.sequences = Span<const Sequence>(&sequence, 1);
@@ -12215,7 +12293,7 @@ BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpos
         memory.activations = activations(state.tape);
         memory.scratch = scratch(state.tape);
         memory.kv = pages_bytes(state.tape, context_pages(config.context));
-        memory.records += sizeof(SessionState) + record_bytes(state.tape);
+        memory.records += sizeof(SessionState) + sizeof(Pages) + record_bytes(state.tape);
         layout.bytes *= static_cast<size_t>(batch);  // `batch` sessions of one model
         memory.records += static_cast<uint64_t>(batch) * static_cast<uint64_t>(state.tape.low_block()) * sizeof(float);
         memory.activations *= static_cast<uint64_t>(batch), memory.scratch *= static_cast<uint64_t>(batch),
@@ -15843,16 +15921,13 @@ struct Rows {
     // Where the keys and values of one head are: in the pages of a KV cache, or, packed in the same way, in scratch.
     struct Cache {
         float *keys, *values;  // in scratch: pages of keys [dim][page], values [position][row]
-        float* kv;             // this layer and head in the first page; null: no KV cache
-        const int32_t* pages;
-        int64_t page_block;    // from page to page
+        float* const* pages;   // null: no KV cache
+        int64_t offset;        // of this layer and head in a page
         int64_t value_offset;  // from keys to values
         int dim, row;          // row: from one position's values to the next
         bool copied;           // the values are in scratch
-        BABYGPT_INLINE float* key_page(int i) const {
-            return kv ? kv + pages[i] * page_block : keys + static_cast<int64_t>(i) * page * dim;
-        }
-        BABYGPT_INLINE float* value_page(int i) const { return kv + pages[i] * page_block + value_offset; }
+        BABYGPT_INLINE float* key_page(int i) const { return pages ? pages[i] + offset : keys + static_cast<int64_t>(i) * page * dim; }
+        BABYGPT_INLINE float* value_page(int i) const { return pages[i] + offset + value_offset; }
         BABYGPT_INLINE const float* value(int position) const {
             return copied ? values + static_cast<int64_t>(position) * row : value_page(position / page) + position % page * dim;
         }
@@ -15868,9 +15943,8 @@ struct Rows {
         Cache cache;
         cache.keys = scores + tall * scores_row;
         cache.values = cache.keys + scores_row * dim;
-        cache.kv = cached ? a.s.kv + (static_cast<int64_t>(a.layer) * 2 * a.kv_width + kv_column) * page : nullptr;
-        cache.pages = a.s.pages;
-        cache.page_block = static_cast<int64_t>(a.layers) * 2 * a.kv_width * page;
+        cache.pages = cached ? a.s.pages : nullptr;
+        cache.offset = (a.layer * 2 * a.kv_width + kv_column) * page;
         cache.value_offset = a.kv_width * page;
         cache.dim = dim, cache.row = padded;
         cache.copied = !cached || padded != dim;  // a tile reads whole vectors

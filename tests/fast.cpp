@@ -44,7 +44,8 @@ struct Bench {
     Block scratch;
     Array<float> packed{runtime};
     Array<double> losses{runtime}, partial{runtime};
-    Array<int32_t> ranks{runtime}, ids{runtime}, targets{runtime}, source_ids{runtime}, pages{runtime};
+    Array<int32_t> ranks{runtime}, ids{runtime}, targets{runtime}, source_ids{runtime};
+    Array<float*> pages{runtime};
     Array<float> features{runtime};
     Array<Sequence> sequences{runtime}, sources{runtime};
     Regions<T> r;
@@ -399,12 +400,12 @@ static void talk(Bench<float>& b, const BackendFunctions& backend, const Config&
     const int pages = (config.context + kv_page - 1) / kv_page;
     CHECK(b.kv.resize(static_cast<size_t>(b.tape.kv_page_block() * pages)) && b.pages.resize(static_cast<size_t>(pages)) &&
           b.logits.resize(static_cast<size_t>(config.vocab)) && b.packed.resize(static_cast<size_t>(packed_block(backend, b.tape))));
-    for (int i = 0; i < pages; ++i) b.pages[static_cast<size_t>(i)] = pages - 1 - i;
+    for (int i = 0; i < pages; ++i) b.pages[static_cast<size_t>(i)] = b.kv.items + b.tape.kv_page_block() * (pages - 1 - i);
     pack_all(backend, b.runtime, b.tape, b.r.weights, b.packed.items);
     b.r.packed = b.packed.count ? b.packed.items : nullptr;
     b.run.sequences.size = 1;
     for (int i = 0; i < length; i += one_by_one ? 1 : length) {
-        b.sequences[0] = Sequence{0, one_by_one ? 1 : length, i, b.pages.items, b.kv.items, b.logits.items};
+        b.sequences[0] = Sequence{0, one_by_one ? 1 : length, i, b.pages.items, b.logits.items};
         b.run.rows = b.sequences[0].length, b.run.ids = b.ids.items + i, b.run.targets = b.targets.items + i;
         if (one_by_one) b.r.losses = b.losses.items + i, b.r.ranks = b.ranks.items + i;
         backend.forward(b.runtime, b.tape, b.r, b.run);

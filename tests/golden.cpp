@@ -130,7 +130,7 @@ void check_backend(const Golden& golden, Runtime& runtime) {
     for (float id : Golden::find(golden.partials, "idx")) ids.push_back(static_cast<int32_t>(id));
     if (!CHECK(ids.size() == rows)) return;
     std::vector<Sequence> sequences;
-    for (int s = 0; s < batch; ++s) sequences.push_back(Sequence{s * context, context, 0, nullptr, nullptr, logits.data() + s * vocab});
+    for (int s = 0; s < batch; ++s) sequences.push_back(Sequence{s * context, context, 0, nullptr, logits.data() + s * vocab});
     Run run;
     run.rows = rows, run.sequences = Span<const Sequence>(sequences.data(), batch), run.ids = ids.data(), run.targets = targets.data();
 

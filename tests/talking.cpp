@@ -1254,6 +1254,262 @@ TEST(loaded_to_run,
         }
 }
 
+// A host that counts bytes and jobs, and refuses memory from a call on.
+struct Meter {
+    size_t in_use = 0, calls = 0, refuse_from = ~size_t(0), jobs = 0;
+    void attach(Runtime& runtime) {
+        runtime.memory_user = runtime.parallel_user = this;
+        runtime.threads = 2;
+        runtime.allocate = [](void* user, size_t bytes, size_t alignment) -> void* {
+            Meter& m = *static_cast<Meter*>(user);
+            if (m.calls++ >= m.refuse_from) return nullptr;
+            m.in_use += bytes;
+            return aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+        };
+        runtime.release = [](void* user, void* memory, size_t bytes) {
+            static_cast<Meter*>(user)->in_use -= bytes;
+            free(memory);
+        };
+        runtime.parallel = [](void* user, int count, void (*task)(void*, int), void* context) {
+            ++static_cast<Meter*>(user)->jobs;
+            for (int i = count; i-- > 0;) task(context, i);
+        };
+    }
+};
+// What a session says next after it has read some ids more.
+static std::vector<float> after(Session& session, const std::vector<int32_t>& ids) {
+    CHECK_OK(session.feed(Span<const int32_t>(ids.data(), ids.size())));
+    return std::vector<float>(session.logits().begin(), session.logits().end());
+}
+static std::vector<int32_t> some(int from, int count) {
+    std::vector<int32_t> ids;
+    for (int i = from; i < from + count; ++i) ids.push_back((i * 17 + i * i) % 90);
+    return ids;
+}
+
+TEST(forks, "a session that shares a prefix would say something else than one that read it, read it once more, or take memory for it") {
+    const std::vector<int32_t> one = some(100, 7), other = some(200, 9), source = some(300, 20);
+    for (int kind = 0; kind < 4; ++kind)
+        for (const Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::int8})
+            for (const int length : {5, 32, 45, 64, 70}) {
+                Meter meter;
+                Runtime runtime;
+                meter.attach(runtime);
+                Model m;
+                create_kind(runtime, kind, m);
+                CHECK_OK(m.convert(dtype));
+                const auto fresh = [&](Session& session, const std::vector<int32_t>& ids) {
+                    CHECK_OK(session.create(runtime, m));
+                    if (kind == 2) CHECK_OK(session.read_source(Span<const int32_t>(source.data(), source.size())));
+                    return after(session, ids);
+                };
+                Session base, first, second, third, alone;
+                fresh(base, some(0, length));
+                size_t before = meter.in_use;
+                const std::vector<float> logits = fresh(alone, some(0, length));
+                const size_t whole = meter.in_use - before;
+                before = meter.in_use;
+                const size_t jobs = meter.jobs;
+                CHECK_OK(first.fork(base));
+                const Config& c = m.config;
+                const size_t page = 32 * sizeof(float) * 2 * static_cast<size_t>(c.layers * c.width / c.heads * c.kv_heads);
+                CHECK(meter.in_use - before == whole - static_cast<size_t>(length / 32) * page);
+                CHECK(meter.jobs == jobs && first.position == length);
+                CHECK(std::vector<float>(first.logits().begin(), first.logits().end()) == logits);
+                CHECK_OK(second.fork(base));
+                // Each goes on by itself.
+                const std::vector<float> said = after(alone, one);
+                CHECK(after(first, one) == said);
+                CHECK_OK(third.fork(first));  // a fork of a fork
+                Session two;
+                fresh(two, some(0, length));
+                CHECK(after(two, other) == after(base, other) && after(first, other) == after(alone, other));
+                CHECK(after(second, one) == said);
+                CHECK(after(third, other) == std::vector<float>(alone.logits().begin(), alone.logits().end()));
+                // The one that they come from ends, or begins anew, before them.
+                Session again, last;
+                fresh(again, some(0, length));
+                CHECK_OK(last.fork(again));
+                base = Session();
+                again.reset();
+                if (kind == 2) CHECK_OK(again.read_source(Span<const int32_t>(source.data(), source.size())));
+                Session clean;
+                CHECK(after(again, other) == fresh(clean, other));
+                CHECK(after(last, one) == said);
+                last.reset();
+                if (kind == 2) CHECK_OK(last.read_source(Span<const int32_t>(source.data(), source.size())));
+                CHECK(after(last, other) == std::vector<float>(clean.logits().begin(), clean.logits().end()));
+                first = Session(), second = Session(), third = Session(), alone = Session(), two = Session(), again = Session();
+                last = Session(), clean = Session(), m = Model();
+                CHECK(meter.in_use == 0);
+            }
+}
+
+TEST(forks_at_the_end_of_the_context, "what sessions share would be written over or forgotten, or a token would take memory") {
+    for (const int length : {3, 40, 64, 95}) {
+        Meter meter;
+        Runtime runtime;
+        meter.attach(runtime);
+        Model m;
+        create_kind(runtime, 1, m);
+        const int context = m.config.context;
+        Session base, fork;
+        CHECK_OK(base.create(runtime, m));
+        after(base, some(0, length));
+        CHECK_OK(fork.fork(base));
+        const size_t calls = meter.calls;
+        Session* const both[] = {&base, &fork};
+        for (int which = 0; which < 2; ++which) {
+            std::vector<int32_t> seen = some(0, length);
+            uint64_t forgotten = 0;
+            Session& session = *both[which];
+            for (int n = 0; n < 230; ++n) {
+                const int32_t id = (n * 7 + which) % 90;
+                if (static_cast<int>(seen.size()) + 1 > context) {
+                    const int half = (context - length) / 2, drop = static_cast<int>(seen.size()) - length - half;
+                    seen.erase(seen.begin() + length, seen.begin() + length + drop);
+                    forgotten += static_cast<uint64_t>(drop);
+                }
+                seen.push_back(id);
+                CHECK_OK(session.feed(Span<const int32_t>(&id, 1)));
+            }
+            CHECK(meter.calls == calls && session.forgotten == forgotten && session.position == static_cast<int>(seen.size()));
+            Runtime own;
+            Session whole;
+            CHECK_OK(whole.create(own, m));
+            CHECK(after(whole, seen) == std::vector<float>(session.logits().begin(), session.logits().end()));
+        }
+        const std::vector<int32_t> many = some(0, 300);  // at once
+        CHECK(after(base, many) == after(fork, many) && base.position == fork.position);
+    }
+}
+
+TEST(forks_do_all_that_sessions_do,
+     "sessions with a common prefix would disturb each other, or lose their adapter, their words or their place") {
+    Runtime runtime;
+    Model m;
+    create_kind(runtime, 3, m);
+    Adapter adapter;
+    CHECK_OK(adapter.create(runtime, m, AdapterConfig()));
+    for (int64_t i = 0; i < adapter.block; ++i) adapter.weights[i] += 0.01f * static_cast<float>(i % 7);
+    Session base, alone, forks[5], singles[5];
+    CHECK_OK(base.create(runtime, m));
+    CHECK_OK(base.use(&adapter));
+    after(base, some(0, 70));
+    // Five go on side by side, as each would alone.
+    Session* side_by_side[5];
+    int32_t ids[5];
+    const SampleConfig sampling;
+    for (int i = 0; i < 5; ++i) {
+        CHECK_OK(forks[i].fork(base));
+        CHECK_OK(singles[i].fork(i ? forks[i - 1] : base));
+        after(forks[i], some(i * 10, i + 1)), after(singles[i], some(i * 10, i + 1));
+        side_by_side[i] = &forks[i];
+        if (i)
+            CHECK_OK(singles[i].create(runtime, m)), CHECK_OK(singles[i].use(&adapter)), after(singles[i], some(0, 70)),
+                after(singles[i], some(i * 10, i + 1));
+    }
+    for (int n = 0; n < 60; ++n) {
+        CHECK_OK(next(Span<Session* const>(side_by_side), Span<const SampleConfig>(&sampling, 1), ids));
+        for (int i = 0; i < 5 && n < 20; ++i) {
+            int32_t id;
+            CHECK_OK(singles[i].next(SampleConfig(), id));
+            CHECK(id == ids[i]);
+        }
+    }
+    // With another adapter each reads all of it once more.
+    CHECK_OK(alone.create(runtime, m));
+    after(alone, some(0, 70));
+    Session fork, kept;
+    CHECK_OK(fork.fork(base));
+    CHECK_OK(kept.fork(base));
+    CHECK_OK(fork.use(nullptr));
+    CHECK(after(fork, some(5, 9)) == after(alone, some(5, 9)));
+    CHECK_OK(kept.use(nullptr, true));
+    CHECK(after(kept, some(5, 9)) != after(base, some(5, 9)));
+    // Searches, whose pages come behind a session's own.
+    BeamConfig beams;
+    beams.beams = 3, beams.best = 3, beams.tokens = 15;
+    SearchResult results[3];
+    Session searches[3];
+    CHECK_OK(searches[0].create(runtime, m));
+    after(searches[0], some(0, 70));
+    CHECK_OK(searches[1].fork(searches[0]));
+    CHECK_OK(searches[2].fork(searches[1]));
+    for (int round = 0; round < 2; ++round)
+        for (int i = 0; i < 3; ++i) {
+            CHECK_OK(searches[i].search("", beams, results[i]));
+            CHECK(results[i].ids.count > 0 && results[i].ids.count == results[0].ids.count &&
+                  memcmp(results[i].ids.items, results[0].ids.items, results[0].ids.count * sizeof(int32_t)) == 0);
+            Session of_searched;
+            CHECK_OK(of_searched.fork(searches[i]));
+            CHECK(after(of_searched, some(9, 3)) == after(searches[i], some(9, 3)));
+        }
+    // Words: what may not be said is not said either where it begins in what is shared, and a chat's turns stay whole.
+    Session talk, copy;
+    CHECK_OK(talk.create(runtime, model()));
+    const std::string first = say(talk, "how are you", greedy(), true);
+    CHECK_OK(copy.fork(talk));
+    CHECK(say(copy, "what is this", greedy(), true) == "This is the inn." &&
+          say(talk, "what is this", greedy(), true) == "This is the inn.");
+    Session ahead, behind;
+    SampleConfig careful = greedy();
+    const Text banned[] = {"I am well"};
+    careful.banned = banned;
+    CHECK_OK(ahead.create(runtime, model()));
+    careful.tokens = 2;
+    say(ahead, "You: how are you\nMira: ", careful);
+    CHECK_OK(behind.fork(ahead));
+    careful.tokens = 30;
+    CHECK(say(behind, "", careful) == say(ahead, "", careful));
+    // Wrong calls.
+    Session empty, full;
+    CHECK(empty.fork(empty).error == Error::invalid_argument && empty.fork(full).error == Error::invalid_argument);
+    CHECK_OK(full.create(runtime, m));
+    CHECK(empty.fork(full).error == Error::invalid_argument);
+    after(full, some(0, m.config.context));
+    CHECK(empty.fork(full).error == Error::no_room && !empty.state);
+}
+
+TEST(forks_without_memory, "too little memory for a fork would crash, leak or spoil the session that it comes from") {
+    for (size_t n = 0;; ++n) {
+        Meter meter;
+        Runtime runtime;
+        meter.attach(runtime);
+        bool done = false;
+        {
+            Model m;
+            create_kind(runtime, 0, m);
+            Adapter adapter;
+            CHECK_OK(adapter.create(runtime, m, AdapterConfig()));
+            Session base, fork, alone;
+            CHECK_OK(base.create(runtime, m));
+            CHECK_OK(base.use(&adapter));
+            after(base, some(0, 70));
+            CHECK_OK(alone.create(runtime, m));
+            after(alone, some(0, 70));
+            meter.calls = 0, meter.refuse_from = n;
+            Status status = fork.fork(base);
+            CHECK(status.ok() == (fork.state != nullptr));
+            if (status.ok()) {
+                fork.reset();
+                const int32_t id = 3;
+                status = fork.feed(Span<const int32_t>(&id, 1));
+                done = status.ok();
+            }
+            CHECK(status.ok() || status.error == Error::out_of_memory);
+            meter.refuse_from = ~size_t(0);
+            CHECK(after(base, some(5, 50)) == after(alone, some(5, 50)) || fork.state);
+            if (!done && fork.state) CHECK(after(fork, some(5, 3)).size() == 90);
+        }
+        CHECK(meter.in_use == 0);
+        if (done || n > 60) {
+            CHECK(done);
+            break;
+        }
+    }
+}
+
 TEST(turns_stand_on_lines_of_their_own, "a turn would begin in the middle of a line that the host fed") {
     Runtime runtime;
     Session by_text, by_ids;
