@@ -376,6 +376,21 @@ struct HostMemory {
     }
 };
 
+// One to three times: something goes, comes, changes, or stands there twice.
+static string mutated(string file) {
+    const char interesting[] = "\"{}[],:\\0129-ue\x80\xff ";
+    for (uint32_t k = 1 + random_below(3); k > 0; --k) {
+        const size_t at = random_below(static_cast<uint32_t>(file.size()));
+        const uint32_t how = random_below(4);
+        if (how == 0) file.erase(at, 1 + random_below(4));
+        else if (how == 1) file.insert(at, 1, interesting[random_below(sizeof interesting - 1)]);
+        else if (how == 2) file[at] = static_cast<char>(random_below(256));
+        else file.insert(at, file.substr(random_below(static_cast<uint32_t>(file.size())), 20));
+        if (file.empty()) file = "{";
+    }
+    return file;
+}
+
 TEST(damage, "a damaged tokenizer.json crashes, leaks, or takes much more memory than its size") {
     HostMemory memory;
     Runtime runtime;
@@ -399,23 +414,10 @@ TEST(damage, "a damaged tokenizer.json crashes, leaks, or takes much more memory
         if (status.ok() && tokenizer.kind == TokenizerKind::bpe) CHECK(decode(tokenizer, encode(tokenizer, prose, true)) == prose);
         return status.ok();
     };
-    const char interesting[] = "\"{}[],:\\0129-ue\x80\xff ";
     for (const string& file : files) {
         for (size_t n = 0; n + 2 < file.size(); ++n)
             if (!CHECK(!load(file.substr(0, n)))) break;
-        for (int i = 0; i < 20000; ++i) {
-            string mutated = file;
-            for (uint32_t k = 1 + random_below(3); k > 0; --k) {
-                const size_t at = random_below(static_cast<uint32_t>(mutated.size()));
-                const uint32_t how = random_below(4);
-                if (how == 0) mutated.erase(at, 1 + random_below(4));
-                else if (how == 1) mutated.insert(at, 1, interesting[random_below(sizeof interesting - 1)]);
-                else if (how == 2) mutated[at] = static_cast<char>(random_below(256));
-                else mutated.insert(at, mutated.substr(random_below(static_cast<uint32_t>(mutated.size())), 20));
-                if (mutated.empty()) mutated = "{";
-            }
-            load(mutated);
-        }
+        for (int i = 0; i < 20000; ++i) load(mutated(file));
     }
     CHECK(memory.used == 0 && memory.blocks == 0);
 }
@@ -557,42 +559,98 @@ TEST(gpt2_ids, "GPT-2's tokenizer gives other ids than those that others have pu
     CHECK(known >= 10);
 }
 
-TEST(gpt2_damage, "a damaged vocab.bpe, encoder.json or .tiktoken file crashes") {
-    const char* names[] = {"r50k_base.tiktoken", "vocab.bpe", "encoder.json"};
-    if (read_shared("tokenizers/gpt2/vocab.bpe").empty()) SKIP("../shared/data/tokenizers/gpt2 is absent");
-    // Files in memory behind the hooks; one of them is damaged.
-    struct Disk {
-        string files[3];
-        static void* open(void* self, const char* path, FileMode) {
+// GPT-2's three files in memory, behind the hooks.
+struct GptFiles {
+    string files[3];  // r50k_base.tiktoken, vocab.bpe, encoder.json
+    static const char* name(int i) { return i == 0 ? "r50k_base.tiktoken" : i == 1 ? "vocab.bpe" : "encoder.json"; }
+    void lend(Runtime& runtime) {
+        runtime.files.user = this;
+        runtime.files.open = [](void* self, const char* path, FileMode) -> void* {
             for (int i = 0; i < 3; ++i)
-                if (strstr(path, i == 0 ? ".tiktoken" : i == 1 ? "vocab.bpe" : "encoder.json")) return &static_cast<Disk*>(self)->files[i];
+                if (strstr(path, i == 0 ? ".tiktoken" : name(i))) return &static_cast<GptFiles*>(self)->files[i];
             return nullptr;
-        }
-        static int64_t size(void*, void* file) { return static_cast<int64_t>(static_cast<string*>(file)->size()); }
-        static int64_t read(void*, void* file, int64_t at, void* to, int64_t bytes) {
+        };
+        runtime.files.size = [](void*, void* file) { return static_cast<int64_t>(static_cast<string*>(file)->size()); };
+        runtime.files.read = [](void*, void* file, int64_t at, void* to, int64_t bytes) {
             const string& text = *static_cast<string*>(file);
-            const size_t n = static_cast<size_t>(at) >= text.size()
-                                 ? 0
-                                 : text.copy(static_cast<char*>(to), static_cast<size_t>(bytes), static_cast<size_t>(at));
-            return static_cast<int64_t>(n);
-        }
-        static int close(void*, void*) { return 0; }
-    } disk;
+            if (static_cast<size_t>(at) >= text.size()) return int64_t(0);
+            return static_cast<int64_t>(text.copy(static_cast<char*>(to), static_cast<size_t>(bytes), static_cast<size_t>(at)));
+        };
+        runtime.files.close = [](void*, void*) { return 0; };
+    }
+    // Whether the tokenizer with file f as it is now can be loaded; it then must work.
+    bool load(Runtime& runtime, int f) const {
+        Tokenizer tokenizer;
+        const Status status = tokenizer.load(runtime, f == 0 ? "x.tiktoken" : "folder");
+        CHECK(status.ok() || status.message[0]);
+        if (status.ok()) CHECK(decode(tokenizer, encode(tokenizer, prose)) == prose);
+        return status.ok();
+    }
+};
+
+static string base64(Text bytes) {
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    string text;
+    for (size_t i = 0; i < bytes.size; i += 3) {
+        uint32_t three = 0;
+        for (size_t k = 0; k < 3; ++k) three = three << 8 | (i + k < bytes.size ? static_cast<unsigned char>(bytes[i + k]) : 0u);
+        for (size_t k = 0; k < 4; ++k) text += i + k > bytes.size ? '=' : digits[three >> (18 - 6 * k) & 63];
+    }
+    return text;
+}
+
+TEST(small_gpt2_damage, "a damaged vocab.bpe, encoder.json or .tiktoken file crashes, leaks, or takes much more memory than its size") {
+    HostMemory memory;
     Runtime runtime;
-    runtime.files.user = &disk;
-    runtime.files.open = Disk::open, runtime.files.size = Disk::size, runtime.files.read = Disk::read, runtime.files.close = Disk::close;
+    memory.lend(runtime);
+    GptFiles disk;
+    disk.lend(runtime);
+    {  // the same small tokenizer in each form
+        Tokenizer tokenizer, from_ranks, from_merges;
+        CHECK_OK(tokenizer.train(runtime, bpe(300), prose));
+        for (int32_t id = 0; id < tokenizer.end_of_text; ++id)
+            disk.files[0] += base64(tokenizer.bytes(id)) + " " + std::to_string(id) + "\n";
+        const string json = saved(tokenizer);
+        const size_t vocab = json.find("\"vocab\":{"), merges = json.find("\"merges\":[");
+        if (!CHECK(vocab != string::npos && merges != string::npos)) return;
+        disk.files[2] = json.substr(vocab + 8, json.find("},", vocab) + 1 - vocab - 8);
+        disk.files[1] = "#version: 0.2\n";
+        for (size_t at = merges + 10, end; json[at] != ']'; at = end + 1) {
+            const size_t start = json.find('"', at) + 1;
+            end = json.find('"', start);
+            disk.files[1] += json.substr(start, end - start) + "\n";
+        }
+        CHECK_OK(from_ranks.load(runtime, "x.tiktoken"));
+        CHECK_OK(from_merges.load(runtime, "folder"));
+        CHECK(saved(from_ranks) == json && saved(from_merges) == json);
+    }
     for (int f = 0; f < 3; ++f) {
-        for (int i = 0; i < 3; ++i) disk.files[i] = read_shared((string("tokenizers/gpt2/") + names[i]).c_str());
+        const string whole = disk.files[f];
+        memory.peak = 0;
+        for (size_t n = 0; n <= whole.size(); ++n) disk.files[f] = whole.substr(0, n), disk.load(runtime, f);
+        for (int i = 0; i < 1000 * thoroughness(); ++i) disk.files[f] = mutated(whole), disk.load(runtime, f);
+        CHECK(memory.peak < static_cast<int64_t>(100 * whole.size() + 200000));
+        disk.files[f] = whole;
+        CHECK(disk.load(runtime, f));
+    }
+    CHECK(memory.used == 0 && memory.blocks == 0);
+}
+
+TEST(gpt2_damage, "a damaged vocab.bpe, encoder.json or .tiktoken file of GPT-2's crashes") {
+    if (read_shared("tokenizers/gpt2/vocab.bpe").empty()) SKIP("../shared/data/tokenizers/gpt2 is absent");
+    Runtime runtime;
+    GptFiles disk;
+    disk.lend(runtime);
+    for (int i = 0; i < 3; ++i) disk.files[i] = read_shared((string("tokenizers/gpt2/") + GptFiles::name(i)).c_str());
+    for (int f = 0; f < 3; ++f) {
         const string whole = disk.files[f];
         for (int i = 0; i < 12 * thoroughness(); ++i) {
             disk.files[f] = whole.substr(0, i % 6 == 5 ? whole.size() : random_below(static_cast<uint32_t>(whole.size())));
             for (int k = 0; k < (i % 6 + 1) / 3; ++k)  // not every cut
                 disk.files[f][random_below(static_cast<uint32_t>(disk.files[f].size()))] = static_cast<char>(random_below(256));
-            Tokenizer tokenizer;
-            const Status status = tokenizer.load(runtime, f == 0 ? "x.tiktoken" : "folder");
-            CHECK(status.ok() || status.message[0]);
-            if (status.ok()) CHECK(decode(tokenizer, encode(tokenizer, prose)) == prose);
+            disk.load(runtime, f);
         }
+        disk.files[f] = whole;
     }
 }
 
