@@ -1200,6 +1200,23 @@ TEST(training_state, "numbers in the resume file would not be the numbers of the
     }
 }
 
+TEST(older_resume_files, "training that an earlier version of this program began could not go on") {
+    Host host;
+    Training t, other;
+    if (!t.create(host, small_training()) || !t.steps(1)) return;
+    CHECK_OK(t.trainer.save("r"));
+    std::string header = header_of(host.files["r"]);
+    for (const char* later : {",\\\"best_accuracy\\\":", ",\\\"optimizer\\\":", ",\\\"muon_lr\\\":"}) {
+        const size_t at = header.find(later);
+        if (CHECK(at != std::string::npos)) header.erase(at, header.find_first_of(",}", at + 1) - at);
+    }
+    host.files["old"] = with_header(header, data_of(host.files["r"]));
+    if (!other.create(host, small_training())) return;
+    CHECK(other.snapshot() != t.snapshot());
+    CHECK_OK(other.trainer.load("old"));
+    CHECK(other.snapshot() == t.snapshot());
+}
+
 TEST(contradictions, "training would go on with other settings or other text than it began with") {
     Host host;
     Training t;
