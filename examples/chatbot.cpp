@@ -23,7 +23,7 @@ int main(int count, char** arguments) {
     Runtime runtime;
     Model model;
     Session session;  // remembers the conversation; many sessions can share one model
-    Status s = model.load(runtime, arguments[1]);
+    Status s = model.load(runtime, arguments[1], Purpose::running);
     if (s.ok()) s = session.create(runtime, model);
     if (s.ok() && model.chat.empty()) {
         fprintf(stderr, "error: '%s' was not trained with --user-turn and --reply-turn\n", arguments[1]);

@@ -17,7 +17,7 @@ int main(int count, char** arguments) {
     runtime.threads = 1;
     Model model;
     Session villager;
-    Status s = model.load(runtime, path);
+    Status s = model.load(runtime, path, Purpose::running);  // its matrices once, as sessions read them
     if (s.ok()) s = villager.create(runtime, model);
     Array<int32_t> prompt(runtime);
     // The player walks up to the smith. The space after the name belongs to the first word of the answer.
