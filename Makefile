@@ -1,7 +1,7 @@
 # make            build/babygpt, the command line
 # make run        train a small GPT on the talk of a village (at most two minutes), then chat with it
 # make test       the tests that need a compiler and make, nothing more (two or three minutes)
-# make test-all   these, and what needs Python, PyTorch, clang or ../shared: says in a line what is not here and is left out
+# make test-all   these, and what needs Python, PyTorch, clang, cross-compilers or ../shared: says in a line what is not here and is left out
 # make damage     damaged files for the readers: small ones cut at every byte and changed some 20,000 times, large ones cut at 1,000 places
 # make exam       asks the villagers that make run trained 78 questions, each in three spellings
 # make examples   every program in examples/
@@ -87,8 +87,7 @@ run: $(build)/babygpt
 
 # Tests run side by side, as many as there are cores; each keeps its closing line.
 results := $(build)/results
-quick := $(patsubst %,$(results)/%,$(filter-out $(emulated),$(programs)) test_cli.sh)
-side_by_side := $(quick) $(patsubst %,$(results)/%,$(emulated) nvcc.sh damaged)
+side_by_side := $(quick) $(patsubst %,$(results)/%,$(emulated) nvcc.sh platforms.sh damaged)
 $(programs:%=$(results)/%): $(results)/%: $(build)/tests/% always
 	@sh tests/run.sh $@ $<
 $(results)/%.sh: tests/%.sh $(build)/babygpt always

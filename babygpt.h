@@ -1058,6 +1058,9 @@ Status compare(const Model& a, const Model& b, Array<Difference>& rows);
 #elif defined(__GNUC__)
 #pragma GCC push_options
 #pragma GCC optimize("no-fast-math", "fp-contract=off")
+#if defined(__i386__) && !defined(__SSE2_MATH__)
+#pragma GCC target("sse2,fpmath=sse")  // the x87 unit would round to 64 bits of precision first
+#endif
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wsubobject-linkage"  // our records hold types of this one translation unit; so they shall
 #endif
@@ -13719,7 +13722,8 @@ BABYGPT_RARE Status finish_header(Span<const Section> sections, Span<const Weigh
     while (good && to.count % 8 != 0) good = to.push(' ');
     if (!good) return out_of_memory(to.count);
     if (to.count - 8 > longest_header) return fail(Error::unsupported, "the tokenizer is too large for a checkpoint: ", to.count, " bytes");
-    for (size_t i = 0; i < 8; ++i) to[i] = static_cast<char>((to.count - 8) >> (8 * i) & 0xff);
+    const uint64_t length = to.count - 8;
+    for (size_t i = 0; i < 8; ++i) to[i] = static_cast<char>(length >> (8 * i) & 0xff);
     return Status();
 }
 

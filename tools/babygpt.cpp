@@ -2788,7 +2788,7 @@ int fill_gaps(Arguments& in) {
         must(reader.encoder.fill(reader.example(), int(at), probabilities));
         for (size_t i = 0; i < order.size(); ++i) order[i] = int32_t(i);
         const size_t shown = std::min(size_t(top), order.size());
-        std::partial_sort(order.begin(), order.begin() + int64_t(shown), order.end(), [&](int32_t a, int32_t b) {
+        std::partial_sort(order.begin(), order.begin() + std::ptrdiff_t(shown), order.end(), [&](int32_t a, int32_t b) {
             const float p = probabilities[size_t(a)], q = probabilities[size_t(b)];
             return p > q || (p == q && a < b);
         });
