@@ -16486,7 +16486,7 @@ struct Walk {
             return;
         }
         std::atomic<int> next[max_threads];
-        for (int w = 0; w < workers; ++w) next[w].store(w * items / workers, std::memory_order_relaxed);
+        for (int w = 0; w < workers; ++w) next[w].exchange(w * items / workers, std::memory_order_relaxed);
         parallel(runtime, workers, [&](int worker) {
             for (int w = worker, tried = 0; tried < workers; ++tried, w = (w + 1) % workers)
                 for (int i; (i = next[w].fetch_add(1, std::memory_order_relaxed)) < (w + 1) * items / workers;)
@@ -16912,7 +16912,7 @@ double fma_ceiling(Runtime& runtime, int threads) {
             float result;
             done.fetch_add(static_cast<int64_t>(kernels.ceiling(rounds, &result)) + (result > 1e30f));
         });
-        best = most(best, 2e-9 * static_cast<double>(done.load()) / (seconds_now() - start));
+        best = most(best, 2e-9 * static_cast<double>(done.exchange(0)) / (seconds_now() - start));
     }
     return best;
 }

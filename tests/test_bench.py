@@ -109,7 +109,7 @@ def check_bench(folder):
     check("no such program", run(*common, "--babygpt", folder, "idle").returncode == 1)
     if os.name == "posix":
         child = subprocess.Popen([*common, "--seconds", "60", "--pairs", "1", "idle", "growth-192-384"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                 start_new_session=True)
+                                 start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # it may be ignored here
         for line in child.stderr:
             if "growth-192-384: babygpt" in line:
                 break
