@@ -16485,7 +16485,7 @@ struct Walk {
             for (int i = 0; i < items; ++i) f(i, slots);
             return;
         }
-        std::atomic<int> next[max_threads];
+        std::atomic<int> next[max_threads];  // exchange: store is a function of the standard library's, which would stay in the object file
         for (int w = 0; w < workers; ++w) next[w].exchange(w * items / workers, std::memory_order_relaxed);
         parallel(runtime, workers, [&](int worker) {
             for (int w = worker, tried = 0; tried < workers; ++tried, w = (w + 1) % workers)

@@ -114,7 +114,7 @@ void check_gradients(const char* what, const Tape& tape, const Run& run, double 
                 const double above = (learnt[at] = w + h, loss(tape, m, run));
                 return above - (learnt[at] = w - h, loss(tape, m, run));
             };
-            // Of an op by four points, with an error of order h^4; of a model, where less is asked, by two, of order h^2.
+            // Of an op by four points far apart, with an error of order h^4; of a model by two, whose rounding alone is 1e-6 of a head's gradient.
             const double h = limit < model_limit ? 5e-5 : 1e-6;
             const double difference = limit < model_limit ? (8 * apart(h) - apart(2 * h)) / (12 * h) : apart(h) / (2 * h);
             learnt[at] = w;
