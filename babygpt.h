@@ -14701,7 +14701,15 @@ struct Simd : VectorTypes<width_> {
     }
 
     // sum = a * b + sum, rounded once
-    static BABYGPT_INLINE void fma(V& sum, const V& a, const V& b) { fma(sum, a, b, sum); }
+    static BABYGPT_INLINE void fma(V& sum, const V& a, const V& b) {
+#if BABYGPT_X86 && BABYGPT_VECTORS && !defined(__clang__)
+        if constexpr (fused == width && width >= 8) {  // so that each sum stays in its register: GCC would move sums about, and out of them
+            __asm__("vfmadd231ps {%2, %1, %0|%0, %1, %2}" : "+v"(sum) : "v"(a), "v"(b));
+            return;
+        }
+#endif
+        fma(sum, a, b, sum);
+    }
     // d = a * b + c, rounded once
     static BABYGPT_INLINE void fma(V& d, const V& a, const V& b, const V& c) {
 #if BABYGPT_VECTORS
@@ -14960,6 +14968,9 @@ constexpr int depth_block = 256;  // a panel of B of this depth stays in the fir
 constexpr int row_block = 96;     // ... and so many rows of A in the second; a multiple of every tile's rows
 
 template <class Set>
+struct Called;  // what is called rather than inlined: a set's own functions (chapter 11, BABYGPT_KERNELS)
+
+template <class Set>
 struct Products {
     using V = typename Set::V;
     using U = typename Set::U;
@@ -15058,44 +15069,66 @@ struct Products {
 
     // rows x columns of C: c[r][j] = start[r][j] + sum over k < depth of a[r * a_row + k * a_step] * b[k * b_row + j], a chain; start null: 0.
     // Meanwhile it fetches what is needed next: at every k from `next` on, in steps; null: nothing.
-    template <int rows, int columns, class E>
+    // `unroll` values of k at a time: where another thread shares the core, the number of instructions bounds it, not that of multiply-adds.
+    template <int rows, int columns, int unroll, class E>
     static BABYGPT_INLINE void tile(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a, int64_t a_row,
                                     int64_t a_step, const E* b, int64_t b_row, int depth, const float* scale = nullptr,
                                     const E* next = nullptr, int64_t next_step = 0) {
         constexpr int vectors = columns / Set::width;
-        V sum[static_cast<size_t>(rows)][static_cast<size_t>(vectors)], right[static_cast<size_t>(vectors)], left;
-        V by;
+        V sum[static_cast<size_t>(rows * vectors)], by;
         BABYGPT_UNROLL
         for (int r = 0; r < rows; ++r) {
             BABYGPT_UNROLL
             for (int j = 0; j < vectors; ++j) {
-                if (start) Set::load(sum[r][j], start + r * start_row + j * Set::width);
-                else Set::splat(sum[r][j], 0);
-                if constexpr (sizeof(E) == 1) Set::load(by, scale + columns + j * Set::width), sum[r][j] = sum[r][j] * by;
+                if (start) Set::load(sum[r * vectors + j], start + r * start_row + j * Set::width);
+                else Set::splat(sum[r * vectors + j], 0);
+                if constexpr (sizeof(E) == 1)
+                    Set::load(by, scale + columns + j * Set::width), sum[r * vectors + j] = sum[r * vectors + j] * by;
             }
         }
-        for (int k = 0; k < depth; ++k, a += a_step, b += b_row) {
-            if (next) prefetch(next), next += next_step;
-            BABYGPT_UNROLL
-            for (int j = 0; j < vectors; ++j) {
-                if constexpr (sizeof(E) > 1) Set::load(right[j], b + j * Set::width);
-                else if (j % 2 == 0) Set::load(right[j], right[j + 1], b + j * Set::width);
-            }
-            BABYGPT_UNROLL
-            for (int r = 0; r < rows; ++r) {
-                Set::splat(left, a[r * a_row]);
+        int64_t k = 0;
+        for (; k + unroll <= depth; k += unroll, b += unroll * b_row) {
+            if (next) {
                 BABYGPT_UNROLL
-                for (int j = 0; j < vectors; ++j) Set::fma(sum[r][j], left, right[j]);
+                for (int i = 0; i < unroll; ++i) prefetch(next), next += next_step;
             }
+            BABYGPT_UNROLL
+            for (int i = 0; i < unroll; ++i) add_outer<rows, vectors>(sum, a, a_row, (k + i) * a_step, b + i * b_row);
         }
+        for (; k < depth && unroll > 1; ++k, b += b_row) add_outer<rows, vectors>(sum, a, a_row, k * a_step, b);
         BABYGPT_UNROLL
         for (int r = 0; r < rows; ++r) {
             BABYGPT_UNROLL
             for (int j = 0; j < vectors; ++j) {
-                if constexpr (sizeof(E) == 1) Set::load(by, scale + j * Set::width), sum[r][j] = sum[r][j] * by;
-                Set::store(c + r * c_row + j * Set::width, sum[r][j]);
+                if constexpr (sizeof(E) == 1) Set::load(by, scale + j * Set::width), sum[r * vectors + j] = sum[r * vectors + j] * by;
+                Set::store(c + r * c_row + j * Set::width, sum[r * vectors + j]);
             }
         }
+    }
+    // What one k adds: sum[r][j] += a[r * a_row + at] * b[j].
+    template <int rows, int vectors, class E>
+    static BABYGPT_INLINE void add_outer(V* sum, const float* a, int64_t a_row, int64_t at, const E* b) {
+        V right[static_cast<size_t>(vectors)], left;
+        BABYGPT_UNROLL
+        for (int j = 0; j < vectors; ++j) {
+            if constexpr (sizeof(E) > 1) Set::load(right[j], b + j * Set::width);
+            else if (j % 2 == 0) Set::load(right[j], right[j + 1], b + j * Set::width);
+        }
+        BABYGPT_UNROLL
+        for (int r = 0; r < rows; ++r) {
+            Set::splat(left, (a + r * a_row)[at]);
+            BABYGPT_UNROLL
+            for (int j = 0; j < vectors; ++j) Set::fma(sum[r * vectors + j], left, right[j]);
+        }
+    }
+    // The same on a panel of B; A either runs along its rows, or is a panel, too. Each is called, not inlined: six in one function would have too
+    // few registers.
+    template <int rows, bool in_place, class E>
+    static BABYGPT_INLINE void panel_product(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a, int64_t a_row,
+                                             const E* b, int depth, const float* scale, const E* next, int64_t next_step) {
+        constexpr int unroll = Set::calls ? 1 : rows > 6 ? 2 : 4;
+        tile<rows, tile_columns, unroll>(c, c_row, start, start_row, a, in_place ? a_row : 1, in_place ? 1 : tile_rows, b, tile_columns,
+                                         depth, scale, next, next_step);
     }
 
     // A whole tile, with a panel of any dtype from k0 on. `next`: the panel that will be needed after this one, of which it fetches a share; null: none.
@@ -15105,20 +15138,23 @@ struct Products {
     };
     template <int rows, class E>
     static BABYGPT_INLINE void panel_tile(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a, int64_t a_row,
-                                          int64_t a_step, const float* panel, const Next& next, int k0, int depth) {
+                                          bool in_place, const float* panel, const Next& next, int k0, int depth) {
         const int64_t from = static_cast<int64_t>(k0) * tile_columns;
-        tile<rows, tile_columns>(c, c_row, start, start_row, a, a_row, a_step, elements<E>(panel) + from, tile_columns, depth, panel,
-                                 next.panel ? elements<E>(next.panel) + from + next.from : nullptr, next.step);
+        const E *b = elements<E>(panel) + from, *then = next.panel ? elements<E>(next.panel) + from + next.from : nullptr;
+        if (in_place)
+            Called<Set>::template panel_product<rows, true>(c, c_row, start, start_row, a, a_row, b, depth, panel, then, next.step);
+        else Called<Set>::template panel_product<rows, false>(c, c_row, start, start_row, a, a_row, b, depth, panel, then, next.step);
     }
     template <int rows>
     static BABYGPT_INLINE void panel_tile(Dtype dtype, float* c, int64_t c_row, const float* start, int64_t start_row, const float* a,
-                                          int64_t a_row, int64_t a_step, const float* panel, const Next& next, int k0, int depth) {
+                                          int64_t a_row, bool in_place, const float* panel, const Next& next, int k0, int depth) {
         if constexpr (Set::is_narrow) {
             if (dtype == Dtype::bf16)
-                return panel_tile<rows, uint16_t>(c, c_row, start, start_row, a, a_row, a_step, panel, next, k0, depth);
-            if (dtype == Dtype::int8) return panel_tile<rows, int8_t>(c, c_row, start, start_row, a, a_row, a_step, panel, next, k0, depth);
+                return panel_tile<rows, uint16_t>(c, c_row, start, start_row, a, a_row, in_place, panel, next, k0, depth);
+            if (dtype == Dtype::int8)
+                return panel_tile<rows, int8_t>(c, c_row, start, start_row, a, a_row, in_place, panel, next, k0, depth);
         }
-        panel_tile<rows, float>(c, c_row, start, start_row, a, a_row, a_step, panel, next, k0, depth);
+        panel_tile<rows, float>(c, c_row, start, start_row, a, a_row, in_place, panel, next, k0, depth);
     }
     // How many rows the tile has that begins where `left` rows are left: for a few sessions, or at the end, a low one may waste less.
     static constexpr int low_rows = Set::calls ? tile_rows : 4;
@@ -15149,7 +15185,6 @@ struct Products {
                     const float* from = a          ? a + static_cast<int64_t>(row + r) * p.depth + static_cast<int64_t>(k0) * tile_rows
                                         : in_place ? p.a.element(k0, row + r)
                                                    : last_rows;
-                    const int64_t a_row = in_place ? p.a.stride : 1, a_step = in_place ? 1 : tile_rows;
                     const bool is_whole = height == tall && columns == tile_columns;
                     float edge[static_cast<size_t>(tile_rows * tile_columns)];  // a tile at the edge of C is computed here
                     float* c = p.c + (row + r) * p.c_stride + j;
@@ -15168,8 +15203,8 @@ struct Products {
                     const Next next = {rows < row_block ? panel + apart : nullptr, r * depth / rows * tile_columns,
                                        most(1, height * tile_columns / rows)};
                     if (tall == tile_rows)
-                        panel_tile<tile_rows>(p.dtype, to, c_row, start, start_row, from, a_row, a_step, panel, next, k0, depth);
-                    else panel_tile<low_rows>(p.dtype, to, c_row, start, start_row, from, a_row, a_step, panel, next, k0, depth);
+                        panel_tile<tile_rows>(p.dtype, to, c_row, start, start_row, from, p.a.stride, in_place, panel, next, k0, depth);
+                    else panel_tile<low_rows>(p.dtype, to, c_row, start, start_row, from, p.a.stride, in_place, panel, next, k0, depth);
                     for (int i = 0; i < height && !is_whole; ++i)
                         memcpy(c + i * p.c_stride, edge + i * tile_columns, static_cast<size_t>(columns) * sizeof(float));
                 }
@@ -15271,9 +15306,6 @@ BABYGPT_CALL inline double cross_entropy(float total, float biggest, float targe
     if (smoothing > 0) loss -= smoothing * static_cast<double>(sum) / vocab;
     return loss;
 }
-
-template <class Set>
-struct Called;  // what is called rather than inlined: a set's own functions (chapter 11, BABYGPT_KERNELS)
 
 template <class Set>
 struct Rows {
@@ -15890,7 +15922,7 @@ struct Rows {
     static BABYGPT_INLINE void tile(float* c, int64_t c_row, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row,
                                     int n, bool fresh) {
         if constexpr (rows == tall && columns == wide) Called<Set>::tile(c, c_row, fresh ? nullptr : c, a, a_row, a_step, b, b_row, n);
-        else Products<Set>::template tile<rows, columns>(c, c_row, fresh ? nullptr : c, c_row, a, a_row, a_step, b, b_row, n);
+        else Products<Set>::template tile<rows, columns, 1>(c, c_row, fresh ? nullptr : c, c_row, a, a_row, a_step, b, b_row, n);
     }
     // The triangle of a tile: step e = 0..count-1 adds a[r * a_row + e * a_step] * b[e][0..wide) to the rows r > e (lower: r <= e).
     template <bool lower>
@@ -16353,56 +16385,63 @@ struct Kernels {
     double (*ceiling)(int64_t rounds, float* result);
 };
 
-#define BABYGPT_KERNELS(set, Set, name, target)                                                                                          \
-    template <>                                                                                                                          \
-    struct Called<Set> {                                                                                                                 \
-        target static BABYGPT_CALL void tile(float* c, int64_t c_row, const float* start, const float* a, int64_t a_row, int64_t a_step, \
-                                             const float* b, int64_t b_row, int n) {                                                     \
-            Products<Set>::template tile<Rows<Set>::tall, Rows<Set>::wide>(c, c_row, start, c_row, a, a_row, a_step, b, b_row, n);       \
-        }                                                                                                                                \
-        target static BABYGPT_CALL void add(float* y, const float* a, const float* b, int64_t n) { Rows<Set>::add(y, a, b, n); }         \
-    };                                                                                                                                   \
-    struct set {                                                                                                                         \
-        target static void pack_a(float* to, const Factor& a, int row, int depth, int rows) {                                            \
-            Products<Set>::pack_a(to, a, row, depth, rows);                                                                              \
-        }                                                                                                                                \
-        static int64_t panel_floats(Dtype dtype, int depth) { return Products<Set>::panel_floats(dtype, depth); }                        \
-        target static void pack_b(float* to, const Factor& b, int column, int depth, int columns, Dtype dtype) {                         \
-            Products<Set>::pack_b(to, b, column, depth, columns, dtype);                                                                 \
-        }                                                                                                                                \
-        target static void block(const Product& p, const float* a, const float* b, int row, int column, int end) {                       \
-            Products<Set>::block(p, a, b, row, column, end);                                                                             \
-        }                                                                                                                                \
-        target static void single_row(const Product& p, const float* b, int column, int end) {                                           \
-            Products<Set>::single_row(p, b, column, end);                                                                                \
-        }                                                                                                                                \
-        target static void forward(const Work& work, int from, int to) { forward_part<Set>(work, from, to); }                            \
-        target static void backward(const Work& work, int from, int to) { backward_part<Set>(work, from, to); }                          \
-        target static void attention(const Work& work, int from, int to, float* space, bool backward) {                                  \
-            attention_part<Set>(work, from, to, space, backward);                                                                        \
-        }                                                                                                                                \
-        target static void update(const Update& u, int from, int to) { update_part<Set>(u, from, to); }                                  \
-        target static float biggest(const float* x, int n) { return Rows<Set>::biggest_of(x, n); }                                       \
-        target static float exponentials(float* to, const float* x, int n, float biggest, float factor) {                                \
-            return Rows<Set>::exponentials(to, x, n, biggest, factor);                                                                   \
-        }                                                                                                                                \
-        target static double ceiling(int64_t rounds, float* result) { return Products<Set>::ceiling(rounds, result); }                   \
-        static constexpr Kernels table = {name,                                                                                          \
-                                          Products<Set>::tile_rows,                                                                      \
-                                          Products<Set>::tile_columns,                                                                   \
-                                          &Rows<Set>::attention_scratch,                                                                 \
-                                          &pack_a,                                                                                       \
-                                          &panel_floats,                                                                                 \
-                                          &pack_b,                                                                                       \
-                                          &block,                                                                                        \
-                                          &single_row,                                                                                   \
-                                          &forward,                                                                                      \
-                                          &backward,                                                                                     \
-                                          &attention,                                                                                    \
-                                          &update,                                                                                       \
-                                          &biggest,                                                                                      \
-                                          &exponentials,                                                                                 \
-                                          &ceiling};                                                                                     \
+#define BABYGPT_KERNELS(set, Set, name, target)                                                                                            \
+    template <>                                                                                                                            \
+    struct Called<Set> {                                                                                                                   \
+        target static BABYGPT_CALL void tile(float* c, int64_t c_row, const float* start, const float* a, int64_t a_row, int64_t a_step,   \
+                                             const float* b, int64_t b_row, int n) {                                                       \
+            constexpr int unroll = Set::calls ? 1 : 2;                                                                                     \
+            Products<Set>::template tile<Rows<Set>::tall, Rows<Set>::wide, unroll>(c, c_row, start, c_row, a, a_row, a_step, b, b_row, n); \
+        }                                                                                                                                  \
+        target static BABYGPT_CALL void add(float* y, const float* a, const float* b, int64_t n) { Rows<Set>::add(y, a, b, n); }           \
+        template <int rows, bool in_place, class E>                                                                                        \
+        target static BABYGPT_CALL void panel_product(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a,      \
+                                                      int64_t a_row, const E* b, int depth, const float* scale, const E* next,             \
+                                                      int64_t next_step) {                                                                 \
+            Products<Set>::template panel_product<rows, in_place>(c, c_row, start, start_row, a, a_row, b, depth, scale, next, next_step); \
+        }                                                                                                                                  \
+    };                                                                                                                                     \
+    struct set {                                                                                                                           \
+        target static void pack_a(float* to, const Factor& a, int row, int depth, int rows) {                                              \
+            Products<Set>::pack_a(to, a, row, depth, rows);                                                                                \
+        }                                                                                                                                  \
+        static int64_t panel_floats(Dtype dtype, int depth) { return Products<Set>::panel_floats(dtype, depth); }                          \
+        target static void pack_b(float* to, const Factor& b, int column, int depth, int columns, Dtype dtype) {                           \
+            Products<Set>::pack_b(to, b, column, depth, columns, dtype);                                                                   \
+        }                                                                                                                                  \
+        target static void block(const Product& p, const float* a, const float* b, int row, int column, int end) {                         \
+            Products<Set>::block(p, a, b, row, column, end);                                                                               \
+        }                                                                                                                                  \
+        target static void single_row(const Product& p, const float* b, int column, int end) {                                             \
+            Products<Set>::single_row(p, b, column, end);                                                                                  \
+        }                                                                                                                                  \
+        target static void forward(const Work& work, int from, int to) { forward_part<Set>(work, from, to); }                              \
+        target static void backward(const Work& work, int from, int to) { backward_part<Set>(work, from, to); }                            \
+        target static void attention(const Work& work, int from, int to, float* space, bool backward) {                                    \
+            attention_part<Set>(work, from, to, space, backward);                                                                          \
+        }                                                                                                                                  \
+        target static void update(const Update& u, int from, int to) { update_part<Set>(u, from, to); }                                    \
+        target static float biggest(const float* x, int n) { return Rows<Set>::biggest_of(x, n); }                                         \
+        target static float exponentials(float* to, const float* x, int n, float biggest, float factor) {                                  \
+            return Rows<Set>::exponentials(to, x, n, biggest, factor);                                                                     \
+        }                                                                                                                                  \
+        target static double ceiling(int64_t rounds, float* result) { return Products<Set>::ceiling(rounds, result); }                     \
+        static constexpr Kernels table = {name,                                                                                            \
+                                          Products<Set>::tile_rows,                                                                        \
+                                          Products<Set>::tile_columns,                                                                     \
+                                          &Rows<Set>::attention_scratch,                                                                   \
+                                          &pack_a,                                                                                         \
+                                          &panel_floats,                                                                                   \
+                                          &pack_b,                                                                                         \
+                                          &block,                                                                                          \
+                                          &single_row,                                                                                     \
+                                          &forward,                                                                                        \
+                                          &backward,                                                                                       \
+                                          &attention,                                                                                      \
+                                          &update,                                                                                         \
+                                          &biggest,                                                                                        \
+                                          &exponentials,                                                                                   \
+                                          &ceiling};                                                                                       \
     };
 
 #if defined(__ARM_NEON) && BABYGPT_VECTORS
