@@ -1,6 +1,6 @@
 # make            build/babygpt, the command line
 # make run        train a small GPT on the talk of a village (at most two minutes), then chat with it
-# make test       the tests that need a compiler and make, nothing more (two minutes on two cores)
+# make test       the tests that need a compiler and make, nothing more (some two minutes on two cores)
 # make test-all   these, and what needs Python, PyTorch, clang, cross-compilers or ../shared: says in a line what is not here and is left out
 # make damage     damaged files for the readers: small ones cut at every byte and changed some 20,000 times, large ones cut at 1,000 places
 # make exam       asks the villagers that make run trained 78 questions, each in three spellings
