@@ -14641,7 +14641,7 @@ struct Simd : VectorTypes<width_> {
         struct __attribute__((may_alias)) Shorts {
             uint16_t each[static_cast<size_t>(width_)];
         };
-        __asm__("vpmovzxwd %1, %0\n\tvpslld $16, %0, %0" : "=v"(v) : "m"(*reinterpret_cast<const Shorts*>(p)));
+        __asm__("vpmovzxwd {%1, %0|%0, %1}\n\tvpslld {$16, %0, %0|%0, %0, 16}" : "=v"(v) : "m"(*reinterpret_cast<const Shorts*>(p)));
     }
     static BABYGPT_INLINE void load(V& v, V& w, const int8_t* p) {
         struct __attribute__((may_alias)) Bytes {
@@ -14649,11 +14649,13 @@ struct Simd : VectorTypes<width_> {
         };
         const Bytes* bytes = reinterpret_cast<const Bytes*>(p);
         if constexpr (width_ == 8)
-            __asm__("vbroadcasti128 %2, %1\n\tvpshufb %3, %1, %0\n\tvpshufb %4, %1, %1\n\tvcvtdq2ps %0, %0\n\tvcvtdq2ps %1, %1"
-                    : "=&x"(v), "=&x"(w)
-                    : "m"(*bytes), "xm"(*reinterpret_cast<const V*>(int8_places)), "xm"(*reinterpret_cast<const V*>(int8_places + 32)));
+            __asm__(
+                "vbroadcasti128 {%2, %1|%1, %2}\n\tvpshufb {%3, %1, %0|%0, %1, %3}\n\tvpshufb {%4, %1, %1|%1, %1, %4}\n\t"
+                "vcvtdq2ps %0, %0\n\tvcvtdq2ps %1, %1"
+                : "=&x"(v), "=&x"(w)
+                : "m"(*bytes), "xm"(*reinterpret_cast<const V*>(int8_places)), "xm"(*reinterpret_cast<const V*>(int8_places + 32)));
         else
-            __asm__("vpmovsxbd %2, %0\n\tvpmovsxbd %3, %1\n\tvcvtdq2ps %0, %0\n\tvcvtdq2ps %1, %1"
+            __asm__("vpmovsxbd {%2, %0|%0, %2}\n\tvpmovsxbd {%3, %1|%1, %3}\n\tvcvtdq2ps %0, %0\n\tvcvtdq2ps %1, %1"
                     : "=&v"(v), "=&v"(w)
                     : "m"(bytes[0]), "m"(bytes[1]));
     }
@@ -14677,7 +14679,7 @@ struct Simd : VectorTypes<width_> {
             Simd<8, 8>::splat(half[0], s);
             half[1] = half[0];
             memcpy(&v, half, sizeof v);
-        } else if constexpr (fused > 0) __asm__("vbroadcastss %1, %0" : "=v"(v) : "vm"(s));
+        } else if constexpr (fused > 0) __asm__("vbroadcastss {%1, %0|%0, %1}" : "=v"(v) : "vm"(s));
         else v = s - V{};
 #else
         v = s - V{};  // s - 0 is s, -0 too
@@ -15128,40 +15130,33 @@ struct Products {
             for (int j = 0; j < vectors; ++j) Set::fma(sum[r * vectors + j], left, right[j]);
         }
     }
-    // The same on a panel of B; A either runs along its rows, or is a panel, too. Each is called, not inlined: six in one function would have too
-    // few registers.
-    template <int rows, bool in_place, class E>
-    static BABYGPT_INLINE void panel_product(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a, int64_t a_row,
-                                             const E* b, int depth, const float* scale, const E* next, int64_t next_step) {
-        constexpr int unroll = Set::calls ? 1 : rows > 6 ? 2 : 4;
-        tile<rows, tile_columns, unroll>(c, c_row, start, start_row, a, in_place ? a_row : 1, in_place ? 1 : tile_rows, b, tile_columns,
-                                         depth, scale, next, next_step);
-    }
+    template <int rows>
+    static constexpr int unroll = Set::calls ? 1
+                                  : rows > 6 ? 2
+                                             : 4;
 
-    // A whole tile, with a panel of any dtype from k0 on. `next`: the panel that will be needed after this one, of which it fetches a share; null: none.
+    // A whole tile, with a panel of B from k0 on. A runs along its rows, or is a panel, too; it is one only where all is float.
+    // `next`: the panel that will be needed after this one, of which it fetches a share; null: none.
     struct Next {
         const float* panel;
         int64_t from, step;  // in elements
     };
-    template <int rows, class E>
+    template <int rows, Depth a_runs, class E>
     static BABYGPT_INLINE void panel_tile(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a, int64_t a_row,
-                                          bool in_place, const float* panel, const Next& next, int k0, int depth) {
+                                          const float* panel, const Next& next, int k0, int depth) {
         const int64_t from = static_cast<int64_t>(k0) * tile_columns;
-        const E *b = elements<E>(panel) + from, *then = next.panel ? elements<E>(next.panel) + from + next.from : nullptr;
-        if (in_place)
-            Called<Set>::template panel_product<rows, true>(c, c_row, start, start_row, a, a_row, b, depth, panel, then, next.step);
-        else Called<Set>::template panel_product<rows, false>(c, c_row, start, start_row, a, a_row, b, depth, panel, then, next.step);
+        Called<Set>::template panel_tile<rows, a_runs>(c, c_row, start, start_row, a, a_row, elements<E>(panel) + from, depth, panel,
+                                                       next.panel ? elements<E>(next.panel) + from + next.from : nullptr, next.step);
     }
     template <int rows>
     static BABYGPT_INLINE void panel_tile(Dtype dtype, float* c, int64_t c_row, const float* start, int64_t start_row, const float* a,
-                                          int64_t a_row, bool in_place, const float* panel, const Next& next, int k0, int depth) {
+                                          int64_t a_row, const float* panel, const Next& next, int k0, int depth) {
         if constexpr (Set::is_narrow) {
             if (dtype == Dtype::bf16)
-                return panel_tile<rows, uint16_t>(c, c_row, start, start_row, a, a_row, in_place, panel, next, k0, depth);
-            if (dtype == Dtype::int8)
-                return panel_tile<rows, int8_t>(c, c_row, start, start_row, a, a_row, in_place, panel, next, k0, depth);
+                return panel_tile<rows, along, uint16_t>(c, c_row, start, start_row, a, a_row, panel, next, k0, depth);
+            if (dtype == Dtype::int8) return panel_tile<rows, along, int8_t>(c, c_row, start, start_row, a, a_row, panel, next, k0, depth);
         }
-        panel_tile<rows, float>(c, c_row, start, start_row, a, a_row, in_place, panel, next, k0, depth);
+        panel_tile<rows, along, float>(c, c_row, start, start_row, a, a_row, panel, next, k0, depth);
     }
     // How many rows the tile has that begins where `left` rows are left: for a few sessions, or at the end, a low one may waste less.
     static constexpr int low_rows = Set::calls ? tile_rows : 4;
@@ -15170,7 +15165,7 @@ struct Products {
     }
 
     // Rows from `row` on, at most row_block, and columns [column, end) of C (whole panels of B, except the last).
-    // a: panels, each [p.depth][tile_rows], of all rows; null: A runs along its rows, and is read where it is.
+    // a: panels, each [p.depth][tile_rows], of all rows (and all is float); null: A runs along its rows, and is read where it is.
     // b: panels, each [p.depth][tile_columns], of all columns.
     static BABYGPT_INLINE void block(const Product& p, const float* a, const float* b, int row, int column, int end) {
         const int64_t apart = panel_floats(p.dtype, p.depth);
@@ -15178,20 +15173,23 @@ struct Products {
         int rest = rows;
         while (rest >= rows_of_tile(rest) && !a) rest -= rows_of_tile(rest);
         const int blocks = (p.depth + depth_block - 1) / depth_block, step = (p.depth + blocks - 1) / blocks;
-        float last_rows[static_cast<size_t>(tile_rows * depth_block)];  // that do not fill a tile
+        float last_rows[static_cast<size_t>(tile_rows * depth_block)];  // of A that do not fill a tile, and rows of zeros
         for (int k0 = 0; k0 < p.depth; k0 += step) {
             const int depth = least(step, p.depth - k0);
-            if (!a && rest) pack<tile_rows>(last_rows, p.a.element(k0, row + rows - rest), p.a.stride, p.a.runs, depth, rest);
+            if (!a && rest) {
+                copy_rows(last_rows, depth, p.a.element(k0, row + rows - rest), p.a.stride, rest, depth, depth);
+                memset(last_rows + rest * depth, 0, static_cast<size_t>((tile_rows - rest) * depth) * sizeof(float));
+            }
             for (int j = column; j < end; j += tile_columns) {
                 const float* panel = b + j / tile_columns * apart;
                 const int columns = least(tile_columns, p.columns - j);
                 for (int r = 0, height; r < rows; r += height) {
                     const int tall = a ? tile_rows : rows_of_tile(rows - r);
                     height = least(tall, rows - r);
-                    const bool in_place = !a && height == tall;
-                    const float* from = a          ? a + static_cast<int64_t>(row + r) * p.depth + static_cast<int64_t>(k0) * tile_rows
-                                        : in_place ? p.a.element(k0, row + r)
-                                                   : last_rows;
+                    const float* from = a ? a + static_cast<int64_t>(row + r) * p.depth + static_cast<int64_t>(k0) * tile_rows
+                                        : height == tall ? p.a.element(k0, row + r)
+                                                         : last_rows;
+                    const int64_t a_row = height == tall ? p.a.stride : depth;
                     const bool is_whole = height == tall && columns == tile_columns;
                     float edge[static_cast<size_t>(tile_rows * tile_columns)];  // a tile at the edge of C is computed here
                     float* c = p.c + (row + r) * p.c_stride + j;
@@ -15209,9 +15207,10 @@ struct Products {
                     // Many rows hide the fetching of one panel, and another one would take the first cache from what they need.
                     const Next next = {rows < row_block ? panel + apart : nullptr, r * depth / rows * tile_columns,
                                        most(1, height * tile_columns / rows)};
-                    if (tall == tile_rows)
-                        panel_tile<tile_rows>(p.dtype, to, c_row, start, start_row, from, p.a.stride, in_place, panel, next, k0, depth);
-                    else panel_tile<low_rows>(p.dtype, to, c_row, start, start_row, from, p.a.stride, in_place, panel, next, k0, depth);
+                    if (a) panel_tile<tile_rows, down, float>(to, c_row, start, start_row, from, tile_rows, panel, next, k0, depth);
+                    else if (tall == tile_rows)
+                        panel_tile<tile_rows>(p.dtype, to, c_row, start, start_row, from, a_row, panel, next, k0, depth);
+                    else panel_tile<low_rows>(p.dtype, to, c_row, start, start_row, from, a_row, panel, next, k0, depth);
                     for (int i = 0; i < height && !is_whole; ++i)
                         memcpy(c + i * p.c_stride, edge + i * tile_columns, static_cast<size_t>(columns) * sizeof(float));
                 }
@@ -16403,63 +16402,66 @@ struct Kernels {
     double (*ceiling)(int64_t rounds, float* result);
 };
 
-#define BABYGPT_KERNELS(set, Set, name, target)                                                                                            \
-    template <>                                                                                                                            \
-    struct Called<Set> {                                                                                                                   \
-        target static BABYGPT_CALL void tile(float* c, int64_t c_row, const float* start, const float* a, int64_t a_row, int64_t a_step,   \
-                                             const float* b, int64_t b_row, int n) {                                                       \
-            constexpr int unroll = Set::calls ? 1 : 2;                                                                                     \
-            Products<Set>::template tile<Rows<Set>::tall, Rows<Set>::wide, unroll>(c, c_row, start, c_row, a, a_row, a_step, b, b_row, n); \
-        }                                                                                                                                  \
-        target static BABYGPT_CALL void add(float* y, const float* a, const float* b, int64_t n) { Rows<Set>::add(y, a, b, n); }           \
-        template <int rows, bool in_place, class E>                                                                                        \
-        target static BABYGPT_CALL void panel_product(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a,      \
-                                                      int64_t a_row, const E* b, int depth, const float* scale, const E* next,             \
-                                                      int64_t next_step) {                                                                 \
-            Products<Set>::template panel_product<rows, in_place>(c, c_row, start, start_row, a, a_row, b, depth, scale, next, next_step); \
-        }                                                                                                                                  \
-    };                                                                                                                                     \
-    struct set {                                                                                                                           \
-        target static void pack_a(float* to, const Factor& a, int row, int depth, int rows) {                                              \
-            Products<Set>::pack_a(to, a, row, depth, rows);                                                                                \
-        }                                                                                                                                  \
-        static int64_t panel_floats(Dtype dtype, int depth) { return Products<Set>::panel_floats(dtype, depth); }                          \
-        target static void pack_b(float* to, const Factor& b, int column, int depth, int columns, Dtype dtype) {                           \
-            Products<Set>::pack_b(to, b, column, depth, columns, dtype);                                                                   \
-        }                                                                                                                                  \
-        target static void block(const Product& p, const float* a, const float* b, int row, int column, int end) {                         \
-            Products<Set>::block(p, a, b, row, column, end);                                                                               \
-        }                                                                                                                                  \
-        target static void single_row(const Product& p, const float* b, int column, int end) {                                             \
-            Products<Set>::single_row(p, b, column, end);                                                                                  \
-        }                                                                                                                                  \
-        target static void forward(const Work& work, int from, int to) { forward_part<Set>(work, from, to); }                              \
-        target static void backward(const Work& work, int from, int to) { backward_part<Set>(work, from, to); }                            \
-        target static void attention(const Work& work, int from, int to, float* space, bool backward) {                                    \
-            attention_part<Set>(work, from, to, space, backward);                                                                          \
-        }                                                                                                                                  \
-        target static void update(const Update& u, int from, int to) { update_part<Set>(u, from, to); }                                    \
-        target static float biggest(const float* x, int n) { return Rows<Set>::biggest_of(x, n); }                                         \
-        target static float exponentials(float* to, const float* x, int n, float biggest, float factor) {                                  \
-            return Rows<Set>::exponentials(to, x, n, biggest, factor);                                                                     \
-        }                                                                                                                                  \
-        target static double ceiling(int64_t rounds, float* result) { return Products<Set>::ceiling(rounds, result); }                     \
-        static constexpr Kernels table = {name,                                                                                            \
-                                          Products<Set>::tile_rows,                                                                        \
-                                          Products<Set>::tile_columns,                                                                     \
-                                          &Rows<Set>::attention_scratch,                                                                   \
-                                          &pack_a,                                                                                         \
-                                          &panel_floats,                                                                                   \
-                                          &pack_b,                                                                                         \
-                                          &block,                                                                                          \
-                                          &single_row,                                                                                     \
-                                          &forward,                                                                                        \
-                                          &backward,                                                                                       \
-                                          &attention,                                                                                      \
-                                          &update,                                                                                         \
-                                          &biggest,                                                                                        \
-                                          &exponentials,                                                                                   \
-                                          &ceiling};                                                                                       \
+#define BABYGPT_KERNELS(set, Set, name, target)                                                                                           \
+    template <>                                                                                                                           \
+    struct Called<Set> {                                                                                                                  \
+        target static BABYGPT_CALL void tile(float* c, int64_t c_row, const float* start, const float* a, int64_t a_row, int64_t a_step,  \
+                                             const float* b, int64_t b_row, int n) {                                                      \
+            Products<Set>::template tile<Rows<Set>::tall, Rows<Set>::wide, Products<Set>::template unroll<Rows<Set>::tall>>(              \
+                c, c_row, start, c_row, a, a_row, a_step, b, b_row, n);                                                                   \
+        }                                                                                                                                 \
+        template <int rows, Depth a_runs, class E>                                                                                        \
+        target static BABYGPT_CALL void panel_tile(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a,        \
+                                                   int64_t a_row, const E* b, int depth, const float* scale, const E* next,               \
+                                                   int64_t next_step) {                                                                   \
+            using P = Products<Set>;                                                                                                      \
+            P::template tile<rows, P::tile_columns, P::template unroll<rows>>(c, c_row, start, start_row, a, a_runs == along ? a_row : 1, \
+                                                                              a_runs == along ? 1 : P::tile_rows, b, P::tile_columns,     \
+                                                                              depth, scale, next, next_step);                             \
+        }                                                                                                                                 \
+        target static BABYGPT_CALL void add(float* y, const float* a, const float* b, int64_t n) { Rows<Set>::add(y, a, b, n); }          \
+    };                                                                                                                                    \
+    struct set {                                                                                                                          \
+        target static void pack_a(float* to, const Factor& a, int row, int depth, int rows) {                                             \
+            Products<Set>::pack_a(to, a, row, depth, rows);                                                                               \
+        }                                                                                                                                 \
+        static int64_t panel_floats(Dtype dtype, int depth) { return Products<Set>::panel_floats(dtype, depth); }                         \
+        target static void pack_b(float* to, const Factor& b, int column, int depth, int columns, Dtype dtype) {                          \
+            Products<Set>::pack_b(to, b, column, depth, columns, dtype);                                                                  \
+        }                                                                                                                                 \
+        target static void block(const Product& p, const float* a, const float* b, int row, int column, int end) {                        \
+            Products<Set>::block(p, a, b, row, column, end);                                                                              \
+        }                                                                                                                                 \
+        target static void single_row(const Product& p, const float* b, int column, int end) {                                            \
+            Products<Set>::single_row(p, b, column, end);                                                                                 \
+        }                                                                                                                                 \
+        target static void forward(const Work& work, int from, int to) { forward_part<Set>(work, from, to); }                             \
+        target static void backward(const Work& work, int from, int to) { backward_part<Set>(work, from, to); }                           \
+        target static void attention(const Work& work, int from, int to, float* space, bool backward) {                                   \
+            attention_part<Set>(work, from, to, space, backward);                                                                         \
+        }                                                                                                                                 \
+        target static void update(const Update& u, int from, int to) { update_part<Set>(u, from, to); }                                   \
+        target static float biggest(const float* x, int n) { return Rows<Set>::biggest_of(x, n); }                                        \
+        target static float exponentials(float* to, const float* x, int n, float biggest, float factor) {                                 \
+            return Rows<Set>::exponentials(to, x, n, biggest, factor);                                                                    \
+        }                                                                                                                                 \
+        target static double ceiling(int64_t rounds, float* result) { return Products<Set>::ceiling(rounds, result); }                    \
+        static constexpr Kernels table = {name,                                                                                           \
+                                          Products<Set>::tile_rows,                                                                       \
+                                          Products<Set>::tile_columns,                                                                    \
+                                          &Rows<Set>::attention_scratch,                                                                  \
+                                          &pack_a,                                                                                        \
+                                          &panel_floats,                                                                                  \
+                                          &pack_b,                                                                                        \
+                                          &block,                                                                                         \
+                                          &single_row,                                                                                    \
+                                          &forward,                                                                                       \
+                                          &backward,                                                                                      \
+                                          &attention,                                                                                     \
+                                          &update,                                                                                        \
+                                          &biggest,                                                                                       \
+                                          &exponentials,                                                                                  \
+                                          &ceiling};                                                                                      \
     };
 
 #if defined(__ARM_NEON) && BABYGPT_VECTORS

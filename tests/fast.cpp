@@ -225,6 +225,7 @@ TEST(products, "a product of matrices is wrong, or adds in another order") {
             const bool a_across = form & 1, b_across = form & 2;
             const int starts = form / 4 % 3;  // 0: nothing, 1: a bias, 2: what is there
             const Dtype dtype = static_cast<Dtype>(form / 12);
+            if (dtype != Dtype::f32 && !a_across) continue;  // x W is all that such weights are for
             const Factor fa{a.items, a_across ? depth : rows, a_across ? along : down},
                 fb{b.items, b_across ? depth : columns, b_across ? along : down};
             for (size_t i = 0; i < b.count; ++i) b[i] = small_number(2, static_cast<int64_t>(i));
