@@ -53,8 +53,8 @@ $(build)/babygpt.o: babygpt.h Makefile
 $(build)/babygpt: tools/babygpt.cpp $(build)/babygpt.o tools/measures.h
 	$(compile) $(filter-out %.h,$^) $(LDFLAGS) -o $@
 # Only what is timed needs -O2; the others compile sooner.
-$(build)/babygpt: private flags.release := -O1
-$(patsubst %,$(build)/tests/%,$(filter-out fast,$(tests))): private flags.release := -O1
+$(build)/babygpt: private flags.release := -Og
+$(patsubst %,$(build)/tests/%,$(filter-out fast,$(tests))): private flags.release := -Og
 $(build)/tests/golden $(build)/tests/json: private flags.release := -O0
 $(emulated:%=$(build)/tests/%): private flags.release := -O1 -g
 $(emulated:%=$(build)/tests/%): $(build)/tests/%: tests/%.cpp tests/check.h tests/cuda_emulator.h $(wildcard babygpt_cuda.cu) $(build)/babygpt.o
@@ -72,7 +72,7 @@ $(build)/ceilings: tools/bench/ceilings.cpp
 	@mkdir -p $(@D)
 	$(compile) $< $(LDFLAGS) -o $@
 ifneq ($(filter test-all,$(MAKECMDGOALS)),)
-$(examples): flags.release := -O1  # there they need no speed, and compile sooner
+$(examples): flags.release := -Og  # there they need no speed, and compile sooner
 endif
 $(examples): $(build)/examples/%: examples/%.cpp babygpt.h
 	@mkdir -p $(@D)

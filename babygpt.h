@@ -16481,7 +16481,9 @@ BABYGPT_KERNELS(KernelsAvx512, Avx512, "avx512", __attribute__((target("avx512f,
 BABYGPT_KERNELS(KernelsAvx512, Avx512, "avx512", __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))))
 #endif
 #ifdef BABYGPT_TEST_WIDE
+BABYGPT_UNHURRIED_BEGIN
 BABYGPT_KERNELS(KernelsAvx2Wide, Avx2Wide, "avx2, wide", __attribute__((target("avx2,fma"))))
+BABYGPT_UNHURRIED_END
 #endif
 #endif
 

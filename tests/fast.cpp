@@ -177,7 +177,7 @@ constexpr Shape shapes[] = {
     {2, 1, 17, 96, 1, 5, false, true, Activation::gelu_tanh, 0, 0.1},
     {2, 3, 48, 257, 3, 11, true, false, Activation::gelu_tanh, 0.2, 0.1},
     {1, 2, 96, 96, 2, 96, true, true, Activation::gelu_tanh, 0, 0},
-    {1, 6, 384, 97, 1, 33, false, true, Activation::gelu, 0.1, 0},
+    {1, 3, 192, 97, 1, 33, false, true, Activation::gelu, 0.1, 0},
     {2, 4, 20, 31, 6, 17, true, true, Activation::gelu_tanh, 0, 0},
     {2, 3, 102, 40, 2, 19, true, true, Activation::gelu_tanh, 0.1, 0, Positions::rotary},
     {1, 6, 132, 97, 2, 33, true, false, Activation::gelu_tanh, 0, 0, Positions::rotary},
