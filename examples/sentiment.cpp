@@ -3,8 +3,11 @@
 // words.   build/sentiment TRAIN.tsv DEV.tsv   reads lines of a sentence, a tab and a 0 or 1. Then it judges the lines of standard input.
 #define BABYGPT_IMPLEMENTATION
 #include <stdio.h>
-#include <string.h>
 
+#include <algorithm>
+#include <fstream>
+#include <iostream>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -25,35 +28,30 @@ static const char* questions = "the people in the inn are kind\nthe soup was col
 
 struct Sentences {
     std::string text;  // without the labels, a line each
-    std::vector<std::vector<int32_t>> ids;
     std::vector<int32_t> labels;
+    std::vector<Array<int32_t>> ids;
     std::vector<Example> examples;
 
-    bool read(const std::string& lines) {
-        for (size_t at = 0, end; at < lines.size(); at = end + 1) {
-            end = lines.find('\n', at);
-            if (end == std::string::npos) end = lines.size();
-            const size_t tab = lines.rfind('\t', end);
-            if (tab == std::string::npos || tab <= at || tab + 1 >= end || (lines[tab + 1] != '0' && lines[tab + 1] != '1')) return false;
-            text += lines.substr(at, tab - at) + "\n";
-            labels.push_back(lines[tab + 1] - '0');
+    bool read(std::istream&& lines) {
+        for (std::string line; std::getline(lines, line);) {
+            const size_t tab = line.rfind('\t');
+            if (tab == std::string::npos || tab == 0 || (line[tab + 1] != '0' && line[tab + 1] != '1')) return false;
+            text += line.substr(0, tab) + "\n";
+            labels.push_back(line[tab + 1] - '0');
         }
         return !labels.empty();
     }
     Status tokenize(Runtime& runtime, const Tokenizer& tokenizer, size_t context) {
-        size_t at = 0;
-        for (size_t i = 0; i < labels.size(); ++i) {
-            const size_t end = text.find('\n', at);
-            Array<int32_t> read(runtime);
-            const Status s = tokenizer.encode(Text(&text[at], end - at), read);
-            if (!s.ok()) return s;
-            ids.emplace_back(read.begin(), read.begin() + (read.size() < context ? read.size() : context));
-            at = end + 1;
+        std::istringstream lines(text);
+        Status s;
+        for (std::string line; s.ok() && std::getline(lines, line);) {
+            const size_t i = ids.size();
+            ids.emplace_back(runtime);
+            s = tokenizer.encode(line, ids[i]);
+            examples.push_back(Example{{ids[i].data(), std::min(ids[i].size(), context)}, {&labels[i], 1}, {}, {}});
         }
-        for (size_t i = 0; i < labels.size(); ++i) examples.push_back(Example{{ids[i].data(), ids[i].size()}, {&labels[i], 1}, {}, {}});
-        return Status();
+        return s;
     }
-    Span<const Example> all() const { return Span<const Example>(examples.data(), examples.size()); }
 };
 
 static bool show(void*, const Progress& p) {
@@ -64,19 +62,11 @@ static bool show(void*, const Progress& p) {
     return true;
 }
 
-static std::string read_all(FILE* file) {
-    std::string all;
-    for (int c; file && (c = fgetc(file)) != EOF;) all += static_cast<char>(c);
-    return all;
-}
-
 int main(int count, char** words) {
     const bool files = count == 3;
-    FILE *a = files ? fopen(words[1], "rb") : nullptr, *b = files ? fopen(words[2], "rb") : nullptr;
     Sentences learn, other;
-    const bool good = learn.read(files ? read_all(a) : bundled) && other.read(files ? read_all(b) : bundled);
-    if (a) fclose(a);
-    if (b) fclose(b);
+    const bool good = files ? learn.read(std::ifstream(words[1])) && other.read(std::ifstream(words[2]))
+                            : learn.read(std::istringstream(bundled)) && other.read(std::istringstream(bundled));
     if (!good) return fprintf(stderr, "expected lines of a sentence, a tab and 0 or 1\n"), 1;
 
     Runtime runtime;
@@ -99,25 +89,24 @@ int main(int count, char** words) {
     if (s.ok()) s = model.create(runtime, config, static_cast<Tokenizer&&>(tokenizer));
     if (s.ok()) s = learn.tokenize(runtime, model.tokenizer, 64);
     if (s.ok()) s = other.tokenize(runtime, model.tokenizer, 64);
-    if (s.ok()) s = data.create(runtime, learn.all());
-    if (s.ok()) s = held_out.create(runtime, other.all());
+    if (s.ok()) s = data.create(runtime, Span<const Example>(learn.examples));
+    if (s.ok()) s = held_out.create(runtime, Span<const Example>(other.examples));
     if (s.ok()) s = trainer.create(runtime, model, how, data, &held_out);
     if (s.ok()) s = model.set_labels("against\nfor\n");
     if (s.ok()) s = trainer.run(watch, result);
     if (s.ok()) s = model.load(runtime, watch.out);  // the best, not the last
     if (s.ok()) s = encoder.create(runtime, model);
-    const std::string lines = files ? read_all(stdin) : questions;
+    std::istringstream asked(questions);
+    std::istream& lines = files ? std::cin : asked;
     Array<int32_t> ids(runtime);
-    for (size_t at = 0, end; s.ok() && at < lines.size(); at = end + 1) {
-        float probabilities[2];
-        end = lines.find('\n', at);
-        if (end == std::string::npos) end = lines.size();
-        s = encoder.encode(Text(&lines[at], end - at), ids);
+    for (std::string line; s.ok() && std::getline(lines, line);) {
+        float probabilities[2] = {};
+        s = encoder.encode(line, ids);
         if (s.ok() && ids.size() == 0) continue;
-        if (s.ok()) s = encoder.classify(Example{{ids.data(), ids.size()}, {}, {}, {}}, probabilities);
+        if (s.ok()) s = encoder.classify(Example{ids, {}, {}, {}}, probabilities);
         const int best = probabilities[1] > probabilities[0];
         const Text label = model.label(best);
-        if (s.ok()) printf("%.*s (%.2f): %.*s\n", int(label.size), label.data, double(probabilities[best]), int(end - at), &lines[at]);
+        if (s.ok()) printf("%.*s (%.2f): %s\n", int(label.size), label.data, double(probabilities[best]), line.c_str());
     }
     if (!s.ok()) fprintf(stderr, "%s\n", s.message);
     return s.ok() ? 0 : 1;

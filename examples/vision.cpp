@@ -6,6 +6,7 @@
 #include <math.h>
 #include <stdio.h>
 
+#include <fstream>
 #include <random>
 #include <vector>
 
@@ -17,38 +18,28 @@ struct Pictures {
     int side = 0;
     std::vector<float> pixels;    // [count][side][side], from 0 to 1
     std::vector<int32_t> labels;  // [count], from 0 to 9
+    bool complete() const { return side > 3 && !labels.empty() && pixels.size() == labels.size() * static_cast<size_t>(side * side); }
 };
 
 static bool read_idx(const char* images, const char* labels, Pictures& to) {
-    FILE *i = fopen(images, "rb"), *l = fopen(labels, "rb");
-    unsigned char head[16] = {}, rest[8];
-    bool good = i && l && fread(head, 1, 16, i) == 16 && fread(rest, 1, 8, l) == 8 && head[2] == 8 && head[3] == 3 && head[11] == head[15];
-    to.side = head[11];
-    for (int label; good && (label = fgetc(l)) != EOF; good = label < 10 && !feof(i)) {
-        to.labels.push_back(label);
-        for (int n = 0; n < to.side * to.side; ++n) to.pixels.push_back(static_cast<float>(fgetc(i)) / 255);
-    }
-    if (i) fclose(i);
-    if (l) fclose(l);
-    return good && to.side > 3 && !to.labels.empty();
+    std::ifstream pixels(images, std::ios::binary), classes(labels, std::ios::binary);
+    char head[16] = {};
+    pixels.read(head, 16);
+    classes.ignore(8);
+    for (int byte; (byte = pixels.get()) != EOF;) to.pixels.push_back(static_cast<float>(byte) / 255);
+    for (int byte; (byte = classes.get()) != EOF;) to.labels.push_back(byte);
+    to.side = static_cast<unsigned char>(head[11]);
+    return head[2] == 8 && head[3] == 3 && head[11] == head[15] && to.complete();
 }
 
 static bool read_csv(const char* path, Pictures& to) {
-    FILE* file = fopen(path, "r");
-    std::vector<float> row;
-    bool good = file && fscanf(file, "%*[^\n]") == 0;
-    char after = 0;
-    for (float value; good && fscanf(file, "%f%c", &value, &after) == 2;) {
-        row.push_back(value);
-        if (after == ',') continue;
-        while (to.side * to.side < static_cast<int>(row.size()) - 1) ++to.side;
-        good = to.side * to.side == static_cast<int>(row.size()) - 1 && to.side > 3 && value >= 0 && value < 10;
-        to.labels.push_back(static_cast<int32_t>(value));
-        for (size_t n = 0; n + 1 < row.size(); ++n) to.pixels.push_back(row[n] / 16);
-        row.clear();
-    }
-    if (file) fclose(file);
-    return good && !to.labels.empty();
+    std::ifstream file(path);
+    file.ignore(1 << 20, '\n');  // the names
+    for (float value; file >> value && value >= 0;)
+        if (file.get() == ',') to.pixels.push_back(value / 16);
+        else to.labels.push_back(static_cast<int32_t>(lroundf(value)));  // the last of its line
+    if (!to.labels.empty()) to.side = static_cast<int>(sqrt(to.pixels.size() / to.labels.size()));
+    return file.eof() && to.complete();
 }
 
 static bool draw(int count, std::mt19937& random, Pictures& to) {
@@ -63,31 +54,28 @@ static bool draw(int count, std::mt19937& random, Pictures& to) {
             to.pixels.push_back((inside && digits[label][3 * down + across] == '#' ? 0.6f : 0) + static_cast<float>(random() % 5) / 10);
         }
     }
-    return true;
+    return to.complete();
 }
 
 // Pictures as a model reads them: row 0, of id 0, stands for the class; the others, of id 1, are patches.
 struct Batch {
-    int patch, rows;
+    int patch, rows = 17;
     std::vector<float> features;  // [count][rows][patch * patch]
-    std::vector<int32_t> ids;
+    std::vector<int32_t> ids = {0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     std::vector<Example> examples;
-    Batch(int side, size_t count)
-        : patch(side / 4), rows(17), features(count * static_cast<size_t>(rows * patch * patch)), examples(count) {
-        ids.assign(17, 1), ids[0] = 0;
-    }
+    Batch(int side, size_t count) : patch(side / 4), features(count * static_cast<size_t>(rows * patch * patch)), examples(count) {}
     // A picture that is moved by a part of a pixel, or by some.
     void put(size_t at, const Pictures& from, size_t n, float x = 0, float y = 0) {
         const int side = from.side, area = patch * patch, left = static_cast<int>(floorf(x)), up = static_cast<int>(floorf(y));
         const float *pixels = &from.pixels[n * static_cast<size_t>(side * side)], dx = x - floorf(x), dy = y - floorf(y);
-        float* to = &features[at * static_cast<size_t>(rows * area)];
         const auto pixel = [&](int c, int r) { return c >= 0 && c < side && r >= 0 && r < side ? pixels[r * side + c] : 0; };
+        const auto between = [&](int c, int r) { return (1 - dx) * pixel(c, r) + dx * pixel(c + 1, r); };
+        float* to = &features[at * static_cast<size_t>(rows * area)];
         for (int i = area; i < rows * area; ++i) {
             const int which = i / area - 1, c = which % 4 * patch + i % patch + left, r = which / 4 * patch + i % area / patch + up;
-            to[i] =
-                (1 - dy) * ((1 - dx) * pixel(c, r) + dx * pixel(c + 1, r)) + dy * ((1 - dx) * pixel(c, r + 1) + dx * pixel(c + 1, r + 1));
+            to[i] = (1 - dy) * between(c, r) + dy * between(c, r + 1);
         }
-        examples[at] = Example{{ids.data(), ids.size()}, {&from.labels[n], 1}, {}, {to, static_cast<size_t>(rows * area)}};
+        examples[at] = Example{ids, {&from.labels[n], 1}, {}, {to, static_cast<size_t>(rows * area)}};
     }
 };
 
@@ -106,7 +94,7 @@ static Status run(const Pictures& learn, const Pictures& exam, int steps) {
     config.causal = false, config.classes = 10, config.pool_first = true, config.features = batch.patch * batch.patch;
 
     Status s = model.create(runtime, config, Tokenizer());
-    if (s.ok()) s = data.create(runtime, Span<const Example>(all.examples.data(), all.examples.size()));
+    if (s.ok()) s = data.create(runtime, Span<const Example>(all.examples));
     if (s.ok()) s = trainer.create(runtime, model, how, data);  // data: only for evaluation, the batches are made here
     std::mt19937 random(1);
     const auto move = [&] { return (static_cast<float>(random() % 2001) / 1000 - 1) * static_cast<float>(learn.side) / 28; };
@@ -115,7 +103,7 @@ static Status run(const Pictures& learn, const Pictures& exam, int steps) {
             const float x = move(), y = move();
             batch.put(i, learn, random() % learn.labels.size(), x, y);
         }
-        s = trainer.step(Span<const Example>(batch.examples.data(), batch.examples.size()), step);
+        s = trainer.step(Span<const Example>(batch.examples), step);
         if (!s.ok() || step.step % (how.steps / 10) != 0) continue;
         s = trainer.evaluate(data, result);
         printf("step %4d, loss %.3f; of the test pictures %.2f %% right\n", static_cast<int>(step.step), step.loss, 100 * result.top1);
@@ -129,10 +117,9 @@ int main(int count, char** words) {
     std::mt19937 random(7);
     const bool good = count == 5   ? read_idx(words[1], words[2], learn) && read_idx(words[3], words[4], exam)
                       : count == 3 ? read_csv(words[1], learn) && read_csv(words[2], exam)
-                                   : draw(4000, random, learn) && draw(1000, random, exam);
-    Status s;
-    if (good && learn.side == exam.side) s = run(learn, exam, count > 1 ? 5000 : 1500);
-    else s.error = Error::bad_file;
-    if (!s.ok()) fprintf(stderr, "%s\n", s.message[0] ? s.message : "a file of pictures is missing or not what it should be");
+                                   : count == 1 && draw(4000, random, learn) && draw(1000, random, exam);
+    if (!good || learn.side != exam.side) return fprintf(stderr, "a file of pictures is missing or not what it should be\n"), 1;
+    const Status s = run(learn, exam, count > 1 ? 5000 : 1500);
+    if (!s.ok()) fprintf(stderr, "%s\n", s.message);
     return s.ok() ? 0 : 1;
 }
