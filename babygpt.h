@@ -15131,9 +15131,7 @@ struct Products {
         }
     }
     template <int rows>
-    static constexpr int unroll = Set::calls ? 1
-                                  : rows > 6 ? 2
-                                             : 4;
+    static constexpr int unroll = Set::calls ? 1 : (rows > 6 ? 2 : 8);  // of panels
 
     // A whole tile, with a panel of B from k0 on. A runs along its rows, or is a panel, too; it is one only where all is float.
     // `next`: the panel that will be needed after this one, of which it fetches a share; null: none.
@@ -16402,66 +16400,66 @@ struct Kernels {
     double (*ceiling)(int64_t rounds, float* result);
 };
 
-#define BABYGPT_KERNELS(set, Set, name, target)                                                                                           \
-    template <>                                                                                                                           \
-    struct Called<Set> {                                                                                                                  \
-        target static BABYGPT_CALL void tile(float* c, int64_t c_row, const float* start, const float* a, int64_t a_row, int64_t a_step,  \
-                                             const float* b, int64_t b_row, int n) {                                                      \
-            Products<Set>::template tile<Rows<Set>::tall, Rows<Set>::wide, Products<Set>::template unroll<Rows<Set>::tall>>(              \
-                c, c_row, start, c_row, a, a_row, a_step, b, b_row, n);                                                                   \
-        }                                                                                                                                 \
-        template <int rows, Depth a_runs, class E>                                                                                        \
-        target static BABYGPT_CALL void panel_tile(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a,        \
-                                                   int64_t a_row, const E* b, int depth, const float* scale, const E* next,               \
-                                                   int64_t next_step) {                                                                   \
-            using P = Products<Set>;                                                                                                      \
-            P::template tile<rows, P::tile_columns, P::template unroll<rows>>(c, c_row, start, start_row, a, a_runs == along ? a_row : 1, \
-                                                                              a_runs == along ? 1 : P::tile_rows, b, P::tile_columns,     \
-                                                                              depth, scale, next, next_step);                             \
-        }                                                                                                                                 \
-        target static BABYGPT_CALL void add(float* y, const float* a, const float* b, int64_t n) { Rows<Set>::add(y, a, b, n); }          \
-    };                                                                                                                                    \
-    struct set {                                                                                                                          \
-        target static void pack_a(float* to, const Factor& a, int row, int depth, int rows) {                                             \
-            Products<Set>::pack_a(to, a, row, depth, rows);                                                                               \
-        }                                                                                                                                 \
-        static int64_t panel_floats(Dtype dtype, int depth) { return Products<Set>::panel_floats(dtype, depth); }                         \
-        target static void pack_b(float* to, const Factor& b, int column, int depth, int columns, Dtype dtype) {                          \
-            Products<Set>::pack_b(to, b, column, depth, columns, dtype);                                                                  \
-        }                                                                                                                                 \
-        target static void block(const Product& p, const float* a, const float* b, int row, int column, int end) {                        \
-            Products<Set>::block(p, a, b, row, column, end);                                                                              \
-        }                                                                                                                                 \
-        target static void single_row(const Product& p, const float* b, int column, int end) {                                            \
-            Products<Set>::single_row(p, b, column, end);                                                                                 \
-        }                                                                                                                                 \
-        target static void forward(const Work& work, int from, int to) { forward_part<Set>(work, from, to); }                             \
-        target static void backward(const Work& work, int from, int to) { backward_part<Set>(work, from, to); }                           \
-        target static void attention(const Work& work, int from, int to, float* space, bool backward) {                                   \
-            attention_part<Set>(work, from, to, space, backward);                                                                         \
-        }                                                                                                                                 \
-        target static void update(const Update& u, int from, int to) { update_part<Set>(u, from, to); }                                   \
-        target static float biggest(const float* x, int n) { return Rows<Set>::biggest_of(x, n); }                                        \
-        target static float exponentials(float* to, const float* x, int n, float biggest, float factor) {                                 \
-            return Rows<Set>::exponentials(to, x, n, biggest, factor);                                                                    \
-        }                                                                                                                                 \
-        target static double ceiling(int64_t rounds, float* result) { return Products<Set>::ceiling(rounds, result); }                    \
-        static constexpr Kernels table = {name,                                                                                           \
-                                          Products<Set>::tile_rows,                                                                       \
-                                          Products<Set>::tile_columns,                                                                    \
-                                          &Rows<Set>::attention_scratch,                                                                  \
-                                          &pack_a,                                                                                        \
-                                          &panel_floats,                                                                                  \
-                                          &pack_b,                                                                                        \
-                                          &block,                                                                                         \
-                                          &single_row,                                                                                    \
-                                          &forward,                                                                                       \
-                                          &backward,                                                                                      \
-                                          &attention,                                                                                     \
-                                          &update,                                                                                        \
-                                          &biggest,                                                                                       \
-                                          &exponentials,                                                                                  \
-                                          &ceiling};                                                                                      \
+#define BABYGPT_KERNELS(set, Set, name, target)                                                                                            \
+    template <>                                                                                                                            \
+    struct Called<Set> {                                                                                                                   \
+        target static BABYGPT_CALL void tile(float* c, int64_t c_row, const float* start, const float* a, int64_t a_row, int64_t a_step,   \
+                                             const float* b, int64_t b_row, int n) {                                                       \
+            constexpr int unroll = Set::calls ? 1 : 2; /* strides that only the caller knows need registers */                             \
+            Products<Set>::template tile<Rows<Set>::tall, Rows<Set>::wide, unroll>(c, c_row, start, c_row, a, a_row, a_step, b, b_row, n); \
+        }                                                                                                                                  \
+        template <int rows, Depth a_runs, class E>                                                                                         \
+        target static BABYGPT_CALL void panel_tile(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a,         \
+                                                   int64_t a_row, const E* b, int depth, const float* scale, const E* next,                \
+                                                   int64_t next_step) {                                                                    \
+            using P = Products<Set>;                                                                                                       \
+            P::template tile<rows, P::tile_columns, P::template unroll<rows>>(c, c_row, start, start_row, a, a_runs == along ? a_row : 1,  \
+                                                                              a_runs == along ? 1 : P::tile_rows, b, P::tile_columns,      \
+                                                                              depth, scale, next, next_step);                              \
+        }                                                                                                                                  \
+        target static BABYGPT_CALL void add(float* y, const float* a, const float* b, int64_t n) { Rows<Set>::add(y, a, b, n); }           \
+    };                                                                                                                                     \
+    struct set {                                                                                                                           \
+        target static void pack_a(float* to, const Factor& a, int row, int depth, int rows) {                                              \
+            Products<Set>::pack_a(to, a, row, depth, rows);                                                                                \
+        }                                                                                                                                  \
+        static int64_t panel_floats(Dtype dtype, int depth) { return Products<Set>::panel_floats(dtype, depth); }                          \
+        target static void pack_b(float* to, const Factor& b, int column, int depth, int columns, Dtype dtype) {                           \
+            Products<Set>::pack_b(to, b, column, depth, columns, dtype);                                                                   \
+        }                                                                                                                                  \
+        target static void block(const Product& p, const float* a, const float* b, int row, int column, int end) {                         \
+            Products<Set>::block(p, a, b, row, column, end);                                                                               \
+        }                                                                                                                                  \
+        target static void single_row(const Product& p, const float* b, int column, int end) {                                             \
+            Products<Set>::single_row(p, b, column, end);                                                                                  \
+        }                                                                                                                                  \
+        target static void forward(const Work& work, int from, int to) { forward_part<Set>(work, from, to); }                              \
+        target static void backward(const Work& work, int from, int to) { backward_part<Set>(work, from, to); }                            \
+        target static void attention(const Work& work, int from, int to, float* space, bool backward) {                                    \
+            attention_part<Set>(work, from, to, space, backward);                                                                          \
+        }                                                                                                                                  \
+        target static void update(const Update& u, int from, int to) { update_part<Set>(u, from, to); }                                    \
+        target static float biggest(const float* x, int n) { return Rows<Set>::biggest_of(x, n); }                                         \
+        target static float exponentials(float* to, const float* x, int n, float biggest, float factor) {                                  \
+            return Rows<Set>::exponentials(to, x, n, biggest, factor);                                                                     \
+        }                                                                                                                                  \
+        target static double ceiling(int64_t rounds, float* result) { return Products<Set>::ceiling(rounds, result); }                     \
+        static constexpr Kernels table = {name,                                                                                            \
+                                          Products<Set>::tile_rows,                                                                        \
+                                          Products<Set>::tile_columns,                                                                     \
+                                          &Rows<Set>::attention_scratch,                                                                   \
+                                          &pack_a,                                                                                         \
+                                          &panel_floats,                                                                                   \
+                                          &pack_b,                                                                                         \
+                                          &block,                                                                                          \
+                                          &single_row,                                                                                     \
+                                          &forward,                                                                                        \
+                                          &backward,                                                                                       \
+                                          &attention,                                                                                      \
+                                          &update,                                                                                         \
+                                          &biggest,                                                                                        \
+                                          &exponentials,                                                                                   \
+                                          &ceiling};                                                                                       \
     };
 
 #if defined(__ARM_NEON) && BABYGPT_VECTORS
