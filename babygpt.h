@@ -293,6 +293,7 @@ Status parse_tokenizer(Text text, TokenizerConfig& config);
 //             BERT's decoder does. It changes the text: uncased, all letters become small ones without accents. These are Unicode's small
 //             letters, not Turkish: I and U+0130 give i, U+0131 stays; Turkish wants `cased`.
 // sentencepiece: unigram (Kudo 2018), or a .model file of that type or BPE. encode adds no <s> or </s>; decode leaves control pieces out.
+//             The end of text is what the file calls eos_piece, </s>; of llama2.c's tok512.bin it is <s>, which its documents begin with.
 //             Files often change the text. One that was trained here does not: decode(encode(x)) == x where all characters are known.
 // Bytes and bpe: decode(encode(x)) == x for any bytes whatever. Read-only once filled: any number of threads may use it.
 struct Tokenizer {
@@ -2868,6 +2869,7 @@ struct Tables {
     bool ascii_stays[128] = {};        // before another ASCII character it is normalised to itself
     bool unigram = false, byte_fallback = false;
     bool add_dummy_prefix = true, remove_extra_whitespaces = true, escape_whitespaces = true, treat_whitespace_as_suffix = false;
+    int32_t piece_between = -1;  // sentencepiece: the control piece that the file calls eos_piece, while it is read
     float unknown_score = 0;
     size_t charsmap = 0, charsmap_size = 0;  // in `proto`: a double array, and what it leads to
     size_t unknown_surface = 0;              // what `unknown` is decoded to, in `text` after the tokens
@@ -4525,7 +4527,7 @@ struct TokenizerReader {
         if (!append(tables.proto, text)) return no_memory();
         const Text whole = view(tables.proto);
         const Text default_surface(" \xe2\x81\x87 ");
-        Text surface = default_surface;
+        Text surface = default_surface, between = "</s>";
         Protobuf model(whole);
         uint64_t type = 1;
         while (model.next()) {
@@ -4536,6 +4538,7 @@ struct TokenizerReader {
                     if (part.field == 24) tables.treat_whitespace_as_suffix = part.value != 0;
                     if (part.field == 35) tables.byte_fallback = part.value != 0;
                     if (part.field == 44) surface = part.bytes;
+                    if (part.field == 47) between = part.bytes;
                 }
             if (model.field == 3)
                 while (part.next()) {
@@ -4590,6 +4593,8 @@ struct TokenizerReader {
         if (!sort_tokens(tables, tables.user_pieces)) return no_memory();
         note_plain_ascii();
         BABYGPT_TRY(collect_specials(tables));
+        for (const int32_t id : tables.specials)
+            if (equal(tables.bytes(id), between)) tables.piece_between = id;
         tables.unknown_surface = tables.text.count;
         return append(tables.text, surface.size ? surface : default_surface) ? Status() : no_memory();
     }
@@ -4657,6 +4662,7 @@ struct TokenizerReader {
     // ---- llama2.c's tokenizer.bin ----
     // The longest token's bytes, then for each its score (float), its size and its bytes; the first three are <unk>, <s> and </s>, then
     // come the 256 bytes. It was made from a SentencePiece BPE model (byte fallback, a blank before the text), which is made anew here.
+    // llama2.c trains on documents with <s> before each and nothing behind, and its program stops at <s>: that is what stands between them.
     Status llama2c(Text text) {
         Array<char> proto(runtime);
         const auto number = [&](size_t at) { return PieceEncoder::load_little(text.data + at); };
@@ -4671,7 +4677,7 @@ struct TokenizerReader {
             if (!put_piece(proto, piece, number(at), kind)) return no_memory();
             at += 8 + token.size;
         }
-        return sentencepiece_of(proto, 2, true, true, false, Text());
+        return sentencepiece_of(proto, 2, true, true, false, Text(), "<s>");
     }
     // A SentencePiece model is made anew: its pieces first. Blanks become U+2581.
     static bool put_field(Array<char>& to, char key, Text bytes) {
@@ -4688,13 +4694,18 @@ struct TokenizerReader {
         for (int shift = 0; shift < 32; shift += 8) good = good && right.push(static_cast<char>(score >> shift & 0xff));
         return good && right.push(0x18) && right.push(kind) && put_field(proto, 0x0a, view(right));
     }
-    // ... then the trainer's settings and the normaliser's.
-    Status sentencepiece_of(Array<char>& proto, char type, bool bytes, bool prefix, bool no_extra_blanks, Text charsmap) {
-        const char settings[] = {0x12, 5, 0x18, type, static_cast<char>(0x98), 2, bytes};
+    // ... then the trainer's settings and the normaliser's. `between`: eos_piece, where it is not </s>.
+    Status sentencepiece_of(Array<char>& proto, char type, bool bytes, bool prefix, bool no_extra_blanks, Text charsmap,
+                            Text between = Text()) {
+        const char settings[] = {0x18, type, static_cast<char>(0x98), 2, bytes};
         const char blanks[] = {0x18, prefix, 0x20, no_extra_blanks, 0x28, 1};
         left.count = 0;
-        const bool good = proto.append(settings, sizeof settings) && (charsmap.size == 0 || put_field(left, 0x12, charsmap)) &&
-                          left.append(blanks, sizeof blanks) && put_field(proto, 0x1a, view(left));
+        bool good = left.append(settings, sizeof settings);
+        if (between.size) good = good && left.push(static_cast<char>(0xfa)) && put_field(left, 2, between);  // field 47
+        good = good && put_field(proto, 0x12, view(left));
+        left.count = 0;
+        good = good && (charsmap.size == 0 || put_field(left, 0x12, charsmap)) && left.append(blanks, sizeof blanks) &&
+               put_field(proto, 0x1a, view(left));
         return good ? sentencepiece(view(proto)) : no_memory();
     }
 
@@ -4739,15 +4750,20 @@ struct TokenizerReader {
         if (map && (!unigram || Gguf::size_of(map->type) != 1)) return unsupported("a precompiled_charsmap of this kind is not supported");
         Array<char> proto(runtime);
         bool bytes = false;
+        double last = -1;
+        BABYGPT_TRY(file.read("tokenizer.ggml.eos_token_id", last));
+        Text between;
         for (size_t id = 0; id < count; ++id) {
             const float score = scores ? static_cast<float>(file.number_at(*scores, id)) : 0;
             const int kind = kind_of(id);
             bytes |= kind == piece_byte;
-            if (!put_piece(proto, file.next_text(place), bits_as<uint32_t>(score), static_cast<char>(kind))) return no_memory();
+            const Text piece = file.next_text(place);
+            if (kind == piece_control && static_cast<double>(id) == last && !equal(piece, "</s>")) between = piece;
+            if (!put_piece(proto, piece, bits_as<uint32_t>(score), static_cast<char>(kind))) return no_memory();
         }
         tables.kind = TokenizerKind::sentencepiece;
         return sentencepiece_of(proto, unigram ? 1 : 2, bytes, prefix != 0, no_extra_blanks != 0 && unigram,
-                                map ? Text(file.bytes.items + map->at, static_cast<size_t>(map->count)) : Text());
+                                map ? Text(file.bytes.items + map->at, static_cast<size_t>(map->count)) : Text(), between);
     }
     Status gguf_token(size_t id, Text token, int kind) {
         bool memory = true;
@@ -5325,11 +5341,10 @@ BABYGPT_RARE inline Status finish_tokenizer(Tokenizer& made) {
     if (tables.tokens.count > INT32_MAX) return fail(Error::unsupported, "the tokenizer has ", tables.tokens.count, " tokens");
     made.vocab = static_cast<int>(tables.tokens.count);
     if (tables.unknown >= 0) made.unknown = tables.unknown;
-    const Text separator = tables.kind == TokenizerKind::sentencepiece ? "</s>"
-                           : tables.kind == TokenizerKind::wordpiece   ? "[SEP]"
-                                                                       : end_of_text_name;
+    made.end_of_text = tables.piece_between;
+    const Text separator = tables.kind == TokenizerKind::wordpiece ? "[SEP]" : end_of_text_name;
     for (const int32_t id : tables.specials)
-        if (equal(tables.bytes(id), separator)) made.end_of_text = id;
+        if (made.kind != TokenizerKind::sentencepiece && equal(tables.bytes(id), separator)) made.end_of_text = id;
     return Status();
 }
 // A tokenizer that `fill(tables)` fills, in the place of what `tokenizer` was; that stays as it was where something fails.

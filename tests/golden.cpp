@@ -244,8 +244,43 @@ void check_story(Backend which) {
     }
 }
 
+// The loss that PyTorch computes, with the same weights and SentencePiece's ids, of the first 20 stories of a sample of TinyStories, divided as
+// llama2.c does it when it trains: <s> between them, windows of 512. (llama2.c publishes 1.297 for its own validation text, which is not here.)
+void check_story_loss() {
+    Runtime runtime;
+    Model model;
+    Tokenizer tokenizer;
+    const Status status = model.load(runtime, "../shared/data/models/stories260K/stories260K.bin");
+    FILE* file = fopen("../shared/data/text/tinystories_sample_2MiB.txt", "rb");
+    if (status.error == Error::cannot_open || !file) SKIP("../shared/data/models/stories260K or tinystories_sample_2MiB.txt is not here");
+    char text[1 << 15];
+    const size_t size = fread(text, 1, sizeof text, file);
+    fclose(file);
+    if (!CHECK_OK(status) || !CHECK_OK(tokenizer.load(runtime, "../shared/data/models/stories260K/tok512.bin"))) return;
+    const char mark[] = "\n<|endoftext|>\n";
+    const size_t mark_size = sizeof mark - 1;
+    Array<int32_t> ids(runtime);
+    int stories = 0;
+    for (size_t at = 0, begin = 0; at + mark_size <= size && stories < 20; ++at) {
+        if (memcmp(text + at, mark, mark_size) != 0) continue;
+        CHECK_OK(tokenizer.encode(Text(text + begin, at - begin), ids));
+        CHECK(ids.push(tokenizer.end_of_text));
+        begin = at + mark_size;
+        ++stories;
+    }
+    Data data;
+    Evaluation result;
+    if (!CHECK(stories == 20) || !CHECK_OK(data.create(runtime, Span<const int32_t>(ids.items, ids.count)))) return;
+    CHECK_OK(evaluate(runtime, model, data, result));
+    CHECK(result.tokens == 6424 && result.loss > 1.29366 - 1e-5 && result.loss < 1.29366 + 1e-5);
+    printf("stories260K, 20 stories: loss %.5f, PyTorch's 1.29366\n", result.loss);
+}
+
 }  // namespace
 
+TEST(story_loss, "documents of a llama2.c model would not be divided by <s>, as it has learnt, or its loss would not be PyTorch's") {
+    check_story_loss();
+}
 TEST(story_plain, "a Llama-type model of other people's would say something else, on the plain backend") { check_story(Backend::plain); }
 TEST(story_fast, "a Llama-type model of other people's would say something else") { check_story(Backend::cpu); }
 TEST(llm_viz_plain, "the plain backend would not compute what PyTorch computes") { check_with(Backend::plain); }

@@ -349,6 +349,9 @@ run 0 compare l.safetensors l2.safetensors
 run 0 convert l2.safetensors lhf;                                 has lhf/config.json '"model_type":"llama"'
 run 0 convert lhf l3.safetensors
 run 0 compare l.safetensors l3.safetensors
+run 0 convert l.bin l4.safetensors --tokenizer l.safetensors;         has out 'with its tokenizer'
+run 0 eval l.safetensors b.txt --json; json; cp out wanted; run 0 eval l4.safetensors b.txt --json; same 'the tokenizer is another' out wanted
+run 1 convert l.bin l5.safetensors --tokenizer t.json;                says 't.json has 300 tokens.*another tokenizer'
 run 1 convert l.bin lhf;                                          says 'lhf exists.*--overwrite'
 run 2 convert m.safetensors --dtype int4 --out x.safetensors;   says 'f32.*bf16.*int8'
 run 2 convert m.safetensors --out x.safetensors;                says '--dtype'

@@ -3647,13 +3647,14 @@ uint64_t bytes_in(const string& path) {
 
 int convert(Arguments& in) {
     Common common;
-    string dtype, out;
+    string dtype, out, tokenizer;
     Beside beside, rewritten;
     bool overwrite = false, json = false;
     in.parse(common,
              {{"--merge", "A", "add this adapter (of train --lora, or PEFT's folder) to the model's own matrices", &beside.path},
               {"--adapter", "A", "write this adapter alone, as PEFT's folder or, from there, as a file; IN is its model", &rewritten.path},
               {"--dtype", "f32|bf16|int8", "bf16: half the bytes; int8: a quarter; f32: as they are", &dtype},
+              {"--tokenizer", "FILE", "give the model this one: a llama2.c file comes without (tok512.bin)", &tokenizer},
               {"--out", "OUT", "what is written, where OUT does not stand behind IN", &out},
               {"--overwrite", nullptr, "although OUT exists", &overwrite},
               {"--json", nullptr, "one JSON object", &json}},
@@ -3664,7 +3665,8 @@ int convert(Arguments& in) {
     const string& from = in.operands[0];
     const Form read = form_of(from, true), written = form_of(out, false);
     if (in.has("--adapter") && (in.has("--merge") || in.has("--dtype"))) usage("--adapter goes with neither --merge nor --dtype");
-    if (dtype.empty() && beside.path.empty() && rewritten.path.empty() && read == written)
+    if (in.has("--adapter") && in.has("--tokenizer")) usage("--tokenizer is for a model, not for an adapter");
+    if (dtype.empty() && tokenizer.empty() && beside.path.empty() && rewritten.path.empty() && read == written)
         usage("convert from one " + string(form_names[int(read)]) + " to another needs --dtype f32|bf16|int8");
     const char* const inside = in.has("--adapter") ? "/adapter_config.json" : "/config.json";
     const bool is_there = exists(written == Form::folder ? out + inside : out);
@@ -3680,6 +3682,12 @@ int convert(Arguments& in) {
         if (json) Json().add("out", out).add("rank", c.rank).add("alpha", c.alpha).add("targets", to_string(c.targets)).print();
         else put_line(format("%s: an adapter of rank %d, alpha %g, of %s", out.c_str(), c.rank, c.alpha, to_string(c.targets).c_str()));
         return 0;
+    }
+    if (!tokenizer.empty()) {
+        load_tokenizer(common.runtime, tokenizer, model.tokenizer);
+        if (model.tokenizer.vocab > model.config.vocab)
+            error(format("%s has %d tokens, but the model %s has vocab %d: it was trained with another tokenizer", tokenizer.c_str(),
+                         model.tokenizer.vocab, from.c_str(), model.config.vocab));
     }
     const uint64_t before = bytes_in(from);  // it may be replaced
     const Dtype stored = model.config.dtype;
@@ -3850,7 +3858,7 @@ const vector<Command> commands = {
      "as "
      "Q8_0), llama2.c's .bin. IN is told by its content, OUT by its name. With --dtype it rounds the matrices to numbers of fewer bits: a "
      "smaller file, and replies that come sooner (`babygpt eval` says what it costs).",
-     "  babygpt convert stories260K.bin stories.safetensors\n  babygpt convert m.safetensors folder/\n"
+     "  babygpt convert stories260K.bin stories.safetensors --tokenizer tok512.bin\n  babygpt convert m.safetensors folder/\n"
      "  babygpt convert m.safetensors m.gguf\n"
      "  babygpt convert m.safetensors --dtype int8 --out small.safetensors\n",
      convert},
