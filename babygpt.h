@@ -14836,11 +14836,7 @@ struct Simd : VectorTypes<width_> {
     static constexpr int parts = 16 / width;
     typedef V Parts[static_cast<size_t>(parts)];
     struct Sums {
-        Parts part;
-        BABYGPT_INLINE void clear() {
-            BABYGPT_UNROLL
-            for (int j = 0; j < parts; ++j) splat(part[j], 0);
-        }
+        Parts part = {};
         // The fixed tree: halves are added until one number is left.
         BABYGPT_INLINE float total() const {
             Parts sum;
@@ -15444,7 +15440,6 @@ struct Rows {
         for (int row = r0; row < r1; ++row, x += n, y += n, statistics += 2) {
             V a, c, means, scales;
             Sums sums;
-            sums.clear();
             for (int i = 0; i < n && centred; i += 16) {
                 BABYGPT_UNROLL
                 for (int j = 0; j < Set::parts; ++j) {
@@ -15454,7 +15449,7 @@ struct Rows {
             }
             const float mean = sums.total() / static_cast<float>(n);  // 0 where there is no sum
             Set::splat(means, mean);
-            sums.clear();
+            sums = Sums();
             for (int i = 0; i < n; i += 16) {
                 BABYGPT_UNROLL
                 for (int j = 0; j < Set::parts; ++j) {
@@ -15485,7 +15480,6 @@ struct Rows {
             V mean, scale, g, h, a, mean_g, mean_gh;
             Set::splat(mean, statistics[0]), Set::splat(scale, statistics[1]);
             Sums sums, products;
-            sums.clear(), products.clear();
             for (int i = 0; i < n; i += 16) {
                 BABYGPT_UNROLL
                 for (int j = 0; j < Set::parts; ++j) {
@@ -15771,7 +15765,6 @@ struct Rows {
             float all = 0;
             if (smoothing > 0) {
                 Sums sums;
-                sums.clear();
                 for (int i = 0; i < vocab; i += W) get(a, logits + i, vocab - i), add(sums.part[i / W % Set::parts], a, vocab - i);
                 all = sums.total();
             }
@@ -15794,7 +15787,6 @@ struct Rows {
     static BABYGPT_INLINE float exponentials(float* to, const float* x, int n, float biggest, float factor) {
         V top, by, a;
         Sums sums;
-        sums.clear();
         Set::splat(top, biggest), Set::splat(by, factor);
         for (int i = 0; i < n; i += 16) {
             BABYGPT_UNROLL
@@ -16081,7 +16073,6 @@ struct Rows {
         for (int k = keys / W * W; k < keys; ++k) biggest = most(biggest, scores[k]);
         Set::splat(top, biggest);
         Sums sums;
-        sums.clear();
         for (int k = 0; k < keys; k += 16) {  // scores has room for whole vectors
             BABYGPT_UNROLL
             for (int j = 0; j < Set::parts; ++j) {
@@ -16177,7 +16168,6 @@ struct Rows {
     static BABYGPT_INLINE float dot(const float* a, const float* b, int n) {
         Sums sums;
         V v, u;
-        sums.clear();
         for (int i = 0; i < n; i += 16) {
             BABYGPT_UNROLL
             for (int j = 0; j < Set::parts; ++j) {
