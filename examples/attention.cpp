@@ -2,11 +2,12 @@
 // Where does a word look? Trains a tiny model on a few hundred Turkish sentences, then prints the attention of two sentences as a table:
 // each row is a word, each column a word that it looks at (itself and those before it), in per cent, the mean of all heads of the last layer.
 #define BABYGPT_IMPLEMENTATION
-#include "../babygpt.h"
-
 #include <stdio.h>
+
 #include <string>
 #include <vector>
+
+#include "../babygpt.h"
 
 using namespace babygpt;
 
@@ -54,7 +55,8 @@ static Status show(Runtime& runtime, const Model& model, const char* sentence) {
         print(words[i]);
         for (size_t k = 0; k <= i; ++k) {
             float mean = 0;
-            for (int head = 0; head < model.config.heads; ++head) mean += table[(static_cast<size_t>(head) * n + i) * n + k] / static_cast<float>(model.config.heads);
+            for (int head = 0; head < model.config.heads; ++head)
+                mean += table[(static_cast<size_t>(head) * n + i) * n + k] / static_cast<float>(model.config.heads);
             printf("%5.1f %%   ", static_cast<double>(100 * mean));
         }
     }

@@ -28,7 +28,7 @@ static Status fill(Encoder& encoder, const char* text) {
     printf("%s:", text);
     for (size_t at = 0; s.ok() && at < ids.size(); ++at) {
         if (ids[at] != mask_id(model)) continue;
-        s = encoder.fill(Example{{ids.data(), ids.size()}, {}, {}, {}}, static_cast<int>(at), Span<float>(p.data(), p.size()));
+        s = encoder.fill(Example{ids, {}, {}, {}}, static_cast<int>(at), p);
         for (int n = 0; s.ok() && n < 3; ++n) {
             size_t best = 0;
             for (size_t id = 0; id < p.size(); ++id)
@@ -52,7 +52,7 @@ static Status compare(Encoder& encoder, const char* a, const char* b) {
     for (int i = 0; s.ok() && i < 2; ++i) {
         v[i].resize(static_cast<size_t>(encoder.model->config.width));
         s = encoder.encode(texts[i], ids);
-        if (s.ok()) s = encoder.embed(Example{{ids.data(), ids.size()}, {}, {}, {}}, Span<float>(v[i].data(), v[i].size()));
+        if (s.ok()) s = encoder.embed(Example{ids, {}, {}, {}}, v[i]);
     }
     for (size_t i = 0; s.ok() && i < v[0].size(); ++i) {
         product += static_cast<double>(v[0][i]) * static_cast<double>(v[1][i]);
@@ -95,6 +95,6 @@ int main(int count, char** words) {
     if (s.ok()) s = fill(encoder, "Mira: This is my [MASK], and you are [MASK] here.");
     if (s.ok()) s = compare(encoder, "Can you make me a sword?", "I need a new knife.");
     if (s.ok()) s = compare(encoder, "Can you make me a sword?", "Good night, sleep well.");
-    if (!s.ok()) fprintf(stderr, "%s\n", s.message);
+    if (!s.ok()) fprintf(stderr, "error: %s\n", s.message);
     return s.ok() ? 0 : 1;
 }

@@ -2,9 +2,9 @@
 // A bigram model guesses the next character from one character. It can be counted, or learnt: a GPT whose context is one character long
 // is a bigram model, since attention has nothing to look at but the character itself. Both must reach the same loss.
 #define BABYGPT_IMPLEMENTATION
-#include "../babygpt.h"
-
 #include <stdio.h>
+
+#include "../babygpt.h"
 
 using namespace babygpt;
 
@@ -24,7 +24,7 @@ static Status play(Runtime& runtime, const char* path) {
     if (!s.ok()) return s;
 
     NgramResult counted;
-    s = ngram_baseline(runtime, training, validation, config.vocab ? config.vocab : model.config.vocab, counted, 2);
+    s = ngram_baseline(runtime, training, validation, model.config.vocab, counted, 2);
     if (!s.ok()) return s;
     printf("counted: no context %.3f, one character %.3f nats per character\n", counted.loss_by_order[1], counted.loss_by_order[2]);
 

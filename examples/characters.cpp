@@ -1,18 +1,20 @@
 // g++ -std=c++17 -O2 -pthread examples/characters.cpp -o build/characters && build/characters README.md
 // Trains a small GPT on the characters of a text file for 500 steps, shows how the loss falls, then lets the model write.
 #define BABYGPT_IMPLEMENTATION
-#include "../babygpt.h"
-
 #include <math.h>
 #include <stdio.h>
+
+#include "../babygpt.h"
 
 using namespace babygpt;
 
 static bool show(void*, const Progress& p) {
     if (p.step->step == 1 || p.step->step % 50 == 0)
-        printf("step %4d of %d   loss %.3f   %6.0f characters/s   %3.0f s left\n", static_cast<int>(p.step->step), static_cast<int>(p.steps), p.step->loss,
-               p.step->tokens_per_second, p.seconds_left);
-    if (p.evaluation) printf("           validation %.3f, perplexity %.2f%s\n", p.evaluation->loss, p.evaluation->perplexity, p.best ? "   the best so far" : "");
+        printf("step %4d of %d   loss %.3f   %6.0f characters/s   %3.0f s left\n", static_cast<int>(p.step->step),
+               static_cast<int>(p.steps), p.step->loss, p.step->tokens_per_second, p.seconds_left);
+    if (p.evaluation)
+        printf("           validation %.3f, perplexity %.2f%s\n", p.evaluation->loss, p.evaluation->perplexity,
+               p.best ? "   the best so far" : "");
     return true;
 }
 
@@ -26,7 +28,8 @@ static Status play(Runtime& runtime, const char* path) {
     Tokenizer tokenizer;
     s = tokenizer.train(runtime, {TokenizerKind::characters, 0}, corpus);
     if (!s.ok()) return s;
-    printf("%d different characters; a model that knows nothing has a loss of ln %d = %.3f\n", tokenizer.vocab, tokenizer.vocab, log(tokenizer.vocab));
+    printf("%d different characters; a model that knows nothing has a loss of ln %d = %.3f\n", tokenizer.vocab, tokenizer.vocab,
+           log(tokenizer.vocab));
 
     Config config;  // 4 layers, 4 heads, width 128
     config.context = 64;

@@ -1,10 +1,10 @@
 // g++ -std=c++17 -O2 -pthread examples/chatbot.cpp -o build/chatbot && build/chatbot build/village.safetensors "Borin: "
 // Talks with a model that was trained on dialogues (`make run` makes one). The second argument chooses who answers.
 #define BABYGPT_IMPLEMENTATION
-#include "../babygpt.h"
-
 #include <stdio.h>
 #include <string.h>
+
+#include "../babygpt.h"
 
 using namespace babygpt;
 

@@ -2,11 +2,12 @@
 // A game loop of 60 frames a second in which a villager speaks: the game asks for one token a frame, so that no frame waits for a sentence.
 // Everything is allocated before the loop; a token allocates nothing and, with threads = 1, starts no thread.
 #define BABYGPT_IMPLEMENTATION
-#include "../babygpt.h"
+#include <stdio.h>
 
 #include <chrono>
-#include <stdio.h>
 #include <thread>
+
+#include "../babygpt.h"
 
 using namespace babygpt;
 using Clock = std::chrono::steady_clock;
@@ -21,7 +22,8 @@ int main(int count, char** arguments) {
     if (s.ok()) s = villager.create(runtime, model);
     Array<int32_t> prompt(runtime);
     // The player walks up to the smith. The space after the name belongs to the first word of the answer.
-    if (s.ok() && model.tokenizer.end_of_text >= 0 && !prompt.push(model.tokenizer.end_of_text)) return 1;
+    if (s.ok() && model.tokenizer.end_of_text >= 0 && !prompt.push(model.tokenizer.end_of_text))
+        return fprintf(stderr, "error: %s\n", error_text(Error::out_of_memory)), 1;
     if (s.ok()) s = model.tokenizer.encode("You: Hello! Can you make me a sword?\nBorin:", prompt);
     if (s.ok()) s = villager.feed(prompt);
     SampleConfig sampling;

@@ -1,6 +1,6 @@
-// g++ -std=c++17 -O2 -pthread examples/llama.cpp -o llama && ./llama
+// g++ -std=c++17 -O2 -pthread examples/llama.cpp -o build/llama && build/llama
 // A Llama-type model: RMSNorm, rotary positions, SwiGLU, keys and values shared by two heads each. It is trained on the talk of a village,
-// then written as llama2.c's file and read again: both say the same.   ./llama FILE FOLDER also writes a folder that Python's transformers loads.
+// then written as llama2.c's file and read again: both say the same.   build/llama FILE FOLDER also writes a folder that Python's transformers loads.
 #define BABYGPT_IMPLEMENTATION
 #include <stdio.h>
 #include <string.h>
@@ -67,7 +67,7 @@ static Status run(const char* text, const char* file, const char* folder) {
 }
 
 int main(int count, char** words) {
-    const Status s = run("examples/village.txt", count > 1 ? words[1] : "llama.bin", count > 2 ? words[2] : nullptr);
-    if (!s.ok()) fprintf(stderr, "%s\n", s.message);
+    const Status s = run("examples/village.txt", count > 1 ? words[1] : "build/llama.bin", count > 2 ? words[2] : nullptr);
+    if (!s.ok()) fprintf(stderr, "error: %s\n", s.message);
     return s.ok() ? 0 : 1;
 }

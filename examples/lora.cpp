@@ -1,4 +1,4 @@
-// g++ -std=c++17 -O2 -pthread examples/lora.cpp -o lora && ./lora
+// g++ -std=c++17 -O2 -pthread examples/lora.cpp -o build/lora && build/lora
 // LoRA: one model of a whole village, and two small adapters, each trained on the dialogues of one villager while the model stays as it is.
 // Then one session goes from one voice to another: that is a matter of microseconds.
 #define BABYGPT_IMPLEMENTATION
@@ -104,12 +104,12 @@ static Status run(const char* path) {
         if (s.ok()) s = session.reply(i < 2 ? "who are you" : "what do you sell", greedy, reply, turns[i % 2]);
         printf("%s%.*s   (changed in %.0f us)\n", turns[i % 2], static_cast<int>(said.size()), said.data(), microseconds);
     }
-    if (s.ok()) s = adapters[0].save("mira.safetensors");  // PEFT's names: Python reads it
+    if (s.ok()) s = adapters[0].save("build/mira.safetensors");  // PEFT's names: Python reads it
     return s;
 }
 
 int main(int count, char** words) {
     const Status s = run(count > 1 ? words[1] : "examples/village.txt");
-    if (!s.ok()) fprintf(stderr, "%s\n", s.message[0] ? s.message : error_text(s.error));
+    if (!s.ok()) fprintf(stderr, "error: %s\n", s.message[0] ? s.message : error_text(s.error));
     return s.ok() ? 0 : 1;
 }

@@ -1,10 +1,10 @@
 // g++ -std=c++17 -O2 -pthread examples/resume.cpp -o build/resume && build/resume
 // Trains 60 steps in one go; then again, stopped after 25 steps as if the power had failed, and resumed from the file. The weights must have the same bits.
 #define BABYGPT_IMPLEMENTATION
-#include "../babygpt.h"
-
 #include <stdio.h>
 #include <string.h>
+
+#include "../babygpt.h"
 
 using namespace babygpt;
 

@@ -145,7 +145,7 @@ int main(int count, char** arguments) {
         else if (question.empty()) question = word;
         else s = load(runtime, arguments[i], config, library);
     }
-    if (s.ok() && library.documents.empty()) return fprintf(stderr, "no question, or no documents: see the example's first lines\n"), 2;
+    if (s.ok() && library.documents.empty()) return fprintf(stderr, "error: a question and documents are needed: see the first lines\n"), 2;
     if (s.ok() && reader.runtime) s = encoder.create(runtime, reader);
     for (Document& d : library.documents)
         if (s.ok()) s = read(encoder, d.text, d.meaning);

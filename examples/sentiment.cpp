@@ -67,7 +67,7 @@ int main(int count, char** words) {
     Sentences learn, other;
     const bool good = files ? learn.read(std::ifstream(words[1])) && other.read(std::ifstream(words[2]))
                             : learn.read(std::istringstream(bundled)) && other.read(std::istringstream(bundled));
-    if (!good) return fprintf(stderr, "expected lines of a sentence, a tab and 0 or 1\n"), 1;
+    if (!good) return fprintf(stderr, "error: expected lines of a sentence, a tab and 0 or 1\n"), 1;
 
     Runtime runtime;
     Tokenizer tokenizer;
@@ -108,6 +108,6 @@ int main(int count, char** words) {
         const Text label = model.label(best);
         if (s.ok()) printf("%.*s (%.2f): %s\n", int(label.size), label.data, double(probabilities[best]), line.c_str());
     }
-    if (!s.ok()) fprintf(stderr, "%s\n", s.message);
+    if (!s.ok()) fprintf(stderr, "error: %s\n", s.message);
     return s.ok() ? 0 : 1;
 }

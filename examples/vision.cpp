@@ -118,8 +118,8 @@ int main(int count, char** words) {
     const bool good = count == 5   ? read_idx(words[1], words[2], learn) && read_idx(words[3], words[4], exam)
                       : count == 3 ? read_csv(words[1], learn) && read_csv(words[2], exam)
                                    : count == 1 && draw(4000, random, learn) && draw(1000, random, exam);
-    if (!good || learn.side != exam.side) return fprintf(stderr, "a file of pictures is missing or not what it should be\n"), 1;
+    if (!good || learn.side != exam.side) return fprintf(stderr, "error: a file of pictures is missing or not what it should be\n"), 1;
     const Status s = run(learn, exam, count > 1 ? 5000 : 1500);
-    if (!s.ok()) fprintf(stderr, "%s\n", s.message);
+    if (!s.ok()) fprintf(stderr, "error: %s\n", s.message);
     return s.ok() ? 0 : 1;
 }
