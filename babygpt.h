@@ -375,7 +375,8 @@ struct Corpus {
     Status open(Runtime& runtime, Span<const Text> files, const CorpusConfig& config = CorpusConfig());
     Status open_memory(Runtime& runtime, Text text, const CorpusConfig& config = CorpusConfig());  // the text must live as long
     // Calls piece(user, bytes, end_of_document) with the text of a part in order. Pieces are at most about 1 MiB, and are cut where
-    // no token crosses (before white space that follows something else), so that they may be tokenized one by one. False from it ends the pass.
+    // no token crosses (before white space that follows something else), so that they may be tokenized one by one; where a SentencePiece
+    // tokenizer puts a blank before a text, it does so before each piece. False from it ends the pass.
     Status read(Part part, bool (*piece)(void* user, Text bytes, bool end_of_document), void* user);
 };
 

@@ -1,19 +1,8 @@
 #!/bin/sh
 # The header under every compiler, standard and set of flags that a host may have, and what it leaves behind there.
 # Runs from the repository's root; what the machine lacks is skipped with a line.
-root=$PWD
-work=$(mktemp -d) || exit 1
-trap 'rm -rf "$work"' EXIT
-cd "$work" || exit 1
-warnings="-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wold-style-cast -Wundef -Wdouble-promotion -Werror"
-passed=0 failed=0
+. tests/check.sh
 
-# check WHAT COMMAND...: the command must succeed and say nothing.
-check() {
-    what=$1; shift
-    if "$@" > output 2>&1 && [ ! -s output ]; then passed=$((passed + 1))
-    else failed=$((failed + 1)); echo "FAILED $what"; head -n 5 output; fi
-}
 compilers=
 for compiler in g++ clang++; do
     if command -v $compiler > /dev/null; then compilers="$compilers $compiler"; else echo "skipped: $compiler is not here"; fi
@@ -122,8 +111,9 @@ for compiler in $compilers; do
     done
 
     # Numbers: the same bits whatever the flags. (What no pragma stops: Clang's -ffast-math together with -march=native fuses
-    # products and sums of the plain backend.)
-    for flags in "-O0" "-O2" "-O2 -ffast-math" "-O3 -march=native"; do
+    # products and sums of the plain backend.) A host may write its assembly as Intel does.
+    case $(uname -m) in x86_64 | i?86) dialect=" -masm=intel" ;; *) dialect= ;; esac
+    for flags in "-O0" "-O2" "-O2 -ffast-math" "-O3 -march=native$dialect"; do
         check "$compiler $flags, selftest" sh -c "$build $flags selftest.cpp -o selftest && ./selftest"
     done
 

@@ -2,8 +2,6 @@
 # babygpt_cuda.cu under nvcc: for the oldest and a present architecture, with g++ and clang++ as hosts, without a warning, and linked into a
 # program that says clearly what it lacks. No GPU is needed. all=1 in the environment: for every major architecture (a minute more).
 # nvcc is the one on the PATH, in /usr/local/cuda, or of Python's packages nvidia-cuda-nvcc, -runtime, -crt, -cccl, nvidia-nvvm and nvidia-cublas.
-root=$PWD
-passed=0 failed=0
 nvcc=
 for place in "$(command -v nvcc)" /usr/local/cuda/bin/nvcc \
     $(python3 -c 'import sys; print(*(p + "/nvidia/cu13/bin/nvcc" for p in sys.path if p))' 2> /dev/null); do
@@ -20,16 +18,8 @@ if [ ! -f "$toolkit/include/cublasLt.h" ]; then
     echo "0 passed, 0 failed"
     exit 0
 fi
-work=$(mktemp -d) || exit 1
-trap 'rm -rf "$work"' EXIT
-cd "$work" || exit 1
+. tests/check.sh
 
-# check WHAT COMMAND...: the command must succeed and say nothing.
-check() {
-    what=$1; shift
-    if "$@" > output 2>&1 && [ ! -s output ]; then passed=$((passed + 1))
-    else failed=$((failed + 1)); echo "FAILED $what"; head -n 5 output; fi
-}
 compile="$nvcc -std=c++17 -I$root -Werror all-warnings -Xcompiler -Wall,-Wextra -c $root/babygpt_cuda.cu"
 check "sm_75 with g++" $compile -O3 -arch=sm_75 -o old.o
 check "sm_90 with g++" $compile -O3 -arch=sm_90 -o cuda.o

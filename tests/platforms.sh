@@ -5,19 +5,8 @@
 # (AVX-512 on a machine that lacks it: Bochs emulates it, cpu: model=corei7_skylake_x, booting a Linux kernel with clearcpuid=321,323.)
 babygpt=${BABYGPT:-build/babygpt}
 case "$babygpt" in /*) ;; *) babygpt=$PWD/$babygpt ;; esac
-root=$PWD
-work=$(mktemp -d) || exit 1
-trap 'rm -rf "$work"' EXIT
-cd "$work" || exit 1
-warnings="-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wold-style-cast -Wundef -Wdouble-promotion"
-passed=0 failed=0
+. tests/check.sh
 
-# check WHAT COMMAND...: the command must succeed and say nothing.
-check() {
-    what=$1; shift
-    if "$@" > output 2>&1 && [ ! -s output ]; then passed=$((passed + 1))
-    else failed=$((failed + 1)); echo "FAILED $what"; head -n 5 output; return 1; fi
-}
 # work_with NAME COMMAND...: trains, rounds and talks with that babygpt, into NAME.*
 work_with() {
     name=$1; shift
