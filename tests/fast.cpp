@@ -364,6 +364,17 @@ static void compare_updates(const UpdateRule& rule, const Shape& shape) {
         }
 }
 
+TEST(activations, "an activation in float is not what it is in double") {
+    for (Activation activation : {Activation::gelu, Activation::gelu_tanh, Activation::relu, Activation::silu})
+        for (double x = -12; x <= 12; x += 1.0 / 256) {  // a float, too
+            const float narrow = static_cast<float>(x), size = x < -1 || x > 1 ? static_cast<float>(fabs(x)) : 1.0f;
+            const double off = static_cast<double>(activate(narrow, activation)) - activate(x, activation),
+                         slope_off = static_cast<double>(activate_derivative(narrow, activation)) - activate_derivative(x, activation);
+            if (!CHECK(fabs(off) <= 5e-7 * static_cast<double>(size) && fabs(slope_off) <= 2.5e-6))
+                printf("  activation %d at %g: %g, its slope %g\n", static_cast<int>(activation), x, off, slope_off);
+        }
+}
+
 TEST(update, "the optimizer's step differs between the backends") {
     for (const Shape& shape : {shapes[3], shapes[9]})  // of GPT-2's type and Llama's
         for (bool uses_muon : {false, true}) compare_updates(some_rule(uses_muon), shape);
