@@ -14780,8 +14780,8 @@ struct Simd : VectorTypes<width_> {
             Quarter part[width / 4];
             memcpy(part, &a, sizeof part);
             for (int i = 0; i < width / 4; ++i) {
-                if constexpr (fused == 0) __asm__("sqrtps %1, %0" : "=x"(part[i]) : "x"(part[i]));
-                else __asm__("vsqrtps %1, %0" : "=x"(part[i]) : "x"(part[i]));
+                if constexpr (fused == 0) __asm__("sqrtps {%1, %0|%0, %1}" : "=x"(part[i]) : "x"(part[i]));
+                else __asm__("vsqrtps {%1, %0|%0, %1}" : "=x"(part[i]) : "x"(part[i]));
             }
             memcpy(&d, part, sizeof part);
         } else
