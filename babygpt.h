@@ -5345,7 +5345,7 @@ BABYGPT_RARE inline Status finish_tokenizer(Tokenizer& made) {
     made.end_of_text = tables.piece_between;
     const Text separator = tables.kind == TokenizerKind::wordpiece ? "[SEP]" : end_of_text_name;
     for (const int32_t id : tables.specials)
-        if (made.kind != TokenizerKind::sentencepiece && equal(tables.bytes(id), separator)) made.end_of_text = id;
+        if (tables.kind != TokenizerKind::sentencepiece && equal(tables.bytes(id), separator)) made.end_of_text = id;
     return Status();
 }
 // A tokenizer that `fill(tables)` fills, in the place of what `tokenizer` was; that stays as it was where something fails.
@@ -17149,7 +17149,7 @@ struct SelfTest {
             {"log(10)", log_of(10.0), 2.302585092994045684, 1e-15},
             {"erf(0.5)", erf_of(0.5), 0.5204998778130465377, 1e-15},
             {"erf(-2)", erf_of(-2.0), -0.9953222650189527342, 1e-15},
-            {"P(N(0,1) <= -2) in float", static_cast<double>(normal_of(-2.0f)), 2.275013194817920721e-2, 4e-7},
+            {"P(N(0,1) <= -2) in float", static_cast<double>(normal_of(-2.0f)), 2.275013194817920721e-2, 2e-7},
             {"cos(pi / 4)", cos_pi(0.25), 0.7071067811865475244, 1e-15},
         };
         for (const auto& k : known) {
