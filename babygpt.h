@@ -353,6 +353,7 @@ struct CorpusConfig {
     Text column;                       // csv: the column to read, by the name in the first line (default: "text")
     bool split_documents = false;      // text: empty lines divide documents (dialogues); else a file is one
     double validation_fraction = 0.1;  // the last part of the text; 0: none
+    uint64_t validation_limit = 0;     // bytes of it at most, which each evaluation reads; 0: no limit
 };
 
 enum class Part : int32_t { all, training, validation };
@@ -693,8 +694,8 @@ struct Evaluation {
     uint64_t unknown = 0;
 };
 
-struct Progress {  // what a callback sees
-    const StepResult* step = nullptr;
+struct Progress {                            // what a callback sees
+    const StepResult* step = nullptr;        // null where a run begins with the evaluation that the one before was interrupted in
     const Evaluation* evaluation = nullptr;  // null unless one was just made
     bool best = false;  // it is the best so far (and was saved): of a classifier by accuracy, then by loss; else by loss
     int64_t steps = 0;  // the run's total
@@ -707,6 +708,8 @@ struct RunConfig {
     int64_t save_every = 0;  // steps between two saves of the resume file; 0: at evaluations
     void* user = nullptr;
     bool (*progress)(void* user, const Progress& progress) = nullptr;  // after each step; false: save and end
+    // While an evaluation goes on, after each batch; done: the share that is made. False: save and end; the next run() begins with it.
+    bool (*evaluating)(void* user, double done) = nullptr;
 };
 
 struct RunResult {
@@ -730,6 +733,7 @@ struct Trainer {
     double best_validation_loss = 0, best_accuracy = 0;  // of best_step; best_accuracy: of a classifier
     int64_t best_step = -1;                              // -1: none yet
     int64_t bad_evaluations = 0;                         // in a row
+    bool evaluation_due = false;                         // one was interrupted
     float* gradients = nullptr;  // sums over the step's tokens, laid out as Model::weights, or as those of the adapter; cuda: null
     float* moment1 = nullptr;
     float* moment2 = nullptr;
@@ -8825,9 +8829,9 @@ inline Status read_standard_input(Array<char>& bytes) {
 // this is it. A split point inside of a document moves to the document's end; but the last document, or one of more than a 20th of the
 // text, is cut (no line of a tsv file is): after the first line end, or else before the first white space, or else at the first character that follows the split point
 // (no farther than 64 KiB and half of the validation part).
-inline Status find_split(CorpusState& corpus, double validation_fraction) {
+inline Status find_split(CorpusState& corpus, double validation_fraction, uint64_t limit) {
     const uint64_t bytes = corpus.bytes, wanted = static_cast<uint64_t>(validation_fraction * static_cast<double>(bytes));
-    const uint64_t split = bytes - least(wanted, bytes);
+    const uint64_t split = bytes - least(limit > 0 ? least(wanted, limit) : wanted, bytes);
     corpus.training_bytes = split;
     if (split == 0 || split == bytes) return Status();
     Reader reader(corpus);
@@ -8844,12 +8848,12 @@ inline Status find_split(CorpusState& corpus, double validation_fraction) {
     reader.go_to(at_split);
     BABYGPT_TRY(reader.next(found));
     const Text text = reader.piece;
-    const size_t limit = static_cast<size_t>(least(uint64_t(least(text.size, size_t(1) << 16)), (bytes - split + 1) / 2));
+    const size_t far = static_cast<size_t>(least(uint64_t(least(text.size, size_t(1) << 16)), (bytes - split + 1) / 2));
     size_t line = 0, space = 0, character = 0;
-    while (line < limit && text[line] != '\n') ++line;
-    while (space < limit && !is_ascii_space(text[space])) ++space;
-    while (character < limit && is_inside_character(text[character])) ++character;
-    corpus.training_bytes = split + (line + 1 < limit ? line + 1 : space < limit ? space : character < limit ? character : 0);
+    while (line < far && text[line] != '\n') ++line;
+    while (space < far && !is_ascii_space(text[space])) ++space;
+    while (character < far && is_inside_character(text[character])) ++character;
+    corpus.training_bytes = split + (line + 1 < far ? line + 1 : space < far ? space : character < far ? character : 0);
     return Status();
 }
 
@@ -8872,7 +8876,7 @@ inline Status open_corpus(CorpusState& state, const CorpusConfig& config, uint64
     if (state.bytes == 0)
         return fail(Error::bad_file, "there is no text in '", view(state.sources[0]->name),
                     state.sources.count > 1 ? "' and the files after it" : "'");
-    return find_split(state, config.validation_fraction);
+    return find_split(state, config.validation_fraction, config.validation_limit);
 }
 
 inline Status add_source(CorpusState& state, Text name, TextFormat format, Source*& source) {
@@ -10059,7 +10063,7 @@ Trainer& Trainer::operator=(Trainer&& other) noexcept {
     config = other.config, model = other.model, adapter = other.adapter, training = other.training, validation = other.validation;
     step_count = other.step_count;
     best_validation_loss = other.best_validation_loss, best_accuracy = other.best_accuracy, best_step = other.best_step,
-    bad_evaluations = other.bad_evaluations;
+    bad_evaluations = other.bad_evaluations, evaluation_due = other.evaluation_due;
     gradients = other.gradients, moment1 = other.moment1, moment2 = other.moment2, runtime = other.runtime, state = other.state;
     other.state = nullptr;
     other.gradients = other.moment1 = other.moment2 = nullptr;
@@ -10487,22 +10491,31 @@ Status Trainer::run(const RunConfig& how, RunResult& result) {
             return fail(Error::cannot_open, "'", how.out,
                         "', the best model of the run so far, is missing: put it back beside the resume file");
     }
-    while (step_count < config.steps) {
+    const auto go_on = [&](double done) {
+        evaluation_due = how.evaluating && !how.evaluating(how.user, done);
+        return !evaluation_due;
+    };
+    while (evaluation_due || step_count < config.steps) {
         if (config.patience > 0 && bad_evaluations >= config.patience) {
             result.stopped_early = true;
             break;
         }
-        if (how.stop_at > 0 && step_count >= how.stop_at) {
+        if (how.stop_at > 0 && step_count >= how.stop_at && !evaluation_due) {
             result.cancelled = true;
             break;
         }
         StepResult step_result;
-        BABYGPT_TRY(step(step_result));
         Evaluation evaluation;
         Progress progress;
-        const bool scheduled = step_count % config.evaluate_every == 0 || step_count == config.steps;
-        if (scheduled && validation) {
-            BABYGPT_TRY(evaluate(*validation, evaluation));
+        if (!evaluation_due) {
+            BABYGPT_TRY(step(step_result));
+            progress.step = &step_result;
+        }
+        const bool scheduled = evaluation_due || step_count % config.evaluate_every == 0 || step_count == config.steps;
+        evaluation_due = false;
+        if (scheduled && validation)
+            BABYGPT_TRY(evaluate_windows(*runtime, *state, *model, adapter, config.batch, *validation, evaluation, go_on));
+        if (scheduled && validation && !evaluation_due) {
             progress.evaluation = &evaluation;
             // A classifier's loss rises while more and more is right: few examples, of which it is too sure, outweigh the others.
             const bool by_loss = model->config.classes == 0 || !(evaluation.top1 < best_accuracy || evaluation.top1 > best_accuracy);
@@ -10516,11 +10529,11 @@ Status Trainer::run(const RunConfig& how, RunResult& result) {
             }
         }
         result.stopped_early = config.patience > 0 && bad_evaluations >= config.patience;
-        progress.step = &step_result;
         progress.steps = config.steps;
         progress.seconds = seconds_now() - start;
-        progress.seconds_left = progress.seconds / static_cast<double>(step_count - first) * static_cast<double>(config.steps - step_count);
-        if (how.progress && !how.progress(how.user, progress)) result.cancelled = true;
+        const double taken = static_cast<double>(most(step_count - first, int64_t(1)));
+        progress.seconds_left = progress.seconds / taken * static_cast<double>(config.steps - step_count);
+        if ((how.progress && !how.progress(how.user, progress)) || evaluation_due) result.cancelled = true;
         if (how.save_every > 0 ? step_count % how.save_every == 0 : scheduled) BABYGPT_TRY(save_all());
         if (result.cancelled || result.stopped_early) break;
     }
@@ -12621,6 +12634,7 @@ void each_field(const TrainConfig*, const F& f) {
 struct TrainingState {
     int64_t step_count, best_step, bad_evaluations;
     double best_validation_loss, best_accuracy;
+    bool evaluation_due;
     uint64_t training_tokens, training_fingerprint, validation_tokens, validation_fingerprint;
 };
 template <class F>
@@ -12635,6 +12649,7 @@ void each_field(const TrainingState*, const F& f) {
     own("validation_tokens", &TrainingState::validation_tokens);
     own("validation_fingerprint", &TrainingState::validation_fingerprint);
     own("best_accuracy", &TrainingState::best_accuracy);
+    own("evaluation_due", &TrainingState::evaluation_due);
 }
 
 template <class Record>
@@ -12672,8 +12687,8 @@ constexpr const char* beyond_decoders[] = {"encoder_layers", "causal", "classes"
 // What files of the first kind, or other people's, may lack; it then has its default.
 inline bool is_optional(const char* key) {
     static constexpr const char* names[] = {
-        "position_embedding_type", "dtype",      "optimizer",          "muon_lr",      "model_type",   "tie_word_embeddings", "bias",
-        "attention_bias",          "hidden_act", "layer_norm_epsilon", "rms_norm_eps", "best_accuracy"};
+        "position_embedding_type", "dtype",      "optimizer",          "muon_lr",      "model_type",    "tie_word_embeddings", "bias",
+        "attention_bias",          "hidden_act", "layer_norm_epsilon", "rms_norm_eps", "best_accuracy", "evaluation_due"};
     return is_one_of(key, names) || is_one_of(key, beyond_gpt2) || is_one_of(key, beyond_decoders);
 }
 template <class Record>
@@ -14157,7 +14172,7 @@ BABYGPT_RARE Status build_gguf(const Model& model, GgufWriter& to) {
 TrainingState state_of(const Trainer& t) {
     TrainingState state{};
     state.step_count = t.step_count, state.best_step = t.best_step, state.bad_evaluations = t.bad_evaluations;
-    state.best_validation_loss = t.best_validation_loss, state.best_accuracy = t.best_accuracy;
+    state.best_validation_loss = t.best_validation_loss, state.best_accuracy = t.best_accuracy, state.evaluation_due = t.evaluation_due;
     if (t.training) state.training_tokens = t.training->tokens, state.training_fingerprint = t.training->fingerprint;
     if (t.validation) state.validation_tokens = t.validation->tokens, state.validation_fingerprint = t.validation->fingerprint;
     return state;
@@ -14169,7 +14184,7 @@ Status parse_training(Runtime& runtime, const Checkpoint& c, TrainConfig& config
     BABYGPT_TRY(read_metadata(runtime, c, "babygpt.training", text));
     if (text.count == 0) return c.bad(" holds no state of training to resume from: that is in the .resume.safetensors beside the model");
     uint64_t in_config = 0, in_state = 0;
-    state.best_accuracy = 0;  // where an older version wrote the file
+    state.best_accuracy = 0, state.evaluation_due = false;  // where an older version wrote the file
     Json json(runtime, view(text));
     for (json.enter_object(); json.next_key();) {
         if (json.key_is("config"))
@@ -14458,7 +14473,7 @@ Status Trainer::load(Text path) {
     if (status.ok()) status = read_tensors(*runtime, c, "moment2.", names, moment2);
     if (!status.ok()) return fail(status.error, Text(status.message), "; the model is now half loaded: load again before it is used");
     step_count = stored.step_count, best_step = stored.best_step, bad_evaluations = stored.bad_evaluations;
-    best_validation_loss = stored.best_validation_loss, best_accuracy = stored.best_accuracy;
+    best_validation_loss = stored.best_validation_loss, best_accuracy = stored.best_accuracy, evaluation_due = stored.evaluation_due;
     return Status();
 }
 

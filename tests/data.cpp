@@ -396,6 +396,13 @@ TEST(validation_is_the_last_part, "validation would see training text, or miss s
     for (int i = 0; i < 333; ++i) kana += "\xe3\x81\x82";
     CHECK_OK(corpus.open_memory(runtime, kana, as(TextFormat::text, 0.1)));
     CHECK(collect(corpus, Part::validation).all.size() == 99 && corpus.training_bytes % 3 == 0);
+    CorpusConfig limited = as(TextFormat::text, 0.5);  // each evaluation reads it all
+    limited.validation_limit = 100;
+    CHECK_OK(corpus.open_memory(runtime, with_lines, limited));
+    CHECK(collect(corpus, Part::validation).all == "d\n" + string(95, 'e'));
+    limited.validation_limit = 100000;
+    CHECK_OK(corpus.open_memory(runtime, with_lines, limited));
+    CHECK(collect(corpus, Part::validation).all.size() > 100);
     CHECK_OK(corpus.open_memory(runtime, "short", as(TextFormat::text, 0)));
     CHECK(corpus.training_bytes == 5 && collect(corpus, Part::validation).all.empty());
     CHECK(opened(runtime, "text", as(TextFormat::text, 1)).error == Error::invalid_argument);

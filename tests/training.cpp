@@ -599,4 +599,62 @@ TEST(best_and_patience, "the file would not be the best model, or training would
     CHECK(resume.push('\0') && remove(resume.data()) == 0);
 }
 
+// Ends in the evaluation after `stop_in`; counts what it sees.
+struct Watch {
+    int64_t stop_in = 0;
+    const Trainer* trainer = nullptr;
+    int steps = 0, evaluations = 0;
+    static bool step(void* user, const Progress& p) {
+        Watch& w = *static_cast<Watch*>(user);
+        w.steps += p.step != nullptr, w.evaluations += p.evaluation != nullptr;
+        return true;
+    }
+    static bool evaluating(void* user, double done) {
+        Watch& w = *static_cast<Watch*>(user);
+        CHECK(done > 0 && done < 1);
+        return w.trainer->step_count != w.stop_in;
+    }
+};
+
+TEST(interrupted_evaluation, "Ctrl-C would wait for the end of a long evaluation, or the run that goes on would do without it") {
+    const char *path = "build/test_due.safetensors", *resume = "build/test_due.resume.safetensors";
+    Runtime runtime;
+    Data data, validation;
+    TrainConfig how = tiny_run(20);
+    how.evaluate_every = 5, how.patience = 3;
+    CHECK_OK(data.create(runtime, Span<const int32_t>(some_ids(2000), 2000)));
+    CHECK_OK(validation.create(runtime, Span<const int32_t>(some_ids(700), 700)));
+    const auto train = [&](Model& model, Trainer& trainer, Watch& watch, bool goes_on) {
+        CHECK_OK(goes_on ? model.load(runtime, resume) : model.create(runtime, tiny_config(), Tokenizer()));
+        CHECK_OK(trainer.create(runtime, model, how, data, &validation));
+        if (goes_on) CHECK_OK(trainer.load(resume));
+        CHECK(trainer.evaluation_due == goes_on);
+        watch.trainer = &trainer;
+        RunConfig run;
+        run.out = path, run.user = &watch, run.progress = &Watch::step, run.evaluating = &Watch::evaluating;
+        RunResult result;
+        CHECK_OK(trainer.run(run, result));
+        CHECK(result.cancelled == (watch.stop_in > 0) && trainer.evaluation_due == result.cancelled);
+    };
+    Model whole;
+    Trainer straight;
+    Watch all;
+    train(whole, straight, all, false);
+    CHECK(all.steps == 20 && all.evaluations == 4);
+    for (const int at : {5, 10, 20}) {
+        Model begun, ended;
+        Trainer first, second;
+        Watch before, after;
+        before.stop_in = at;
+        train(begun, first, before, false);
+        CHECK(before.steps == at && before.evaluations == at / 5 - 1);
+        train(ended, second, after, true);
+        CHECK(after.steps == 20 - at && before.evaluations + after.evaluations == 4);
+        CHECK(memcmp(whole.weights, ended.weights, static_cast<size_t>(whole.block) * 4) == 0);
+        CHECK(second.best_step == straight.best_step && second.bad_evaluations == straight.bad_evaluations);
+        CHECK(memcmp(&second.best_validation_loss, &straight.best_validation_loss, sizeof(double)) == 0);
+    }
+    CHECK(remove(path) == 0 && remove(resume) == 0);
+}
+
 int main(int count, char** arguments) { return run_tests(count, arguments); }

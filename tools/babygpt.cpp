@@ -1159,16 +1159,18 @@ void check_log(const string& path) {  // what is there may be written over, if i
 }
 
 // A resumed run goes on where its checkpoint stood: rows of later steps belong to work that was lost.
-FILE* open_log(const string& path, bool resume, int64_t step) {
+FILE* open_log(const string& path, bool resume, int64_t step, string* owed) {
     string kept = string(log_header) + "\n";
     const string old = resume && exists(path) ? read_file(path) : "";
     for (size_t at = old.find('\n') + 1; at > 0 && at < old.size();) {
         const size_t end = old.find('\n', at);
         if (end == string::npos) break;  // cut off in the middle of a row
         const string row = old.substr(at, end - at);
-        int64_t row_step = 0;
-        if (read_number(row.substr(0, row.find(',')), row_step) && row_step <= step) kept += row + "\n";
         at = end + 1;
+        int64_t row_step = 0;
+        if (!read_number(row.substr(0, row.find(',')), row_step) || row_step > step) continue;
+        if (owed && row_step == step) *owed = row;
+        else kept += row + "\n";
     }
     write_file(path, kept);
     FILE* log = open_file(path, "ab");
@@ -1310,7 +1312,8 @@ struct TrainOptions {
                    {"--classes", nullptr,
                     "a classifier: each line is a text, a tab and its label (any word); an encoder with a head for the classes", &classes},
                    {"--validation", "FILE", "validate on this file instead of the text's last part", &validation},
-                   {"--validation-fraction", "X", "share of the text that is held out, its last part (0.1)", &validation_fraction, 0, 0.9},
+                   {"--validation-fraction", "X", "share of the text that is held out, its last part (0.1, but at most 1 MB)",
+                    &validation_fraction, 0, 0.9},
                    {"--token-cache", "FILE", "keep the training tokens in this file instead of in memory", &cache}} +
                text.options() +
                vector<Option>{
@@ -1583,6 +1586,7 @@ void open_data(const Arguments& in, Training& t) {
     const auto config = [&](double fraction) {
         CorpusConfig result = o.text.config(fraction);
         if (t.pairs) result.format = TextFormat::tsv;
+        if (!in.has("--validation-fraction")) result.validation_limit = 1000000;
         return result;
     };
     open_corpus(runtime, in.operands, config(o.validation.empty() ? o.validation_fraction : 0), t.corpus);
@@ -1715,10 +1719,18 @@ void choose_steps(const Arguments& in, Training& t, const Config& shape, double 
     // time.
     const double evaluation = t.has_validation ? step / 3 * double(t.validation.tokens) / tokens_a_step : 0;
     double evaluations = std::clamp(budget / 4 / std::max(evaluation, 1e-9), 1.0, 20.0);
-    if (in.has("--evaluate-every")) evaluations = budget / (step * double(t.config.evaluate_every) + evaluation);
-    t.config.steps = std::max<int64_t>(1, int64_t((budget - std::floor(evaluations) * evaluation) / step));
-    if (!in.has("--evaluate-every"))
-        t.config.evaluate_every = std::max<int64_t>(1, int64_t(std::ceil(double(t.config.steps) / std::floor(evaluations))));
+    const bool given = in.has("--evaluate-every");
+    if (given) evaluations = budget / (step * double(t.config.evaluate_every) + evaluation);
+    double evaluating = std::floor(evaluations) * evaluation;
+    if (!given && evaluating > budget / 4) {
+        note(
+            format("an evaluation takes about %s, more than a quarter of the time: less with a smaller --validation-fraction, or file of "
+                   "--validation",
+                   duration(evaluation).c_str()));
+        evaluating = budget / 4;
+    }
+    t.config.steps = std::max<int64_t>(1, int64_t((budget - evaluating) / step));
+    if (!given) t.config.evaluate_every = std::max<int64_t>(1, int64_t(std::ceil(double(t.config.steps) / std::floor(evaluations))));
     fprintf(stderr, "babygpt: %.1f ms a step: to repeat this run exactly, give --steps %lld --evaluate-every %lld\n", step * 1e3,
             static_cast<long long>(t.config.steps), static_cast<long long>(t.config.evaluate_every));
 }
@@ -1727,9 +1739,11 @@ void choose_steps(const Arguments& in, Training& t, const Config& shape, double 
 struct TrainingView {
     Training& t;
     FILE* log = nullptr;
+    string owed_row = {};  // of the log: its step was followed by an evaluation that is still to be made
     Curve curve = {};
     double first_loss = none, last_loss = none, bits_per_nat = none;  // bits a byte for each nat a token
     double shown_at = -1;
+    double evaluated = 1, evaluation_start = 0, evaluation_shown_at = 0;  // of the last evaluation
     bool terminal = is_terminal(stderr), line_is_open = false;
     std::exception_ptr failure = nullptr;
 
@@ -1752,6 +1766,22 @@ struct TrainingView {
         } catch (...) {
             view.failure = std::current_exception();
             return false;
+        }
+        return !interrupted;
+    }
+
+    // While an evaluation goes on: on a terminal its share is shown after a second, else after each ten.
+    static bool evaluating(void* user, double done) noexcept {
+        TrainingView& view = *static_cast<TrainingView*>(user);
+        const double time = now();
+        if (done < view.evaluated) view.evaluation_start = view.evaluation_shown_at = time;
+        view.evaluated = done;
+        if (!view.t.options.json && time - view.evaluation_shown_at >= (view.terminal ? 1 : 10)) {
+            view.evaluation_shown_at = time;
+            fprintf(stderr, "%svalidating: %.0f %%, %s left%s", view.terminal ? "\r" : "", 100 * done,
+                    duration((time - view.evaluation_start) * (1 / done - 1)).c_str(), view.terminal ? "\x1b[K" : "\n");
+            fflush(stderr);
+            view.line_is_open = view.terminal;
         }
         return !interrupted;
     }
@@ -1795,8 +1825,9 @@ struct TrainingView {
     }
 
     void update(const Progress& progress) {
-        if (!progress.step) return;
-        const StepResult& s = *progress.step;
+        StepResult s;
+        if (progress.step) s = *progress.step;
+        else s.step = t.trainer.step_count, s.loss = s.lr = s.grad_norm = none;  // was shown by the run before
         const Evaluation* e = progress.evaluation;
         if (std::isfinite(s.loss)) {
             if (std::isnan(first_loss)) first_loss = s.loss;
@@ -1807,8 +1838,10 @@ struct TrainingView {
             if (e->loss > 0 && e->bits_per_byte > 0) bits_per_nat = e->bits_per_byte / e->loss;
         }
         if (log) {
-            fprintf(log, "%lld,%.9g,%.9g,%.9g,%.0f,%s\n", static_cast<long long>(s.step), s.loss, s.lr, s.grad_norm, s.tokens_per_second,
-                    e ? format("%.9g", e->loss).c_str() : "");
+            const string row = !progress.step && !owed_row.empty() ? owed_row
+                                                                   : format("%lld,%.9g,%.9g,%.9g,%.0f,", static_cast<long long>(s.step),
+                                                                            s.loss, s.lr, s.grad_norm, s.tokens_per_second);
+            fprintf(log, "%s%s\n", row.c_str(), e ? format("%.9g", e->loss).c_str() : "");
             if (fflush(log) != 0) error("cannot write --log " + t.options.log + ": " + strerror(errno));
         }
         const string talk = !e ? "" : t.model.config.classes > 0 ? format("%.2f %% right", 100 * e->top1) : sample();
@@ -1831,24 +1864,25 @@ struct TrainingView {
             line.print();
             return;
         }
-        show_line(progress, s, e != nullptr);
+        if (progress.step) show_line(progress, s, e != nullptr);
+        else end_line(), fprintf(stderr, "step %lld\n", static_cast<long long>(s.step));
         if (e)
             fprintf(stderr, "  validation %.4f%s  %s\n", e->loss, progress.best ? " best" : "     ",
                     visible(Text(cut(one_line(talk, " / "), 90)), false).c_str());
     }
 
     // On a terminal one line that changes ten times a second; else a line each fiftieth of the run.
-    void show_line(const Progress& progress, const StepResult& s, bool evaluated) {
+    void show_line(const Progress& progress, const StepResult& s, bool ends) {
         const double time = now();
         const int64_t every = std::max<int64_t>(1, progress.steps / 50);
         const bool last = s.step == progress.steps || interrupted;
-        if (terminal ? !(evaluated || last || time - shown_at >= 0.1) : !(evaluated || last || s.step % every == 0)) return;
+        if (terminal ? !(ends || last || time - shown_at >= 0.1) : !(ends || last || s.step % every == 0)) return;
         shown_at = time;
         string line = format("step %lld/%lld  loss %.4f  lr %.2e  %s tokens/s  %s left", static_cast<long long>(s.step),
                              static_cast<long long>(progress.steps), s.loss, s.lr, grouped(int64_t(s.tokens_per_second)).c_str(),
                              duration(progress.seconds_left).c_str());
         if (s.skipped) line += "  (not finite: skipped)";
-        line_is_open = terminal && !evaluated && !last;
+        line_is_open = terminal && !ends && !last;
         if (terminal) fprintf(stderr, "\r%s\x1b[K%s", line.c_str(), line_is_open ? "" : "\n");
         else fprintf(stderr, "%s\n", line.c_str());
         fflush(stderr);
@@ -2058,13 +2092,14 @@ int train(Arguments& in) {
     if (o.resume && !o.json) note(format("going on after step %lld", static_cast<long long>(t.trainer.step_count)));
 
     TrainingView view(t);
-    if (!o.log.empty()) view.log = open_log(o.log, o.resume, t.trainer.step_count);
+    if (!o.log.empty()) view.log = open_log(o.log, o.resume, t.trainer.step_count, t.trainer.evaluation_due ? &view.owed_row : nullptr);
     RunConfig how;
     how.out = o.out;
     how.stop_at = o.stop_at;
     how.save_every = o.save_every;
     how.user = &view;
     how.progress = TrainingView::show;
+    how.evaluating = TrainingView::evaluating;
     RunResult result;
     catch_interrupts(true);
     if (o.overwrite) {  // or a kill could leave the old run's resume file beside the new run's model
@@ -2079,6 +2114,7 @@ int train(Arguments& in) {
 
     NgramResult counting;
     if (t.has_validation && !t.pairs && t.model.config.causal && !o.no_counting && !result.cancelled) {
+        if (t.corpus.bytes > 10000000 && !o.json) note("counting n-grams, for comparison (--no-counting leaves it out)");
         must(ngram_baseline(runtime, t.data, t.validation, t.model.config.vocab, counting));
         view.curve.counting = counting.loss;
     }
