@@ -296,10 +296,15 @@ Status parse_tokenizer(Text text, TokenizerConfig& config);
 //             The end of text is what the file calls eos_piece, </s>; of llama2.c's tok512.bin it is <s>, which its documents begin with.
 //             Files often change the text. One that was trained here does not: decode(encode(x)) == x where all characters are known.
 // Bytes and bpe: decode(encode(x)) == x for any bytes whatever. Read-only once filled: any number of threads may use it.
+// begin_of_text, <s>, is what some models of other people's have read before each text, and miss where it is absent. Data, Session and Encoder
+// put it there, encode does not. There is one where GGUF's add_bos_token says so (if it says nothing, llama.cpp's rule: with SentencePiece BPE);
+// where a tokenizer.json of bpe or sentencepiece has a TemplateProcessing that begins with it; in a folder with tokenizer.model, unless
+// tokenizer_config.json says add_bos_token false; and in llama2.c's tok512.bin. GPT-2's, a .model alone and what is trained here have none.
 struct Tokenizer {
     TokenizerKind kind = TokenizerKind::none;
     int vocab = 0;
     int32_t end_of_text = -1;         // between documents; -1: there is none
+    int32_t begin_of_text = -1;       // before each text, a special token; -1: none. May be the same as end_of_text
     int32_t unknown = -1;             // the id for unseen characters; -1: there is none
     struct Tables* tables = nullptr;  // ours (chapter 3)
     Runtime* runtime = nullptr;
@@ -318,8 +323,8 @@ struct Tokenizer {
     // small letters: the path must, with "uncased" or "cased" in it or after it ("vocab.txt:uncased").
     Status load(Runtime& runtime, Text path);
     Status load_memory(Runtime& runtime, Text json);  // a tokenizer.json
-    // As tokenizer.json; a sentencepiece one as .model where the path ends so. (What Hugging Face's form of that file cannot say about a
-    // SentencePiece model, as BPE and user-defined pieces, only we read.)
+    // As tokenizer.json; a sentencepiece one as .model where the path ends so, which cannot say what begin_of_text is. (What Hugging Face's
+    // form of that file cannot say about a SentencePiece model, as BPE and user-defined pieces, only we read.)
     Status save(Text path) const;
     Status save_memory(Array<char>& json) const;
     Status copy(Runtime& runtime, const Tokenizer& from);
@@ -391,7 +396,8 @@ struct Example {
 };
 
 // Token ids, cut into windows of `context`. One epoch visits every window once, in an order drawn from (seed, epoch).
-// Documents are kept apart by the end-of-text token where the tokenizer has one, by an empty line where not.
+// Documents are kept apart by the end-of-text token where the tokenizer has one, by an empty line where not; each begins with the
+// begin-of-text token where there is one (if it is the same as the end-of-text token, nothing else stands between them).
 // Data that would need more than `memory_limit` bytes is kept in groups: each is read from the files and tokenized when its turn comes.
 struct Data {
     Runtime* runtime = nullptr;
@@ -921,8 +927,9 @@ struct Session {
     Span<const float> logits() const;      // of the token that comes next, `vocab` of them; empty before the first feed
     // Draws one token from the logits and feeds it: a game calls this once a frame.
     Status next(const SampleConfig& config, int32_t& id, float* logprob = nullptr);
-    // Continues a prompt. An empty prompt on a fresh session starts a new document; with a source, all that is said begins with the
-    // end-of-text token.
+    // Continues a prompt. A fresh session first reads the begin-of-text token where the tokenizer has one, which is never forgotten; else an
+    // empty prompt starts a new document by what stands between them. With a source, all that is said begins with the end-of-text token. So
+    // do reply, search and score; feed adds nothing.
     Status generate(Text prompt, const SampleConfig& config, Generation& result);
     // One turn of a chat by the model's template; `reply_turn`, where not empty, stands in for the model's own (another character speaks).
     Status reply(Text user, const SampleConfig& config, Generation& result, Text reply_turn = Text());
@@ -932,8 +939,8 @@ struct Session {
     // memory (beams * vocab floats, KV pages for beams * tokens positions, small things) is taken by the first search, kept for the
     // following ones, and enlarged where one needs more; a step allocates nothing. The same bits for any number of threads.
     Status search(Text prompt, const BeamConfig& config, SearchResult& result);
-    // Log-probability of each token of a text after what the session has read (the first of a fresh session has none: 0, but where there is
-    // a source, the end-of-text token stands before it). Returns the sum.
+    // Log-probability of each token of a text after what the session has read (the first of a fresh session has none: 0, but where the
+    // tokenizer has a begin-of-text token, that stands before it, or, where there is a source, the end-of-text token). Returns the sum.
     Status score(Text text, Array<int32_t>& ids, Array<float>& logprobs, double& sum);
     // The attention of the ids read so far: probabilities [heads][position][position] of one layer; to_source: [heads][position][ids of the
     // source], where an encoder has read one.
@@ -963,8 +970,8 @@ struct Encoder {
     ~Encoder();
 
     Status create(Runtime& runtime, const Model& model);
-    // A text's ids, at most `context` of them. With `gaps`, each "[MASK]" in it is mask_id; a blank before it goes to where bpe has blanks:
-    // into the token that is looked for.
+    // A text's ids, the begin-of-text token before them where there is one, at most `context` in all. With `gaps`, each "[MASK]" in it is
+    // mask_id; a blank before it goes to where bpe has blanks: into the token that is looked for.
     Status encode(Text text, Array<int32_t>& ids, bool gaps = false) const;
     Status classify(const Example& example, Span<float> probabilities);  // of each of its classes
     // Of each of `vocab` ids: how probable it is in row `at` of the example, in which usually the mask stands.
@@ -2875,6 +2882,7 @@ struct Tables {
     bool unigram = false, byte_fallback = false;
     bool add_dummy_prefix = true, remove_extra_whitespaces = true, escape_whitespaces = true, treat_whitespace_as_suffix = false;
     int32_t piece_between = -1;  // sentencepiece: the control piece that the file calls eos_piece, while it is read
+    int32_t begin_of_text = -1;  // likewise
     float unknown_score = 0;
     size_t charsmap = 0, charsmap_size = 0;  // in `proto`: a double array, and what it leads to
     size_t unknown_surface = 0;              // what `unknown` is decoded to, in `text` after the tokens
@@ -4083,7 +4091,8 @@ struct TokenizerReader {
             BABYGPT_TRY(unigram_steps(text, normalizer, "normalizer", "normalizers", form));
             BABYGPT_TRY(unigram_steps(text, cutting, "pre_tokenizer", "pretokenizers", form));
             BABYGPT_TRY(unigram_steps(text, decoder, "decoder", "decoders", form));
-            return unigram_model(text, added, model, form);
+            BABYGPT_TRY(unigram_model(text, added, model, form));
+            return unigram_steps(text, after, "post_processor", "processors", form);
         }
         if (added.size) BABYGPT_TRY(added_tokens(part_of(text, added)));
         if (equal(view(type), "WordPiece")) {
@@ -4093,7 +4102,7 @@ struct TokenizerReader {
             BABYGPT_TRY(bert_part(part_of(text, decoder), "decoder", "WordPiece"));
             return wordpiece_model(part_of(text, model));  // what a post_processor adds is not part of the text
         }
-        const struct { Text part, name; } parts[] = {{cutting, "pre_tokenizer"}, {decoder, "decoder"}, {after, "post_processor"}};
+        const struct { Text part, name; } parts[] = {{cutting, "pre_tokenizer"}, {decoder, "decoder"}};
         for (const auto& part : parts) {
             Json read = part_of(text, part.part);
             if (part.part.size) BABYGPT_TRY(byte_level(read, part.name));
@@ -4101,7 +4110,41 @@ struct TokenizerReader {
         if (normalizer.size && !equal(normalizer, "null")) return unsupported("normalizer is not supported");
         if (!has_words) return unsupported("pre_tokenizer is not ByteLevel");
         BABYGPT_TRY(bpe_model(part_of(text, model)));
-        return finish();
+        BABYGPT_TRY(finish());
+        UnigramForm none(runtime);
+        return unigram_steps(text, after, "post_processor", "processors", none);
+    }
+    // TemplateProcessing says what stands before each text: the first of "single", where that is a special token. What stands after it, and
+    // what others do, is no part of the text.
+    BABYGPT_RARE Status processing_step(Json& json) {
+        Array<char> type(runtime), first(runtime);
+        Text single;
+        for (json.enter_object(); json.next_key();)
+            if (json.key_is("type")) json.string(type);
+            else if (json.key_is("single")) json.skip(single);
+            else json.skip();
+        if (json.problem) return json.finish(name);
+        if (tables.kind == TokenizerKind::bpe && !equal(view(type), "ByteLevel") && !equal(view(type), "TemplateProcessing"))
+            return unsupported("post_processor '", Shown(view(type)), "' is not supported");
+        if (!equal(view(type), "TemplateProcessing") || single.size == 0) return Status();
+        Json item = part_of(json.text, single);
+        if (item.enter_array() && item.next_item())
+            for (item.enter_object(); item.next_key();) {
+                if (!item.key_is("SpecialToken")) item.skip();
+                else
+                    for (item.enter_object(); item.next_key();) item.key_is("id") ? item.string(first) : item.skip();
+            }
+        if (item.problem) return item.finish(name);
+        return first.count ? begin_with(find_in(by_name, view(first)), view(first)) : Status();
+    }
+    // `named`: as the file calls it. Of another token the text would be lost, since what begins a text is no part of it.
+    BABYGPT_RARE Status begin_with(double id, Text named) {
+        if (id < 0) return bad(Shown(named), ", the token before each text, is missing");
+        if (!(id < static_cast<double>(tables.tokens.count)) || !tables.tokens[static_cast<size_t>(id)].special ||
+            static_cast<int32_t>(id) == tables.unknown)
+            return bad(Shown(named), ", the token before each text, is ", id, ", which is no special token");
+        tables.begin_of_text = static_cast<int32_t>(id);
+        return Status();
     }
     // Reads one value of a text, with places in messages counted from the text's beginning.
     Json part_of(Text text, Text part) const {
@@ -4242,6 +4285,7 @@ struct TokenizerReader {
         return each.problem ? each.finish(name) : Status();
     }
     BABYGPT_RARE Status unigram_step(Json json, Text part, UnigramForm& form) {
+        if (equal(part, "post_processor")) return processing_step(json);
         Array<char> type(runtime), pattern(runtime), content(runtime), scheme(runtime), map(runtime), odd(runtime);
         bool regex = false, left_side = false, right_side = false, prefix = true, ignored = false;
         for (json.enter_object(); json.next_key();) {
@@ -4682,7 +4726,8 @@ struct TokenizerReader {
             if (!put_piece(proto, piece, number(at), kind)) return no_memory();
             at += 8 + token.size;
         }
-        return sentencepiece_of(proto, 2, true, true, false, Text(), "<s>");
+        BABYGPT_TRY(sentencepiece_of(proto, 2, true, true, false, Text(), "<s>"));
+        return begin_with(1, "<s>");
     }
     // A SentencePiece model is made anew: its pieces first. Blanks become U+2581.
     static bool put_field(Array<char>& to, char key, Text bytes) {
@@ -4732,7 +4777,8 @@ struct TokenizerReader {
         size_t place = tokens->at;
         if (equal(model, "gpt2")) {
             for (size_t id = 0; id < count; ++id) BABYGPT_TRY(gguf_token(id, file.next_text(place), kind_of(id)));
-            return gguf_bpe(file);
+            BABYGPT_TRY(gguf_bpe(file));
+            return gguf_begin(file, false, -1);
         }
         if (equal(model, "bert")) {
             for (size_t id = 0; id < count; ++id) BABYGPT_TRY(gguf_word(id, file.next_text(place), kind_of(id)));
@@ -4767,8 +4813,15 @@ struct TokenizerReader {
             if (!put_piece(proto, piece, bits_as<uint32_t>(score), static_cast<char>(kind))) return no_memory();
         }
         tables.kind = TokenizerKind::sentencepiece;
-        return sentencepiece_of(proto, unigram ? 1 : 2, bytes, prefix != 0, no_extra_blanks != 0 && unigram,
-                                map ? Text(file.bytes.items + map->at, static_cast<size_t>(map->count)) : Text(), between);
+        BABYGPT_TRY(sentencepiece_of(proto, unigram ? 1 : 2, bytes, prefix != 0, no_extra_blanks != 0 && unigram,
+                                     map ? Text(file.bytes.items + map->at, static_cast<size_t>(map->count)) : Text(), between));
+        return gguf_begin(file, !unigram, unigram ? -1 : 1);
+    }
+    // What llama.cpp puts before each text. `adds`, `id`: where the file does not say it.
+    Status gguf_begin(const Gguf& file, double adds, double id) {
+        BABYGPT_TRY(file.read("tokenizer.ggml.add_bos_token", adds));
+        BABYGPT_TRY(file.read("tokenizer.ggml.bos_token_id", id));
+        return adds != 0 ? begin_with(id, "tokenizer.ggml.bos_token_id") : Status();
     }
     Status gguf_token(size_t id, Text token, int kind) {
         bool memory = true;
@@ -5346,7 +5399,7 @@ BABYGPT_RARE inline Status finish_tokenizer(Tokenizer& made) {
     if (tables.tokens.count > INT32_MAX) return fail(Error::unsupported, "the tokenizer has ", tables.tokens.count, " tokens");
     made.vocab = static_cast<int>(tables.tokens.count);
     if (tables.unknown >= 0) made.unknown = tables.unknown;
-    made.end_of_text = tables.piece_between;
+    made.end_of_text = tables.piece_between, made.begin_of_text = tables.begin_of_text;
     const Text separator = tables.kind == TokenizerKind::wordpiece ? "[SEP]" : end_of_text_name;
     for (const int32_t id : tables.specials)
         if (tables.kind != TokenizerKind::sentencepiece && equal(tables.bytes(id), separator)) made.end_of_text = id;
@@ -5431,25 +5484,31 @@ BABYGPT_RARE inline Status train_tokenizer(Tokenizer& tokenizer, Runtime& runtim
     });
 }
 
-// {"babygpt":{"kind":"bytes"}} or {"babygpt":{"kind":"characters","characters":"..."}}, the characters in ascending order.
+// {"babygpt":{"kind":"bytes"}}, {"babygpt":{"kind":"characters","characters":"..."}}, the characters in ascending order, or
+// {"babygpt":{"kind":"sentencepiece","model":"...","begin_of_text":1}}, a .model in base 64, and the token where there is one.
 BABYGPT_RARE inline Status read_simple_tokenizer(Tokenizer& tokenizer, Runtime& runtime, Json& json, Text name) {
     Array<char> kind(runtime), characters(runtime), model(runtime);
+    int64_t begin = -1;
     for (json.enter_object(); json.next_key();) {
         if (json.key_is("kind")) json.string(kind);
+        else if (json.key_is("begin_of_text")) json.integer(begin);
         else if (json.key_is("characters")) json.string(characters);
         else if (json.key_is("model")) json.string(model);
         else return fail(Error::unsupported, "'", name, "': babygpt has the unknown member '", view(json.key), "'");
     }
     if (json.problem) return json.finish(name);
-    if (equal(view(kind), "bytes")) return tokenizer.create_bytes(runtime);
     if (equal(view(kind), "sentencepiece"))
         return make_tokenizer(tokenizer, runtime, TokenizerKind::sentencepiece, [&](Tables& tables) {
             Array<char> proto(runtime);
             bool memory = true;
             if (!decode_base64(view(model), proto, memory))
                 return memory ? fail(Error::bad_file, "'", name, "': the model is not in base 64") : out_of_memory(model.count);
-            return TokenizerReader(tables, name).sentencepiece(view(proto));
+            TokenizerReader reader(tables, name);
+            BABYGPT_TRY(reader.sentencepiece(view(proto)));
+            return begin == -1 ? Status() : reader.begin_with(static_cast<double>(begin), "begin_of_text");
         });
+    if (begin != -1) return fail(Error::bad_file, "'", name, "': a tokenizer of this kind has no begin_of_text");
+    if (equal(view(kind), "bytes")) return tokenizer.create_bytes(runtime);
     if (!equal(view(kind), "characters"))
         return fail(Error::unsupported, "'", name, "': the kind of tokenizer '", view(kind), "' is not known");
     return make_tokenizer(tokenizer, runtime, TokenizerKind::characters, [&](Tables& tables) {
@@ -5540,6 +5599,34 @@ BABYGPT_RARE inline Status read_tokenizer_file(Tokenizer& tokenizer, Runtime& ru
                           [&](Tables& tables) { return TokenizerReader(tables, path).tiktoken(view(file)); });
 }
 
+// A .model does not say what stands before each text: tokenizer_config.json beside it does. As in llama.cpp, it is <s> where nothing is said.
+BABYGPT_RARE inline Status read_begin_of_text(Tokenizer& tokenizer, Runtime& runtime, Text folder) {
+    const Path path(folder, "/tokenizer_config.json");
+    Array<char> file(runtime), token(runtime);
+    if (!path.fits) return Status();
+    const Status status = read_file(runtime, Text(path.text), file);
+    if (!status.ok() && status.error != Error::cannot_open) return status;
+    bool adds = true, said = false;
+    if (!append(token, "<s>")) return out_of_memory(token.count);
+    Json json(runtime, view(file));
+    const auto text_or_none = [&] { return json.peek() == JsonType::null ? token.count = 0, json.null() : json.string(token); };
+    if (status.ok()) {
+        for (json.enter_object(); json.next_key();) {
+            if (json.key_is("add_bos_token") && json.peek() == JsonType::boolean) said = json.boolean(adds);
+            else if (!json.key_is("bos_token")) json.skip();
+            else if (json.peek() != JsonType::object) text_or_none();
+            else
+                for (json.enter_object(); json.next_key();) json.key_is("content") ? json.string(token) : json.skip();
+        }
+        BABYGPT_TRY(json.finish(Text(path.text)));
+    }
+    if (!adds) return Status();
+    for (const int32_t id : tokenizer.tables->specials)
+        if (equal(tokenizer.tables->bytes(id), view(token)) && id != tokenizer.unknown) tokenizer.begin_of_text = id;
+    if (tokenizer.begin_of_text >= 0 || !said) return Status();
+    return fail(Error::bad_file, "'", Text(path.text), "': bos_token '", Shown(view(token)), "' is no special token");
+}
+
 inline bool append_symbols(Array<char>& to, Text bytes) {
     for (const char c : bytes)
         if (!append_utf8(to, byte_to_symbol(static_cast<unsigned char>(c)))) return false;
@@ -5555,7 +5642,21 @@ inline bool write_specials(const Tables& tables, Array<char>& to) {
     }
     return good;
 }
-BABYGPT_RARE inline bool write_bpe_json(const Tables& tables, Array<char>& to) {
+// What others put before each text.
+BABYGPT_RARE inline bool write_begin_of_text(const Tables& tables, int32_t id, Array<char>& to) {
+    if (id < 0) return append(to, "null");
+    const Text name = tables.bytes(id);
+    const auto put = [&](const char* before, const char* after) {
+        return append(to, before) && append_json(to, name) && append(to, after);
+    };
+    return append(to, "{\"type\":\"TemplateProcessing\",\"single\":[") &&
+           put("{\"SpecialToken\":{\"id\":", ",\"type_id\":0}},{\"Sequence\":{\"id\":\"A\",\"type_id\":0}}],\"pair\":[") &&
+           put("{\"SpecialToken\":{\"id\":", ",\"type_id\":0}},{\"Sequence\":{\"id\":\"A\",\"type_id\":0}},") &&
+           put("{\"SpecialToken\":{\"id\":", ",\"type_id\":1}},{\"Sequence\":{\"id\":\"B\",\"type_id\":1}}],") &&
+           put("\"special_tokens\":{", ":{\"id\":") && put("", ",\"ids\":[") && append_json(to, int64_t(id)) &&
+           put("],\"tokens\":[", "]}}}");
+}
+BABYGPT_RARE inline bool write_bpe_json(const Tables& tables, int32_t begin, Array<char>& to) {
     Array<char> symbols(*to.runtime);
     const auto write_token = [&](int32_t id) {
         symbols.count = 0;
@@ -5569,8 +5670,10 @@ BABYGPT_RARE inline bool write_bpe_json(const Tables& tables, Array<char>& to) {
            append(to,
                   "],\n\"normalizer\":null,\n"
                   "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":true},\n"
-                  "\"post_processor\":null,\n"
-                  "\"decoder\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":true},\n"
+                  "\"post_processor\":") &&
+           write_begin_of_text(tables, begin, to) &&
+           append(to,
+                  ",\n\"decoder\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":true},\n"
                   "\"model\":{\"type\":\"BPE\",\"dropout\":null,\"unk_token\":null,\"continuing_subword_prefix\":null,\"end_of_word_"
                   "suffix\":null,"
                   "\"fuse_unk\":false,\"byte_fallback\":false,\"ignore_merges\":") &&
@@ -5628,7 +5731,7 @@ BABYGPT_RARE inline bool fits_unigram_json(const Tables& tables) {
                (tables.piece_kinds[i] != piece_unused && is_utf8(tables.bytes(static_cast<int32_t>(i))));
     return fits;
 }
-BABYGPT_RARE inline bool write_unigram_json(const Tables& tables, Array<char>& to) {
+BABYGPT_RARE inline bool write_unigram_json(const Tables& tables, int32_t begin, Array<char>& to) {
     static const char metaspace[] =
         "{\"type\":\"Metaspace\",\"replacement\":\"\xe2\x96\x81\",\"prepend_scheme\":\"always\",\"split\":true}";
     const bool collapses = tables.remove_extra_whitespaces;
@@ -5649,7 +5752,7 @@ BABYGPT_RARE inline bool write_unigram_json(const Tables& tables, Array<char>& t
                               "\n{\"type\":\"Replace\",\"pattern\":{\"String\":\" \"},\"content\":\"\xe2\x96\x81\"}]},\n"
                               "\"pre_tokenizer\":null");
     }
-    good = good && append(to, ",\n\"post_processor\":null,\n\"decoder\":");
+    good = good && append(to, ",\n\"post_processor\":") && write_begin_of_text(tables, begin, to) && append(to, ",\n\"decoder\":");
     if (collapses) good = good && append(to, metaspace);
     else
         good = good &&
@@ -5716,10 +5819,16 @@ Status parse_tokenizer(Text text, TokenizerConfig& config) {
 }
 
 Tokenizer::Tokenizer(Tokenizer&& from) noexcept
-    : kind(from.kind), vocab(from.vocab), end_of_text(from.end_of_text), unknown(from.unknown), tables(from.tables), runtime(from.runtime) {
+    : kind(from.kind),
+      vocab(from.vocab),
+      end_of_text(from.end_of_text),
+      begin_of_text(from.begin_of_text),
+      unknown(from.unknown),
+      tables(from.tables),
+      runtime(from.runtime) {
     from.kind = TokenizerKind::none;
     from.vocab = 0;
-    from.end_of_text = from.unknown = -1;
+    from.end_of_text = from.begin_of_text = from.unknown = -1;
     from.tables = nullptr;
 }
 Tokenizer& Tokenizer::operator=(Tokenizer&& from) noexcept {
@@ -5763,7 +5872,11 @@ Status Tokenizer::load(Runtime& from, Text path) {
         if (!inside.fits) return status;
         File file(from);
         if (!file.open(Text(inside.text), FileMode::read).ok()) continue;
-        return read_tokenizer_file(*this, from, Text(inside.text));
+        Tokenizer read;
+        BABYGPT_TRY(read_tokenizer_file(read, from, Text(inside.text)));
+        if (ends_with(name, ".model")) BABYGPT_TRY(read_begin_of_text(read, from, path));
+        *this = static_cast<Tokenizer&&>(read);
+        return Status();
     }
     return fail(Error::cannot_open, "'", path,
                 "' is neither a tokenizer file nor a folder with tokenizer.json, encoder.json, vocab.json, r50k_base.tiktoken, "
@@ -5777,11 +5890,13 @@ Status Tokenizer::save_memory(Array<char>& json) const {
     json.count = 0;
     bool good = false;
     if (kind == TokenizerKind::bytes) good = append(json, "{\"babygpt\":{\"kind\":\"bytes\"}}\n");
-    if (kind == TokenizerKind::bpe) good = write_bpe_json(*tables, json);
+    if (kind == TokenizerKind::bpe) good = write_bpe_json(*tables, begin_of_text, json);
     if (kind == TokenizerKind::wordpiece) good = write_wordpiece_json(*tables, json);
     if (kind == TokenizerKind::sentencepiece)
         good = append(json, "{\"babygpt\":{\"kind\":\"sentencepiece\",\"model\":\"") && append_base64(json, view(tables->proto)) &&
-               append(json, "\"}}\n");
+               append(json, "\"") &&
+               (begin_of_text < 0 || (append(json, ",\"begin_of_text\":") && append_json(json, int64_t(begin_of_text)))) &&
+               append(json, "}}\n");
     if (kind == TokenizerKind::characters) {
         const Text characters(tables->text.items, tables->text.count - tables->bytes(unknown).size);
         good =
@@ -5796,7 +5911,7 @@ Status Tokenizer::save(Text path) const {
         if (!append(json, view(tables->proto))) return out_of_memory(tables->proto.count);
     } else if (kind == TokenizerKind::sentencepiece && fits_unigram_json(*tables)) {
         json.runtime = runtime;
-        if (!write_unigram_json(*tables, json)) return out_of_memory(json.count);
+        if (!write_unigram_json(*tables, begin_of_text, json)) return out_of_memory(json.count);
     } else BABYGPT_TRY(save_memory(json));
     return write_atomically(*runtime, path, [&](File& file) { return file.write(json.items, static_cast<int64_t>(json.count)); });
 }
@@ -5827,6 +5942,7 @@ Status Tokenizer::copy(Runtime& to, const Tokenizer& from) {
     memcpy(t.ascii, f.ascii, sizeof t.ascii);
     memcpy(t.ascii_stays, f.ascii_stays, sizeof t.ascii_stays);
     made.kind = from.kind, made.vocab = from.vocab, made.end_of_text = from.end_of_text, made.unknown = from.unknown;
+    made.begin_of_text = from.begin_of_text;
     *this = static_cast<Tokenizer&&>(made);
     return Status();
 }
@@ -8087,6 +8203,8 @@ Status allocate_weights(Runtime& runtime, Model& model, const Config& config, bo
 
 // An encoder alone, which learns to fill gaps where it learns from running text.
 inline bool fills_gaps(const Config& c) { return !c.causal && c.classes == 0 && c.features == 0; }
+// Between or before texts, and no part of them.
+inline bool is_mark(const Tokenizer& tokenizer, int32_t id) { return id == tokenizer.end_of_text || id == tokenizer.begin_of_text; }
 BABYGPT_RARE int32_t mask_of(const Tokenizer& tokenizer) {
     for (size_t i = 0; tokenizer.tables && i < tokenizer.tables->specials.count; ++i) {
         const int32_t id = tokenizer.tables->specials[i];
@@ -8517,19 +8635,6 @@ inline bool find_block_end(Text rest, bool is_all, size_t& end) {
     return is_all;
 }
 
-// What people take for a text; none of them begins as one.
-BABYGPT_RARE Status must_be_text(Text name, Text begin) {
-    const char* const others[][2] = {{"\xff\xfe", "in UTF-16"},
-                                     {"\xfe\xff", "in UTF-16"},
-                                     {"\x1f\x8b", "packed by gzip"},
-                                     {"PK\x03\x04", "a zip archive, as .docx and .xlsx are"},
-                                     {"%PDF-", "a PDF"}};
-    for (const auto& other : others)
-        if (starts_with(begin, other[0]))
-            return fail(Error::bad_file, "'", name, "' is ", other[1], ": what is read is text in UTF-8, csv or jsonl; convert it first");
-    return Status();
-}
-
 // Reads a corpus in order, in pieces of documents. Sources are seen through a window that moves forward, and grows only as far as one
 // piece or record needs.
 struct Reader {
@@ -8612,9 +8717,8 @@ struct Reader {
         at.source = index;
         go_to(at);
         BABYGPT_TRY(enter());
-        BABYGPT_TRY(fill(5));
+        BABYGPT_TRY(fill(3));
         if (starts_with(unread(), "\xef\xbb\xbf")) of.first = place.offset = 3;
-        BABYGPT_TRY(must_be_text(view(of.name), unread()));
         if (of.format != TextFormat::csv || of.size == of.first) return Status();
         Array<char> name(corpus.runtime);
         bool good = true;
@@ -9059,7 +9163,7 @@ struct IdStore {
     }
 };
 
-// The ids of a part of a corpus, piece after piece. A separator follows each document.
+// The ids of a part of a corpus, piece after piece. A separator follows each document, but where what begins the next one is that.
 struct IdStream {
     Reader reader;
     const Tokenizer* tokenizer;
@@ -9074,7 +9178,8 @@ struct IdStream {
         : reader(corpus), tokenizer(&with), end(part_end(corpus, part)), separator(corpus.runtime), ids(corpus.runtime) {}
     Status start(uint64_t begin) {
         if (tokenizer->end_of_text < 0) BABYGPT_TRY(tokenizer->encode("\n\n", separator));
-        else if (!separator.push(tokenizer->end_of_text)) return out_of_memory(sizeof(int32_t));
+        else if (tokenizer->end_of_text != tokenizer->begin_of_text && !separator.push(tokenizer->end_of_text))
+            return out_of_memory(sizeof(int32_t));
         return reader.seek(begin);
     }
     Status next(bool& found) {
@@ -9083,9 +9188,11 @@ struct IdStream {
         BABYGPT_TRY(reader.next_before(end, found));
         if (!found) return Status();
         size_t strange = 0;
+        const bool begins = reader.from.inside == 0 && tokenizer->begin_of_text >= 0;
+        if (begins && !ids.push(tokenizer->begin_of_text)) return out_of_memory(sizeof(int32_t));
         BABYGPT_TRY(tokenizer->encode(reader.piece, ids, false, &strange));
         unknown = strange;
-        for (int32_t& id : ids) mark(id, tokenizer->bytes(id));
+        for (size_t i = 0; i < ids.count; ++i) mark(ids[i], i == 0 && begins ? "\n" : tokenizer->bytes(ids[i]));
         if (!reader.ends) return Status();
         if (!ids.append(separator.items, separator.count)) return out_of_memory(separator.count * sizeof(int32_t));
         for (size_t i = ids.count - separator.count; i < ids.count; ++i) mark(ids[i], "\n");  // the first may end an answer
@@ -9202,7 +9309,8 @@ inline Status create_data(Data& data, DataState& state, const Corpus& corpus, Pa
     state.store.width = tokenizer.vocab <= (state.store.marked ? 32768 : 65536) ? 2 : 4;
     while (state.group_ids > smallest_group && state.group_ids * state.store.width > memory_limit / 4) state.group_ids /= 2;
     // No token is shorter than a byte.
-    const uint64_t most_ids = state.stream->end - begin + (corpus.documents + 1) * state.stream->separator.count;
+    const uint64_t marks = state.stream->separator.count + (tokenizer.begin_of_text >= 0);
+    const uint64_t most_ids = state.stream->end - begin + (corpus.documents + 1) * marks;
     state.store.block_ids = static_cast<size_t>(least(most_ids, uint64_t(1) << 19));
     if (cache.size > 0) {
         const auto write = [&](File& file) {
@@ -10144,7 +10252,7 @@ void make_gaps(const Model& model, uint64_t key, int32_t* ids, int32_t* targets,
     };
     for (int i = 0; i < length; ++i) {
         targets[i] = -1;
-        if (ids[i] != model.tokenizer.end_of_text && random_uniform(key, 4 * static_cast<uint64_t>(i)) < 0.15) ask(i);
+        if (!is_mark(model.tokenizer, ids[i]) && random_uniform(key, 4 * static_cast<uint64_t>(i)) < 0.15) ask(i);
     }
     if (gaps == 0) ask(static_cast<int>(random_uniform(key, 3) * length));
 }
@@ -10842,7 +10950,7 @@ void have_read(Session& session, const int32_t* ids, int count) {
     s.ready = true;
     const Tokenizer& tokenizer = session.model->tokenizer;
     const Text last = tokenizer.bytes(ids[count - 1]);
-    s.line_open = ids[count - 1] != tokenizer.end_of_text && !(last.size > 0 && last[last.size - 1] == '\n');
+    s.line_open = !is_mark(tokenizer, ids[count - 1]) && !(last.size > 0 && last[last.size - 1] == '\n');
 }
 
 void bind_adapter(Session& session) {
@@ -11119,8 +11227,8 @@ int32_t draw(const BackendFunctions& backend, float* l, int32_t* candidates, con
     return chosen[0];
 }
 
-// What a token adds to the text: the end-of-text token's name is no part of it.
-Text said_by(const Tokenizer& tokenizer, int32_t id) { return id == tokenizer.end_of_text ? Text() : tokenizer.bytes(id); }
+// What a token adds to the text.
+Text said_by(const Tokenizer& tokenizer, int32_t id) { return is_mark(tokenizer, id) ? Text() : tokenizer.bytes(id); }
 
 BABYGPT_UNHURRIED_BEGIN
 
@@ -11515,7 +11623,7 @@ Status continue_text(Session& session, const SampleConfig& c, Text start, Genera
             result.stopped = true;
             break;
         }
-        Text bytes = tokenizer.bytes(id);
+        Text bytes = said_by(tokenizer, id);
         if (result.generated == 1) bytes = Text(bytes.data + start.size, bytes.size - start.size);
         memcpy(s.held + held, bytes.data, bytes.size);
         held += bytes.size;
@@ -11556,11 +11664,16 @@ Status feed_text(Session& session, Text text, bool new_document, Generation& res
     return Status();
 }
 
-// What belongs to a source begins with the end-of-text token, as what was learnt did.
-Status begin_target(Session& session) {
-    const int32_t first = session.model->tokenizer.end_of_text;
-    if (session.model->config.encoder_layers == 0 || session.position > 0 || first < 0) return Status();
-    return session.feed(Span<const int32_t>(&first, 1));
+// The first of all is the begin-of-text token, which stays when the context is full. What belongs to a source begins with the end-of-text
+// token, as what was learnt did.
+Status begin_text(Session& session) {
+    const Model& model = *session.model;
+    const bool has_source = model.config.encoder_layers > 0;
+    const int32_t first = has_source ? model.tokenizer.end_of_text : model.tokenizer.begin_of_text;
+    if (session.position > 0 || first < 0) return Status();
+    BABYGPT_TRY(session.feed(Span<const int32_t>(&first, 1)));
+    if (!has_source && model.config.context > 1) session.state->kept = 1;
+    return Status();
 }
 
 // A prompt that ends in a space would be cut where the training text never is (the space belongs to the next word's token): the
@@ -11663,7 +11776,7 @@ Status Session::generate(Text prompt, const SampleConfig& config, Generation& re
     start_result(result);
     const Text start = take_last_space(model->tokenizer, prompt, position == 0 && prompt.size == 0);
     const double begin = seconds_now();
-    BABYGPT_TRY(begin_target(*this));
+    BABYGPT_TRY(begin_text(*this));
     BABYGPT_TRY(feed_text(*this, prompt, position == 0 && prompt.size == 0, result));
     result.seconds = seconds_now() - begin;
     return continue_text(*this, config, start, result);
@@ -11675,8 +11788,7 @@ Status Session::reply(Text user, const SampleConfig& config, Generation& result,
     start_result(result);
     if (reply_turn.size == 0) reply_turn = view(model->chat.reply_turn);
     Array<char> prompt(*runtime);
-    const bool fresh = position == 0;
-    bool good = (fresh || !state->line_open || append(prompt, "\n")) && append(prompt, view(model->chat.user_turn));
+    bool good = (position == 0 || !state->line_open || append(prompt, "\n")) && append(prompt, view(model->chat.user_turn));
     if (model->chat.plain_words) good = good && append_plain_words(prompt, user);
     else
         for (const char c : user) good = good && prompt.push(c == '\n' ? ' ' : c);  // a turn is a line
@@ -11687,7 +11799,8 @@ Status Session::reply(Text user, const SampleConfig& config, Generation& result,
     const int turn = position;
     const uint64_t forgotten_before = forgotten;
     const double begin = seconds_now();
-    BABYGPT_TRY(feed_text(*this, text, fresh, result));
+    BABYGPT_TRY(begin_text(*this));
+    BABYGPT_TRY(feed_text(*this, text, position == 0, result));
     state->turn = most(0, turn - static_cast<int>(forgotten - forgotten_before));
     result.seconds = seconds_now() - begin;
     SampleConfig turn_config = config;
@@ -12020,7 +12133,7 @@ Status Session::search(Text prompt, const BeamConfig& config, SearchResult& resu
     Text start;
     Generation read;
     if (prompt.size > 0 || position == 0) start = take_last_space(model->tokenizer, prompt, position == 0 && prompt.size == 0);
-    BABYGPT_TRY(begin_target(*this));
+    BABYGPT_TRY(begin_text(*this));
     if (prompt.size > 0 || !state->ready) BABYGPT_TRY(feed_text(*this, prompt, position == 0 && prompt.size == 0, read));
     result.unknown = read.unknown;
     if (!state->ready) return fail(Error::invalid_argument, "nothing has been read yet: feed the session at least one id");
@@ -12046,7 +12159,7 @@ Status Session::score(Text text, Array<int32_t>& ids, Array<float>& logprobs, do
     BABYGPT_TRY(check_session(*this, Span<const int32_t>()));
     const FloatMode mode;
     BABYGPT_TRY(prepare(*this));
-    BABYGPT_TRY(begin_target(*this));
+    BABYGPT_TRY(begin_text(*this));
     state->watches = false;
     ids = Array<int32_t>(*runtime);
     logprobs = Array<float>(*runtime);
@@ -12171,7 +12284,9 @@ Status Encoder::encode(Text text, Array<int32_t>& ids, bool gaps) const {
     if (!state) return fail(Error::invalid_argument, "the encoder is empty: create it first");
     const Text mark = "[MASK]";
     const int32_t mask = mask_id(*model);
+    const int32_t first = model->tokenizer.begin_of_text;
     ids = Array<int32_t>(*runtime);
+    if (first >= 0 && text.size > 0 && !ids.push(first)) return out_of_memory(sizeof(int32_t));
     for (size_t at = 0; at <= text.size;) {
         size_t end = gaps ? at : text.size;
         while (end < text.size && !starts_with(Text(text.data + end, text.size - end), mark)) ++end;
@@ -13970,7 +14085,7 @@ struct GgufWriter {
     }
 };
 
-// The tokenizer as llama.cpp has it. Its ids are ours, and like ours its encoding adds none; but of characters never seen a whole run becomes
+// The tokenizer as llama.cpp has it. Its ids are ours, and it puts the same before a text; but of characters never seen a whole run becomes
 // one id, and it wants a token that ends a text: what has none gets one that no text has.
 struct GgufTokenizer {
     const Tokenizer& tokenizer;
@@ -14028,10 +14143,11 @@ struct GgufTokenizer {
         if (end < 0) begin = end = most(tokenizer.unknown, 0);  // bytes: zero
         for (const int32_t id : tables.specials)
             if (equal(tables.bytes(id), pieces ? "<s>" : kind == TokenizerKind::wordpiece ? "[CLS]" : "")) begin = id;
+        if (tokenizer.begin_of_text >= 0) begin = tokenizer.begin_of_text;
         to.key("tokenizer.ggml.bos_token_id", begin);
         to.key("tokenizer.ggml.eos_token_id", end);
         if (tokenizer.unknown >= 0) to.key("tokenizer.ggml.unknown_token_id", tokenizer.unknown);
-        to.key("tokenizer.ggml.add_bos_token", false);
+        to.key("tokenizer.ggml.add_bos_token", tokenizer.begin_of_text >= 0);
         to.key("tokenizer.ggml.add_eos_token", false);
         to.key("tokenizer.ggml.add_sep_token", false);
         if (!characters && kind != TokenizerKind::bytes) return Status();

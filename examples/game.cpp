@@ -22,8 +22,9 @@ int main(int count, char** arguments) {
     if (s.ok()) s = villager.create(runtime, model);
     Array<int32_t> prompt(runtime);
     // The player walks up to the smith. The space after the name belongs to the first word of the answer.
-    if (s.ok() && model.tokenizer.end_of_text >= 0 && !prompt.push(model.tokenizer.end_of_text))
-        return fprintf(stderr, "error: %s\n", error_text(Error::out_of_memory)), 1;
+    const Tokenizer& words = model.tokenizer;
+    const int32_t first = words.begin_of_text >= 0 ? words.begin_of_text : words.end_of_text;
+    if (s.ok() && first >= 0 && !prompt.push(first)) return fprintf(stderr, "error: %s\n", error_text(Error::out_of_memory)), 1;
     if (s.ok()) s = model.tokenizer.encode("You: Hello! Can you make me a sword?\nBorin:", prompt);
     if (s.ok()) s = villager.feed(prompt);
     SampleConfig sampling;

@@ -296,6 +296,44 @@ TEST(pairs_of_texts, "a translator would learn other pairs than those of the fil
     }
 }
 
+TEST(begin_of_text_before_documents,
+     "what begins a text would be missing, stand twice, stand where a document was cut, or be learnt as an answer") {
+    Runtime runtime;
+    Tokenizer tokenizer;
+    CHECK_OK(tokenizer.train(runtime, {TokenizerKind::bpe, 257}, "xy"));  // the bytes and the end of text
+    const int32_t end = tokenizer.end_of_text, begin = tokenizer.begin_of_text = 0;
+    Corpus corpus;
+    Data data;
+    const auto is = [&](Part part, const vector<int32_t>& expected, Text answers = Text(), const vector<int32_t>& targets = {}) {
+        int32_t ids[50], after[50];
+        int length = 0;
+        CHECK_OK(data.create(runtime, corpus, part, tokenizer, Text(), 1 << 20, answers));
+        CHECK_OK(data.evaluation_window(0, 50, ids, after, length));
+        return data.tokens == expected.size() &&
+               vector<int32_t>(ids, ids + length) == vector<int32_t>(expected.begin(), expected.end() - 1) &&
+               (targets.empty() || vector<int32_t>(after, after + length) == targets);
+    };
+    CorpusConfig blocks = as(TextFormat::text);
+    blocks.split_documents = true;
+    CHECK_OK(corpus.open_memory(runtime, "ab\n\n\ncd\n\n", blocks));
+    CHECK(is(Part::all, {begin, 'a', 'b', end, begin, 'c', 'd', end}));
+    CHECK_OK(corpus.open_memory(runtime, "Q: a\nA: b\n\nA: c", blocks));
+    const vector<int32_t> talk = {begin, 'Q', ':', ' ', 'a', '\n', 'A', ':', ' ', 'b', end, begin, 'A', ':', ' ', 'c', end};
+    CHECK(is(Part::all, talk, "A: ", {-1, -1, -1, -1, -1, -1, -1, -1, 'b', end, -1, -1, -1, -1, 'c', end}));
+    tokenizer.begin_of_text = end;  // then it ends what stands before it, too
+    const vector<int32_t> one = {end, 'Q', ':', ' ', 'a', '\n', 'A', ':', ' ', 'b', end, 'A', ':', ' ', 'c'};
+    CHECK(is(Part::all, one, "A: ", {-1, -1, -1, -1, -1, -1, -1, -1, 'b', end, -1, -1, -1, 'c'}));
+    tokenizer.begin_of_text = begin;
+    const string cut = "ab cd ef gh";
+    CHECK_OK(corpus.open_memory(runtime, cut, as(TextFormat::text, 0.5)));
+    const auto middle = cut.begin() + static_cast<std::ptrdiff_t>(corpus.training_bytes);
+    vector<int32_t> first(cut.begin(), middle), rest(middle, cut.end());
+    first.insert(first.begin(), begin), rest.push_back(end);
+    CHECK(first.size() > 3 && rest.size() > 3 && is(Part::training, first) && is(Part::validation, rest));
+    CHECK_OK(corpus.open_memory(runtime, "{\"text\":\"abcd\"}\n{\"text\":\"efgh\"}\n", as(TextFormat::jsonl, 0.5)));
+    CHECK(is(Part::training, {begin, 'a', 'b', 'c', 'd', end}) && is(Part::validation, {begin, 'e', 'f', 'g', 'h', end}));
+}
+
 TEST(text_and_its_blocks, "dialogues in a text file would be glued together or lose lines") {
     Runtime runtime;
     CorpusConfig text = as(TextFormat::text);
@@ -362,16 +400,6 @@ TEST(standard_input, "text could not be piped in") {
 }
 
 // ---- the validation part --------------------------------------------------------------------------------------------------
-
-TEST(no_texts, "somebody would train for hours on the bytes of a .docx") {
-    Runtime runtime;
-    Corpus corpus;
-    for (const char* begin : {"\xff\xfeh", "\xfe\xff", "\x1f\x8b\x08", "PK\x03\x04 and so on", "%PDF-1.7"})
-        for (const TextFormat format : {TextFormat::text, TextFormat::csv, TextFormat::jsonl})
-            CHECK(has(corpus.open_memory(runtime, begin, as(format)), "convert it first"));
-    CHECK_OK(corpus.open_memory(runtime, "PK", as(TextFormat::text)));
-    CHECK_OK(corpus.open_memory(runtime, " %PDF-", as(TextFormat::text)));
-}
 
 TEST(validation_is_the_last_part, "validation would see training text, or miss some of the text") {
     Runtime runtime;
@@ -557,13 +585,16 @@ TEST(windows_do_not_depend_on_where_the_ids_lie, "a resumed run with a token cac
     CHECK_OK(bytes.create_bytes(runtime));
     CHECK_OK(bpe.train(runtime, how, corpus));
     CHECK(bpe.end_of_text >= 0);
-    for (int kind = 0; kind < 2; ++kind) {
+    for (int kind = 0; kind < 4; ++kind) {
         const Tokenizer& tokenizer = kind ? bpe : bytes;
+        if (kind >= 2) bpe.begin_of_text = kind == 2 ? 7 : bpe.end_of_text;  // 3: one token between documents, not two
         vector<int32_t> expected;
         uint64_t separators = 0;
         for (const string& document : collect(corpus, Part::training).documents) {
             const vector<int32_t> more = encode(tokenizer, document), blank = encode(tokenizer, "\n\n");
+            if (kind >= 2) expected.push_back(bpe.begin_of_text);
             expected.insert(expected.end(), more.begin(), more.end());
+            if (kind == 3) continue;
             if (kind) expected.push_back(bpe.end_of_text);
             else expected.insert(expected.end(), blank.begin(), blank.end()), separators += 2;
         }

@@ -997,6 +997,63 @@ TEST(gguf_round_trip, "a model would not come back from GGUF as it was") {
                 }
 }
 
+TEST(begin_of_text_in_files,
+     "what stands before each text would be lost between GGUF, folders and checkpoints, or other than llama.cpp has it") {
+    Host host;
+    Model model, loaded, again;
+    if (!make_gguf(host, "llama", "pieces", model)) return;
+    CHECK(model.tokenizer.begin_of_text == 1 && model.tokenizer.end_of_text == 1);
+    CHECK_OK(model.save_gguf("m.gguf"));
+    const std::string adds = "tokenizer.ggml.add_bos_token", id = "tokenizer.ggml.bos_token_id", yes = little(7, 4) + '\1',
+                      no = little(7, 4) + '\0', file = with_value(host.files["m.gguf"], "tokenizer.ggml.eos_token_id", u32(1), u32(2)),
+                      no_word = replaced(file, adds, "tokenizer.ggml.add_bos_tokem");
+    const auto begins_with = [&](const std::string& bytes, int32_t begin) {
+        if (!CHECK_OK(loaded.load_memory(host.runtime, bytes))) return;
+        CHECK(loaded.tokenizer.begin_of_text == begin);
+        CHECK_OK(again.load_memory(host.runtime, saved(loaded)));
+        CHECK(again.tokenizer.begin_of_text == begin && same(loaded, again));
+        CHECK_OK(loaded.save_huggingface("f"));
+        CHECK_OK(again.load(host.runtime, "f"));
+        CHECK(again.tokenizer.begin_of_text == begin);
+        CHECK_OK(loaded.save_gguf("again.gguf"));
+        CHECK_OK(again.load(host.runtime, "again.gguf"));
+        CHECK(again.tokenizer.begin_of_text == begin && again.tokenizer.end_of_text == loaded.tokenizer.end_of_text);
+    };
+    begins_with(file, 1);
+    CHECK(loaded.tokenizer.end_of_text == 2);
+    begins_with(with_value(file, adds, yes, no), -1);
+    begins_with(with_value(file, id, u32(1), u32(2)), 2);
+    begins_with(no_word, 1);  // llama.cpp's rule for SentencePiece's BPE
+    begins_with(replaced(no_word, id, "tokenizer.ggml.bos_token_ib"), 1);
+    for (const uint64_t wrong : {0u, 3u, 1u << 30, ~0u})
+        CHECK(has(loaded.load_memory(host.runtime, with_value(file, id, u32(1), u32(wrong))), Error::bad_file,
+                  "tokenizer.ggml.bos_token_id"));
+    if (!make_gguf(host, "llama", "bpe:260", model)) return;
+    CHECK_OK(model.save_gguf("m.gguf"));
+    const std::string bpe = host.files["m.gguf"];
+    begins_with(bpe, -1);
+    begins_with(replaced(bpe, adds, "tokenizer.ggml.add_bos_tokem"), -1);
+    begins_with(with_value(bpe, adds, no, yes), 259);
+    // A folder with a .model beside which tokenizer_config.json says it, or says nothing.
+    if (!make_gguf(host, "llama", "pieces", model)) return;
+    CHECK_OK(model.save_huggingface("f"));
+    CHECK_OK(model.tokenizer.save("f/tokenizer.model"));
+    host.files.erase("f/tokenizer.json");
+    const auto beside = [&](const char* json) {
+        if (json) host.files["f/tokenizer_config.json"] = json;
+        const Status status = loaded.load(host.runtime, "f");
+        return status.ok() ? loaded.tokenizer.begin_of_text : -100 - static_cast<int>(status.error);
+    };
+    CHECK(beside(nullptr) == 1 && beside("{}") == 1 && beside("{\"add_bos_token\":null,\"x\":[{}]}") == 1);
+    CHECK(beside("{\"add_bos_token\":false}") == -1 && beside("{\"bos_token\":null}") == -1 && beside("{\"bos_token\":\"<x>\"}") == -1);
+    CHECK(beside("{\"add_bos_token\":true,\"bos_token\":{\"content\":\"</s>\",\"lstrip\":false}}") == 2 &&
+          beside("{\"bos_token\":\"</s>\"}") == 2);
+    CHECK(beside("{\"add_bos_token\":true,\"bos_token\":\"<x>\"}") == -100 - static_cast<int>(Error::bad_file));
+    CHECK(beside("{\"add_bos_token\":") == -100 - static_cast<int>(Error::bad_file));
+    CHECK_OK(model.tokenizer.load(host.runtime, "f/tokenizer.model"));
+    CHECK(model.tokenizer.begin_of_text == -1);
+}
+
 TEST(gguf_layout, "llama.cpp would compute something else with our matrices") {
     Host host;
     Model llama, gpt2;

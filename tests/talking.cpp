@@ -665,6 +665,105 @@ static void check_attention(const Model& m) {
     CHECK(session.attention(2, p).error == Error::invalid_argument);
 }
 
+TEST(begin_of_text, "what begins a text would not stand once before all that a session reads, be forgotten, or show in what it says") {
+    Runtime runtime;
+    Model with;
+    Tokenizer tokenizer;
+    Config config;
+    config.layers = 1, config.heads = 2, config.width = 16, config.context = 32;
+    CHECK_OK(tokenizer.train(runtime, {TokenizerKind::sentencepiece, 80}, text()));
+    const int32_t begin = tokenizer.begin_of_text = 1;  // <s>
+    CHECK_OK(with.create(runtime, config, static_cast<Tokenizer&&>(tokenizer)));
+    CHECK_OK(with.set_chat("You: ", "Mira:"));
+    const auto ids_of = [&](const char* some, bool begins) {
+        Array<int32_t> ids(runtime);
+        if (begins) CHECK(ids.push(begin));
+        CHECK_OK(with.tokenizer.encode(some, ids));
+        return std::vector<int32_t>(ids.begin(), ids.end());
+    };
+    // Has the session read just these ids?
+    const auto has_read = [&](const Session& session, const std::vector<int32_t>& ids) {
+        Session other;
+        CHECK_OK(other.create(runtime, with));
+        CHECK_OK(other.feed(Span<const int32_t>(ids.data(), ids.size())));
+        const Span<const float> a = session.logits(), b = other.logits();
+        return session.position == static_cast<int>(ids.size()) && a.size == b.size && memcmp(a.data, b.data, a.size * sizeof(float)) == 0;
+    };
+    const auto joined = [](std::vector<int32_t> a, const std::vector<int32_t>& b) { return a.insert(a.end(), b.begin(), b.end()), a; };
+    SampleConfig nothing = greedy();
+    nothing.tokens = 0;
+    Session session;
+    CHECK_OK(session.create(runtime, with));
+    for (int twice = 0; twice < 2; ++twice, session.reset()) {
+        say(session, "You: hi", nothing);
+        CHECK(has_read(session, ids_of("You: hi", true)));
+        say(session, " you", nothing);
+        CHECK(has_read(session, joined(ids_of("You: hi", true), ids_of(" you", false))));
+    }
+    say(session, "", nothing);
+    CHECK(has_read(session, {begin}));
+    say(session, "bye", nothing, true);
+    const std::vector<int32_t> turn = ids_of("You: bye\nMira:", false);
+    CHECK(has_read(session, joined({begin}, turn)));
+    session.reset();
+    say(session, "bye", nothing, true);
+    CHECK(has_read(session, joined({begin}, turn)));
+    session.reset();
+    CHECK_OK(session.feed(Span<const int32_t>(turn.data(), turn.size())));  // the host's ids
+    say(session, "hi", nothing);
+    CHECK(has_read(session, joined(turn, ids_of("hi", false))));
+    // score and search
+    session.reset();
+    CHECK_OK(session.feed(Span<const int32_t>(&begin, 1)));
+    Array<int32_t> ids, ids_after;
+    Array<float> logprobs, logprobs_after;
+    double sum = 0, sum_after = 0;
+    CHECK_OK(session.score("how are you", ids_after, logprobs_after, sum_after));
+    session.reset();
+    CHECK_OK(session.score("how are you", ids, logprobs, sum));
+    CHECK(std::vector<int32_t>(ids.begin(), ids.end()) == ids_of("how are you", false) && logprobs[0] < 0 && sum == sum_after);
+    CHECK(has_read(session, ids_of("how are you", true)));
+    BeamConfig beams;
+    SearchResult found;
+    beams.tokens = 5;
+    for (const char* prompt : {"You: hi", ""}) {
+        session.reset();
+        CHECK_OK(session.search(prompt, beams, found));
+        CHECK(has_read(session, *prompt ? ids_of(prompt, true) : std::vector<int32_t>{begin}));
+    }
+    // Said, it is no text, and does not end it. At the end of the context it stays where it is.
+    const LogitBias bias[] = {{begin, 1e9f}};
+    SampleConfig only = greedy();
+    only.bias = bias, only.tokens = 3;
+    Generation said;
+    Array<int32_t> spoken(runtime);
+    said.ids = &spoken;
+    session.reset();
+    CHECK(say(session, "You: hi", only, false, &said) == "" && !said.stopped && spoken.count == 3 && spoken[2] == begin);
+    std::vector<int32_t> all = ids_of("You: hi", false);
+    all.insert(all.end(), 3, begin);
+    SampleConfig more;
+    more.tokens = 60;
+    const LogitBias never[] = {{with.tokenizer.end_of_text, -1e9f}};
+    more.bias = never;
+    spoken.count = 0;
+    say(session, "", more, false, &said);
+    all.insert(all.end(), spoken.begin(), spoken.end());
+    CHECK(session.forgotten > 0 && all.size() > 60);
+    CHECK(has_read(session, joined({begin}, std::vector<int32_t>(all.end() - (session.position - 1), all.end()))));
+    // An encoder's texts begin with it, too.
+    Model reader;
+    Encoder encoder;
+    config.causal = false;
+    CHECK_OK(tokenizer.copy(runtime, with.tokenizer));
+    CHECK_OK(reader.create(runtime, config, static_cast<Tokenizer&&>(tokenizer)));
+    CHECK_OK(encoder.create(runtime, reader));
+    CHECK_OK(encoder.encode("how are you", ids));
+    CHECK(std::vector<int32_t>(ids.begin(), ids.end()) == ids_of("how are you", true));
+    CHECK_OK(encoder.encode("", ids));
+    CHECK(ids.count == 0);
+}
+
 TEST(attention_to_the_source, "a picture of a translation would show other words than those that were looked at") {
     Runtime runtime;
     Config config;

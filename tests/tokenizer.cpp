@@ -992,6 +992,65 @@ TEST(unigram_json_files, "a tokenizer.json of type Unigram cuts or joins in anot
     }
 }
 
+TEST(begin_of_text_of_files,
+     "what a tokenizer.json puts before each text is not read, is lost on the way through a file, or is no special token") {
+    Runtime runtime;
+    OneFile file(runtime);
+    Tokenizer tokenizer, again;
+    const auto template_of = [](const string& first) {
+        return "{\"type\":\"TemplateProcessing\",\"single\":[" + first +
+               "{\"Sequence\":{\"id\":\"A\",\"type_id\":0}},{\"SpecialToken\":{\"id\":\"</s>\",\"type_id\":0}}],\"pair\":[]}";
+    };
+    const auto special = [](const char* name) { return string("{\"SpecialToken\":{\"id\":\"") + name + "\",\"type_id\":0}},"; };
+    const auto with = [&](const string& processor) {
+        return replaced(unigram_json, "\"post_processor\":{\"type\":\"TemplateProcessing\"}", "\"post_processor\":" + processor);
+    };
+    const auto round = [&](int32_t begin, const char* path) {
+        CHECK(tokenizer.begin_of_text == begin);
+        CHECK_OK(again.load_memory(runtime, saved(tokenizer)));
+        CHECK(again.begin_of_text == begin && again.end_of_text == tokenizer.end_of_text && saved(again) == saved(tokenizer));
+        CHECK_OK(tokenizer.save(path));
+        CHECK((file.text.find("TemplateProcessing") != string::npos) == (begin >= 0));
+        CHECK_OK(again.load(runtime, path));
+        CHECK(again.begin_of_text == begin && encode(again, "ab a") == encode(tokenizer, "ab a"));
+        Tokenizer copy, moved;
+        CHECK_OK(copy.copy(runtime, tokenizer));
+        moved = static_cast<Tokenizer&&>(copy);
+        CHECK(moved.begin_of_text == begin && copy.begin_of_text == -1);
+    };
+    CHECK_OK(tokenizer.load_memory(runtime, with(template_of(special("<pad>")))));
+    CHECK(encode(tokenizer, "ab") == (Ids{5, 6}) && decode(tokenizer, {0, 5, 6, 1}) == "ab");
+    round(0, "x.json");
+    CHECK_OK(tokenizer.load_memory(runtime, with(template_of(""))));  // as T5's: only </s>, behind
+    round(-1, "x.json");
+    CHECK(again.load_memory(runtime, with(template_of(special("<nope>")))).error == Error::bad_file);
+    CHECK(strstr(again.load_memory(runtime, with(template_of(special("<nope>")))).message, "<nope>"));
+    CHECK(again.load_memory(runtime, with(template_of(special("<unk>")))).error == Error::bad_file);
+    CHECK(again.load_memory(runtime, with("{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":7}]}")).error == Error::bad_file);
+    // Byte-level BPE, as Llama 3 has it: one of several steps.
+    CHECK_OK(tokenizer.train(runtime, bpe(300), prose));
+    const string plain = saved(tokenizer),
+                 step = "{\"type\":\"ByteLevel\",\"add_prefix_space\":true,\"trim_offsets\":false,\"use_regex\":true}";
+    round(-1, "y.json");
+    const string steps = "{\"type\":\"Sequence\",\"processors\":[" + step + "," + template_of(special("<|endoftext|>")) + "]}";
+    CHECK_OK(tokenizer.load_memory(runtime, replaced(plain, "\"post_processor\":null", ("\"post_processor\":" + steps).c_str())));
+    round(299, "y.json");
+    CHECK(tokenizer.end_of_text == 299);
+    CHECK_OK(tokenizer.load_memory(runtime, replaced(plain, "\"post_processor\":null", ("\"post_processor\":" + step).c_str())));
+    round(-1, "y.json");
+    // A .model says nothing of it, our form does.
+    file.text = small_model(false);
+    CHECK_OK(tokenizer.load(runtime, "small.model"));
+    CHECK(tokenizer.begin_of_text == -1);
+    const auto ours = [&](const char* id) {
+        return replaced(saved(tokenizer), "\"}}", (string("\",\"begin_of_text\":") + id + "}}").c_str());
+    };
+    CHECK_OK(again.load_memory(runtime, ours("1")));
+    CHECK(again.begin_of_text == 1 && saved(again) == ours("1"));
+    for (const char* id : {"0", "3", "10", "-2", "1e99", "99999999999"}) CHECK(!again.load_memory(runtime, ours(id)).ok());
+    CHECK(again.load_memory(runtime, "{\"babygpt\":{\"kind\":\"bytes\",\"begin_of_text\":1}}").error == Error::bad_file);
+}
+
 TEST(unigram_is_the_best_way,
      "unigram does not find the most probable way to cut a text, loses part of it, or a long text changes the sums") {
     Runtime runtime;
@@ -1126,12 +1185,13 @@ TEST(published_ids, "BERT's, SentencePiece's or llama2.c's tokenizer gives other
     CHECK(decode(pieces, {284, 47, 11, 4, 15, 400}) == "This is a test");
     if (read_shared("models/stories260K/tok512.bin").empty()) SKIP("../shared/data/models/stories260K is absent");
     if (!CHECK_OK(llama.load(runtime, "../shared/data/models/stories260K/tok512.bin"))) return;
-    CHECK(llama.vocab == 512 && llama.end_of_text == 1);  // llama2.c's documents begin with <s>; of </s> its models know nothing
+    CHECK(llama.vocab == 512 && llama.end_of_text == 1 &&
+          llama.begin_of_text == 1);  // llama2.c's documents begin with <s>; of </s> its models know nothing
     const string text = "Once upon a time,\n  there was \xe4\xb8\xad\xf0\x9f\x98\x80!";
     CHECK(encode(llama, "Once upon a time") == (Ids{403, 407, 261, 378}) && decode(llama, encode(llama, text)) == text);
     Tokenizer again;
     CHECK_OK(again.load_memory(runtime, saved(llama)));
-    CHECK(saved(again) == saved(llama) && encode(again, text) == encode(llama, text) && again.end_of_text == 1);
+    CHECK(saved(again) == saved(llama) && encode(again, text) == encode(llama, text) && again.end_of_text == 1 && again.begin_of_text == 1);
 }
 
 TEST(piece_damage, "a damaged .model, vocab.txt, tok.bin or WordPiece tokenizer.json crashes or leaks, or running out of memory does") {

@@ -841,6 +841,7 @@ struct Labelled {
             read.count = 0;
             must(tokenizer.encode(texts[i], read));
             if (read.count == 0) error("the text '" + texts[i] + "' gives no token");
+            if (tokenizer.begin_of_text >= 0) ids.push_back(tokenizer.begin_of_text);
             ids.insert(ids.end(), read.begin(), read.end());
             ends.push_back(ids.size());
         }
@@ -2319,8 +2320,9 @@ void continue_counted(const Counted& counted, const string& prompt, const Sample
     const Tokenizer& tokenizer = counted.tokenizer;
     Array<int32_t> ids(*counted.model.runtime);
     size_t unknown = 0;
-    if (prompt.empty() && tokenizer.end_of_text >= 0 && !ids.push(tokenizer.end_of_text)) throw std::bad_alloc();
-    must(tokenizer.encode(prompt.empty() && tokenizer.end_of_text < 0 ? "\n\n" : prompt, ids, false, &unknown));
+    const int32_t first = tokenizer.begin_of_text >= 0 ? tokenizer.begin_of_text : prompt.empty() ? tokenizer.end_of_text : -1;
+    if (first >= 0 && !ids.push(first)) throw std::bad_alloc();
+    must(tokenizer.encode(prompt.empty() && first < 0 ? "\n\n" : prompt, ids, false, &unknown));
     result.unknown = unknown;
     vector<double> probabilities(size_t(counted.model.vocab));
     vector<float> logits(probabilities.size());
@@ -2337,7 +2339,7 @@ void continue_counted(const Counted& counted, const string& prompt, const Sample
         if (!ids.push(id) || (result.ids && !(result.ids->push(id) && result.logprobs->push(logprob)))) throw std::bad_alloc();
         result.stopped = id == tokenizer.end_of_text;
         if (result.stopped) break;
-        const Text bytes = tokenizer.bytes(id);
+        const Text bytes = id == tokenizer.begin_of_text ? Text() : tokenizer.bytes(id);
         vector<char> whole(bytes.size + 3);
         const Text piece(whole.data(), stream.push(bytes, whole.data()));
         if (result.text && !result.text->append(piece.data, piece.size)) throw std::bad_alloc();
@@ -3117,8 +3119,10 @@ int attention(Arguments& in) {
     if (layer >= config.layers) usage(format("--layer %d: the model has layers 0 to %d", layer, config.layers - 1));
     if (head >= config.heads) usage(format("--head %d: the model has heads 0 to %d", head, config.heads - 1));
     Array<int32_t> ids(common.runtime);
+    const bool begins = config.encoder_layers == 0 && model.tokenizer.begin_of_text >= 0;
+    if (begins && !ids.push(model.tokenizer.begin_of_text)) throw std::bad_alloc();
     must(model.tokenizer.encode(in.operands[1], ids));
-    if (ids.count == 0) usage("TEXT is empty");
+    if (ids.count == size_t(begins)) usage("TEXT is empty");
     if (ids.count > size_t(config.context))
         error(format("TEXT has %zu tokens, but the model's context holds %d", ids.count, config.context));
     Session session;
@@ -3220,7 +3224,8 @@ int neighbours(Arguments& in) {
     if (!(squares > 1e-20)) error("the words' vectors cancel out: there is no direction to look in");
     vector<std::pair<double, int32_t>> found;  // minus the cosine, so that the nearest stands first
     for (int32_t id = 0; id < std::min(model.config.vocab, model.tokenizer.vocab); ++id) {
-        if (used.count(id) || id == model.tokenizer.end_of_text || id == model.tokenizer.unknown || model.tokenizer.bytes(id).size == 0)
+        const Tokenizer& known = model.tokenizer;
+        if (used.count(id) || id == known.end_of_text || id == known.begin_of_text || id == known.unknown || known.bytes(id).size == 0)
             continue;
         const float* row = model.weights + table->offset + id * table->cols;
         double dot = 0, own = 0;
@@ -3848,7 +3853,9 @@ const vector<Command> commands = {
      "  babygpt eval m.safetensors test.txt --train train.txt\n  babygpt eval ngram:2 test.txt --train train.txt\n"
      "  babygpt eval ngram:2 --train story.txt\n",
      eval},
-    {"score", "M [options]", "The log-probability of each token of a text (standard input), and their sum.",
+    {"score", "M [options]",
+     "The log-probability of each token of a text (standard input), and their sum. The first one's is 0, but where the model's texts begin "
+     "with a token of their own (<s>).",
      "  echo 'To be or not to be' | babygpt score m.safetensors\n", score},
     {"classify", "M [options]", "Lines of standard input -> the label of each, and how probable it is. M: of train --classes.",
      "  echo 'a moving film' | babygpt classify sentiment.safetensors\n", classify},
@@ -3858,7 +3865,8 @@ const vector<Command> commands = {
      "  echo 'a moving film' | babygpt embed encoder.safetensors\n", embed},
     {"encode", "T [options]",
      "Text from standard input -> token ids. T: a model, a tokenizer's file (also vocab.txt:uncased, .model, .gguf, tok.bin) or folder, or "
-     "byte.",
+     "byte. The ids are those of the text alone: the token that some models have read before each text (<s>) is not among them; generate, "
+     "chat, score, train and eval put it there by themselves.",
      "  echo hello | babygpt encode tokenizer.json\n", encode},
     {"decode", "T [options]",
      "Token ids from standard input -> the exact bytes. T: a model, a tokenizer's file (also vocab.txt:uncased, .model, .gguf, tok.bin) or "

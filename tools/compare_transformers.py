@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Small random models of Llama and GPT-2 type that transformers writes, in one file, in several, and in bf16: read here, written as a folder,
 read by transformers again. Both ways the logits must be the same, and what both say without chance. Then beam search, by these and by a model that
-has learnt a text: the same texts with the same scores.
+has learnt a text: the same texts with the same scores. And folders whose tokenizers put a token before each text: from a prompt as text on, both say the
+same, and what we write for transformers puts it there, too.
 
     python3 tools/compare_transformers.py --babygpt build/babygpt
 """
@@ -13,10 +14,16 @@ import tempfile
 
 try:
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, logging
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 except ImportError:
     print("skipped: PyTorch and transformers are not both here")
     sys.exit(0)
+
+try:
+    import sentencepiece
+    import tokenizers
+except ImportError:
+    sentencepiece = tokenizers = None
 
 LIMIT = 1e-5  # max |difference| / max |reference|
 babygpt = sys.argv[sys.argv.index("--babygpt") + 1] if "--babygpt" in sys.argv else "build/babygpt"
@@ -101,6 +108,63 @@ def compare_searches(model, name, prompts, ends):
     return different == 0 and worst <= LIMIT
 
 
+def small_llama():
+    return LlamaForCausalLM(LlamaConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=400,
+                                        max_position_embeddings=64, initializer_range=0.2, bos_token_id=1, eos_token_id=2)).eval()
+
+
+def compare_beginning(model, name, fill):
+    """fill(folder) puts a tokenizer there. transformers reads all of it by itself, prompt and what stands before it."""
+    prompt = "You: Hello, how are"
+    with tempfile.TemporaryDirectory() as folder:
+        theirs, ours, back = (os.path.join(folder, name) for name in ("theirs", "ours.safetensors", "back"))
+        model.save_pretrained(theirs, safe_serialization=True)
+        fill(theirs)
+        begins = AutoTokenizer.from_pretrained(theirs)
+        ask("convert", theirs, ours)
+        ask("convert", ours, back)
+        written = PreTrainedTokenizerFast(tokenizer_file=os.path.join(back, "tokenizer.json")) if name != "tokenizer.model" else begins
+        ids = begins(prompt, return_tensors="pt").input_ids
+        bare = len(begins(prompt, add_special_tokens=False).input_ids)
+        wanted = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=30, pad_token_id=0, eos_token_id=400,
+                                suppress_tokens=[0] if name == "tokenizer.model" else None)[0, ids.shape[1]:].tolist()
+        said = [ask("generate", path, "--json", "--prompt", prompt, "--temperature", "0", "--tokens", "30")["ids"] for path in (theirs, ours, back)]
+    added = ids.shape[1] - bare
+    good = all(one == wanted[:len(one)] and len(one) in (30, (wanted + [2]).index(2) + 1) for one in said) and written(prompt).input_ids == ids[0].tolist()
+    print(f"{name}: {added} tokens before a text, {'the same' if good else 'OTHER'} ids and greedy tokens, there and back")
+    return good, added, wanted
+
+
+def compare_beginnings():
+    with open("examples/village.txt", encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    results = []
+
+    def byte_level(adds):
+        def fill(folder):
+            made = tokenizers.Tokenizer(tokenizers.models.BPE())
+            made.pre_tokenizer, made.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+            made.train_from_iterator(lines, tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False,
+                                                                           initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+            if adds:
+                made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)])
+            PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+        return fill
+
+    def pieces(adds):
+        def fill(folder):
+            sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_prefix=os.path.join(folder, "tokenizer"), vocab_size=400, model_type="bpe",
+                                                     byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+            with open(os.path.join(folder, "tokenizer_config.json"), "w") as file:
+                json.dump({"tokenizer_class": "LlamaTokenizer", "add_bos_token": adds, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, file)
+        return fill
+
+    for name, tokenizer in (("byte-level BPE", byte_level), ("tokenizer.model", pieces)):
+        found = [compare_beginning(small_llama(), name, tokenizer(adds)) for adds in (True, False)]
+        results += [one[0] for one in found] + [[one[1] for one in found] == [1, 0] and found[0][2] != found[1][2]]
+    return results
+
+
 def trained(folder):
     path = os.path.join(folder, "trained.safetensors")
     subprocess.run([babygpt, "train", "examples/village.txt", "--out", path, "--tokenizer", "byte", "--layers", "2", "--heads", "2", "--width", "64", "--context", "64",
@@ -118,5 +182,9 @@ for model in models():
     good.append(compare_searches(model, "a random " + type(model).__name__, texts, "".join(chr(c) for c in range(40, 60))))
 with tempfile.TemporaryDirectory() as folder:
     good.append(compare_searches(trained(folder), "a trained GPT2LMHeadModel", ["You: What", "Mira: The ", "You: hello\nMira:", "B"], "\n.?"))
+if tokenizers:
+    good += compare_beginnings()
+else:
+    print("skipped: tokenizers and sentencepiece are not both here; nothing was put before texts")
 print(f"{sum(good)} passed, {len(good) - sum(good)} failed")
 sys.exit(0 if all(good) else 1)
