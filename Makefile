@@ -68,6 +68,7 @@ $(filter-out $(patsubst %,$(build)/tests/%,$(inside) $(emulated)),$(tests:%=$(bu
 	@mkdir -p $(@D)
 	$(compile) $< $(build)/babygpt.o $(LDFLAGS) -o $@
 $(build)/tests/measures: tools/measures.h
+$(build)/tests/pictures: examples/vision.cpp
 $(build)/ceilings: tools/bench/ceilings.cpp
 	@mkdir -p $(@D)
 	$(compile) $< $(LDFLAGS) -o $@
@@ -98,10 +99,10 @@ test: $(quick)
 # Damaged files: what make test does less often.
 damage := '$(build)/tests/tokenizer small_gpt2_damage 20' '$(build)/tests/tokenizer gpt2_damage 100' '$(build)/tests/tokenizer piece_damage 40' '$(build)/tests/tokenizer real_damage 40' \
     '$(build)/tests/files huggingface 14' '$(build)/tests/files gguf_damage 3' '$(build)/tests/files damaged_resume 7' \
-    '$(build)/tests/adapters damaged 7'
-$(results)/damaged: $(patsubst %,$(build)/tests/%,tokenizer files adapters) always
+    '$(build)/tests/adapters damaged 7' '$(build)/tests/pictures damaged 20'
+$(results)/damaged: $(patsubst %,$(build)/tests/%,tokenizer files adapters pictures) always
 	@sh tests/run.sh $@ $(damage)
-damage: $(patsubst %,$(build)/tests/%,tokenizer files data adapters)
+damage: $(patsubst %,$(build)/tests/%,tokenizer files data adapters pictures)
 	@sh tests/run.sh $(results)/damage '$(build)/tests/tokenizer damage' '$(build)/tests/files' '$(build)/tests/data damaged' $(damage)
 	@sh tests/run.sh --sum $(results)/damage
 # The others one after the other: some of them time what they run.

@@ -8635,6 +8635,19 @@ inline bool find_block_end(Text rest, bool is_all, size_t& end) {
     return is_all;
 }
 
+// What people take for a text; none of them begins as one.
+BABYGPT_RARE Status must_be_text(Text name, Text begin) {
+    const char* const others[][2] = {{"\xff\xfe", "in UTF-16"},
+                                     {"\xfe\xff", "in UTF-16"},
+                                     {"\x1f\x8b", "packed by gzip"},
+                                     {"PK\x03\x04", "a zip archive, as .docx and .xlsx are"},
+                                     {"%PDF-", "a PDF"}};
+    for (const auto& other : others)
+        if (starts_with(begin, other[0]))
+            return fail(Error::bad_file, "'", name, "' is ", other[1], ": what is read is text in UTF-8, csv or jsonl; convert it first");
+    return Status();
+}
+
 // Reads a corpus in order, in pieces of documents. Sources are seen through a window that moves forward, and grows only as far as one
 // piece or record needs.
 struct Reader {
@@ -8717,8 +8730,9 @@ struct Reader {
         at.source = index;
         go_to(at);
         BABYGPT_TRY(enter());
-        BABYGPT_TRY(fill(3));
+        BABYGPT_TRY(fill(5));
         if (starts_with(unread(), "\xef\xbb\xbf")) of.first = place.offset = 3;
+        BABYGPT_TRY(must_be_text(view(of.name), unread()));
         if (of.format != TextFormat::csv || of.size == of.first) return Status();
         Array<char> name(corpus.runtime);
         bool good = true;

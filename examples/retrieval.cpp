@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <iostream>
 #include <map>
+#include <numeric>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -17,8 +18,7 @@
 #include "../babygpt.h"
 
 using namespace babygpt;
-using std::string;
-using std::vector;
+using std::string, std::vector;
 
 struct Document {
     string text, source;
@@ -51,7 +51,7 @@ static Status load(Runtime& runtime, Text path, const CorpusConfig& config, Libr
     Status s = corpus.open(runtime, {&path, 1}, config);
     if (s.ok()) s = corpus.read(Part::all, take, &texts);
     for (size_t i = 0; i + 1 < texts.size(); ++i) {
-        Document document{texts[i], string(path.begin(), path.end()) + ", document " + std::to_string(i + 1), 0, {}};
+        Document document{texts[i], path.data + (", document " + std::to_string(i + 1)), 0, {}};
         for (const auto& [word, count] : count_words(texts[i])) {
             library.index[word].push_back({library.documents.size(), count});
             document.length += count;
@@ -73,16 +73,14 @@ static vector<double> by_words(Library& library, const string& question, double 
     }
     return scores;
 }
-// Without an encoder nothing; else the mean of what it makes of each token, of length 1. It reads as many as it was trained with.
-static Status read(Encoder& encoder, const string& text, vector<float>& meaning) {
-    if (!encoder.model) return Status();
+// The mean of what the encoder makes of each token, of length 1. It reads as many as it was trained with.
+static Status embed(Encoder& encoder, const string& text, vector<float>& meaning) {
     Array<int32_t> ids(*encoder.runtime);
     meaning.resize(static_cast<size_t>(encoder.model->config.width));
     Status s = encoder.encode(text, ids);
     if (s.ok() && ids.size() > 0) s = encoder.embed(Example{ids, {}, {}, {}}, meaning);
-    float square = 1e-12f;
-    for (const float x : meaning) square += x * x;
-    for (float& x : meaning) x /= sqrtf(square);
+    const float length = sqrtf(std::inner_product(meaning.begin(), meaning.end(), meaning.begin(), 1e-12f));
+    for (float& x : meaning) x /= length;
     return s;
 }
 
@@ -104,28 +102,27 @@ static Status answer(const Model& model, const Document& document, const string&
 
 static Status ask(Library& library, Encoder& encoder, const Model& model, const string& question) {
     const char* const ways[] = {"words", "vectors", "both"};
-    const vector<Document>& documents = library.documents;
-    const size_t n = documents.size();
+    const size_t n = library.documents.size();
     vector<double> scores[] = {by_words(library, question), vector<double>(n), vector<double>(n)};
-    vector<size_t> order(n);
+    vector<size_t> order(n);  // the documents' numbers, the best first
     vector<float> asked;
-    const Status s = read(encoder, question, asked);
-    for (size_t d = 0; d < n; ++d)
-        for (size_t i = 0; i < asked.size(); ++i) scores[1][d] += static_cast<double>(asked[i] * documents[d].meaning[i]);  // the cosine
+    const Status s = encoder.model ? embed(encoder, question, asked) : Status();
+    for (size_t d = 0; d < n; ++d)  // the cosine
+        scores[1][d] = std::inner_product(asked.begin(), asked.end(), library.documents[d].meaning.begin(), 0.0);
     for (int way = 0; s.ok() && way < (encoder.model ? 3 : 1); ++way) {
-        for (size_t i = 0; i < n; ++i) order[i] = i;
+        std::iota(order.begin(), order.end(), size_t(0));
         std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return scores[way][a] > scores[way][b]; });
-        if (!encoder.model && !(scores[way][order[0]] > 0)) return printf("No document has a word of this question.\n"), s;
+        if (!encoder.model && scores[0][order[0]] <= 0) return printf("No document has a word of this question.\n"), s;
         for (size_t rank = 0; rank < n; ++rank) {
-            const Document& d = documents[order[rank]];
-            const string line = d.text.substr(0, d.text.find('\n')).substr(0, 70);
-            const double score = scores[way][order[rank]];
-            if (rank < 5 && !model.runtime) printf("%.3f by %s\t%s\t%s\n", score, ways[way], d.source.c_str(), line.c_str());
+            const Document& d = library.documents[order[rank]];
+            const int line = static_cast<int>(std::min<size_t>(d.text.find('\n'), 70));  // of its beginning, so much is shown
+            if (rank < 5 && !model.runtime)
+                printf("%.3f by %s\t%s\t%.*s\n", scores[way][order[rank]], ways[way], d.source.c_str(), line, d.text.c_str());
             // Reciprocal rank fusion (Cormack, Clarke & Buettcher 2009): scores of two kinds cannot be added, but ranks can.
             if (way < 2) scores[2][order[rank]] += 1 / static_cast<double>(61 + rank);
         }
     }
-    return s.ok() && model.runtime ? answer(model, documents[order[0]], question) : s;
+    return s.ok() && model.runtime ? answer(model, library.documents[order[0]], question) : s;
 }
 
 int main(int count, char** arguments) {
@@ -148,7 +145,7 @@ int main(int count, char** arguments) {
     if (s.ok() && library.documents.empty()) return fprintf(stderr, "error: a question and documents are needed: see the first lines\n"), 2;
     if (s.ok() && reader.runtime) s = encoder.create(runtime, reader);
     for (Document& d : library.documents)
-        if (s.ok()) s = read(encoder, d.text, d.meaning);
+        if (s.ok() && encoder.model) s = embed(encoder, d.text, d.meaning);
     if (s.ok() && question != "-") s = ask(library, encoder, model, question);
     while (s.ok() && question == "-" && std::getline(std::cin, line)) s = ask(library, encoder, model, line), printf("\n");
     if (!s.ok()) fprintf(stderr, "error: %s\n", s.message);

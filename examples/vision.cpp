@@ -21,28 +21,43 @@ struct Pictures {
     bool complete() const { return side > 3 && !labels.empty() && pixels.size() == labels.size() * static_cast<size_t>(side * side); }
 };
 
+// MNIST's format: a mark, the number of pictures, of rows and columns, a byte a pixel; and a mark, the number of labels, a byte for each.
 static bool read_idx(const char* images, const char* labels, Pictures& to) {
     std::ifstream pixels(images, std::ios::binary), classes(labels, std::ios::binary);
-    char head[16] = {};
-    pixels.read(head, 16);
-    classes.ignore(8);
+    const auto number = [](std::istream& file) {  // four bytes, the greatest first
+        uint32_t value = 0;
+        for (int i = 0; i < 4; ++i) value = value << 8 | (file.get() & 255);
+        return value;
+    };
+    bool good = number(pixels) == 0x803 && number(classes) == 0x801;
+    const uint32_t count = number(pixels), rows = number(pixels), columns = number(pixels);
+    good = good && count == number(classes) && rows == columns && rows < 256;
     for (int byte; (byte = pixels.get()) != EOF;) to.pixels.push_back(static_cast<float>(byte) / 255);
-    for (int byte; (byte = classes.get()) != EOF;) to.labels.push_back(byte);
-    to.side = static_cast<unsigned char>(head[11]);
-    return head[2] == 8 && head[3] == 3 && head[11] == head[15] && to.complete();
+    for (int byte; (byte = classes.get()) != EOF; good = good && byte < 10) to.labels.push_back(byte);
+    to.side = static_cast<int>(rows & 255);
+    if (good && count == to.labels.size() && to.complete()) return true;
+    return fprintf(stderr, "error: %s, %s: not as many square pictures as labels from 0 to 9, in MNIST's format\n", images, labels), false;
 }
 
 static bool read_csv(const char* path, Pictures& to) {
     std::ifstream file(path);
     file.ignore(1 << 20, '\n');  // the names
-    for (float value; file >> value && value >= 0;)
+    bool good = true;
+    int line = 2;
+    for (float value = 0; good && !(file >> std::ws).eof();) {
+        good = file >> value && value >= 0 && value <= 16;
         if (file.get() == ',') to.pixels.push_back(value / 16);
-        else to.labels.push_back(static_cast<int32_t>(lroundf(value)));  // the last of its line
-    if (!to.labels.empty()) to.side = static_cast<int>(sqrt(to.pixels.size() / to.labels.size()));
-    return file.eof() && to.complete();
+        else if (good) {  // the last of its line
+            to.labels.push_back(static_cast<int32_t>(value));
+            to.side = static_cast<int>(sqrt(to.pixels.size() / to.labels.size()));
+            if ((good = value < 10 && to.complete())) ++line;
+        }
+    }
+    if (good && to.complete()) return true;
+    return fprintf(stderr, "error: %s, line %d: not a square picture's pixels from 0 to 16, and a label from 0 to 9\n", path, line), false;
 }
 
-static bool draw(int count, std::mt19937& random, Pictures& to) {
+static void draw(int count, std::mt19937& random, Pictures& to) {
     const char* digits[] = {"####.##.##.####", ".#.##..#..#.###", "###..#####..###", "###..####..####", "#.##.####..#..#",
                             "####..###..####", "####..####.####", "###..#..#.#..#.", "####.#####.####", "####.####..####"};
     to.side = 12;
@@ -54,7 +69,6 @@ static bool draw(int count, std::mt19937& random, Pictures& to) {
             to.pixels.push_back((inside && digits[label][3 * down + across] == '#' ? 0.6f : 0) + static_cast<float>(random() % 5) / 10);
         }
     }
-    return to.complete();
 }
 
 // Pictures as a model reads them: row 0, of id 0, stands for the class; the others, of id 1, are patches.
@@ -115,10 +129,11 @@ static Status run(const Pictures& learn, const Pictures& exam, int steps) {
 int main(int count, char** words) {
     Pictures learn, exam;
     std::mt19937 random(7);
-    const bool good = count == 5   ? read_idx(words[1], words[2], learn) && read_idx(words[3], words[4], exam)
-                      : count == 3 ? read_csv(words[1], learn) && read_csv(words[2], exam)
-                                   : count == 1 && draw(4000, random, learn) && draw(1000, random, exam);
-    if (!good || learn.side != exam.side) return fprintf(stderr, "error: a file of pictures is missing or not what it should be\n"), 1;
+    if (count != 1 && count != 3 && count != 5) return fprintf(stderr, "error: needs no file, two or four: see the first lines\n"), 2;
+    if (count == 5 && !(read_idx(words[1], words[2], learn) && read_idx(words[3], words[4], exam))) return 1;
+    if (count == 3 && !(read_csv(words[1], learn) && read_csv(words[2], exam))) return 1;
+    if (count == 1) draw(4000, random, learn), draw(1000, random, exam);
+    if (learn.side != exam.side) return fprintf(stderr, "error: the pictures to learn from and those of the test differ in size\n"), 1;
     const Status s = run(learn, exam, count > 1 ? 5000 : 1500);
     if (!s.ok()) fprintf(stderr, "error: %s\n", s.message);
     return s.ok() ? 0 : 1;

@@ -401,6 +401,16 @@ TEST(standard_input, "text could not be piped in") {
 
 // ---- the validation part --------------------------------------------------------------------------------------------------
 
+TEST(no_texts, "somebody would train for hours on the bytes of a .docx") {
+    Runtime runtime;
+    Corpus corpus;
+    for (const char* begin : {"\xff\xfeh", "\xfe\xff", "\x1f\x8b\x08", "PK\x03\x04 and so on", "%PDF-1.7"})
+        for (const TextFormat format : {TextFormat::text, TextFormat::csv, TextFormat::jsonl})
+            CHECK(has(corpus.open_memory(runtime, begin, as(format)), "convert it first"));
+    CHECK_OK(corpus.open_memory(runtime, "PK", as(TextFormat::text)));
+    CHECK_OK(corpus.open_memory(runtime, " %PDF-", as(TextFormat::text)));
+}
+
 TEST(validation_is_the_last_part, "validation would see training text, or miss some of the text") {
     Runtime runtime;
     for (int round = 0; round < 300; ++round) {
