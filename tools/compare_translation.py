@@ -40,7 +40,9 @@ COMMAND = (f"train {pairs}train.tsv --validation {pairs}dev.tsv --encoder-layers
 
 def train(out, *options):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([babygpt, *COMMAND.split(), "--out", out, "--json", *options], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run([babygpt, *COMMAND.split(), "--out", out, "--json", *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -54,7 +56,7 @@ def bleu(model, what):
     test = lines_of("test")
     for beams in (1, 4):
         said = subprocess.run([babygpt, "translate", model, "--beams", str(beams)], input="".join(s + "\n" for s, _ in test), check=True,
-                              stdout=subprocess.PIPE, text=True).stdout.split("\n")[:-1]
+                              stdout=subprocess.PIPE, encoding="utf-8", errors="replace").stdout.split("\n")[:-1]  # bytes of a bad model
         print(f"{what}, {'greedy' if beams == 1 else f'{beams} beams'}: BLEU {sacrebleu.corpus_bleu(said, [[t for _, t in test]]).score:.2f}", flush=True)
 
 
@@ -147,10 +149,12 @@ if not os.path.exists(pairs + "train.tsv"):
 with tempfile.TemporaryDirectory() as folder:
     ours, start, theirs = chosen.get("--ours"), os.path.join(folder, "start.safetensors"), os.path.join(folder, "theirs.safetensors")
     seconds = float(chosen.get("--seconds", 0))
+    if ours and seconds <= 0:
+        sys.exit("--ours needs --seconds: what it took, which is what PyTorch gets")
     if not ours:
         ours = os.path.join(folder, "ours.safetensors")
         seconds = train(ours, "--steps", str(STEPS))
-    print(f"ours: {STEPS} steps in {seconds:.0f} s of the processor")
+    print(f"ours: {STEPS} steps in {seconds:.0f} s of the processor", flush=True)
     bleu(ours, "ours")
     train(start, "--steps", "1", "--lr", "1e-12", "--muon-lr", "1e-12")
     for optimizer in [chosen["--optimizer"]] if "--optimizer" in chosen else ["muon", "adamw"]:
