@@ -5867,17 +5867,25 @@ Status Tokenizer::load(Runtime& from, Text path) {
     // Perhaps a folder; its files cannot be listed, so we try the usual names.
     static const char* const names[] = {"/tokenizer.json", "/encoder.json",    "/vocab.json", "/r50k_base.tiktoken",
                                         "/gpt2.tiktoken",  "/tokenizer.model", "/vocab.txt"};
+    Status refused;  // a tokenizer.json that says what we do not know, as Llama's does: tokenizer.model then says it, too
     for (const char* name : names) {
+        const bool is_model = ends_with(name, ".model");
         const Path inside(path, name);
         if (!inside.fits) return status;
         File file(from);
-        if (!file.open(Text(inside.text), FileMode::read).ok()) continue;
+        if ((!refused.ok() && !is_model) || !file.open(Text(inside.text), FileMode::read).ok()) continue;
         Tokenizer read;
-        BABYGPT_TRY(read_tokenizer_file(read, from, Text(inside.text)));
-        if (ends_with(name, ".model")) BABYGPT_TRY(read_begin_of_text(read, from, path));
+        const Status done = read_tokenizer_file(read, from, Text(inside.text));
+        if (done.error == Error::unsupported && !is_model) {
+            refused = done;
+            continue;
+        }
+        BABYGPT_TRY(done);
+        if (is_model) BABYGPT_TRY(read_begin_of_text(read, from, path));
         *this = static_cast<Tokenizer&&>(read);
         return Status();
     }
+    if (!refused.ok()) return refused;
     return fail(Error::cannot_open, "'", path,
                 "' is neither a tokenizer file nor a folder with tokenizer.json, encoder.json, vocab.json, r50k_base.tiktoken, "
                 "tokenizer.model or vocab.txt");

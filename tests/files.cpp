@@ -1052,6 +1052,16 @@ TEST(begin_of_text_in_files,
     CHECK(beside("{\"add_bos_token\":") == -100 - static_cast<int>(Error::bad_file));
     CHECK_OK(model.tokenizer.load(host.runtime, "f/tokenizer.model"));
     CHECK(model.tokenizer.begin_of_text == -1);
+    // Llama's tokenizer.json, BPE with byte fallback, is not read; the .model beside it says the same.
+    host.files["f/tokenizer.json"] =
+        "{\"added_tokens\":[],\"normalizer\":null,\"pre_tokenizer\":null,\"model\":{\"type\":\"BPE\",\"byte_fallback\":true,\"vocab\":{},"
+        "\"merges\":[]}}";
+    CHECK(beside("{}") == 1);
+    host.files["f/tokenizer.json"] = "{";
+    CHECK(beside("{}") == -100 - static_cast<int>(Error::bad_file));
+    host.files["f/tokenizer.json"] = "{\"model\":{\"type\":\"BPE\",\"byte_fallback\":true,\"vocab\":{},\"merges\":[]}}";
+    host.files.erase("f/tokenizer.model");
+    CHECK(beside("{}") == -100 - static_cast<int>(Error::unsupported));
 }
 
 TEST(gguf_layout, "llama.cpp would compute something else with our matrices") {
