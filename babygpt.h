@@ -8969,9 +8969,9 @@ inline Status read_standard_input(Array<char>& bytes) {
 // this is it. A split point inside of a document moves to the document's end; but the last document, or one of more than a 20th of the
 // text, is cut (no line of a tsv file is): after the first line end, or else before the first white space, or else at the first character that follows the split point
 // (no farther than 64 KiB and half of the validation part).
-inline Status find_split(CorpusState& corpus, double validation_fraction, uint64_t limit) {
+inline Status find_split(CorpusState& corpus, double validation_fraction, uint64_t validation_limit) {
     const uint64_t bytes = corpus.bytes, wanted = static_cast<uint64_t>(validation_fraction * static_cast<double>(bytes));
-    const uint64_t split = bytes - least(limit > 0 ? least(wanted, limit) : wanted, bytes);
+    const uint64_t split = bytes - least(validation_limit > 0 ? least(wanted, validation_limit) : wanted, bytes);
     corpus.training_bytes = split;
     if (split == 0 || split == bytes) return Status();
     Reader reader(corpus);
@@ -8988,12 +8988,12 @@ inline Status find_split(CorpusState& corpus, double validation_fraction, uint64
     reader.go_to(at_split);
     BABYGPT_TRY(reader.next(found));
     const Text text = reader.piece;
-    const size_t far = static_cast<size_t>(least(uint64_t(least(text.size, size_t(1) << 16)), (bytes - split + 1) / 2));
+    const size_t limit = static_cast<size_t>(least(uint64_t(least(text.size, size_t(1) << 16)), (bytes - split + 1) / 2));
     size_t line = 0, space = 0, character = 0;
-    while (line < far && text[line] != '\n') ++line;
-    while (space < far && !is_ascii_space(text[space])) ++space;
-    while (character < far && is_inside_character(text[character])) ++character;
-    corpus.training_bytes = split + (line + 1 < far ? line + 1 : space < far ? space : character < far ? character : 0);
+    while (line < limit && text[line] != '\n') ++line;
+    while (space < limit && !is_ascii_space(text[space])) ++space;
+    while (character < limit && is_inside_character(text[character])) ++character;
+    corpus.training_bytes = split + (line + 1 < limit ? line + 1 : space < limit ? space : character < limit ? character : 0);
     return Status();
 }
 
