@@ -10657,8 +10657,10 @@ Status Trainer::run(const RunConfig& how, RunResult& result) {
         }
         const bool scheduled = evaluation_due || step_count % config.evaluate_every == 0 || step_count == config.steps;
         evaluation_due = false;
-        if (scheduled && validation)
-            BABYGPT_TRY(evaluate_windows(*runtime, *state, *model, adapter, config.batch, *validation, evaluation, go_on));
+        if (scheduled && validation) {
+            const Status status = evaluate_windows(*runtime, *state, *model, adapter, config.batch, *validation, evaluation, go_on);
+            if (!evaluation_due) BABYGPT_TRY(status);  // of what was interrupted nothing may have counted yet
+        }
         if (scheduled && validation && !evaluation_due) {
             progress.evaluation = &evaluation;
             // A classifier's loss rises while more and more is right: few examples, of which it is too sure, outweigh the others.
