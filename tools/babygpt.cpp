@@ -1313,7 +1313,7 @@ struct TrainOptions {
                    {"--classes", nullptr,
                     "a classifier: each line is a text, a tab and its label (any word); an encoder with a head for the classes", &classes},
                    {"--validation", "FILE", "validate on this file instead of the text's last part", &validation},
-                   {"--validation-fraction", "X", "share of the text that is held out, its last part (0.1, but at most 1 MB)",
+                   {"--validation-fraction", "X", "share of the text that is held out, its last part (0.1, but of a text at most 1 MB)",
                     &validation_fraction, 0, 0.9},
                    {"--token-cache", "FILE", "keep the training tokens in this file instead of in memory", &cache}} +
                text.options() +
@@ -1736,6 +1736,32 @@ void choose_steps(const Arguments& in, Training& t, const Config& shape, double 
             static_cast<long long>(t.config.steps), static_cast<long long>(t.config.evaluate_every));
 }
 
+// How far a long reading is: on a terminal a line that changes; elsewhere, with `lines`, one each ten seconds. Called by the library, so it
+// must not throw.
+struct ReadingView {
+    double tokens = 0;
+    bool lines = false;
+    double start = now(), shown_at = now();
+    bool line_is_open = false;
+    static bool show(void* user, double done) {
+        ReadingView& view = *static_cast<ReadingView*>(user);
+        const double time = now();
+        const bool terminal = is_terminal(stderr);
+        if ((terminal || view.lines) && done > 0 && time - view.shown_at > (terminal ? 0.2 : 10)) {
+            view.shown_at = time;
+            view.line_is_open = terminal;
+            fprintf(stderr, "%s%2.0f %%  %s tokens/s  %s left%s", terminal ? "\r" : "validating: ", 100 * done,
+                    grouped(int64_t(view.tokens * done / (time - view.start))).c_str(),
+                    duration((time - view.start) / done * (1 - done)).c_str(), terminal ? "\x1b[K" : "\n");
+            fflush(stderr);
+        }
+        return true;
+    }
+    void end_line() const {
+        if (line_is_open) fputs("\r\x1b[K", stderr);
+    }
+};
+
 // What is shown while it learns. `show` is called by the library after each step: it must not throw.
 struct TrainingView {
     Training& t;
@@ -1744,7 +1770,8 @@ struct TrainingView {
     Curve curve = {};
     double first_loss = none, last_loss = none, bits_per_nat = none;  // bits a byte for each nat a token
     double shown_at = -1;
-    double evaluated = 1, evaluation_start = 0, evaluation_shown_at = 0;  // of the last evaluation
+    ReadingView reading = {};
+    double evaluated = 1;  // the share of the last evaluation
     bool terminal = is_terminal(stderr), line_is_open = false;
     std::exception_ptr failure = nullptr;
 
@@ -1771,19 +1798,12 @@ struct TrainingView {
         return !interrupted;
     }
 
-    // While an evaluation goes on: on a terminal its share is shown after a second, else after each ten.
+    // While an evaluation goes on; `done` begins anew with each.
     static bool evaluating(void* user, double done) noexcept {
         TrainingView& view = *static_cast<TrainingView*>(user);
-        const double time = now();
-        if (done < view.evaluated) view.evaluation_start = view.evaluation_shown_at = time;
+        if (done < view.evaluated) view.reading = ReadingView{double(view.t.validation.tokens), true};
         view.evaluated = done;
-        if (!view.t.options.json && time - view.evaluation_shown_at >= (view.terminal ? 1 : 10)) {
-            view.evaluation_shown_at = time;
-            fprintf(stderr, "%svalidating: %.0f %%, %s left%s", view.terminal ? "\r" : "", 100 * done,
-                    duration((time - view.evaluation_start) * (1 / done - 1)).c_str(), view.terminal ? "\x1b[K" : "\n");
-            fflush(stderr);
-            view.line_is_open = view.terminal;
-        }
+        if (!view.t.options.json) ReadingView::show(&view.reading, done);
         return !interrupted;
     }
 
@@ -1866,7 +1886,7 @@ struct TrainingView {
             return;
         }
         if (progress.step) show_line(progress, s, e != nullptr);
-        else end_line(), fprintf(stderr, "step %lld\n", static_cast<long long>(s.step));
+        else reading.end_line(), fprintf(stderr, "step %lld\n", static_cast<long long>(s.step));
         if (e)
             fprintf(stderr, "  validation %.4f%s  %s\n", e->loss, progress.best ? " best" : "     ",
                     visible(Text(cut(one_line(talk, " / "), 90)), false).c_str());
@@ -2627,29 +2647,6 @@ int decode(Arguments& in) {
 // =====================================================================================================================
 // Looking: eval, score, info, attention
 // =====================================================================================================================
-
-// How far a long reading is, on a terminal. Called by the library, so it must not throw.
-struct ReadingView {
-    double tokens;
-    double start = now(), shown_at = now();
-    bool line_is_open = false;
-    static bool show(void* user, double done) {
-        ReadingView& view = *static_cast<ReadingView*>(user);
-        const double time = now();
-        if (is_terminal(stderr) && done > 0 && time - view.shown_at > 0.2) {
-            view.shown_at = time;
-            view.line_is_open = true;
-            fprintf(stderr, "\r%2.0f %%  %s tokens/s  %s left\x1b[K", 100 * done,
-                    grouped(int64_t(view.tokens * done / (time - view.start))).c_str(),
-                    duration((time - view.start) / done * (1 - done)).c_str());
-            fflush(stderr);
-        }
-        return true;
-    }
-    void end_line() const {
-        if (line_is_open) fputs("\r\x1b[K", stderr);
-    }
-};
 
 // unit: of what each loss is.
 int show_evaluation(const Evaluation& result, const NgramResult& counting, uint64_t left_out, bool json, const string& unit = "token") {
