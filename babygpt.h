@@ -6106,6 +6106,8 @@ enum class Side : int32_t { text, source, whole };
 // What a token's attention sees: itself and what stands before it; all of its sequence; all of the source's sequence.
 enum class Sight : int32_t { causal, full, source };
 
+constexpr int nothing = -1;  // no tensor, no weight
+
 // Activations: rows x cols in the activations region; the gradient, where there is one, is as large and lies at `gradient`.
 struct Tensor {
     char name[48];
@@ -6114,12 +6116,11 @@ struct Tensor {
     bool fixed;                        // comes from outside: there is no gradient
     int64_t offset;                    // in elements
     int64_t gradient;                  // in elements; -1: none
+    int shares;                        // the tensor whose gradient is this one's, too; nothing: it has its own
     int born, dies;                    // the planner's times of the values ...
     int again;                         // ... when they are made once more, for a backward pass; -1: never
     int gradient_born, gradient_dies;  // ... and of the gradient
 };
-
-constexpr int nothing = -1;  // no tensor, no weight
 
 struct Op {
     OpKind kind;
@@ -6348,8 +6349,9 @@ struct Tape {
     int64_t adapter_block = 0, adapter_parameters = 0;
     int rank = 0, low_columns = 0;  // of Op::low, at most
     double lora_scale = 0;
-    bool frozen = false;    // training: the adapter's weights are learnt, and no others
-    bool training = false;  // plan gradients, and keep what backward reads
+    bool frozen = false;                     // training: the adapter's weights are learnt, and no others
+    bool training = false;                   // plan gradients, and keep what backward reads
+    bool on_device = false, halves = false;  // a device runs it; there the activations' numbers have 16 bits
     double dropout = 0;
     double epsilon = 1e-5;  // of the norms
     double rope_base = 10000;
@@ -6384,7 +6386,7 @@ struct Tape {
         op.centred = kind == Norm::layer;
         op.w = declare(name, ".weight", 1, op.in, -1, true);
         if (bias) op.b = declare(name, ".bias", 1, op.in, 0, true);
-        op.aux = tensor(name, ".statistics", 2, op.side);
+        op.aux = tensor(name, ".statistics", floats(2), op.side);
         return finish(op, name, op.in);
     }
     BABYGPT_CALL int linear(const char* name, int x, int out, bool bias, Activation activation, double deviation) {
@@ -6458,7 +6460,7 @@ struct Tape {
         op.w = tied ? ops.count && ops[0].kind == OpKind::embedding ? ops[0].w : nothing
                     : declare(name, ".weight", op.out, width, 0.02, false);
         if (bias) op.b = declare(name, ".bias", 1, op.out, 0, true);
-        op.aux = tensor("head", ".softmax", 2, op.side);
+        op.aux = tensor("head", ".softmax", floats(2), op.side);
         if (!no_memory && !ops.push(op)) no_memory = true;
     }
 
@@ -6546,7 +6548,8 @@ struct Tape {
     // ---- planning ----
 
     // Times: op i runs forward at i and backward at 2n-1-i. A tensor's place is its own from its first write to its last read; but what a
-    // norm, a gate or an activation function makes, and only one backward pass reads, is not kept until then, but made once more.
+    // norm, a gate or an activation function makes, and only one backward pass reads, is not kept until then, but made once more (but on a
+    // device in 16 bits, which has the memory).
     // The head may write its gradient while it runs forward. What the source gives to attention, a running decoder needs again and again.
     // rows: at most, of text; 0: it will not run, only the weights are of interest. source: rows; sequences: at most.
     Status plan(int rows, int source = 0, int sequences = 0) {
@@ -6557,7 +6560,8 @@ struct Tape {
         max_rows[static_cast<int>(Side::text)] = rows, max_rows[static_cast<int>(Side::source)] = source;
         max_rows[static_cast<int>(Side::whole)] = sequences;
         const int n = static_cast<int>(ops.count);
-        for (Tensor& t : tensors) t.born = t.gradient_born = INT32_MAX, t.dies = t.gradient_dies = -1, t.gradient = t.again = -1;
+        for (Tensor& t : tensors)
+            t.born = t.gradient_born = INT32_MAX, t.dies = t.gradient_dies = -1, t.gradient = t.again = -1, t.shares = nothing;
         if (frozen) fix();
         for (int i = 0; i < n; ++i) {
             Op& op = ops[static_cast<size_t>(i)];
@@ -6566,7 +6570,7 @@ struct Tape {
             if (!training && op.sight == Sight::source) touch(op.x2, 0), touch(op.x2, n);
             if (!runs_backward(op)) continue;
             touch(op.aux, back), touch(op.low, back), touch_gradient(op.low, back);
-            op.remakes = needs_x(op) && op.kind == OpKind::linear ? cheap_maker(op.x) : nothing;
+            op.remakes = needs_x(op) && op.kind == OpKind::linear && !halves ? cheap_maker(op.x) : nothing;
             if (op.remakes != nothing) {
                 const Op& maker = ops[static_cast<size_t>(op.remakes)];
                 tensors[static_cast<size_t>(op.x)].again = back;
@@ -6587,12 +6591,15 @@ struct Tape {
                 if (op.x2 != nothing) op.adds_to_dx2 = seen[static_cast<size_t>(op.x2)] != 0, seen[static_cast<size_t>(op.x2)] = 1;
             }
         }
+        if (on_device) merge_sums();
         activation_block = 0;
         for (size_t i = 0; i < tensors.count; ++i) {
             Tensor& t = tensors[i];
             t.offset = place(i, false, t.born, t.dies, t.again);
             if (t.gradient_dies >= 0) t.gradient = place(i, true, t.gradient_born, t.gradient_dies, -1);
         }
+        for (Tensor& t : tensors)
+            if (t.shares != nothing) t.gradient = at(t.shares).gradient;
         for (const WeightPlan& plan : learnt())  // Muon works there once the activations are not needed any more
             if (training && plan.matrices) activation_block = most(activation_block, muon_space(plan));
         return Status();
@@ -6640,6 +6647,8 @@ struct Tape {
         if (no_memory || !adapter.push(plan)) no_memory = true;
         return static_cast<int>(adapter.count) - 1;
     }
+    // Columns of a tensor that keeps so many floats, whatever the others' numbers are.
+    int floats(int count) const { return halves ? 2 * count : count; }
     BABYGPT_CALL Op start(OpKind kind, int x) {
         Op op{};
         op.kind = kind;
@@ -6651,7 +6660,7 @@ struct Tape {
         return op;
     }
     int finish_attention(Op& op, const char* name, int cols) {
-        op.aux = tensor(name, ".softmax", 2 * op.heads, op.side);
+        op.aux = tensor(name, ".softmax", floats(2 * op.heads), op.side);
         return finish(op, name, cols);
     }
     BABYGPT_CALL int finish(Op& op, const char* name, int cols) {
@@ -6726,6 +6735,27 @@ struct Tape {
         t.gradient_born = least(t.gradient_born, time), t.gradient_dies = most(t.gradient_dies, time);
     }
 
+    // Does the op before make the second summand, so that a device can add the first at once?
+    bool sums_at_once(size_t i) const { return i > 0 && ops[i].kind == OpKind::add && ops[i - 1].y == ops[i].x2; }
+    // On a device. A sum's summands have its gradient: where nothing else has been added to it when they want it, they have its place, too.
+    void merge_sums() {
+        const int n = static_cast<int>(ops.count);
+        for (int i = 1; i < n; ++i) {
+            const Op &op = ops[static_cast<size_t>(i)], &before = ops[static_cast<size_t>(i - 1)];
+            if (!sums_at_once(static_cast<size_t>(i))) continue;
+            touch(op.y, i - 1);
+            const bool keeps = before.kind == OpKind::dropout || (before.kind == OpKind::linear && before.activation == Activation::none);
+            if (!runs_backward(op) || op.adds_to_dx || op.adds_to_dx2 || !keeps || at(op.x).fixed || at(op.x2).fixed) continue;
+            const int place = at(op.x).shares != nothing ? at(op.x).shares : op.x;
+            touch_gradient(op.y, 2 * n - i);  // when that op reads it
+            share_gradient(op.y, place), share_gradient(op.x2, place);
+        }
+    }
+    void share_gradient(int tensor_index, int with) {
+        Tensor &t = tensors[static_cast<size_t>(tensor_index)], &of = tensors[static_cast<size_t>(with)];
+        of.gradient_born = least(of.gradient_born, t.gradient_born), of.gradient_dies = most(of.gradient_dies, t.gradient_dies);
+        t.shares = with, t.gradient_dies = -1;
+    }
     // The norm, gate, or linear op with an activation function, whose result this is, where one op reads it; nothing: it has to be kept.
     int cheap_maker(int tensor_index) const {
         int maker = nothing, readers = 0;
@@ -9988,6 +10018,11 @@ namespace {
 
 // ---- on a device -----------------------------------------------------------------------------------------------------------
 
+inline void choose_device(TrainerState& s, const Runtime& runtime) {
+    s.on = find_device(runtime);
+    s.tape.on_device = s.on != nullptr;
+    s.tape.halves = s.on && runtime.precision == Precision::bf16;
+}
 // Nothing is copied before somebody looks: then the weights come back.
 BABYGPT_RARE Status give_back(const Borrowed& borrowed) {
     if (!borrowed.by) return Status();
@@ -10170,7 +10205,7 @@ Status fill(Trainer& trainer, Runtime& from, const Model& of, Adapter* adapter, 
     TrainerState* const state = trainer.state = create<TrainerState>(from, from);
     if (!state) return out_of_memory(sizeof(TrainerState));
     state->backend = backend;
-    state->on = find_device(from);
+    choose_device(*state, from);
     state->tape.frozen = adapter != nullptr;
     BABYGPT_TRY(record(state->tape, of.config, config.batch * of.config.context, true, config.dropout, config.batch,
                        adapter ? &adapter->config : nullptr));
@@ -10565,7 +10600,7 @@ Status evaluate(Runtime& runtime, const Model& model, Data& data, Evaluation& re
     BABYGPT_TRY(bring(model));
     TrainerState state(runtime);
     state.backend = backend;
-    state.on = find_device(runtime);
+    choose_device(state, runtime);
     if (adapter && !adapter->weights) return fail(Error::invalid_argument, "the adapter is empty: create or load it first");
     BABYGPT_TRY(record(state.tape, model.config, batch * model.config.context, false, 0, batch, adapter ? &adapter->config : nullptr));
     if (adapter) BABYGPT_TRY(check_adapter(state.tape, *adapter));
@@ -12454,7 +12489,7 @@ BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpos
         TrainerState state(runtime);
         Trainer trainer;
         state.backend = backend;
-        state.on = find_device(runtime);
+        choose_device(state, runtime);
         state.tape.frozen = adapter != nullptr;
         BABYGPT_TRY(record(state.tape, config, batch * config.context, true, dropout, batch, adapter));
         lay_out(layout, state, &trainer, config, batch, runtime.thread_count());

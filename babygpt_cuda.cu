@@ -38,7 +38,11 @@
 #define BABYGPT_DYNAMIC_SHARED(name)                                   \
     extern __shared__ __align__(128) unsigned char shared_of_launch[]; \
     unsigned char* const name = shared_of_launch
-#elif !defined(BABYGPT_CUDA_EMULATOR)
+#define BABYGPT_PRAGMA(text) _Pragma(#text)
+#define BABYGPT_UNROLL(times) BABYGPT_PRAGMA(unroll times)
+#elif defined(BABYGPT_CUDA_EMULATOR)
+#define BABYGPT_UNROLL(times)
+#else
 #error "babygpt_cuda.cu: compile this file with nvcc"
 #endif
 
@@ -135,8 +139,8 @@ constexpr int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / si
 
 // ---- inside a kernel -------------------------------------------------------------------------------------------------
 
-// Two layouts serve most ops. Over elements: thread after thread, all over the grid. Over rows: a warp has a row, its lanes every 32nd column,
-// so that neighbours read neighbours.
+// Two layouts serve most ops. Over elements: thread after thread, all over the grid. Over rows: a warp has a row, its lanes columns beside each
+// other.
 __device__ __forceinline__ int64_t first_element() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ int64_t all_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 __device__ __forceinline__ int first_row() { return static_cast<int>(blockIdx.x * (blockDim.x / warp) + threadIdx.x / warp); }
@@ -152,6 +156,70 @@ __device__ __forceinline__ T warp_sum(T x) {
 __device__ __forceinline__ float warp_most(float x) {
     for (int apart = warp / 2; apart > 0; apart /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, apart));
     return x;
+}
+
+// What activations and their gradients are in memory is called Real: float, or, with Precision::bf16, __nv_bfloat16. They are computed with as float.
+__device__ __forceinline__ void put(float* to, float x) { *to = x; }
+__device__ __forceinline__ void put(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
+__device__ __forceinline__ uint32_t two(float low, float high) {
+    return static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(high))) << 16 | __bfloat16_as_ushort(__float2bfloat16_rn(low));
+}
+// `size` of them beside each other, by one access: at places that are a multiple of it.
+template <class T, size_t size>
+struct alignas(sizeof(T) * size) Pack {
+    T at[size];
+};
+template <size_t size>
+__device__ __forceinline__ void load(float (&to)[size], const float* from) {
+    const auto pack = *reinterpret_cast<const Pack<float, size>*>(from);
+    for (size_t i = 0; i < size; ++i) to[i] = pack.at[i];
+}
+template <size_t size>
+__device__ __forceinline__ void load(float (&to)[size], const __nv_bfloat16* from) {
+    if constexpr (size == 1) to[0] = static_cast<float>(*from);
+    else {
+        const auto pack = *reinterpret_cast<const Pack<uint32_t, size / 2>*>(from);
+        for (size_t i = 0; i < size / 2; ++i)
+            to[2 * i] = __uint_as_float(pack.at[i] << 16), to[2 * i + 1] = __uint_as_float(pack.at[i] & 0xffff0000u);
+    }
+}
+template <size_t size>
+__device__ __forceinline__ void store(float* to, const float (&from)[size]) {
+    Pack<float, size> pack;
+    for (size_t i = 0; i < size; ++i) pack.at[i] = from[i];
+    *reinterpret_cast<Pack<float, size>*>(to) = pack;
+}
+template <size_t size>
+__device__ __forceinline__ void store(__nv_bfloat16* to, const float (&from)[size]) {
+    if constexpr (size == 1) put(to, from[0]);
+    else {
+        Pack<uint32_t, size / 2> pack;
+        for (size_t i = 0; i < size / 2; ++i) pack.at[i] = two(from[2 * i], from[2 * i + 1]);
+        *reinterpret_cast<Pack<uint32_t, size / 2>*>(to) = pack;
+    }
+}
+template <int n>
+struct Size {
+    static constexpr int value = n;
+    static constexpr size_t many = n;  // of an array
+};
+// Over elements: f(i, Size<n>()) for elements i to i + n - 1, 16 bytes of them where there are as many.
+template <class Real, class F>
+__device__ __forceinline__ void over_all(int64_t count, const F& f) {
+    constexpr int size = 16 / static_cast<int>(sizeof(Real));
+    for (int64_t i = first_element() * size; i < count; i += all_threads() * size) {
+        if (i + size <= count) f(i, Size<size>());
+        else
+            for (int64_t rest = i; rest < count; ++rest) f(rest, Size<1>());
+    }
+}
+// A row's columns, by the lanes of a warp: four at a time where n is a multiple of it.
+template <class F>
+__device__ __forceinline__ void over_columns(int n, const F& f) {
+    if (n % 4 == 0)
+        for (int c = 4 * lane(); c < n; c += 4 * warp) f(c, Size<4>());
+    else
+        for (int c = lane(); c < n; c += warp) f(c, Size<1>());
 }
 
 // The header's random numbers (chapter 2).
@@ -201,17 +269,18 @@ struct Sums {
 
 // Everything on the device, in this order, in one block.
 struct Memory {
-    float *weights, *adapter, *gradients, *moment1, *moment2, *activations, *low, *scratch, *waves;
-    unsigned char* decays;  // of each 16 learnt weights: do they decay?
+    float *weights, *adapter, *gradients, *moment1, *moment2, *waves;
+    void *activations, *low, *logits;  // Real
+    unsigned char* decays;             // of each 16 learnt weights: do they decay?
     double *losses, *partial;
     int32_t* ranks;
     Sums* sums;
     uint32_t *keys[2], *counts;  // sorting: an id and its row, twice; how often each digit is in each block
     int32_t* sorted_rows[2];
-    float* edges;  // embedding_backward's
-    // Precision::bf16: a copy of the weights, and of the rows that a product multiplies now (x, dy). Where there are tensor cores: cuBLASLt's.
-    __nv_bfloat16 *narrow_weights, *narrow[2];
-    unsigned char* workspace;
+    uint32_t* totals;               // of each digit
+    float* parts;                   // of sums over rows; embedding_backward's edges
+    __nv_bfloat16* narrow_weights;  // Precision::bf16: a copy
+    unsigned char* workspace;       // cuBLASLt's, where there are tensor cores
     // Sent for each run, in one piece that the host has a copy of.
     Now* now;
     Place* places[2];
@@ -220,27 +289,30 @@ struct Memory {
     float *row_weights, *features;
 };
 
-constexpr int most_splits = 64;  // of a sum over rows
+constexpr int most_splits = 64;  // of a product's sum over rows
+constexpr int most_parts = 512;  // of a sum over rows alone
 #ifdef BABYGPT_CUDA_EMULATOR
 constexpr int64_t scratch_logits = 1 << 12;  // tests are small, and shall see several chunks
 constexpr size_t workspace_bytes = 4096;
 #else
 constexpr size_t workspace_bytes = size_t(32) << 20;  // what NVIDIA recommends for Hopper
-constexpr int64_t scratch_logits = 1 << 26;           // of the head, at once: so many rows that dW's own traffic does not count
+constexpr int64_t scratch_logits = 1 << 27;           // of the head, at once: so many rows that dW's own traffic does not count
 #endif
 constexpr int square_blocks_there = 512;
 constexpr int sort_block = block_threads, digits = 256;
 constexpr int edge_rows = 64;  // sorted rows that a block of embedding_backward sums
 
 // A sum over so many rows is made of so many parts, which are added in order.
-inline int splits_of(int64_t rows) { return static_cast<int>(greater<int64_t>(1, lesser<int64_t>(most_splits, rows / 128))); }
+inline int parts_of_rows(int64_t rows) { return static_cast<int>(greater<int64_t>(1, lesser<int64_t>(most_parts, rows / 32))); }
 // The same of a product, whose tiles of `tile` by `tile` elements are blocks, too: no more parts than keep a large device busy.
 constexpr int tile = 64;
 inline int splits_of(int64_t rows, int64_t in, int64_t out) {
     constexpr int64_t busy = 512;
-    return static_cast<int>(lesser<int64_t>(splits_of(rows), parts_of(busy, parts_of(in, tile) * parts_of(out, tile))));
+    const int64_t most = greater<int64_t>(1, lesser<int64_t>(most_splits, rows / 128));
+    return static_cast<int>(lesser<int64_t>(most, parts_of(busy, parts_of(in, tile) * parts_of(out, tile))));
 }
 inline bool on_tensor_cores(const DevicePlan& plan) { return plan.precision != Precision::f32; }
+inline int64_t real_bytes(const DevicePlan& plan) { return plan.precision == Precision::bf16 ? 2 : 4; }
 // Between two rows of logits: tensor cores want 16 bytes at a time.
 inline int64_t logits_stride(const DevicePlan& plan) {
     return on_tensor_cores(plan) ? parts_of(plan.head_out, 8) * 8 : static_cast<int64_t>(plan.head_out);
@@ -288,7 +360,7 @@ inline void plan_input(Plan& plan, const DevicePlan& p, Memory& m) {
 }
 inline void plan_memory(Plan& plan, const DevicePlan& p, Memory& m) {
     const int64_t learnt = p.training ? learnt_block(p) : 0, rows = greater(p.max_rows[0], p.max_rows[1]);
-    int64_t widest = 1, low = 0, parts = 0, narrow[2] = {};
+    int64_t widest = 1, low = 0, parts = 0;
     bool embeds = false;
     for (const Op& op : p.ops) {
         const int64_t side_rows = p.max_rows[static_cast<int>(op.side)];
@@ -296,29 +368,22 @@ inline void plan_memory(Plan& plan, const DevicePlan& p, Memory& m) {
         widest = greater<int64_t>(widest, greater(op.in, op.out));
         if (op.kind == OpKind::linear || op.kind == OpKind::head)
             parts = greater(parts, splits_of(side_rows, op.in, op.out) * static_cast<int64_t>(op.in) * op.out);
-        if (op.w != nothing && (op.kind == OpKind::linear || op.kind == OpKind::head)) {
-            const bool is_head = op.kind == OpKind::head;
-            narrow[0] = greater(narrow[0], (is_head ? head_chunk(p, side_rows) : side_rows) * static_cast<int64_t>(op.in));
-            if (p.training && !is_head) narrow[1] = greater(narrow[1], side_rows * op.out);
-        }
         for (int i = 0; i < op.loras; ++i) parts = greater(parts, most_splits * static_cast<int64_t>(p.rank) * greater(op.in, op.out));
         embeds = embeds || (op.kind == OpKind::embedding && p.training && !p.frozen);
     }
-    parts = p.training ? greater(parts, 2 * splits_of(rows) * widest) : 0;
+    parts = p.training ? greater(parts, 2 * parts_of_rows(rows) * widest) : 0;
     m.weights = plan.take<float>(p.weight_block, "weights");
     m.adapter = plan.take<float>(p.adapter_block, "adapter");
     m.gradients = plan.take<float>(learnt, "gradients");
     m.moment1 = plan.take<float>(learnt, "moment1");
     m.moment2 = plan.take<float>(learnt, "moment2");
     m.decays = plan.take<unsigned char>(learnt / 16, "decays");
-    m.activations = plan.take<float>(p.activation_block, "activations");
-    m.low = plan.take<float>(p.training ? 0 : low, "low");
+    m.activations = plan.take<char>(p.activation_block * real_bytes(p), "activations");
+    m.low = plan.take<char>(p.training ? 0 : low * real_bytes(p), "low");
     const int64_t head_rows = p.ops.size ? p.max_rows[static_cast<int>(p.ops[p.ops.size - 1].side)] : 0;
-    m.scratch = plan.take<float>(greater<int64_t>(head_chunk(p, head_rows) * logits_stride(p), 1), "logits");
-    m.edges = plan.take<float>(greater(parts, embeds ? 2 * parts_of(rows, edge_rows) * p.width : 0), "parts");
-    const bool is_narrow = p.precision == Precision::bf16;
-    m.narrow_weights = plan.take<__nv_bfloat16>(is_narrow ? p.weight_block : 0, "narrow_weights");
-    for (int i = 0; i < 2; ++i) m.narrow[i] = plan.take<__nv_bfloat16>(is_narrow ? narrow[i] : 0, "narrow");
+    m.logits = plan.take<char>(greater<int64_t>(head_chunk(p, head_rows) * logits_stride(p), 1) * real_bytes(p), "logits");
+    m.parts = plan.take<float>(greater(parts, embeds ? 2 * parts_of(rows, edge_rows) * p.width : 0), "parts");
+    m.narrow_weights = plan.take<__nv_bfloat16>(p.precision == Precision::bf16 ? p.weight_block : 0, "narrow_weights");
     m.workspace = plan.take<unsigned char>(on_tensor_cores(p) ? static_cast<int64_t>(workspace_bytes) : 0, "workspace");
     m.waves = plan.take<float>(static_cast<int64_t>(p.waves.size), "waves");
     m.losses = plan.take<double>(p.max_rows[0], "losses");
@@ -330,6 +395,7 @@ inline void plan_memory(Plan& plan, const DevicePlan& p, Memory& m) {
         m.sorted_rows[i] = plan.take<int32_t>(embeds ? rows : 0, "sorted_rows");
     }
     m.counts = plan.take<uint32_t>(embeds ? digits * parts_of(rows, sort_block) : 0, "counts");
+    m.totals = plan.take<uint32_t>(embeds ? digits : 0, "totals");
     Plan sent;
     plan_input(sent, p, m);
     sent = Plan{plan.take<char>(static_cast<int64_t>(sent.bytes), "what is sent"), 0};
@@ -354,19 +420,26 @@ struct Extent {
 
 // ---- embedding: y = token[id] + position[p]. Over rows. 12 bytes -----------------------------------------------------------
 
-__global__ void embedding_forward(float* y, const float* token, const float* position, const int32_t* ids, const Where* where,
+template <class Real>
+__global__ void embedding_forward(Real* y, const float* token, const float* position, const int32_t* ids, const Where* where,
                                   const Now* now, int side, int n) {
     for (int row = first_row(); row < now->rows[side]; row += all_warps()) {
         const float* t = token + static_cast<int64_t>(ids[row]) * n;
         const float* p = position ? position + static_cast<int64_t>(where[row].position) * n : nullptr;
-        for (int c = lane(); c < n; c += warp) y[static_cast<int64_t>(row) * n + c] = t[c] + (p ? p[c] : 0.0f);
+        over_columns(n, [&](int c, auto size) {
+            float sum[size.many], more[size.many] = {};
+            load(sum, t + c);
+            if (p) load(more, p + c);
+            for (int i = 0; i < size.value; ++i) sum[i] += more[i];
+            store(y + static_cast<int64_t>(row) * n + c, sum);
+        });
     }
 }
 
 // dtoken[id] += the sum of dy over the rows with this id. The rows are sorted by id first, by digits of 8 bits, the lowest first, each pass in three
 // kernels; equal ids keep their order, so that the sums have one, too.
-//   sort_count: a block has 256 rows, thread d counts digit d among them.   sort_places: one block; the sums of all counts before each.
-//   sort_move: a thread has a row; its place is the count's, and the number of equal digits before it in the block.
+//   sort_count: a block has 256 rows, thread d counts digit d among them.   sort_places: a block has a digit; how many of it are in the blocks
+//   before each, and in all.   sort_move: a thread has a row; before it stand the smaller digits, the blocks before, and the equal in its own.
 __global__ void sort_count(uint32_t* counts, const uint32_t* keys, const int32_t* ids, const Now* now, int side, int shift) {
     BABYGPT_SHARED(uint32_t, digit, sort_block);
     const int row = static_cast<int>(blockIdx.x) * sort_block + static_cast<int>(threadIdx.x), rows = now->rows[side];
@@ -377,50 +450,70 @@ __global__ void sort_count(uint32_t* counts, const uint32_t* keys, const int32_t
     for (int i = 0; i < sort_block; ++i) count += digit[i] == threadIdx.x;
     counts[threadIdx.x * gridDim.x + blockIdx.x] = count;
 }
-__global__ void sort_places(uint32_t* counts, int64_t n) {
-    BABYGPT_SHARED(uint32_t, sum, block_threads);
-    const int64_t each = (n + blockDim.x - 1) / blockDim.x, from = lesser<int64_t>(each * threadIdx.x, n),
-                  to = lesser<int64_t>(from + each, n);
-    uint32_t mine = 0;
-    for (int64_t i = from; i < to; ++i) mine += counts[i];
-    sum[threadIdx.x] = mine;
+// Of all threads' numbers, the sum of those before this one's.
+__device__ __forceinline__ uint32_t sum_before(uint32_t mine, uint32_t* sums) {
+    const unsigned me = threadIdx.x;
+    sums[me] = mine;
     __syncthreads();
-    uint32_t before = 0;
-    for (unsigned i = 0; i < threadIdx.x; ++i) before += sum[i];
-    for (int64_t i = from; i < to; ++i) {
-        const uint32_t count = counts[i];
-        counts[i] = before, before += count;
+    for (unsigned apart = 1; apart < block_threads; apart *= 2) {
+        const uint32_t other = me >= apart ? sums[me - apart] : 0;
+        __syncthreads();
+        sums[me] += other;
+        __syncthreads();
     }
+    return sums[me] - mine;
 }
-__global__ void sort_move(uint32_t* to_keys, int32_t* to_rows, const uint32_t* places, const uint32_t* keys, const int32_t* sorted,
-                          const int32_t* ids, const Now* now, int side, int shift) {
+__global__ void sort_places(uint32_t* counts, uint32_t* totals, int blocks) {
+    BABYGPT_SHARED(uint32_t, sums, block_threads);
+    uint32_t before = 0;
+    for (int first = 0; first < blocks; first += block_threads) {
+        const int i = first + static_cast<int>(threadIdx.x);
+        uint32_t* const count = counts + static_cast<int64_t>(blockIdx.x) * blocks + i;
+        const uint32_t mine = i < blocks ? *count : 0, sum = sum_before(mine, sums);
+        if (i < blocks) *count = before + sum;
+        before += sums[block_threads - 1];
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) totals[blockIdx.x] = before;
+}
+__global__ void sort_move(uint32_t* to_keys, int32_t* to_rows, const uint32_t* places, const uint32_t* totals, const uint32_t* keys,
+                          const int32_t* sorted, const int32_t* ids, const Now* now, int side, int shift) {
     BABYGPT_SHARED(uint32_t, digit, sort_block);
+    BABYGPT_SHARED(uint32_t, sums, sort_block);
+    BABYGPT_SHARED(uint32_t, smaller, digits);
     const int row = static_cast<int>(blockIdx.x) * sort_block + static_cast<int>(threadIdx.x), rows = now->rows[side];
     const uint32_t key = row >= rows ? 0 : keys ? keys[row] : static_cast<uint32_t>(ids[row]);
     const uint32_t mine = row < rows ? key >> shift & (digits - 1) : digits;
     digit[threadIdx.x] = mine;
+    smaller[threadIdx.x] = sum_before(totals[threadIdx.x], sums);
     __syncthreads();
     if (row >= rows) return;
-    uint32_t place = places[mine * gridDim.x + blockIdx.x];
+    uint32_t place = smaller[mine] + places[mine * gridDim.x + blockIdx.x];
     for (unsigned i = 0; i < threadIdx.x; ++i) place += digit[i] == mine;
     to_keys[place] = key, to_rows[place] = sorted ? sorted[row] : row;
 }
-// A warp has 64 sorted rows, its lanes 32 of the columns. Rows of one id that all lie within them are added to dtoken at once; those that go on
-// from the 64 before, or into the 64 after, are left in `edges`: [blocks][2][n], in the first or second place. 8 bytes.
-__global__ void embedding_backward(float* dtoken, float* edges, const float* dy, const uint32_t* keys, const int32_t* sorted,
-                                   const Now* now, int side, int n) {
-    const int rows = now->rows[side], across = (n + warp - 1) / warp;
+// A warp has 64 sorted rows and `size` columns a lane. Rows of one id that all lie within them are added to dtoken at once; those that go on
+// from the 64 before, or into the 64 after, are left in `edges`: [blocks][2][n], in the first or second place. 2 Real bytes.
+template <int size, class Real>
+__global__ void embedding_backward(float* dtoken, float* edges, const Real* dy, const uint32_t* keys, const int32_t* sorted, const Now* now,
+                                   int side, int n) {
+    constexpr size_t many = size;
+    const int rows = now->rows[side], across = (n + size * warp - 1) / (size * warp);
     for (int number = first_row(); number / across * edge_rows < rows; number += all_warps()) {
-        const int part = number / across, from = part * edge_rows, to = lesser(from + edge_rows, rows), c = number % across * warp + lane();
-        float sum = 0;
+        const int part = number / across, from = part * edge_rows, to = lesser(from + edge_rows, rows);
+        const int c = (number % across * warp + lane()) * size;
+        float sum[many] = {};
         for (int i = from; i < to && c < n; ++i) {
-            sum += dy[static_cast<int64_t>(sorted[i]) * n + c];
+            float d[many];
+            load(d, dy + static_cast<int64_t>(sorted[i]) * n + c);
+            for (int j = 0; j < size; ++j) sum[j] += d[j];
             if (i + 1 < to && keys[i + 1] == keys[i]) continue;
             const bool goes_on = i + 1 == to && to < rows && keys[to] == keys[i];
             const bool came = from > 0 && keys[from - 1] == keys[i] && keys[from] == keys[i];
-            if (came || goes_on) edges[(2 * static_cast<int64_t>(part) + (came ? 0 : 1)) * n + c] = sum;
-            else dtoken[static_cast<int64_t>(keys[i]) * n + c] += sum;
-            sum = 0;
+            const bool whole = !came && !goes_on;
+            float* const at =
+                whole ? dtoken + static_cast<int64_t>(keys[i]) * n + c : edges + (2 * static_cast<int64_t>(part) + (came ? 0 : 1)) * n + c;
+            for (int j = 0; j < size; ++j) at[j] = whole ? at[j] + sum[j] : sum[j], sum[j] = 0;
         }
     }
 }
@@ -439,48 +532,70 @@ __global__ void embedding_edges(float* dtoken, const float* edges, const uint32_
         dtoken[static_cast<int64_t>(id) * n + c] += sum;
     }
 }
-// dposition[p] += the sum of dy over the sequences that reach p. A warp has a position, its lanes 32 of the columns. 4 bytes.
-__global__ void position_backward(float* dposition, const float* dy, const Place* places, const Now* now, int context, int n) {
-    const int across = (n + warp - 1) / warp;
-    for (int number = first_row(); number / across < context; number += all_warps()) {
-        const int p = number / across, c = number % across * warp + lane();
-        if (c >= n) continue;
-        float sum = dposition[static_cast<int64_t>(p) * n + c];
-        for (int i = 0; i < now->sequences; ++i) {
-            const int at = p - places[i].position;
-            if (at >= 0 && at < places[i].length) sum += dy[static_cast<int64_t>(places[i].row + at) * n + c];
-        }
-        dposition[static_cast<int64_t>(p) * n + c] = sum;
+// dposition[p] += the sum of dy over the sequences that reach p. A block has a position and `size` columns a lane, warp i of it every 8th sequence.
+template <int size, class Real>
+__global__ void position_backward(float* dposition, const Real* dy, const Place* places, const Now* now, int n) {
+    constexpr size_t many = size;
+    BABYGPT_SHARED(float, sums, (block_threads * size));
+    const int across = (n + size * warp - 1) / (size * warp), p = static_cast<int>(blockIdx.x) / across;
+    const int c = (static_cast<int>(blockIdx.x) % across * warp + lane()) * size;
+    float sum[many] = {};
+    for (int i = static_cast<int>(threadIdx.x) / warp; i < now->sequences && c < n; i += block_warps) {
+        const int at = p - places[i].position;
+        if (at < 0 || at >= places[i].length) continue;
+        float d[many];
+        load(d, dy + static_cast<int64_t>(places[i].row + at) * n + c);
+        for (int j = 0; j < size; ++j) sum[j] += d[j];
+    }
+    for (int j = 0; j < size; ++j) sums[j * block_threads + static_cast<int>(threadIdx.x)] = sum[j];
+    __syncthreads();
+    if (threadIdx.x >= warp || c >= n) return;
+    for (int j = 0; j < size; ++j) {
+        for (int i = 1; i < block_warps; ++i) sum[j] += sums[j * block_threads + i * warp + lane()];
+        dposition[static_cast<int64_t>(p) * n + c + j] += sum[j];
     }
 }
 
-// ---- input, waves, add, dropout: over rows, or over elements. 8, 8, 12 and 8 bytes ----------------------------------------------
+// ---- input, waves, add, dropout: over rows, or over elements. Real bytes: 4 + 1, 2, 3, 2 ------------------------------------------
 
-__global__ void copy_rows(float* y, const float* x, const Now* now, int side, int n) {
+template <class Real>
+__global__ void copy_rows(Real* y, const float* x, const Now* now, int side, int n) {
     const int64_t all = static_cast<int64_t>(now->rows[side]) * n;
-    for (int64_t i = first_element(); i < all; i += all_threads()) y[i] = x[i];
+    for (int64_t i = first_element(); i < all; i += all_threads()) put(y + i, x[i]);
 }
 // x = x sqrt(n) + waves[position]; backward: dx = dx sqrt(n).
-__global__ void add_waves(float* x, const float* waves, const Where* where, const Now* now, int side, int n, bool backward) {
+template <class Real>
+__global__ void add_waves(Real* x, const float* waves, const Where* where, const Now* now, int side, int n, bool backward) {
     const float factor = sqrtf(static_cast<float>(n));
     for (int row = first_row(); row < now->rows[side]; row += all_warps())
-        for (int c = lane(); c < n; c += warp) {
-            float& at = x[static_cast<int64_t>(row) * n + c];
-            at = backward ? at * factor : fmaf(at, factor, waves[static_cast<int64_t>(where[row].position) * n + c]);
-        }
+        over_columns(n, [&](int c, auto size) {
+            Real* const at = x + static_cast<int64_t>(row) * n + c;
+            float value[size.many], wave[size.many] = {};
+            load(value, at);
+            if (!backward) load(wave, waves + static_cast<int64_t>(where[row].position) * n + c);
+            for (int i = 0; i < size.value; ++i) value[i] = fmaf(value[i], factor, wave[i]);
+            store(at, value);
+        });
 }
-__global__ void add_forward(float* y, const float* a, const float* b, const Now* now, int side, int n) {
-    const int64_t all = static_cast<int64_t>(now->rows[side]) * n;
-    for (int64_t i = first_element(); i < all; i += all_threads()) y[i] = a[i] + b[i];
+template <class Real>
+__global__ void add_forward(Real* y, const Real* a, const Real* b, const Now* now, int side, int n) {
+    over_all<Real>(static_cast<int64_t>(now->rows[side]) * n, [&](int64_t i, auto size) {
+        float left[size.many], right[size.many];
+        load(left, a + i), load(right, b + i);
+        for (int j = 0; j < size.value; ++j) left[j] += right[j];
+        store(y + i, left);
+    });
 }
-// da and db (each may be null) are dy, or grow by it.
-__global__ void add_backward(float* da, float* db, const float* dy, const Now* now, int side, int n, bool adds_a, bool adds_b) {
-    const int64_t all = static_cast<int64_t>(now->rows[side]) * n;
-    for (int64_t i = first_element(); i < all; i += all_threads()) {
-        const float d = dy[i];
-        if (da) da[i] = adds_a ? da[i] + d : d;
-        if (db) db[i] = adds_b ? db[i] + d : d;
-    }
+// to is dy, or grows by it.
+template <class Real>
+__global__ void add_backward(Real* to, const Real* dy, const Now* now, int side, int n, bool adds) {
+    over_all<Real>(static_cast<int64_t>(now->rows[side]) * n, [&](int64_t i, auto size) {
+        float d[size.many], before[size.many] = {};
+        load(d, dy + i);
+        if (adds) load(before, to + i);
+        for (int j = 0; j < size.value; ++j) d[j] += before[j];
+        store(to + i, d);
+    });
 }
 __device__ __forceinline__ uint64_t drop_key(const Now* now, int side, int op, int row) {
     return mixed(mixed(mixed(mixed(now->seed) ^ now->step) ^ static_cast<uint64_t>(op)) ^
@@ -490,79 +605,177 @@ __device__ __forceinline__ float drop_factor(const Now* now, uint64_t key, int i
     return bits_of(key, static_cast<uint32_t>(i)) < now->drop_below ? 0.0f : now->drop_keep;
 }
 // Forward and backward alike: to = from * factor, or grows by it.
-__global__ void dropout(float* to, const float* from, const Now* now, int side, int op, int n, bool adds) {
+template <class Real>
+__global__ void dropout(Real* to, const Real* from, const Now* now, int side, int op, int n, bool adds) {
     const bool active = now->drop_below != 0;
     for (int row = first_row(); row < now->rows[side]; row += all_warps()) {
         const uint64_t key = drop_key(now, side, op, row);
-        for (int c = lane(); c < n; c += warp) {
-            const int64_t i = static_cast<int64_t>(row) * n + c;
-            const float d = active ? from[i] * drop_factor(now, key, c) : from[i];
-            to[i] = adds ? to[i] + d : d;
-        }
+        over_columns(n, [&](int c, auto size) {
+            const int64_t at = static_cast<int64_t>(row) * n + c;
+            float d[size.many], before[size.many] = {};
+            load(d, from + at);
+            if (adds) load(before, to + at);
+            for (int i = 0; i < size.value; ++i) d[i] = (active ? d[i] * drop_factor(now, key, c + i) : d[i]) + before[i];
+            store(to + at, d);
+        });
     }
 }
 
-// ---- norm: y = (x - mean) * scale * w + b. Over rows. 8 bytes forward, 12 backward (16 where it adds) ------------------------------
+// ---- norm: y = (x - mean) * scale * w + b. Over rows. Real bytes: 2 forward, 3 backward (4 where it adds) --------------------------
 
-__global__ void norm_forward(float* y, float* statistics, const float* x, const float* w, const float* b, const Now* now, int side, int n,
+template <class Real>
+__global__ void norm_forward(Real* y, float* statistics, const Real* x, const float* w, const float* b, const Now* now, int side, int n,
                              float epsilon, bool centred) {
     for (int row = first_row(); row < now->rows[side]; row += all_warps()) {
-        const float* from = x + static_cast<int64_t>(row) * n;
+        const Real* from = x + static_cast<int64_t>(row) * n;
         float mean = 0, square = 0;
-        for (int c = lane(); c < n && centred; c += warp) mean += from[c];
+        if (centred)
+            over_columns(n, [&](int c, auto size) {
+                float value[size.many];
+                load(value, from + c);
+                for (const float one : value) mean += one;
+            });
         mean = warp_sum(mean) / static_cast<float>(n);
-        for (int c = lane(); c < n; c += warp) square = fmaf(from[c] - mean, from[c] - mean, square);
+        over_columns(n, [&](int c, auto size) {
+            float value[size.many];
+            load(value, from + c);
+            for (const float one : value) square = fmaf(one - mean, one - mean, square);
+        });
         const float scale = 1 / sqrtf(warp_sum(square) / static_cast<float>(n) + epsilon);
-        for (int c = lane(); c < n; c += warp) y[static_cast<int64_t>(row) * n + c] = fmaf((from[c] - mean) * scale, w[c], b ? b[c] : 0.0f);
+        over_columns(n, [&](int c, auto size) {
+            float value[size.many], factor[size.many], bias[size.many] = {};
+            load(value, from + c), load(factor, w + c);
+            if (b) load(bias, b + c);
+            for (int i = 0; i < size.value; ++i) value[i] = fmaf((value[i] - mean) * scale, factor[i], bias[i]);
+            store(y + static_cast<int64_t>(row) * n + c, value);
+        });
         if (lane() == 0) statistics[2 * static_cast<int64_t>(row)] = mean, statistics[2 * static_cast<int64_t>(row) + 1] = scale;
     }
 }
-// With h = (x - mean) * scale and g = dy * w:  dx = scale * (g - mean(g) - h * mean(g * h)).
-__global__ void norm_backward(float* dx, const float* dy, const float* x, const float* statistics, const float* w, const Now* now, int side,
-                              int n, bool centred, bool adds) {
+// With h = (x - mean) * scale and g = dy * w:  dx = scale * (g - mean(g) - h * mean(g * h)). Where `parts` is not null, a block leaves the sums
+// of its rows there, of dy, which is db, and of dy * h, which is dw: [blocks][2][n]; a lane has `each` times four columns, and keeps a row's
+// numbers. each is 0 where a row is too long for that, or no multiple of four; then there are no sums.
+template <class Real, int each>
+__global__ void __launch_bounds__(block_threads)
+    norm_backward(Real* dx, float* parts, const Real* dy, const Real* x, const float* statistics, const float* w, const Now* now, int side,
+                  int n, bool centred, bool adds) {
+    constexpr size_t kept = each > 0 ? each : 1;
+    float sum_b[kept][4] = {}, sum_w[kept][4] = {};
+    const auto finish = [&](int64_t at, float scale, float mean_g, float mean_gh, auto& g, const auto& h, auto size) {
+        float before[size.many] = {};
+        if (adds) load(before, dx + at);
+        for (int i = 0; i < size.value; ++i) g[i] = fmaf(scale, fmaf(-h[i], mean_gh, g[i] - mean_g), before[i]);
+        store(dx + at, g);
+    };
     for (int row = first_row(); row < now->rows[side]; row += all_warps()) {
         const int64_t at = static_cast<int64_t>(row) * n;
         const float mean = statistics[2 * static_cast<int64_t>(row)], scale = statistics[2 * static_cast<int64_t>(row) + 1];
         float mean_g = 0, mean_gh = 0;
-        for (int c = lane(); c < n; c += warp) {
-            const float g = dy[at + c] * w[c];
-            if (centred) mean_g += g;
-            mean_gh = fmaf(g, (x[at + c] - mean) * scale, mean_gh);
+        const auto read = [&](int c, auto& d, auto& g, auto& h, auto size) {
+            float factor[size.many];
+            load(d, dy + at + c), load(h, x + at + c), load(factor, w + c);
+            for (int i = 0; i < size.value; ++i) {
+                g[i] = d[i] * factor[i], h[i] = (h[i] - mean) * scale;
+                if (centred) mean_g += g[i];
+                mean_gh = fmaf(g[i], h[i], mean_gh);
+            }
+        };
+        if constexpr (each > 0) {
+            float d[kept][4], g[kept][4], h[kept][4];
+            BABYGPT_UNROLL(8)
+            for (int k = 0; k < each; ++k) {
+                const int c = 4 * (k * warp + lane());
+                if (c >= n) continue;
+                read(c, d[k], g[k], h[k], Size<4>());
+                for (int i = 0; i < 4; ++i) sum_b[k][i] += d[k][i], sum_w[k][i] = fmaf(d[k][i], h[k][i], sum_w[k][i]);
+            }
+            mean_g = warp_sum(mean_g) / static_cast<float>(n), mean_gh = warp_sum(mean_gh) / static_cast<float>(n);
+            BABYGPT_UNROLL(8)
+            for (int k = 0; k < each; ++k) {
+                const int c = 4 * (k * warp + lane());
+                if (c < n) finish(at + c, scale, mean_g, mean_gh, g[k], h[k], Size<4>());
+            }
+        } else {
+            const auto all = [&](const auto& f) {
+                over_columns(n, [&](int c, auto size) {
+                    float d[size.many], g[size.many], h[size.many];
+                    read(c, d, g, h, size);
+                    f(c, g, h, size);
+                });
+            };
+            all([](int, auto&, auto&, auto) {});
+            const float of_g = warp_sum(mean_g) / static_cast<float>(n), of_gh = warp_sum(mean_gh) / static_cast<float>(n);
+            all([&](int c, auto& g, auto& h, auto size) { finish(at + c, scale, of_g, of_gh, g, h, size); });
         }
-        mean_g = warp_sum(mean_g) / static_cast<float>(n), mean_gh = warp_sum(mean_gh) / static_cast<float>(n);
-        for (int c = lane(); c < n; c += warp) {
-            const float d = scale * fmaf(-(x[at + c] - mean) * scale, mean_gh, dy[at + c] * w[c] - mean_g);
-            dx[at + c] = adds ? dx[at + c] + d : d;
+    }
+    if constexpr (each > 0) {
+        BABYGPT_SHARED(float, b, (block_warps * warp * 4));
+        BABYGPT_SHARED(float, v, (block_warps * warp * 4));
+        for (int k = 0; k < each && parts; ++k) {
+            for (int i = 0; i < 4; ++i)
+                b[4 * static_cast<int>(threadIdx.x) + i] = sum_b[k][i], v[4 * static_cast<int>(threadIdx.x) + i] = sum_w[k][i];
+            __syncthreads();
+            const int column = static_cast<int>(threadIdx.x) % (4 * warp), c = 4 * k * warp + column;
+            const float* const from = static_cast<int>(threadIdx.x) < 4 * warp ? b : v;
+            float sum = 0;
+            for (int i = 0; i < block_warps; ++i) sum += from[i * 4 * warp + column];
+            if (c < n) parts[(2 * static_cast<int64_t>(blockIdx.x) + (from == b ? 0 : 1)) * n + c] = sum;
+            __syncthreads();
         }
     }
 }
 
 // ---- sums over rows ----------------------------------------------------------------------------------------------------
 
-// db = the sum of dy's rows, dw = the sum of dy * h (x null: not wanted). A block has 32 columns and a part of the rows, warp i of it every 8th
-// row; parts: [splits][n] of db, then of dw. dy's rows are `stride` apart. 4 bytes, 8 with dw.
-template <class T>
-__global__ void sums_over_rows(float* parts, const T* dy, int64_t stride, const float* x, const float* statistics, Extent extent,
+// db = the sum of dy's rows, dw = the sum of dy * h (x null: not wanted). A block has `size` columns a lane and a part of the rows, warp i of it every
+// 8th row; parts: [parts][2][n] of db and dw. dy's rows are `stride` apart. Real bytes: 1, 2 with dw.
+template <int size, class Real>
+__global__ void sums_over_rows(float* parts, const Real* dy, int64_t stride, const Real* x, const float* statistics, Extent extent,
                                const Now* now, int n) {
-    BABYGPT_SHARED(float, b, block_threads);
-    BABYGPT_SHARED(float, w, block_threads);
-    const int rows = extent.now(now), splits = static_cast<int>(gridDim.y), each = (rows + splits - 1) / splits;
-    const int from = static_cast<int>(blockIdx.y) * each, to = lesser(from + each, rows);
-    const int c = static_cast<int>(blockIdx.x) * warp + lane();
-    float sum_b = 0, sum_w = 0;
-    for (int row = from + static_cast<int>(threadIdx.x) / warp; row < to && c < n; row += block_warps) {
-        const float d = static_cast<float>(dy[row * stride + c]);
-        sum_b += d;
-        if (x) sum_w = fmaf(d, (x[static_cast<int64_t>(row) * n + c] - statistics[2 * row]) * statistics[2 * row + 1], sum_w);
+    constexpr size_t many = size;
+    BABYGPT_SHARED(float, b, (block_threads * size));
+    BABYGPT_SHARED(float, w, (block_threads * size));
+    const int rows = extent.now(now), count = static_cast<int>(gridDim.y), each = (rows + count - 1) / count;
+    const int from = static_cast<int>(blockIdx.y) * each, to = lesser(from + each, rows), me = static_cast<int>(threadIdx.x);
+    const int c = (static_cast<int>(blockIdx.x) * warp + lane()) * size;
+    float sum_b[many] = {}, sum_w[many] = {};
+    BABYGPT_UNROLL(4)
+    for (int row = from + me / warp; row < to; row += block_warps) {
+        if (c >= n) continue;
+        float d[many], h[many] = {};
+        load(d, dy + row * stride + c);
+        if (x) load(h, x + static_cast<int64_t>(row) * n + c);
+        const float mean = x ? statistics[2 * static_cast<int64_t>(row)] : 0.0f,
+                    scale = x ? statistics[2 * static_cast<int64_t>(row) + 1] : 0.0f;
+        for (int i = 0; i < size; ++i) sum_b[i] += d[i], sum_w[i] = fmaf(d[i], (h[i] - mean) * scale, sum_w[i]);
     }
-    b[threadIdx.x] = sum_b, w[threadIdx.x] = sum_w;
+    for (int i = 0; i < size; ++i) b[i * block_threads + me] = sum_b[i], w[i * block_threads + me] = sum_w[i];
     __syncthreads();
-    if (threadIdx.x >= warp || c >= n) return;
-    for (int i = 1; i < block_warps; ++i) sum_b += b[i * warp + lane()], sum_w += w[i * warp + lane()];
-    parts[static_cast<int64_t>(blockIdx.y) * n + c] = sum_b;
-    if (x) parts[(splits + static_cast<int64_t>(blockIdx.y)) * n + c] = sum_w;
+    if (me >= warp || c >= n) return;
+    for (int j = 0; j < size; ++j) {
+        for (int i = 1; i < block_warps; ++i)
+            sum_b[j] += b[j * block_threads + i * warp + me], sum_w[j] += w[j * block_threads + i * warp + me];
+        float* const at = parts + 2 * static_cast<int64_t>(blockIdx.y) * n + c + j;
+        at[0] = sum_b[j];
+        if (x) at[n] = sum_w[j];
+    }
 }
-// to += the parts, in order. Over elements. 4 bytes a part, and 8.
+// db and dw (each may be null) += their parts, in order: warp i of a block every 8th, of 32 columns. 4 bytes a part.
+__global__ void add_row_sums(float* db, float* dw, const float* parts, int count, int n) {
+    BABYGPT_SHARED(float, sums, block_threads);
+    const int c = static_cast<int>(blockIdx.x) * warp + lane();
+    float* const to = c < n ? db : dw;
+    float sum = 0;
+    BABYGPT_UNROLL(8)
+    for (int i = static_cast<int>(threadIdx.x) / warp; i < count; i += block_warps)
+        if (c < 2 * n && to) sum += parts[2 * static_cast<int64_t>(i) * n + c];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x >= warp || c >= 2 * n || !to) return;
+    for (int i = 1; i < block_warps; ++i) sum += sums[i * warp + lane()];
+    to[c < n ? c : c - n] += sum;
+}
+// to += the parts of a product, in order. Over elements. 4 bytes a part, and 8.
 __global__ void add_parts(float* to, const float* parts, int splits, int64_t n) {
     for (int64_t i = first_element(); i < n; i += all_threads()) {
         float sum = parts[i];
@@ -571,7 +784,7 @@ __global__ void add_parts(float* to, const float* parts, int splits, int64_t n) 
     }
 }
 
-// ---- activations and the gated one: over elements, over rows. 12 bytes, 16 and 24 -------------------------------------------------
+// ---- activations and the gated one: over elements, over rows. Real bytes: 2, 3; 3, 5 ------------------------------------------------
 
 __device__ __forceinline__ float activated(float x, Activation activation) {
     if (activation == Activation::gelu) return 0.5f * x * (1 + erff(x * 0.70710678f));
@@ -592,32 +805,51 @@ __device__ __forceinline__ float activated_slope(float x, Activation activation)
     }
     return activation != Activation::relu || x > 0 ? 1.0f : 0.0f;
 }
-__global__ void activate(float* y, const float* before, const Now* now, int side, int n, Activation activation) {
-    const int64_t all = static_cast<int64_t>(now->rows[side]) * n;
-    for (int64_t i = first_element(); i < all; i += all_threads()) y[i] = activated(before[i], activation);
+template <class Real>
+__global__ void activate(Real* y, const Real* before, const Now* now, int side, int n, Activation activation) {
+    over_all<Real>(static_cast<int64_t>(now->rows[side]) * n, [&](int64_t i, auto size) {
+        float x[size.many];
+        load(x, before + i);
+        for (float& one : x) one = activated(one, activation);
+        store(y + i, x);
+    });
 }
-__global__ void activate_backward(float* dy, const float* before, const Now* now, int side, int n, Activation activation) {
-    const int64_t all = static_cast<int64_t>(now->rows[side]) * n;
-    for (int64_t i = first_element(); i < all; i += all_threads()) dy[i] *= activated_slope(before[i], activation);
+template <class Real>
+__global__ void activate_backward(Real* dy, const Real* before, const Now* now, int side, int n, Activation activation) {
+    over_all<Real>(static_cast<int64_t>(now->rows[side]) * n, [&](int64_t i, auto size) {
+        float d[size.many], x[size.many];
+        load(d, dy + i), load(x, before + i);
+        for (int j = 0; j < size.value; ++j) d[j] *= activated_slope(x[j], activation);
+        store(dy + i, d);
+    });
 }
 // y = activation(g) u, g and u the halves of a row of x
-__global__ void gate_forward(float* y, const float* x, const Now* now, int side, int n, Activation activation) {
+template <class Real>
+__global__ void gate_forward(Real* y, const Real* x, const Now* now, int side, int n, Activation activation) {
     for (int row = first_row(); row < now->rows[side]; row += all_warps()) {
-        const float *g = x + static_cast<int64_t>(row) * 2 * n, *u = g + n;
-        for (int c = lane(); c < n; c += warp) y[static_cast<int64_t>(row) * n + c] = activated(g[c], activation) * u[c];
+        const Real *left = x + static_cast<int64_t>(row) * 2 * n, *right = left + n;
+        over_columns(n, [&](int c, auto size) {
+            float g[size.many], u[size.many];
+            load(g, left + c), load(u, right + c);
+            for (int i = 0; i < size.value; ++i) g[i] = activated(g[i], activation) * u[i];
+            store(y + static_cast<int64_t>(row) * n + c, g);
+        });
     }
 }
-__global__ void gate_backward(float* dx, const float* dy, const float* x, const Now* now, int side, int n, Activation activation,
-                              bool adds) {
+template <class Real>
+__global__ void gate_backward(Real* dx, const Real* dy, const Real* x, const Now* now, int side, int n, Activation activation, bool adds) {
     for (int row = first_row(); row < now->rows[side]; row += all_warps()) {
-        const float *g = x + static_cast<int64_t>(row) * 2 * n, *u = g + n;
-        float *dg = dx + static_cast<int64_t>(row) * 2 * n, *du = dg + n;
-        for (int c = lane(); c < n; c += warp) {
-            const float d = dy[static_cast<int64_t>(row) * n + c];
-            const float of_g = d * u[c] * activated_slope(g[c], activation), of_u = d * activated(g[c], activation);
-            dg[c] = adds ? dg[c] + of_g : of_g;
-            du[c] = adds ? du[c] + of_u : of_u;
-        }
+        const int64_t at = static_cast<int64_t>(row) * 2 * n;
+        over_columns(n, [&](int c, auto size) {
+            float d[size.many], g[size.many], u[size.many], dg[size.many] = {}, du[size.many] = {};
+            load(d, dy + static_cast<int64_t>(row) * n + c), load(g, x + at + c), load(u, x + at + n + c);
+            if (adds) load(dg, dx + at + c), load(du, dx + at + n + c);
+            for (int i = 0; i < size.value; ++i) {
+                dg[i] += d[i] * u[i] * activated_slope(g[i], activation);
+                du[i] += d[i] * activated(g[i], activation);
+            }
+            store(dx + at + c, dg), store(dx + at + n + c, du);
+        });
     }
 }
 
@@ -626,32 +858,35 @@ __global__ void gate_backward(float* dx, const float* dy, const float* x, const 
 // As the header's Product: element (k, i) of A is at [k * stride + i], or, where it runs along its rows, at [i * stride + k]; the same of B.
 // The chains start from `start` (C itself, a bias with stride 0, null: 0). Where there are splits, part s is the sum over a part of the depth, at
 // c + s * rows * columns.
+template <class A, class B, class C>
 struct Product {
-    float* c;
+    C* c;
     int64_t c_stride;
-    const float* start;
+    const C* start;
     int64_t start_stride;
-    const float *a, *b;
+    const A* a;
+    const B* b;
     int64_t a_stride, b_stride;
     Extent rows, depth;
     int columns;
-    float factor;   // of the sum
-    float* before;  // where not null: as C, without the activation
-    Activation activation;
+    float factor = 1;     // of the sum
+    C* before = nullptr;  // where not null: as C, without the activation
+    Activation activation = Activation::none;
 };
 // A block makes 64 x 64 elements of C from 16 of the depth at a time, which it brings to shared memory; a thread makes 4 x 4 of them.
 // Bytes: 4 (rows depth columns / 64 * 2 + rows columns), mostly from the cache; bound by shared memory: 1 load for 2 multiply-adds.
 constexpr int tile_depth = 16, tile_stride = tile + 4;
-template <bool along>
-__device__ __forceinline__ void load_tile(float* to, const float* from, int64_t stride, int first, int count, int k0, int k_end) {
+template <bool along, class T>
+__device__ __forceinline__ void load_tile(float* to, const T* from, int64_t stride, int first, int count, int k0, int k_end) {
     for (int e = static_cast<int>(threadIdx.x); e < tile * tile_depth; e += block_threads) {
         const int k = along ? e % tile_depth : e / tile, i = along ? e / tile_depth : e % tile;
         const bool inside = first + i < count && k0 + k < k_end;
-        to[k * tile_stride + i] = inside ? from[along ? (first + i) * stride + k0 + k : (k0 + k) * stride + first + i] : 0.0f;
+        to[k * tile_stride + i] =
+            inside ? static_cast<float>(from[along ? (first + i) * stride + k0 + k : (k0 + k) * stride + first + i]) : 0.0f;
     }
 }
-template <bool a_along, bool b_along>
-__global__ void __launch_bounds__(block_threads) product(Product p, const Now* now) {
+template <bool a_along, bool b_along, class A, class B, class C>
+__global__ void __launch_bounds__(block_threads) product(Product<A, B, C> p, const Now* now) {
     BABYGPT_SHARED(float, a, (tile_depth * tile_stride));
     BABYGPT_SHARED(float, b, (tile_depth * tile_stride));
     const int rows = p.rows.now(now), depth = p.depth.now(now), across = (p.columns + tile - 1) / tile;
@@ -664,7 +899,7 @@ __global__ void __launch_bounds__(block_threads) product(Product p, const Now* n
     for (int i = 0; i < 4; ++i)
         for (int j = 0; j < 4; ++j) {
             const bool inside = row0 + i0 + i < rows && column0 + j0 + j < p.columns;
-            sum[i][j] = p.start && inside ? p.start[(row0 + i0 + i) * p.start_stride + column0 + j0 + j] : 0.0f;
+            sum[i][j] = p.start && inside ? static_cast<float>(p.start[(row0 + i0 + i) * p.start_stride + column0 + j0 + j]) : 0.0f;
         }
     for (int k0 = from; k0 < to; k0 += tile_depth) {
         load_tile<a_along>(a, p.a, p.a_stride, row0, rows, k0, to);
@@ -678,61 +913,81 @@ __global__ void __launch_bounds__(block_threads) product(Product p, const Now* n
         }
         __syncthreads();
     }
-    float* c = p.c + (splits > 1 ? static_cast<int64_t>(blockIdx.y) * rows * p.columns : 0);
+    C* c = p.c + (splits > 1 ? static_cast<int64_t>(blockIdx.y) * rows * p.columns : 0);
     for (int i = 0; i < 4; ++i)
         for (int j = 0; j < 4; ++j) {
             if (row0 + i0 + i >= rows || column0 + j0 + j >= p.columns) continue;
             const int64_t at = (row0 + i0 + i) * p.c_stride + column0 + j0 + j;
             const float value = sum[i][j] * p.factor;
-            if (p.before) p.before[at] = value;
-            c[at] = activated(value, p.activation);
+            if (p.before) put(p.before + at, value);
+            put(c + at, activated(value, p.activation));
         }
 }
 
 // ---- products on tensor cores --------------------------------------------------------------------------------------------
 
-// They are cuBLASLt's, from numbers in bf16 or tf32 and with sums in float. The library multiplies as many rows as there might be: those that this
-// run does not have must be zeros. What follows is beside them: over elements. 6, 0 and 8 bytes.
-__global__ void narrow_rows(__nv_bfloat16* to, const float* from, Extent extent, const Now* now, int n) {
-    const int64_t there = static_cast<int64_t>(extent.now(now)) * n, all = static_cast<int64_t>(extent.size) * n;
-    for (int64_t i = first_element(); i < all; i += all_threads()) to[i] = __float2bfloat16_rn(i < there ? from[i] : 0.0f);
+// They are cuBLASLt's, from numbers in bf16 or tf32 and with sums in float. The library multiplies as many rows as there might be: where a run has
+// fewer, the others are made zeros. What follows is beside the products: over elements; 6, 0 and 2 Real bytes.
+__global__ void narrow_copy(__nv_bfloat16* to, const float* from, int64_t n) {
+    for (int64_t i = first_element(); i < n; i += all_threads()) put(to + i, from[i]);
 }
-__global__ void clear_rest(float* x, Extent extent, const Now* now, int64_t n) {
+template <class Real>
+__global__ void clear_rest(Real* x, Extent extent, const Now* now, int64_t n) {
     const int64_t there = static_cast<int64_t>(extent.now(now)) * n, all = static_cast<int64_t>(extent.size) * n;
-    for (int64_t i = there + first_element(); i < all; i += all_threads()) x[i] = 0;
+    for (int64_t i = there + first_element(); i < all; i += all_threads()) put(x + i, 0.0f);
 }
-__global__ void add_bias(float* x, const float* bias, int64_t stride, Extent extent, const Now* now, int n) {
+template <class Real, class Bias>
+__global__ void add_bias(Real* x, const Bias* bias, int64_t stride, Extent extent, const Now* now, int n) {
     for (int row = first_row(); row < extent.now(now); row += all_warps())
-        for (int c = lane(); c < n; c += warp) x[row * stride + c] += bias[c];
+        for (int c = lane(); c < n; c += warp)
+            put(x + row * stride + c, static_cast<float>(x[row * stride + c]) + static_cast<float>(bias[c]));
 }
+// What comes after a product at once: tanh-GELU, of which `aux` keeps the argument where it is not null; or dy times its slope at `aux`.
+enum class Then : int32_t { nothing, gelu, slope };
+// C = A B + start + bias as above, `start` laid out as C. wide: C is float, and so is the bias; else both are Real.
+struct Matmul {
+    void* c;
+    int64_t c_stride;
+    const void *start, *a, *b;
+    int64_t a_stride, b_stride;
+    bool a_along, b_along, wide;
+    Extent rows, depth;
+    int columns;
+    const void* bias = nullptr;
+    Then then = Then::nothing;
+    void* aux = nullptr;  // [rows][columns]
+};
 // How the library multiplies one shape: found when it is first wanted, always its own first choice, so that a device makes the same bits each time.
+// Where it does not do all of it in one, `alone` is set, and passes of their own follow.
 struct Tensorial {
-    Product of;  // its pointers say only whether there is something
-    bool a_along, b_along, adds_bias;
+    Matmul of;  // its pointers say only whether there is something
+    bool alone;
     cublasLtMatmulDesc_t product;
     cublasLtMatrixLayout_t a, b, c;
     cublasLtMatmulHeuristicResult_t choice;
     Tensorial* next;
-    bool fits(const Product& p, bool along_a, bool along_b) const {
-        return of.rows.size == p.rows.size && of.depth.size == p.depth.size && of.columns == p.columns && of.a_stride == p.a_stride &&
-               of.b_stride == p.b_stride && of.c_stride == p.c_stride && (of.start == nullptr) == (p.start == nullptr) &&
-               of.start_stride == p.start_stride && a_along == along_a && b_along == along_b;
+    bool fits(const Matmul& m) const {
+        const auto alike = [](const void* x, const void* y) { return (x == nullptr) == (y == nullptr); };
+        return of.rows.size == m.rows.size && of.depth.size == m.depth.size && of.columns == m.columns && of.a_stride == m.a_stride &&
+               of.b_stride == m.b_stride && of.c_stride == m.c_stride && of.a_along == m.a_along && of.b_along == m.b_along &&
+               of.wide == m.wide && of.then == m.then && alike(of.start, m.start) && alike(of.bias, m.bias) && alike(of.aux, m.aux);
     }
 };
 
 // ---- rope: turns pairs of a head's queries and keys. Over rows; sign -1: back. 8 bytes --------------------------------------------
 
-__global__ void rope(float* x, const float* waves, const Where* where, const Now* now, int side, int heads, int kv_heads, int dim,
+template <class Real>
+__global__ void rope(Real* x, const float* waves, const Where* where, const Now* now, int side, int heads, int kv_heads, int dim,
                      float sign) {
     const int half = dim / 2;
     for (int row = first_row(); row < now->rows[side]; row += all_warps()) {
         const float *cosine = waves + static_cast<int64_t>(where[row].position) * dim, *sine = cosine + half;
         for (int i = lane(); i < (heads + kv_heads) * half; i += warp) {
             const int k = i % half;
-            float* at = x + static_cast<int64_t>(row) * (heads + 2 * kv_heads) * dim + i / half * dim + k;
-            const float a = at[0], b = at[half], c = cosine[k], d = sign * sine[k];
-            at[0] = fmaf(a, c, -(b * d));
-            at[half] = fmaf(a, d, b * c);
+            Real* at = x + static_cast<int64_t>(row) * (heads + 2 * kv_heads) * dim + i / half * dim + k;
+            const float a = static_cast<float>(at[0]), b = static_cast<float>(at[half]), c = cosine[k], d = sign * sine[k];
+            put(at, fmaf(a, c, -(b * d)));
+            put(at + half, fmaf(a, d, b * c));
         }
     }
 }
@@ -743,11 +998,13 @@ __global__ void rope(float* x, const float* waves, const Where* where, const Now
 // 2022). Rows of a tile are dim + 1 apart, so that neighbouring lanes meet neighbouring banks. A head's probabilities are made from
 // the maximum and the sum that the forward pass leaves for each query. Narrow: what is multiplied is rounded to bf16, and tensor cores do
 // it, each warp a tile of 16 x 8 at a time; then T is 32, dim a multiple of 16, and rows are dim + 8 apart.
+template <class Real>
 struct Attend {
-    const float *q, *k, *v;  // of row 0
-    float *y, *softmax;      // [rows][heads * dim]; [rows][heads][2]
-    const float* dy;
-    float *dq, *dk, *dv;
+    const Real *q, *k, *v;  // of row 0
+    Real* y;                // [rows][heads * dim]
+    float* softmax;         // [rows][heads][2]
+    const Real* dy;
+    Real *dq, *dk, *dv;
     int64_t q_stride, k_stride;
     const Place *places, *seen;  // of the queries' sequences, and of the keys'
     int heads, kv_heads, dim, side, op;
@@ -763,11 +1020,11 @@ size_t attention_bytes(int dim, int tiles_of_rows, int tiles_of_scores) {
     return sizeof(float) * static_cast<size_t>(tiles_of_rows * T * (dim + more) + tiles_of_scores * T * (T + more) + 3 * T);
 }
 // to[i] = from[i], for the `count` rows from `first` on; zeros beyond them.
-template <int T, bool narrow>
-__device__ __forceinline__ void load_rows(float* to, const float* from, int64_t stride, int count, int dim) {
+template <int T, bool narrow, class Real>
+__device__ __forceinline__ void load_rows(float* to, const Real* from, int64_t stride, int count, int dim) {
     const int apart = dim + padding<narrow>;
     for (int i = static_cast<int>(threadIdx.x) / warp; i < T; i += block_warps)
-        for (int d = lane(); d < dim; d += warp) to[i * apart + d] = i < count ? from[i * stride + d] : 0.0f;
+        for (int d = lane(); d < dim; d += warp) to[i * apart + d] = i < count ? static_cast<float>(from[i * stride + d]) : 0.0f;
 }
 // d += a b, on tiles of 16 x 16 and 16 x 8. In lane 4 g + t are: of a, rows g and g + 8, columns 2 t, 2 t + 1 and those 8 further; of b, rows 2 t,
 // 2 t + 1 and those 8 further, column g; of d, rows g and g + 8, columns 2 t and 2 t + 1.
@@ -781,9 +1038,6 @@ __device__ __forceinline__ void multiply_tiles(float (&d)[4], const uint32_t (&a
 #else
     (void)d, (void)a, (void)b;  // Gpu::create has refused such a GPU
 #endif
-}
-__device__ __forceinline__ uint32_t two(float low, float high) {
-    return static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(high))) << 16 | __bfloat16_as_ushort(__float2bfloat16_rn(low));
 }
 // s[i][j] = a[i] . b[j], and to[i] += sum over j of p[i][j] * v[j], or p[j][i] * v[j]: as below, on tensor cores.
 __device__ __forceinline__ void tile_products_narrow(float* s, const float* a, const float* b, int dim) {
@@ -862,8 +1116,8 @@ __device__ __forceinline__ void tile_sums(float* to, const float* p, const float
 }
 // A block has T queries of a head, and goes through the keys that they see: maximum, sum and y so far are put right when a greater maximum comes
 // (Milakov & Gimelshein 2018). 16 bytes for each element of y, and the keys and values again for each T queries, from the cache.
-template <int T, bool narrow>
-__global__ void __launch_bounds__(block_threads) attention_forward(Attend a, const Now* now) {
+template <int T, bool narrow, class Real>
+__global__ void __launch_bounds__(block_threads) attention_forward(Attend<Real> a, const Now* now) {
     BABYGPT_DYNAMIC_SHARED(memory);
     const int dim = a.dim, apart = dim + padding<narrow>, apart_s = T + padding<narrow>, rows = T * apart;
     float *const q = reinterpret_cast<float*>(memory), *const k = q + rows, *const v = k + rows, *const y = v + rows, *const s = y + rows,
@@ -904,14 +1158,14 @@ __global__ void __launch_bounds__(block_threads) attention_forward(Attend a, con
     for (int i = static_cast<int>(threadIdx.x) / warp; i < T && i < queries; i += block_warps) {
         const float inverse = 1 / total[i];
         for (int d = lane(); d < dim; d += warp)
-            a.y[static_cast<int64_t>(row + i) * a.heads * dim + static_cast<int64_t>(head) * dim + d] = y[i * apart + d] * inverse;
+            put(a.y + static_cast<int64_t>(row + i) * a.heads * dim + static_cast<int64_t>(head) * dim + d, y[i * apart + d] * inverse);
         float* to = a.softmax + (static_cast<int64_t>(row + i) * a.heads + head) * 2;
         if (lane() == 0) to[0] = most[i], to[1] = total[i];
     }
 }
 // p, with f the dropout's factors, to s (f p), and p (f dp - D) / sqrt(dim), which is ds, to dp. D = dy . y of each query.
-template <int T, bool narrow>
-__device__ __forceinline__ void score_gradients(const Attend& a, const Now* now, float* s, float* dp, const float* most,
+template <int T, bool narrow, class Real>
+__device__ __forceinline__ void score_gradients(const Attend<Real>& a, const Now* now, float* s, float* dp, const float* most,
                                                 const float* inverse, const float* D, int row, int i0, int k0, int queries, int keys,
                                                 int head) {
     constexpr int apart_s = T + padding<narrow>;
@@ -927,20 +1181,21 @@ __device__ __forceinline__ void score_gradients(const Attend& a, const Now* now,
     }
 }
 // The queries' maxima, the inverses of their sums, and D. A warp has a query.
-template <int T>
-__device__ __forceinline__ void load_queries(const Attend& a, float* most, float* inverse, float* D, int row, int queries, int head) {
+template <int T, class Real>
+__device__ __forceinline__ void load_queries(const Attend<Real>& a, float* most, float* inverse, float* D, int row, int queries, int head) {
     for (int i = static_cast<int>(threadIdx.x) / warp; i < T; i += block_warps) {
         float sum = 0;
         const int64_t at = (static_cast<int64_t>(row + i) * a.heads + head) * a.dim;
-        for (int d = lane(); d < a.dim && i < queries; d += warp) sum = fmaf(a.dy[at + d], a.y[at + d], sum);
+        for (int d = lane(); d < a.dim && i < queries; d += warp)
+            sum = fmaf(static_cast<float>(a.dy[at + d]), static_cast<float>(a.y[at + d]), sum);
         sum = warp_sum(sum);
         const float* from = a.softmax + (static_cast<int64_t>(row + i) * a.heads + head) * 2;
         if (lane() == 0) most[i] = i < queries ? from[0] : 0.0f, inverse[i] = i < queries ? 1 / from[1] : 0.0f, D[i] = sum;
     }
 }
 // dq = sum over the keys of ds k. A block has T queries of a head.
-template <int T, bool narrow>
-__global__ void __launch_bounds__(block_threads) attention_backward_queries(Attend a, const Now* now) {
+template <int T, bool narrow, class Real>
+__global__ void __launch_bounds__(block_threads) attention_backward_queries(Attend<Real> a, const Now* now) {
     BABYGPT_DYNAMIC_SHARED(memory);
     const int dim = a.dim, apart = dim + padding<narrow>, apart_s = T + padding<narrow>, rows = T * apart;
     float *const q = reinterpret_cast<float*>(memory), *const dy = q + rows, *const k = dy + rows, *const v = k + rows,
@@ -972,14 +1227,14 @@ __global__ void __launch_bounds__(block_threads) attention_backward_queries(Atte
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x) / warp; i < T && i < queries; i += block_warps)
         for (int d = lane(); d < dim; d += warp) {
-            float& to = a.dq[(row + i) * a.q_stride + column + d];
-            to = a.adds_q ? to + dq[i * apart + d] : dq[i * apart + d];
+            Real* const to = a.dq + (row + i) * a.q_stride + column + d;
+            put(to, a.adds_q ? static_cast<float>(*to) + dq[i * apart + d] : dq[i * apart + d]);
         }
 }
 // dk = sum over the queries of ds q, dv = sum of f p dy. A block has T keys of a kv head, and goes through the queries that see them, head after
 // head of those that share it.
-template <int T, bool narrow>
-__global__ void __launch_bounds__(block_threads) attention_backward_keys(Attend a, const Now* now) {
+template <int T, bool narrow, class Real>
+__global__ void __launch_bounds__(block_threads) attention_backward_keys(Attend<Real> a, const Now* now) {
     BABYGPT_DYNAMIC_SHARED(memory);
     const int dim = a.dim, apart = dim + padding<narrow>, apart_s = T + padding<narrow>, rows = T * apart;
     float *const k = reinterpret_cast<float*>(memory), *const v = k + rows, *const dk = v + rows, *const dv = dk + rows,
@@ -1015,75 +1270,114 @@ __global__ void __launch_bounds__(block_threads) attention_backward_keys(Attend 
     for (int i = static_cast<int>(threadIdx.x) / warp; i < T && k0 + i < keys; i += block_warps)
         for (int d = lane(); d < dim; d += warp) {
             const int64_t at = (key_row + k0 + i) * a.k_stride + kv_column + d;
-            a.dk[at] = a.adds_kv ? a.dk[at] + dk[i * apart + d] : dk[i * apart + d];
-            a.dv[at] = a.adds_kv ? a.dv[at] + dv[i * apart + d] : dv[i * apart + d];
+            put(a.dk + at, a.adds_kv ? static_cast<float>(a.dk[at]) + dk[i * apart + d] : dk[i * apart + d]);
+            put(a.dv + at, a.adds_kv ? static_cast<float>(a.dv[at]) + dv[i * apart + d] : dv[i * apart + d]);
         }
 }
 
-// ---- pool: the first row of a sequence, or the mean of all. A warp has a sequence, or, backward, a row. 4 bytes; 8 --------------------
+// ---- pool: the first row of a sequence, or the mean of all. A warp has a sequence, or, backward, a row. Real bytes: 1; 2 --------------
 
-__global__ void pool_forward(float* y, const float* x, const Place* places, const Now* now, int n, bool first) {
+template <class Real>
+__global__ void pool_forward(Real* y, const Real* x, const Place* places, const Now* now, int n, bool first) {
     for (int i = first_row(); i < now->sequences; i += all_warps()) {
-        const float* rows = x + static_cast<int64_t>(places[i].row) * n;
+        const Real* rows = x + static_cast<int64_t>(places[i].row) * n;
         for (int c = lane(); c < n; c += warp) {
-            float total = rows[c];
-            for (int row = 1; row < places[i].length && !first; ++row) total += rows[static_cast<int64_t>(row) * n + c];
-            y[static_cast<int64_t>(i) * n + c] = first ? total : total / static_cast<float>(places[i].length);
+            float total = static_cast<float>(rows[c]);
+            for (int row = 1; row < places[i].length && !first; ++row) total += static_cast<float>(rows[static_cast<int64_t>(row) * n + c]);
+            put(y + static_cast<int64_t>(i) * n + c, first ? total : total / static_cast<float>(places[i].length));
         }
     }
 }
-__global__ void pool_backward(float* dx, const float* dy, const Place* places, const Where* where, const Now* now, int n, bool first,
+template <class Real>
+__global__ void pool_backward(Real* dx, const Real* dy, const Place* places, const Where* where, const Now* now, int n, bool first,
                               bool adds) {
     for (int row = first_row(); row < now->rows[0]; row += all_warps()) {
         const Place of = places[where[row].sequence];
         for (int c = lane(); c < n; c += warp) {
-            const float whole = dy[static_cast<int64_t>(where[row].sequence) * n + c];
+            const float whole = static_cast<float>(dy[static_cast<int64_t>(where[row].sequence) * n + c]);
             const float d = !first ? whole / static_cast<float>(of.length) : row == of.row ? whole : 0.0f;
-            float& to = dx[static_cast<int64_t>(row) * n + c];
-            to = adds ? to + d : d;
+            Real* const to = dx + static_cast<int64_t>(row) * n + c;
+            put(to, adds ? static_cast<float>(*to) + d : d);
         }
     }
 }
 
 // ---- output head with softmax cross-entropy ------------------------------------------------------------------------------
 
-// A warp has a row of logits, of a chunk of rows that begins at `first`: the loss, the target's rank, and, where it learns, the logits' gradients in
-// their place: dl = softmax(l) - (1-e) [v is the target] - e/V, times the row's weight. Narrow gradients lie in the first half of their
-// row. 4 bytes to read, three times (from the cache where the row is short), 4 to write, or 2.
-__global__ void head_loss(float* logits, int64_t stride, bool narrow, double* losses, int32_t* ranks, const int32_t* targets,
-                          const float* row_weights, Extent extent, const Now* now, int vocab, bool learns) {
-    const int rows = extent.now(now);
-    for (int i = first_row(); i < rows; i += all_warps()) {
-        float* l = logits + i * stride;
+// A warp has a row of logits, of a chunk of rows that begins at `first`, or a block has it where the row is long: the loss, the target's rank, and,
+// where it learns, the logits' gradients in their place: dl = softmax(l) - (1-e) [v is the target] - e/V, times the row's weight. Real bytes: 1 to
+// read, 1 again and 1 to write.
+template <class Real, bool by_block>
+__global__ void __launch_bounds__(block_threads)
+    head_loss(Real* logits, int64_t stride, double* losses, int32_t* ranks, const int32_t* targets, const float* row_weights, Extent extent,
+              const Now* now, int vocab, bool learns) {
+    struct Sum {
+        float biggest, sum, all;  // sum: of e^(l - biggest)
+        int rank;
+    };
+    BABYGPT_SHARED(float, shared, (4 * block_warps));
+    const auto joined = [](Sum a, const Sum& b) {
+        const float biggest = fmaxf(a.biggest, b.biggest), base = biggest == -INFINITY ? 0.0f : biggest;
+        a.sum = a.sum * expf(a.biggest - base) + b.sum * expf(b.biggest - base);
+        a.biggest = biggest, a.all += b.all, a.rank += b.rank;
+        return a;
+    };
+    constexpr int size = 16 / static_cast<int>(sizeof(Real)), lanes = by_block ? block_threads : warp;
+    const int rows = extent.now(now), me = by_block ? static_cast<int>(threadIdx.x) : lane();
+    const bool aligned = stride % size == 0;
+    for (int i = by_block ? static_cast<int>(blockIdx.x) : first_row(); i < rows;
+         i += by_block ? static_cast<int>(gridDim.x) : all_warps()) {
+        Real* const l = logits + i * stride;
         const int row = extent.first + i, target = targets[row];
-        float biggest = -INFINITY, sum = 0, all = 0;
-        for (int v = lane(); v < vocab; v += warp) biggest = fmaxf(biggest, l[v]);
-        biggest = warp_most(biggest);
-        const float wanted = target < 0 ? 0.0f : l[target];
-        int rank = 0;
-        for (int v = lane(); v < vocab; v += warp) {
-            sum += expf(l[v] - biggest);
-            all += l[v];
-            rank += l[v] > wanted || (v < target && !(l[v] < wanted));
+        const float wanted = target < 0 ? 0.0f : static_cast<float>(l[target]);
+        const auto over_logits = [&](const auto& f) {
+            int v = size * me;
+            for (; aligned && v + size <= vocab; v += size * lanes) f(v, Size<size>());
+            const int rest = aligned ? vocab / size * size : 0;
+            for (v = rest + me; v < vocab; v += lanes) f(v, Size<1>());
+        };
+        Sum total{-INFINITY, 0, 0, 0};
+        over_logits([&](int v, auto count) {
+            float x[count.many], biggest = total.biggest;
+            load(x, l + v);
+            for (const float one : x) biggest = fmaxf(biggest, one);
+            const float base = biggest == -INFINITY ? 0.0f : biggest;
+            float sum = total.sum * expf(total.biggest - base);
+            for (int k = 0; k < count.value; ++k) {
+                sum += expf(x[k] - base), total.all += x[k];
+                total.rank += x[k] > wanted || (v + k < target && !(x[k] < wanted));
+            }
+            total.sum = sum, total.biggest = biggest;
+        });
+        for (int apart = warp / 2; apart > 0; apart /= 2)
+            total = joined(total, Sum{__shfl_xor_sync(0xffffffffu, total.biggest, apart), __shfl_xor_sync(0xffffffffu, total.sum, apart),
+                                      __shfl_xor_sync(0xffffffffu, total.all, apart), __shfl_xor_sync(0xffffffffu, total.rank, apart)});
+        if (by_block) {
+            float* const mine = shared + 4 * (me / warp);
+            if (lane() == 0) mine[0] = total.biggest, mine[1] = total.sum, mine[2] = total.all, mine[3] = __int_as_float(total.rank);
+            __syncthreads();
+            total = Sum{shared[0], shared[1], shared[2], __float_as_int(shared[3])};
+            for (int k = 4; k < 4 * block_warps; k += 4)
+                total = joined(total, Sum{shared[k], shared[k + 1], shared[k + 2], __float_as_int(shared[k + 3])});
+            __syncthreads();
         }
-        sum = warp_sum(sum), all = warp_sum(all), rank = warp_sum(rank);
-        if (lane() == 0) {
-            double loss = log(static_cast<double>(sum)) + static_cast<double>(biggest) - (1 - now->smoothing) * static_cast<double>(wanted);
-            if (now->smoothing > 0) loss -= now->smoothing * static_cast<double>(all) / vocab;
-            losses[row] = target < 0 ? 0 : loss, ranks[row] = target < 0 ? 0 : rank;
+        if (me == 0) {
+            double loss = log(static_cast<double>(total.sum)) + static_cast<double>(total.biggest) -
+                          (1 - now->smoothing) * static_cast<double>(wanted);
+            if (now->smoothing > 0) loss -= now->smoothing * static_cast<double>(total.all) / vocab;
+            losses[row] = target < 0 ? 0 : loss, ranks[row] = target < 0 ? 0 : total.rank;
         }
         if (!learns) continue;
-        const float inverse = 1 / sum, weight = target < 0 ? 0.0f : row_weights[row];
+        if (!by_block) __syncwarp();  // all lanes have read what is written over now
+        const float inverse = 1 / total.sum, weight = target < 0 ? 0.0f : row_weights[row];
         const float each = static_cast<float>(now->smoothing / vocab), more = static_cast<float>(1 - now->smoothing);
-        for (int first = 0; first < vocab; first += warp) {
-            const int v = first + lane();
-            const bool counts = v < vocab && weight != 0;
-            const float d = counts ? (expf(l[v] - biggest) * inverse - each - (v == target ? more : 0.0f)) * weight : 0.0f;
-            __syncwarp();  // all lanes have read what is written over now
-            if (v >= vocab) continue;
-            if (narrow) reinterpret_cast<__nv_bfloat16*>(l)[v] = __float2bfloat16_rn(d);
-            else l[v] = d;
-        }
+        over_logits([&](int v, auto count) {
+            float x[count.many];
+            load(x, l + v);
+            for (int k = 0; k < count.value; ++k)
+                x[k] = weight != 0 ? (expf(x[k] - total.biggest) * inverse - each - (v + k == target ? more : 0.0f)) * weight : 0.0f;
+            store(l + v, x);
+        });
     }
 }
 
@@ -1130,30 +1424,38 @@ __global__ void judge(Sums* sums, const double* parts, int count, const Now* now
     sums->skipped = !(fabs(norm) <= 1.7e308) || !(fabs(sums->loss) <= 1.7e308);
     sums->scale = static_cast<float>((now->clip > 0 && norm > now->clip ? now->clip / norm : 1) / now->count);
 }
-// The header's adamw; then the gradient becomes zero. Over elements. 32 bytes a weight, and 2 where it has a narrow copy.
+// The header's adamw; then the gradient becomes zero. Over elements, four at a time. 32 bytes a weight, and 2 where it has a narrow copy.
 __global__ void adamw(float* w, __nv_bfloat16* narrow, float* m, float* v, float* g, const unsigned char* decays, int64_t n,
                       const Sums* sums, const Now* now) {
     constexpr float tiny = 1e-30f;
     const AdamW a = now->adam;
-    for (int64_t i = first_element(); i < n; i += all_threads()) {
-        const float scaled = g[i] * sums->scale;
-        g[i] = 0;
-        if (sums->skipped) continue;
-        float first = fmaf(a.beta1, m[i], a.one_minus_beta1 * scaled), second = fmaf(a.beta2, v[i], a.one_minus_beta2 * (scaled * scaled));
-        if (first < tiny && first > -tiny) first = 0;
-        if (second < tiny) second = 0;
-        m[i] = first, v[i] = second;
+    const float scale = sums->scale;
+    const bool skipped = sums->skipped != 0;
+    for (int64_t i = 4 * first_element(); i < n; i += 4 * all_threads()) {  // the block is made of sixteens
+        float gradient[4], first[4], second[4], weight[4];
+        load(gradient, g + i);
+        store(g + i, {0, 0, 0, 0});
+        if (skipped) continue;
+        load(first, m + i), load(second, v + i), load(weight, w + i);
         const float decay = decays[i / 16] ? a.decay : 0.0f;
-        w[i] = fmaf(-a.step_size, first / fmaf(sqrtf(second), a.root_scale, a.epsilon), fmaf(-decay, w[i], w[i]));
-        if (narrow) narrow[i] = __float2bfloat16_rn(w[i]);
+        for (int k = 0; k < 4; ++k) {
+            const float scaled = gradient[k] * scale;
+            first[k] = fmaf(a.beta1, first[k], a.one_minus_beta1 * scaled);
+            second[k] = fmaf(a.beta2, second[k], a.one_minus_beta2 * (scaled * scaled));
+            if (first[k] < tiny && first[k] > -tiny) first[k] = 0;
+            if (second[k] < tiny) second[k] = 0;
+            weight[k] = fmaf(-a.step_size, first[k] / fmaf(sqrtf(second[k]), a.root_scale, a.epsilon), fmaf(-decay, weight[k], weight[k]));
+        }
+        store(m + i, first), store(v + i, second), store(w + i, weight);
+        if (narrow) store(narrow + i, weight);
     }
 }
 
 // ---- the device ----------------------------------------------------------------------------------------------------------
 
-// All state. There are three walks of the tape: a forward pass alone, one with a backward pass, and one with an update after it. The first of each
-// launches kernel after kernel, so that the driver loads what it loads only when it is called; the second is captured in a graph. From
-// then on a step is a copy of the batch and one graph launch.
+// All state. There are three walks of the tape: a forward pass alone, one with a backward pass, and one with an update after it; each for batches
+// that are full, and for those that are not. The first of each launches kernel after kernel, so that the driver loads what it loads only when
+// it is called; the second is captured in a graph. From then on a step is a copy of the batch and one graph launch.
 struct Gpu {
     DevicePlan plan;
     Memory memory{};
@@ -1164,8 +1466,9 @@ struct Gpu {
     int ordinal = 0, processors = 1, shared_bytes = 0, tile_of_attention = 32;
     cudaStream_t stream = nullptr;
     cudaEvent_t sent = nullptr;
-    cudaGraphExec_t graphs[3] = {};
-    bool walked[3] = {};
+    cudaGraphExec_t graphs[3][2] = {};
+    bool walked[3][2] = {};
+    bool full = false;             // the walk is of a batch that has all rows there might be
     cudaEvent_t* marks = nullptr;  // where somebody asks for the times of ops: [2 * ops + 1], before the first and after each
     int marks_made = 0;
     bool fresh = true;                // no run since the last update
@@ -1201,9 +1504,18 @@ struct Gpu {
     // ---- where things are ----
 
     const Tensor& at(int tensor) const { return plan.tensors[static_cast<size_t>(tensor)]; }
-    float* values(int tensor) const { return tensor == nothing ? nullptr : memory.activations + at(tensor).offset; }
-    float* gradient(int tensor) const {
-        return tensor == nothing || at(tensor).gradient < 0 ? nullptr : memory.activations + at(tensor).gradient;
+    template <class Real>
+    Real* values(int tensor) const {
+        return tensor == nothing ? nullptr : static_cast<Real*>(memory.activations) + at(tensor).offset;
+    }
+    template <class Real>
+    Real* gradient(int tensor) const {
+        return tensor == nothing || at(tensor).gradient < 0 ? nullptr : static_cast<Real*>(memory.activations) + at(tensor).gradient;
+    }
+    // What a norm or attention keeps, in float.
+    template <class Real>
+    float* statistics(int tensor) const {
+        return reinterpret_cast<float*>(values<Real>(tensor));
     }
     const float* weight(int index) const {
         return index == nothing ? nullptr : memory.weights + plan.weights[static_cast<size_t>(index)].weight.offset;
@@ -1214,95 +1526,145 @@ struct Gpu {
     int64_t in_adapter(int index) const { return plan.adapter[static_cast<size_t>(index)].weight.offset; }
     int max_rows(const Op& op) const { return plan.max_rows[static_cast<int>(op.side)]; }
     bool runs_backward(const Op& op) const { return !at(op.y != nothing ? op.y : op.x).fixed; }
+    bool read_once(int tensor) const {
+        int readers = 0;
+        for (const Op& op : plan.ops) readers += (op.x == tensor) + (op.x2 == tensor);
+        return readers == 1;
+    }
+    // What cuBLASLt does with a product at once. The sum whose second summand this op makes:
+    const Op* sum_after(const Op& op) const {
+        const Op* const next = &op + 1;
+        const bool makes = on_tensor_cores(plan) && op.kind == OpKind::linear && op.loras == 0 && op.activation == Activation::none &&
+                           next != plan.ops.end() && next->kind == OpKind::add && next->x2 == op.y && next->x != op.y;
+        return makes && read_once(op.y) ? next : nullptr;
+    }
+    // and, backward, the slope of the activation function that made its x.
+    const Op* activation_before(const Op& op) const {
+        if (&op == plan.ops.begin() || !on_tensor_cores(plan) || op.kind != OpKind::linear || op.loras > 0 || op.adds_to_dx) return nullptr;
+        const Op* const maker = &op - 1;
+        const bool takes = maker->kind == OpKind::linear && maker->y == op.x && maker->activation == Activation::gelu_tanh &&
+                           runs_backward(*maker) && read_once(op.x);
+        return takes ? maker : nullptr;
+    }
 
     // ---- products ----
 
     bool is_narrow() const { return plan.precision == Precision::bf16; }
-    // A side of a product, as it shall be multiplied: n columns of the run's rows of an activation or a gradient (which: 0, 1), or a weight.
-    const float* side_of(float* x, Extent rows, int n, int which) {
-        const int64_t all = static_cast<int64_t>(rows.size) * n;
-        if (is_narrow()) over_elements(narrow_rows, all, memory.narrow[which], x, rows, memory.now, n);
-        else if (on_tensor_cores(plan)) over_elements(clear_rest, all, x, rows, memory.now, n);
-        return is_narrow() ? reinterpret_cast<const float*>(memory.narrow[which]) : x;
+    // Rows of an activation or a gradient that cuBLASLt is about to multiply.
+    template <class Real>
+    const Real* side_of(Real* x, Extent rows, int64_t n) {
+        if (!full) over_elements(clear_rest<Real>, rows.size * n, x, rows, memory.now, n);
+        return x;
     }
-    const float* side_of_weight(int index) const {
+    template <class Real>
+    const Real* side_of_weight(int index) const {
         const int64_t offset = plan.weights[static_cast<size_t>(index)].weight.offset;
-        return is_narrow() ? reinterpret_cast<const float*>(memory.narrow_weights + offset) : memory.weights + offset;
+        if constexpr (sizeof(Real) == 2) return memory.narrow_weights + offset;
+        else return memory.weights + offset;
     }
-    // On tensor cores, where these are wanted; there the sides are those above, and there is no activation.
-    void multiply_fast(const Product& p, bool a_along, bool b_along) {
-        if (!on_tensor_cores(plan)) return multiply(p, a_along, b_along);
-        const bool adds = p.start == p.c;
-        const Tensorial* const t = walked_well().ok() ? tensorial(p, a_along, b_along) : nullptr;
+    template <class Real>
+    const void* bias_of(int index, bool wide) const {
+        if (index == nothing) return nullptr;
+        return wide ? static_cast<const void*>(weight(index)) : side_of_weight<Real>(index);
+    }
+    // On tensor cores.
+    template <class Real>
+    void multiply_fast(const Matmul& m) {
+        const Tensorial* const t = walked_well().ok() ? tensorial(m) : nullptr;
         if (!t) return;
-        if (adds && p.rows.side >= 0) over_elements(clear_rest, p.rows.size * p.c_stride, p.c, p.rows, memory.now, p.c_stride);
-        const float one = 1, beta = adds ? 1.0f : 0.0f;
+        const float one = 1, beta = m.start ? 1.0f : 0.0f;
+        // Alone, the product goes where the activation's argument is kept.
+        void* const to = t->alone && m.then == Then::gelu && m.aux ? m.aux : m.c;
         cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
-        if (t->adds_bias) status = cublasLtMatmulDescSetAttribute(t->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p.start, sizeof p.start);
+        const auto point = [&](cublasLtMatmulDescAttributes_t which, const void* at) {
+            if (status == CUBLAS_STATUS_SUCCESS && at) status = cublasLtMatmulDescSetAttribute(t->product, which, &at, sizeof at);
+        };
+        if (!t->alone) point(CUBLASLT_MATMUL_DESC_BIAS_POINTER, m.bias), point(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, m.aux);
         // The library's matrices stand in columns: their rows are our columns, its left side is our right one.
         if (status == CUBLAS_STATUS_SUCCESS)
-            status = cublasLtMatmul(library, t->product, &one, p.b, t->b, p.a, t->a, &beta, p.c, t->c, p.c, t->c, &t->choice.algo,
-                                    memory.workspace, workspace_bytes, stream);
+            status = cublasLtMatmul(library, t->product, &one, m.b, t->b, m.a, t->a, &beta, m.start ? m.start : to, t->c, to, t->c,
+                                    &t->choice.algo, memory.workspace, workspace_bytes, stream);
         product_error = status;
         ++launches;
-        if (p.start && !adds && !t->adds_bias) over_rows(add_bias, p.rows.size, p.c, p.start, p.c_stride, p.rows, memory.now, p.columns);
+        if (!t->alone) return;
+        const int64_t all = static_cast<int64_t>(m.rows.size) * m.columns;
+        if (m.bias && m.wide)
+            over_rows(add_bias<float, float>, m.rows.size, static_cast<float*>(to), static_cast<const float*>(m.bias), m.c_stride, m.rows,
+                      memory.now, m.columns);
+        else if (m.bias)
+            over_rows(add_bias<Real, Real>, m.rows.size, static_cast<Real*>(to), static_cast<const Real*>(m.bias), m.c_stride, m.rows,
+                      memory.now, m.columns);
+        if (m.then == Then::gelu)
+            over_elements(activate<Real>, all, static_cast<Real*>(m.c), static_cast<const Real*>(to), memory.now, m.rows.side, m.columns,
+                          Activation::gelu_tanh);
+        else if (m.then == Then::slope)
+            over_elements(activate_backward<Real>, all, static_cast<Real*>(m.c), static_cast<const Real*>(m.aux), memory.now, m.rows.side,
+                          m.columns, Activation::gelu_tanh);
     }
-    const Tensorial* tensorial(const Product& p, bool a_along, bool b_along);
+    const Tensorial* tensorial(const Matmul& m);
     cublasStatus_t plan_product(Tensorial& t) const;
 
-    void multiply(const Product& p, bool a_along, bool b_along, int splits = 1) {
+    template <class A, class B, class C>
+    void multiply(const Product<A, B, C>& p, bool a_along, bool b_along, int splits = 1) {
         const int64_t tiles = parts_of(p.rows.size, tile) * parts_of(p.columns, tile);
-        const auto kernel = a_along ? (b_along ? product<true, true> : product<true, false>) : product<false, false>;
+        const auto kernel =
+            a_along ? (b_along ? product<true, true, A, B, C> : product<true, false, A, B, C>) : product<false, false, A, B, C>;
         launch(kernel, tiles, splits, 0, p, memory.now);
     }
     // g [rows][columns] += a^T b, summed over the run's rows.
-    void multiply_over_rows(float* g, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int rows, int columns,
-                            Extent depth, bool fast) {
-        if (on_tensor_cores(plan) && fast)
-            return multiply_fast(
-                Product{g, columns, g, columns, a, b, a_stride, b_stride, {rows, -1, 0}, depth, columns, 1, nullptr, Activation::none},
-                false, false);
+    template <class Real>
+    void multiply_over_rows(float* g, const Real* a, int64_t a_stride, const Real* b, int64_t b_stride, int rows, int columns,
+                            Extent depth) {
         const int splits = splits_of(depth.size, rows, columns);
-        float* const c = splits > 1 ? memory.edges : g;
-        multiply(Product{c,
-                         columns,
-                         splits > 1 ? nullptr : g,
-                         columns,
-                         a,
-                         b,
-                         a_stride,
-                         b_stride,
-                         {rows, -1, 0},
-                         depth,
-                         columns,
-                         1,
-                         nullptr,
-                         Activation::none},
-                 false, false, splits);
+        float* const c = splits > 1 ? memory.parts : g;
+        multiply(
+            Product<Real, Real, float>{
+                c, columns, splits > 1 ? nullptr : g, columns, a, b, a_stride, b_stride, {rows, -1, 0}, depth, columns},
+            false, false, splits);
         const int64_t n = static_cast<int64_t>(rows) * columns;
-        if (splits > 1) over_elements(add_parts, n, g, memory.edges, splits, n);
+        if (splits > 1) over_elements(add_parts, n, g, memory.parts, splits, n);
+    }
+    template <class Real>
+    void weights_gradient(float* g, const Real* a, int64_t a_stride, const Real* b, int64_t b_stride, int rows, int columns, Extent depth) {
+        if (!on_tensor_cores(plan)) return multiply_over_rows(g, a, a_stride, b, b_stride, rows, columns, depth);
+        multiply_fast<Real>(Matmul{g, columns, g, a, b, a_stride, b_stride, false, false, true, {rows, -1, 0}, depth, columns});
     }
     // db += the sum of dy's rows; dw += that of dy * h, where x and its norm's statistics are given.
-    template <class T>
-    void sum_over_rows(float* db, float* dw, const T* dy, int64_t stride, const float* x, const float* statistics, Extent rows, int n) {
-        const int splits = splits_of(rows.size);
-        launch(sums_over_rows<T>, parts_of(n, warp), splits, 0, memory.edges, dy, stride, dw ? x : nullptr, statistics, rows, memory.now,
-               n);
-        if (db) over_elements(add_parts, n, db, memory.edges, splits, n);
-        if (dw) over_elements(add_parts, n, dw, memory.edges + static_cast<int64_t>(splits) * n, splits, n);
+    template <class Real>
+    void sum_over_rows(float* db, float* dw, const Real* dy, int64_t stride, const Real* x, const float* statistics, Extent rows, int n) {
+        const int count = parts_of_rows(rows.size);
+        const bool fours = n % 4 == 0 && stride % 4 == 0;
+        launch(fours ? sums_over_rows<4, Real> : sums_over_rows<1, Real>, parts_of(n, fours ? 4 * warp : warp), count, 0, memory.parts, dy,
+               stride, dw ? x : nullptr, statistics, rows, memory.now, n);
+        add_sums(db, dw, count, n);
+    }
+    void add_sums(float* db, float* dw, int count, int n) {
+        launch(add_row_sums, parts_of(dw ? 2 * n : n, warp), 1, 0, db, dw, memory.parts, count, n);
     }
 
     Status create(const DevicePlan& of);
     void destroy();
+    template <class Real>
     void linear_forward(const Op& op);
+    template <class Real>
     void linear_backward(const Op& op);
+    template <class Real>
+    void lora_forward(const Op& op, Real* to);
+    template <class Real>
     void lora_backward(const Op& op);
+    template <class Real>
+    void norm_back(const Op& op);
+    template <class Real>
     void embed_backward(const Op& op);
+    template <class Real>
     void head(const Op& op, bool learns);
+    template <class Real>
     void attention(const Op& op, int number, bool backward);
-    template <int T, bool narrow = false>
-    void attention_of(Attend a, int sequences, bool backward);
+    template <int T, bool narrow, class Real>
+    void attention_of(Attend<Real> a, int sequences, bool backward);
+    template <class Real>
     void op_forward(int number, bool learns);
+    template <class Real>
     void op_backward(int number);
     void walk(int which, bool marked);
     Status walked_well() const {
@@ -1315,6 +1677,8 @@ struct Gpu {
         const cudaError_t recorded = marked ? cudaEventRecord(marks[number], stream) : cudaSuccess;
         if (error == cudaSuccess) error = recorded;
     }
+    template <class Real>
+    void walk_tape(bool learns, bool marked);
     Status capture(int which, cudaGraphExec_t& to);
     void write_input(const Run& run, const DeviceUpdate* update);
     float* part(DevicePart which) const;
@@ -1328,36 +1692,48 @@ struct Gpu {
 // =====================================================================================================================
 
 cublasStatus_t Gpu::plan_product(Tensorial& t) const {
-    const Product& p = t.of;
-    const cudaDataType_t type = is_narrow() ? CUDA_R_16BF : CUDA_R_32F;
-    const int32_t across_b = t.b_along ? CUBLAS_OP_T : CUBLAS_OP_N, across_a = t.a_along ? CUBLAS_OP_N : CUBLAS_OP_T,
-                  epilogue = t.adds_bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
-    const uint64_t rows = static_cast<uint64_t>(p.rows.size), columns = static_cast<uint64_t>(p.columns),
-                   depth = static_cast<uint64_t>(p.depth.size);
+    const Matmul& m = t.of;
+    const cudaDataType_t type = is_narrow() ? CUDA_R_16BF : CUDA_R_32F, type_of_c = m.wide ? CUDA_R_32F : type;
+    const bool biased = m.bias && !t.alone;
+    const Then then = t.alone ? Then::nothing : m.then;
+    const int32_t across_b = m.b_along ? CUBLAS_OP_T : CUBLAS_OP_N, across_a = m.a_along ? CUBLAS_OP_N : CUBLAS_OP_T,
+                  epilogue = then == Then::slope                     ? CUBLASLT_EPILOGUE_DGELU
+                             : then == Then::gelu && biased && m.aux ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS
+                             : then == Then::gelu && biased          ? CUBLASLT_EPILOGUE_GELU_BIAS
+                             : then == Then::gelu && m.aux           ? CUBLASLT_EPILOGUE_GELU_AUX
+                             : then == Then::gelu                    ? CUBLASLT_EPILOGUE_GELU
+                             : biased                                ? CUBLASLT_EPILOGUE_BIAS
+                                                                     : CUBLASLT_EPILOGUE_DEFAULT;
+    const uint64_t rows = static_cast<uint64_t>(m.rows.size), columns = static_cast<uint64_t>(m.columns),
+                   depth = static_cast<uint64_t>(m.depth.size);
     const uint32_t alignment = 16;
-    const cudaDataType_t of_bias = CUDA_R_32F;
+    const int64_t aux_stride = m.columns;
     const size_t space = workspace_bytes;
     cublasLtMatmulPreference_t wish = nullptr;
     cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
-    const auto then = [&](cublasStatus_t next) { status = status == CUBLAS_STATUS_SUCCESS ? next : status; };
+    const auto after = [&](cublasStatus_t next) { status = status == CUBLAS_STATUS_SUCCESS ? next : status; };
     const auto set = [&](cublasLtMatmulDescAttributes_t which, const void* value, size_t size) {
         if (status == CUBLAS_STATUS_SUCCESS) status = cublasLtMatmulDescSetAttribute(t.product, which, value, size);
     };
     const auto ask = [&](cublasLtMatmulPreferenceAttributes_t which, const void* value, size_t size) {
         if (status == CUBLAS_STATUS_SUCCESS) status = cublasLtMatmulPreferenceSetAttribute(wish, which, value, size);
     };
-    then(cublasLtMatmulDescCreate(&t.product, is_narrow() ? CUBLAS_COMPUTE_32F : CUBLAS_COMPUTE_32F_FAST_TF32, CUDA_R_32F));
+    after(cublasLtMatmulDescCreate(&t.product, is_narrow() ? CUBLAS_COMPUTE_32F : CUBLAS_COMPUTE_32F_FAST_TF32, CUDA_R_32F));
     set(CUBLASLT_MATMUL_DESC_TRANSA, &across_b, sizeof across_b);
     set(CUBLASLT_MATMUL_DESC_TRANSB, &across_a, sizeof across_a);
     set(CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
-    if (t.adds_bias) {
-        set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &of_bias, sizeof of_bias);
-        set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p.start, sizeof p.start);
+    if (biased) {
+        set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &type_of_c, sizeof type_of_c);
+        set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, &m.bias, sizeof m.bias);
     }
-    then(cublasLtMatrixLayoutCreate(&t.b, type, t.b_along ? depth : columns, t.b_along ? columns : depth, p.b_stride));
-    then(cublasLtMatrixLayoutCreate(&t.a, type, t.a_along ? depth : rows, t.a_along ? rows : depth, p.a_stride));
-    then(cublasLtMatrixLayoutCreate(&t.c, CUDA_R_32F, columns, rows, p.c_stride));
-    then(cublasLtMatmulPreferenceCreate(&wish));
+    if (then != Then::nothing && m.aux) {
+        set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_stride, sizeof aux_stride);
+        set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &m.aux, sizeof m.aux);
+    }
+    after(cublasLtMatrixLayoutCreate(&t.b, type, m.b_along ? depth : columns, m.b_along ? columns : depth, m.b_stride));
+    after(cublasLtMatrixLayoutCreate(&t.a, type, m.a_along ? depth : rows, m.a_along ? rows : depth, m.a_stride));
+    after(cublasLtMatrixLayoutCreate(&t.c, type_of_c, columns, rows, m.c_stride));
+    after(cublasLtMatmulPreferenceCreate(&wish));
     ask(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &space, sizeof space);
     for (const auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
@@ -1375,18 +1751,18 @@ void destroy_plan(Tensorial& t) {
         if (layout) (void)cublasLtMatrixLayoutDestroy(layout);
     t.product = nullptr, t.a = t.b = t.c = nullptr;
 }
-// Null: there is an error. Where the library does not add a bias to such a product, a pass of its own does.
-const Tensorial* Gpu::tensorial(const Product& p, bool a_along, bool b_along) {
+// Null: there is an error.
+const Tensorial* Gpu::tensorial(const Matmul& m) {
     for (const Tensorial* t = products; t; t = t->next)
-        if (t->fits(p, a_along, b_along)) return t;
+        if (t->fits(m)) return t;
     Tensorial* const t = new (std::nothrow) Tensorial();
     cublasStatus_t status = t ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_ALLOC_FAILED;
     if (t) {
-        t->of = p, t->a_along = a_along, t->b_along = b_along, t->adds_bias = p.start && p.start != p.c;
+        t->of = m;
         status = plan_product(*t);
-        if (status != CUBLAS_STATUS_SUCCESS && t->adds_bias) {
+        if (status != CUBLAS_STATUS_SUCCESS && (m.bias || m.then != Then::nothing)) {
             destroy_plan(*t);
-            t->adds_bias = false;
+            t->alone = true;
             status = plan_product(*t);
         }
     }
@@ -1400,132 +1776,163 @@ const Tensorial* Gpu::tensorial(const Product& p, bool a_along, bool b_along) {
     return nullptr;
 }
 
+template <class Real>
 void Gpu::linear_forward(const Op& op) {
     const int side = static_cast<int>(op.side), rows = max_rows(op);
     const Extent all{rows, side, 0};
-    float *const y = values(op.y), *const aux = values(op.aux);
-    // With LoRA the activation comes last, of what both have added up to; and after cuBLASLt, which knows one of them only.
-    const bool late = op.loras > 0 || on_tensor_cores(plan);
-    float* const before = late && aux ? aux : y;
-    multiply_fast(Product{before,
-                          op.out,
-                          weight(op.b),
-                          0,
-                          side_of(values(op.x), all, op.in, 0),
-                          side_of_weight(op.w),
-                          op.in,
-                          plan.output_rows ? op.in : op.out,
-                          all,
-                          {op.in, -1, 0},
-                          op.out,
-                          1,
-                          late ? nullptr : aux,
-                          late ? Activation::none : op.activation},
-                  true, plan.output_rows);
-    if (!late) return;
-    // LoRA: h = (x A^T) scale, then y += h B^T
+    const int64_t w_stride = plan.output_rows ? op.in : op.out;
+    Real *const x = values<Real>(op.x), *const aux = values<Real>(op.aux), *y = values<Real>(op.y);
+    // With LoRA the activation comes last, of what both have added up to.
+    const bool fast = on_tensor_cores(plan), gelu = fast && op.loras == 0 && op.activation == Activation::gelu_tanh;
+    const bool late = op.activation != Activation::none && (op.loras > 0 || (fast && !gelu));
+    Real* const to = late && aux ? aux : y;
+    if (fast) {
+        const Op* const sum = sum_after(op);
+        Matmul m{to,    op.out,         nullptr, side_of(x, all, op.in),    side_of_weight<Real>(op.w),
+                 op.in, w_stride,       true,    plan.output_rows,          false,
+                 all,   {op.in, -1, 0}, op.out,  bias_of<Real>(op.b, false)};
+        if (gelu) m.then = Then::gelu, m.aux = aux;
+        if (sum) m.c = values<Real>(sum->y), m.start = side_of(values<Real>(sum->x), all, op.out);
+        multiply_fast<Real>(m);
+    } else if constexpr (sizeof(Real) == 4)
+        multiply(Product<float, float, float>{to,
+                                              op.out,
+                                              weight(op.b),
+                                              0,
+                                              x,
+                                              weight(op.w),
+                                              op.in,
+                                              w_stride,
+                                              all,
+                                              {op.in, -1, 0},
+                                              op.out,
+                                              1,
+                                              late ? nullptr : aux,
+                                              late ? Activation::none : op.activation},
+                 true, plan.output_rows);
+    if (op.loras > 0) lora_forward(op, to);
+    if (late) over_elements(activate<Real>, static_cast<int64_t>(rows) * op.out, y, to, memory.now, side, op.out, op.activation);
+}
+// LoRA: h = (x A^T) scale, then y += h B^T
+template <class Real>
+void Gpu::lora_forward(const Op& op, Real* y) {
+    const Extent all{max_rows(op), static_cast<int>(op.side), 0};
+    Real* const low = op.low == nothing ? static_cast<Real*>(memory.low) : values<Real>(op.low);
+    const int64_t stride = static_cast<int64_t>(op.loras) * plan.rank;
     for (int i = 0; i < op.loras; ++i) {
         const Lora& lora = plan.loras[static_cast<size_t>(op.lora + i)];
-        const int64_t stride = static_cast<int64_t>(op.loras) * plan.rank;
-        float *const h = (op.low == nothing ? memory.low : values(op.low)) + i * plan.rank, *const to = before + lora.first;
-        multiply(Product{h,
-                         stride,
-                         nullptr,
-                         0,
-                         values(op.x),
-                         memory.adapter + in_adapter(lora.a),
-                         op.in,
-                         op.in,
-                         all,
-                         {op.in, -1, 0},
-                         plan.rank,
-                         static_cast<float>(plan.lora_scale),
-                         nullptr,
-                         Activation::none},
+        Real *const h = low + i * plan.rank, *const to = y + lora.first;
+        multiply(Product<Real, float, Real>{h,
+                                            stride,
+                                            nullptr,
+                                            0,
+                                            values<Real>(op.x),
+                                            memory.adapter + in_adapter(lora.a),
+                                            op.in,
+                                            op.in,
+                                            all,
+                                            {op.in, -1, 0},
+                                            plan.rank,
+                                            static_cast<float>(plan.lora_scale)},
                  true, true);
-        multiply(Product{to,
-                         op.out,
-                         to,
-                         op.out,
-                         h,
-                         memory.adapter + in_adapter(lora.b),
-                         stride,
-                         plan.rank,
-                         all,
-                         {plan.rank, -1, 0},
-                         lora.outputs,
-                         1,
-                         nullptr,
-                         Activation::none},
-                 true, true);
+        multiply(
+            Product<Real, float, Real>{
+                to, op.out, to, op.out, h, memory.adapter + in_adapter(lora.b), stride, plan.rank, all, {plan.rank, -1, 0}, lora.outputs},
+            true, true);
     }
-    if (before != y || op.activation != Activation::none)
-        over_elements(activate, static_cast<int64_t>(rows) * op.out, y, before, memory.now, side, op.out, op.activation);
 }
 // dy becomes the gradient before the activation; db = sum over rows of dy, dW = x^T dy, dx = dy W^T.
+template <class Real>
 void Gpu::linear_backward(const Op& op) {
     const int side = static_cast<int>(op.side), rows = max_rows(op);
     const Extent all{rows, side, 0};
-    float *const dy = gradient(op.y), *const dx = gradient(op.x), *const dw = weight_gradient(op.w), *const db = weight_gradient(op.b);
-    float* const x = values(op.x);
-    if (op.activation != Activation::none)
-        over_elements(activate_backward, static_cast<int64_t>(rows) * op.out, dy, values(op.aux), memory.now, side, op.out, op.activation);
-    if (db) sum_over_rows(db, nullptr, static_cast<const float*>(dy), op.out, nullptr, nullptr, all, op.out);
-    const float* const right = dw || dx ? side_of(dy, all, op.out, 1) : nullptr;
-    const float* const left = dw ? side_of(x, all, op.in, 0) : nullptr;
-    if (dw && plan.output_rows) multiply_over_rows(dw, right, op.out, left, op.in, op.out, op.in, all, true);
-    else if (dw) multiply_over_rows(dw, left, op.in, right, op.out, op.in, op.out, all, true);
-    if (dx)
-        multiply_fast(Product{dx,
-                              op.in,
-                              op.adds_to_dx ? dx : nullptr,
-                              op.adds_to_dx ? op.in : 0,
-                              right,
-                              side_of_weight(op.w),
-                              op.out,
-                              plan.output_rows ? op.in : op.out,
-                              all,
-                              {op.out, -1, 0},
-                              op.in,
-                              1,
-                              nullptr,
-                              Activation::none},
-                      true, !plan.output_rows);
-    lora_backward(op);
+    const int64_t w_stride = plan.output_rows ? op.in : op.out;
+    Real *const dy = gradient<Real>(op.y), *const dx = gradient<Real>(op.x), *const x = values<Real>(op.x);
+    float *const dw = weight_gradient(op.w), *const db = weight_gradient(op.b);
+    const Op* const next = &op + 1;
+    const bool taken = next != plan.ops.end() && activation_before(*next) == &op;
+    if (op.activation != Activation::none && !taken)
+        over_elements(activate_backward<Real>, static_cast<int64_t>(rows) * op.out, dy, values<Real>(op.aux), memory.now, side, op.out,
+                      op.activation);
+    if (db) sum_over_rows<Real>(db, nullptr, dy, op.out, nullptr, nullptr, all, op.out);
+    const bool fast = on_tensor_cores(plan);
+    if (fast && (dw || dx)) (void)side_of(dy, all, op.out);
+    if (fast && dw) (void)side_of(x, all, op.in);
+    if (dw && plan.output_rows) weights_gradient<Real>(dw, dy, op.out, x, op.in, op.out, op.in, all);
+    else if (dw) weights_gradient<Real>(dw, x, op.in, dy, op.out, op.in, op.out, all);
+    Real* const start = op.adds_to_dx ? dx : nullptr;
+    if (dx && fast) {
+        Matmul m{dx,
+                 op.in,
+                 start ? side_of(start, all, op.in) : nullptr,
+                 dy,
+                 side_of_weight<Real>(op.w),
+                 op.out,
+                 w_stride,
+                 true,
+                 !plan.output_rows,
+                 false,
+                 all,
+                 {op.out, -1, 0},
+                 op.in};
+        if (const Op* const maker = activation_before(op)) m.then = Then::slope, m.aux = values<Real>(maker->aux);
+        multiply_fast<Real>(m);
+    } else if constexpr (sizeof(Real) == 4) {
+        if (dx)
+            multiply(Product<float, float, float>{dx, op.in, start, op.in, dy, weight(op.w), op.out, w_stride, all, {op.out, -1, 0}, op.in},
+                     true, !plan.output_rows);
+    }
+    lora_backward<Real>(op);
 }
 // dB = dy^T h,  dh = (dy B) scale,  dA = dh^T x,  dx += dh A.
+template <class Real>
 void Gpu::lora_backward(const Op& op) {
     const Extent all{max_rows(op), static_cast<int>(op.side), 0};
     const int rank = plan.rank;
+    const int64_t stride = static_cast<int64_t>(op.loras) * rank;
+    const Real* const x = values<Real>(op.x);
+    Real* const dx = gradient<Real>(op.x);
     for (int i = 0; i < op.loras; ++i) {
         const Lora& lora = plan.loras[static_cast<size_t>(op.lora + i)];
-        const int64_t stride = static_cast<int64_t>(op.loras) * rank, a = in_adapter(lora.a), b = in_adapter(lora.b);
-        const float *h = values(op.low) + i * rank, *dy = gradient(op.y) + lora.first;
-        float *const dh = gradient(op.low) + i * rank, *const dx = gradient(op.x);
-        multiply_over_rows(memory.gradients + b, dy, op.out, h, stride, lora.outputs, rank, all, false);
-        multiply(Product{dh,
-                         stride,
-                         nullptr,
-                         0,
-                         dy,
-                         memory.adapter + b,
-                         op.out,
-                         rank,
-                         all,
-                         {lora.outputs, -1, 0},
-                         rank,
-                         static_cast<float>(plan.lora_scale),
-                         nullptr,
-                         Activation::none},
+        const int64_t a = in_adapter(lora.a), b = in_adapter(lora.b);
+        const Real *h = values<Real>(op.low) + i * rank, *dy = gradient<Real>(op.y) + lora.first;
+        Real* const dh = gradient<Real>(op.low) + i * rank;
+        multiply_over_rows<Real>(memory.gradients + b, dy, op.out, h, stride, lora.outputs, rank, all);
+        multiply(Product<Real, float, Real>{dh,
+                                            stride,
+                                            nullptr,
+                                            0,
+                                            dy,
+                                            memory.adapter + b,
+                                            op.out,
+                                            rank,
+                                            all,
+                                            {lora.outputs, -1, 0},
+                                            rank,
+                                            static_cast<float>(plan.lora_scale)},
                  true, false);
-        multiply_over_rows(memory.gradients + a, dh, stride, values(op.x), op.in, rank, op.in, all, false);
+        multiply_over_rows<Real>(memory.gradients + a, dh, stride, x, op.in, rank, op.in, all);
         if (dx)
-            multiply(
-                Product{
-                    dx, op.in, dx, op.in, dh, memory.adapter + a, stride, op.in, all, {rank, -1, 0}, op.in, 1, nullptr, Activation::none},
-                true, false);
+            multiply(Product<Real, float, Real>{dx, op.in, dx, op.in, dh, memory.adapter + a, stride, op.in, all, {rank, -1, 0}, op.in},
+                     true, false);
     }
 }
+template <class Real>
+void Gpu::norm_back(const Op& op) {
+    const int side = static_cast<int>(op.side), rows = max_rows(op), n = op.in;
+    const float *const aux = statistics<Real>(op.aux), *const w = weight(op.w);
+    const Real *const x = values<Real>(op.x), *const dy = gradient<Real>(op.y);
+    float *const dw = weight_gradient(op.w), *const db = weight_gradient(op.b);
+    Real* const dx = gradient<Real>(op.x);
+    const bool summed = dw && n % 4 == 0 && n <= 4 * warp * 8;
+    if (dw && !summed) sum_over_rows<Real>(db, dw, dy, n, x, aux, {rows, side, 0}, n);
+    const auto kernel = !summed ? norm_backward<Real, 0> : n <= 4 * warp * 3 ? norm_backward<Real, 3> : norm_backward<Real, 8>;
+    const int count = parts_of_rows(rows);
+    launch(kernel, summed ? count : blocks(rows, block_warps), 1, 0, dx, summed ? memory.parts : nullptr, dy, x, aux, w, memory.now, side,
+           n, op.centred, op.adds_to_dx);
+    if (summed) add_sums(db, dw, count, n);
+}
+template <class Real>
 void Gpu::embed_backward(const Op& op) {
     const int side = static_cast<int>(op.side), rows = max_rows(op), n = op.out;
     const int64_t parts = parts_of(rows, sort_block);
@@ -1534,121 +1941,154 @@ void Gpu::embed_backward(const Op& op) {
     int to = 0;
     for (int shift = 0; shift == 0 || (shift < 32 && (plan.vocab - 1) >> shift != 0); shift += 8, to = 1 - to) {
         launch(sort_count, parts, 1, 0, memory.counts, keys, ids, memory.now, side, shift);
-        launch(sort_places, 1, 1, 0, memory.counts, digits * parts);
-        launch(sort_move, parts, 1, 0, memory.keys[to], memory.sorted_rows[to], memory.counts, keys, sorted, ids, memory.now, side, shift);
+        launch(sort_places, digits, 1, 0, memory.counts, memory.totals, static_cast<int>(parts));
+        launch(sort_move, parts, 1, 0, memory.keys[to], memory.sorted_rows[to], memory.counts, memory.totals, keys, sorted, ids, memory.now,
+               side, shift);
         keys = memory.keys[to], sorted = memory.sorted_rows[to];
     }
     float *const dtoken = weight_gradient(op.w), *const dposition = weight_gradient(op.b);
-    const int64_t across = parts_of(n, warp), warps = parts_of(rows, edge_rows) * across;
-    over_rows(embedding_backward, warps, dtoken, memory.edges, gradient(op.y), keys, sorted, memory.now, side, n);
-    over_rows(embedding_edges, warps, dtoken, memory.edges, keys, memory.now, side, n);
+    const Real* const dy = gradient<Real>(op.y);
+    const bool fours = n % 4 == 0;
+    const int64_t across = parts_of(n, warp), across_fours = parts_of(n, fours ? 4 * warp : warp), blocks = parts_of(rows, edge_rows);
+    over_rows(fours ? embedding_backward<4, Real> : embedding_backward<1, Real>, blocks * across_fours, dtoken, memory.parts, dy, keys,
+              sorted, memory.now, side, n);
+    over_rows(embedding_edges, blocks * across, dtoken, memory.parts, keys, memory.now, side, n);
     if (dposition)
-        over_rows(position_backward, plan.context * across, dposition, gradient(op.y), memory.places[side], memory.now, plan.context, n);
+        launch(fours ? position_backward<4, Real> : position_backward<1, Real>, plan.context * across_fours, 1, 0, dposition, dy,
+               memory.places[side], memory.now, n);
 }
 // Forward, and, where it learns, backward at once: chunk of rows after chunk, so that no more logits than these are ever there.
+template <class Real>
 void Gpu::head(const Op& op, bool learns) {
     const int side = static_cast<int>(op.side), rows = max_rows(op), chunk = head_chunk(plan, rows);
-    float *const logits = memory.scratch, *const dx = gradient(op.x), *const dw = weight_gradient(op.w), *const db = weight_gradient(op.b);
+    constexpr int long_row = 1024;
+    Real *const logits = static_cast<Real*>(memory.logits), *const dx = gradient<Real>(op.x);
+    float *const dw = weight_gradient(op.w), *const db = weight_gradient(op.b);
     learns = learns && runs_backward(op);
-    const int64_t stride = logits_stride(plan), dl_stride = is_narrow() ? 2 * stride : stride;
+    const int64_t stride = logits_stride(plan);
+    const bool fast = on_tensor_cores(plan);
     for (int first = 0; first < rows; first += chunk) {
         const Extent here{lesser(chunk, rows - first), side, first};
         const int64_t from = static_cast<int64_t>(first) * op.in;
-        const float *const x = side_of(values(op.x) + from, here, op.in, 0), *const w = side_of_weight(op.w);
-        multiply_fast(
-            Product{logits, stride, weight(op.b), 0, x, w, op.in, op.in, here, {op.in, -1, 0}, op.out, 1, nullptr, Activation::none}, true,
-            true);
-        over_rows(head_loss, here.size, logits, stride, is_narrow(), memory.losses, memory.ranks, memory.targets, memory.row_weights, here,
-                  memory.now, op.out, learns);
+        Real* const x = values<Real>(op.x) + from;
+        if (fast)
+            multiply_fast<Real>(Matmul{logits,
+                                       stride,
+                                       nullptr,
+                                       side_of(x, here, op.in),
+                                       side_of_weight<Real>(op.w),
+                                       op.in,
+                                       op.in,
+                                       true,
+                                       true,
+                                       false,
+                                       here,
+                                       {op.in, -1, 0},
+                                       op.out,
+                                       bias_of<Real>(op.b, false)});
+        else if constexpr (sizeof(Real) == 4)
+            multiply(
+                Product<float, float, float>{logits, stride, weight(op.b), 0, x, weight(op.w), op.in, op.in, here, {op.in, -1, 0}, op.out},
+                true, true);
+        launch(op.out > long_row ? head_loss<Real, true> : head_loss<Real, false>,
+               op.out > long_row ? here.size : blocks(here.size, block_warps), 1, 0, logits, stride, memory.losses, memory.ranks,
+               memory.targets, memory.row_weights, here, memory.now, op.out, learns);
         if (!learns) continue;
-        if (on_tensor_cores(plan)) over_elements(clear_rest, here.size * stride, logits, here, memory.now, stride);
-        multiply_fast(Product{dx + from,
-                              op.in,
-                              op.adds_to_dx ? dx + from : nullptr,
-                              op.adds_to_dx ? op.in : 0,
-                              logits,
-                              w,
-                              dl_stride,
-                              op.in,
-                              here,
-                              {op.out, -1, 0},
-                              op.in,
-                              1,
-                              nullptr,
-                              Activation::none},
-                      true, false);
-        if (dw) multiply_over_rows(dw, logits, dl_stride, x, op.in, op.out, op.in, here, true);
-        if (db && is_narrow())
-            sum_over_rows(db, nullptr, reinterpret_cast<const __nv_bfloat16*>(logits), dl_stride, nullptr, nullptr, here, op.out);
-        else if (db) sum_over_rows(db, nullptr, static_cast<const float*>(logits), stride, nullptr, nullptr, here, op.out);
+        Real *const to = dx + from, *const start = op.adds_to_dx ? to : nullptr;
+        if (fast)
+            multiply_fast<Real>(Matmul{to,
+                                       op.in,
+                                       start ? side_of(start, here, op.in) : nullptr,
+                                       side_of(logits, here, stride),
+                                       side_of_weight<Real>(op.w),
+                                       stride,
+                                       op.in,
+                                       true,
+                                       false,
+                                       false,
+                                       here,
+                                       {op.out, -1, 0},
+                                       op.in});
+        else if constexpr (sizeof(Real) == 4)
+            multiply(
+                Product<float, float, float>{to, op.in, start, op.in, logits, weight(op.w), stride, op.in, here, {op.out, -1, 0}, op.in},
+                true, false);
+        if (dw) weights_gradient<Real>(dw, logits, stride, x, op.in, op.out, op.in, here);
+        if (db) sum_over_rows<Real>(db, nullptr, logits, stride, nullptr, nullptr, here, op.out);
     }
     if (learns) launch(add_losses_up, 1, 1, 0, memory.sums, memory.losses, memory.targets, memory.row_weights, memory.now);
 }
-template <int T, bool narrow>
-void Gpu::attention_of(Attend a, int sequences, bool backward) {
+template <int T, bool narrow, class Real>
+void Gpu::attention_of(Attend<Real> a, int sequences, bool backward) {
     a.tiles = static_cast<int>(parts_of(plan.context, T));
     const int64_t of_queries = static_cast<int64_t>(sequences) * a.heads * a.tiles,
                   of_keys = static_cast<int64_t>(sequences) * a.kv_heads * a.tiles;
-    if (!backward) return launch(attention_forward<T, narrow>, of_queries, 1, attention_bytes<T, narrow>(a.dim, 4, 1), a, memory.now);
-    launch(attention_backward_queries<T, narrow>, of_queries, 1, attention_bytes<T, narrow>(a.dim, 5, 2), a, memory.now);
-    launch(attention_backward_keys<T, narrow>, of_keys, 1, attention_bytes<T, narrow>(a.dim, 6, 2), a, memory.now);
+    if (!backward) return launch(attention_forward<T, narrow, Real>, of_queries, 1, attention_bytes<T, narrow>(a.dim, 4, 1), a, memory.now);
+    launch(attention_backward_queries<T, narrow, Real>, of_queries, 1, attention_bytes<T, narrow>(a.dim, 5, 2), a, memory.now);
+    launch(attention_backward_keys<T, narrow, Real>, of_keys, 1, attention_bytes<T, narrow>(a.dim, 6, 2), a, memory.now);
 }
+template <class Real>
 void Gpu::attention(const Op& op, int number, bool backward) {
-    Attend a{};
+    Attend<Real> a{};
     const bool other = op.sight == Sight::source;
     const int64_t width = static_cast<int64_t>(op.heads) * op.dim(), kv_width = static_cast<int64_t>(op.kv_heads) * op.dim();
     a.heads = op.heads, a.kv_heads = op.kv_heads, a.dim = op.dim(), a.side = static_cast<int>(op.side), a.op = number;
     a.scale = 1 / sqrtf(static_cast<float>(a.dim));
     a.causal = op.sight == Sight::causal;
     a.q_stride = op.in, a.k_stride = other ? 2 * kv_width : op.in;
-    a.q = values(op.x), a.k = other ? values(op.x2) : a.q + width, a.v = a.k + kv_width;
-    a.y = values(op.y), a.softmax = values(op.aux);
+    a.q = values<Real>(op.x), a.k = other ? values<Real>(op.x2) : a.q + width, a.v = a.k + kv_width;
+    a.y = values<Real>(op.y), a.softmax = statistics<Real>(op.aux);
     a.places = memory.places[a.side], a.seen = memory.places[other ? static_cast<int>(Side::source) : a.side];
     if (backward) {
-        a.dy = gradient(op.y), a.dq = gradient(op.x);
-        a.dk = other ? gradient(op.x2) : a.dq + width, a.dv = a.dk + kv_width;
+        a.dy = gradient<Real>(op.y), a.dq = gradient<Real>(op.x);
+        a.dk = other ? gradient<Real>(op.x2) : a.dq + width, a.dv = a.dk + kv_width;
         a.adds_q = op.adds_to_dx, a.adds_kv = other ? op.adds_to_dx2 : op.adds_to_dx;
     }
     if (tile_of_attention == 32 && is_narrow() && a.dim % 16 == 0) return attention_of<32, true>(a, plan.sequences, backward);
-    if (tile_of_attention == 32) return attention_of<32>(a, plan.sequences, backward);
-    if (tile_of_attention == 16) return attention_of<16>(a, plan.sequences, backward);
-    attention_of<8>(a, plan.sequences, backward);
+    if (tile_of_attention == 32) return attention_of<32, false>(a, plan.sequences, backward);
+    if (tile_of_attention == 16) return attention_of<16, false>(a, plan.sequences, backward);
+    attention_of<8, false>(a, plan.sequences, backward);
 }
 
+template <class Real>
 void Gpu::op_forward(int number, bool learns) {
     const Op& op = plan.ops[static_cast<size_t>(number)];
     const int side = static_cast<int>(op.side), rows = max_rows(op);
     const int64_t size = static_cast<int64_t>(rows) * op.in;
     const Where* where = op.side == Side::whole ? nullptr : memory.where[side];
-    const float *x = values(op.x), *w = weight(op.w), *b = weight(op.b);
-    float *y = values(op.y), *aux = values(op.aux);
+    const Real* const x = values<Real>(op.x);
+    const float *const w = weight(op.w), *const b = weight(op.b);
+    Real* const y = values<Real>(op.y);
     switch (op.kind) {
         case OpKind::embedding:
-            return over_rows(embedding_forward, rows, y, w, b, memory.ids[side], where, memory.now, side, op.out);
+            return over_rows(embedding_forward<Real>, rows, y, w, b, memory.ids[side], where, memory.now, side, op.out);
         case OpKind::input:
-            return over_elements(copy_rows, static_cast<int64_t>(rows) * op.out, y, memory.features, memory.now, side, op.out);
+            return over_elements(copy_rows<Real>, static_cast<int64_t>(rows) * op.out, y, memory.features, memory.now, side, op.out);
         case OpKind::waves:
-            return over_rows(add_waves, rows, y, memory.waves, where, memory.now, side, op.in, false);
+            return over_rows(add_waves<Real>, rows, y, memory.waves, where, memory.now, side, op.in, false);
         case OpKind::norm:
-            return over_rows(norm_forward, rows, y, aux, x, w, b, memory.now, side, op.in, static_cast<float>(plan.epsilon), op.centred);
+            return over_rows(norm_forward<Real>, rows, y, statistics<Real>(op.aux), x, w, b, memory.now, side, op.in,
+                             static_cast<float>(plan.epsilon), op.centred);
         case OpKind::linear:
-            return linear_forward(op);
+            return linear_forward<Real>(op);
         case OpKind::gate:
-            return over_rows(gate_forward, rows, y, x, memory.now, side, op.out, op.activation);
+            return over_rows(gate_forward<Real>, rows, y, x, memory.now, side, op.out, op.activation);
         case OpKind::rope:
-            return over_rows(rope, rows, y, memory.waves, where, memory.now, side, op.heads, op.kv_heads, op.dim(), 1.0f);
+            return over_rows(rope<Real>, rows, y, memory.waves, where, memory.now, side, op.heads, op.kv_heads, op.dim(), 1.0f);
         case OpKind::attention:
-            return attention(op, number, false);
+            return attention<Real>(op, number, false);
         case OpKind::add:
-            return over_elements(add_forward, size, y, x, values(op.x2), memory.now, side, op.in);
+            if (number > 0 && sum_after(plan.ops[static_cast<size_t>(number - 1)]) == &op) return;  // the product has done it
+            return over_elements(add_forward<Real>, size, y, x, values<Real>(op.x2), memory.now, side, op.in);
         case OpKind::dropout:
-            return over_rows(dropout, rows, y, x, memory.now, side, number, op.in, false);
+            return over_rows(dropout<Real>, rows, y, x, memory.now, side, number, op.in, false);
         case OpKind::pool:
-            return over_rows(pool_forward, plan.sequences, y, x, memory.places[0], memory.now, op.in, op.first);
+            return over_rows(pool_forward<Real>, plan.sequences, y, x, memory.places[0], memory.now, op.in, op.first);
         case OpKind::head:
-            return head(op, learns);
+            return head<Real>(op, learns);
     }
 }
+template <class Real>
 void Gpu::op_backward(int number) {
     const Op& op = plan.ops[static_cast<size_t>(number)];
     if (!runs_backward(op)) return;
@@ -1656,58 +2096,63 @@ void Gpu::op_backward(int number) {
     const int64_t size = static_cast<int64_t>(rows) * op.in;
     if (op.remakes != nothing) {  // what the planner did not keep
         const Op& maker = plan.ops[static_cast<size_t>(op.remakes)];
-        if (maker.kind != OpKind::linear) op_forward(op.remakes, false);
+        if (maker.kind != OpKind::linear) op_forward<Real>(op.remakes, false);
         else
-            over_elements(activate, static_cast<int64_t>(rows) * maker.out, values(maker.y), values(maker.aux), memory.now, side, maker.out,
-                          maker.activation);
+            over_elements(activate<Real>, static_cast<int64_t>(rows) * maker.out, values<Real>(maker.y), values<Real>(maker.aux),
+                          memory.now, side, maker.out, maker.activation);
     }
     const Where* where = op.side == Side::whole ? nullptr : memory.where[side];
-    const float *x = values(op.x), *w = weight(op.w), *aux = values(op.aux);
-    float *dx = gradient(op.x), *dy = gradient(op.y);
+    const Real *const x = values<Real>(op.x), *const dy = gradient<Real>(op.y);
+    Real* const dx = gradient<Real>(op.x);
     switch (op.kind) {
         case OpKind::embedding:
-            return embed_backward(op);
+            return embed_backward<Real>(op);
         case OpKind::input:
         case OpKind::head:  // has been there
             return;
         case OpKind::waves:
-            return over_rows(add_waves, rows, dx, memory.waves, where, memory.now, side, op.in, true);
+            return over_rows(add_waves<Real>, rows, dx, memory.waves, where, memory.now, side, op.in, true);
         case OpKind::norm:
-            if (!plan.frozen)
-                sum_over_rows(weight_gradient(op.b), weight_gradient(op.w), static_cast<const float*>(dy), op.in, x, aux, {rows, side, 0},
-                              op.in);
-            return over_rows(norm_backward, rows, dx, dy, x, aux, w, memory.now, side, op.in, op.centred, op.adds_to_dx);
+            return norm_back<Real>(op);
         case OpKind::linear:
-            return linear_backward(op);
+            return linear_backward<Real>(op);
         case OpKind::gate:
-            return over_rows(gate_backward, rows, dx, dy, x, memory.now, side, op.out, op.activation, op.adds_to_dx);
+            return over_rows(gate_backward<Real>, rows, dx, dy, x, memory.now, side, op.out, op.activation, op.adds_to_dx);
         case OpKind::rope:
-            return over_rows(rope, rows, dx, memory.waves, where, memory.now, side, op.heads, op.kv_heads, op.dim(), -1.0f);
+            return over_rows(rope<Real>, rows, dx, memory.waves, where, memory.now, side, op.heads, op.kv_heads, op.dim(), -1.0f);
         case OpKind::attention:
-            return attention(op, number, true);
-        case OpKind::add:
-            return over_elements(add_backward, size, dx, gradient(op.x2), dy, memory.now, side, op.in, op.adds_to_dx, op.adds_to_dx2);
+            return attention<Real>(op, number, true);
+        case OpKind::add:  // a summand's gradient may lie where the sum's does
+            if (dx && dx != dy) over_elements(add_backward<Real>, size, dx, dy, memory.now, side, op.in, op.adds_to_dx);
+            if (Real* const other = gradient<Real>(op.x2); other && other != dy)
+                over_elements(add_backward<Real>, size, other, dy, memory.now, side, op.in, op.adds_to_dx2);
+            return;
         case OpKind::dropout:
-            return over_rows(dropout, rows, dx, dy, memory.now, side, number, op.in, op.adds_to_dx);
+            return over_rows(dropout<Real>, rows, dx, dy, memory.now, side, number, op.in, op.adds_to_dx);
         case OpKind::pool:
-            return over_rows(pool_backward, plan.max_rows[0], dx, dy, memory.places[0], memory.where[0], memory.now, op.in, op.first,
+            return over_rows(pool_backward<Real>, plan.max_rows[0], dx, dy, memory.places[0], memory.where[0], memory.now, op.in, op.first,
                              op.adds_to_dx);
     }
 }
-void Gpu::walk(int which, bool marked) {
+template <class Real>
+void Gpu::walk_tape(bool learns, bool marked) {
     const int ops = static_cast<int>(plan.ops.size);
-    const bool learns = which > 0;
-    error = cudaSuccess, product_error = CUBLAS_STATUS_SUCCESS, launches = 0;
     mark(0, marked);
-    for (int i = 0; i < ops; ++i) op_forward(i, learns), mark(i + 1, marked);
-    for (int i = ops; i-- > 0 && learns;) op_backward(i), mark(2 * ops - i, marked);
+    for (int i = 0; i < ops; ++i) op_forward<Real>(i, learns), mark(i + 1, marked);
+    for (int i = ops; i-- > 0 && learns;) op_backward<Real>(i), mark(2 * ops - i, marked);
+}
+void Gpu::walk(int which, bool marked) {
+    error = cudaSuccess, product_error = CUBLAS_STATUS_SUCCESS, launches = 0;
+    if (is_narrow()) walk_tape<__nv_bfloat16>(which > 0, marked);
+    else walk_tape<float>(which > 0, marked);
     if (which < 2) return;
     const int64_t n = learnt_block(plan);
     const int parts = static_cast<int>(lesser<int64_t>(parts_of(n, block_threads), square_blocks_there));
     launch(square_parts, parts, 1, 0, memory.partial, memory.gradients, n);
     launch(judge, 1, 1, 0, memory.sums, memory.partial, parts, memory.now);
-    over_elements(adamw, n, plan.frozen ? memory.adapter : memory.weights, plan.frozen || !is_narrow() ? nullptr : memory.narrow_weights,
-                  memory.moment1, memory.moment2, memory.gradients, memory.decays, n, memory.sums, memory.now);
+    over_elements(adamw, n / 4, plan.frozen ? memory.adapter : memory.weights,
+                  plan.frozen || !is_narrow() ? nullptr : memory.narrow_weights, memory.moment1, memory.moment2, memory.gradients,
+                  memory.decays, n, memory.sums, memory.now);
     const cudaError_t copied = cudaMemcpyAsync(sums, memory.sums, sizeof *sums, cudaMemcpyDeviceToHost, stream);
     if (error == cudaSuccess) error = copied;
 }
@@ -1760,12 +2205,22 @@ Status Gpu::create(const DevicePlan& of) {
     if (!fits(attention_bytes<8>(dim, 6, 2)))
         return refuse(Error::unsupported,
                       "attention's heads have too many columns for this GPU's shared memory: take more heads, or the backend cpu");
-    void (*const kernels[])(Attend, const Now*) = {
-        attention_forward<32, true>,  attention_backward_queries<32, true>,  attention_backward_keys<32, true>,
-        attention_forward<32, false>, attention_backward_queries<32, false>, attention_backward_keys<32, false>,
-        attention_forward<16, false>, attention_backward_queries<16, false>, attention_backward_keys<16, false>,
-        attention_forward<8, false>,  attention_backward_queries<8, false>,  attention_backward_keys<8, false>};
-    for (const auto kernel : kernels) BABYGPT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    const auto allow = [&](auto... kernels) {
+        cudaError_t allowed = cudaSuccess;
+        for (const auto kernel : {kernels...})
+            if (allowed == cudaSuccess) allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+        return allowed;
+    };
+    using Narrow = __nv_bfloat16;
+    BABYGPT_CUDA(
+        allow(attention_forward<32, false, float>, attention_backward_queries<32, false, float>, attention_backward_keys<32, false, float>,
+              attention_forward<16, false, float>, attention_backward_queries<16, false, float>, attention_backward_keys<16, false, float>,
+              attention_forward<8, false, float>, attention_backward_queries<8, false, float>, attention_backward_keys<8, false, float>));
+    BABYGPT_CUDA(allow(
+        attention_forward<32, true, Narrow>, attention_backward_queries<32, true, Narrow>, attention_backward_keys<32, true, Narrow>,
+        attention_forward<32, false, Narrow>, attention_backward_queries<32, false, Narrow>, attention_backward_keys<32, false, Narrow>,
+        attention_forward<16, false, Narrow>, attention_backward_queries<16, false, Narrow>, attention_backward_keys<16, false, Narrow>,
+        attention_forward<8, false, Narrow>, attention_backward_queries<8, false, Narrow>, attention_backward_keys<8, false, Narrow>));
 
     if (on_tensor_cores(plan)) BABYGPT_CUBLAS(cublasLtCreate(&library));
     Plan there;
@@ -1818,8 +2273,9 @@ Status Gpu::create(const DevicePlan& of) {
 }
 void Gpu::destroy() {
     if (stream) (void)cudaStreamSynchronize(stream);
-    for (cudaGraphExec_t graph : graphs)
-        if (graph) (void)cudaGraphExecDestroy(graph);
+    for (const auto& both : graphs)
+        for (cudaGraphExec_t graph : both)
+            if (graph) (void)cudaGraphExecDestroy(graph);
     for (Tensorial* t = products; t; t = products) {
         products = t->next;
         destroy_plan(*t);
@@ -1938,10 +2394,8 @@ Status upload(Device* d, DevicePart which, const float* from) {
     if (from) BABYGPT_CUDA(cudaMemcpyAsync(d->part(which), from, bytes, cudaMemcpyHostToDevice, d->stream));
     else BABYGPT_CUDA(cudaMemsetAsync(d->part(which), 0, bytes, d->stream));
     if (which == DevicePart::weights && d->is_narrow()) {
-        const int rows = static_cast<int>(d->plan.weight_block / 16);  // the block is made of sixteens
         d->error = cudaSuccess, d->product_error = CUBLAS_STATUS_SUCCESS;
-        d->over_elements(narrow_rows, d->plan.weight_block, d->memory.narrow_weights, d->memory.weights, Extent{rows, -1, 0}, d->memory.now,
-                         16);
+        d->over_elements(narrow_copy, d->plan.weight_block, d->memory.narrow_weights, d->memory.weights, d->plan.weight_block);
         if (d->error != cudaSuccess) return trouble("cudaLaunchKernelEx", d->error);
     }
     BABYGPT_CUDA(cudaStreamSynchronize(d->stream));
@@ -1967,12 +2421,15 @@ Status run_device(Device* d, const Run& run, const DeviceUpdate* update) {
     BABYGPT_CUDA(cudaEventRecord(d->sent, d->stream));
     d->sending = true;
     const int which = !run.training ? 0 : update ? 2 : 1;
-    if (run.seconds || !d->walked[which]) {
+    d->full = true;
+    for (int side = 0; side < 3; ++side) d->full = d->full && d->input.now->rows[side] == d->plan.max_rows[side];
+    if (run.seconds || !d->walked[which][d->full]) {
         BABYGPT_CUDA_TRY(d->walk_now(which, run.seconds));
-        d->walked[which] = true;
+        d->walked[which][d->full] = true;
     } else {
-        if (!d->graphs[which]) BABYGPT_CUDA_TRY(d->capture(which, d->graphs[which]));
-        BABYGPT_CUDA(cudaGraphLaunch(d->graphs[which], d->stream));
+        cudaGraphExec_t& graph = d->graphs[which][d->full];
+        if (!graph) BABYGPT_CUDA_TRY(d->capture(which, graph));
+        BABYGPT_CUDA(cudaGraphLaunch(graph, d->stream));
     }
     if (run.training) d->fresh = update != nullptr;
     return Status();
@@ -2012,7 +2469,9 @@ extern "C" const babygpt::records::DeviceFunctions* babygpt_cuda_device() {
 #ifdef __CUDACC__
 #undef BABYGPT_SHARED
 #undef BABYGPT_DYNAMIC_SHARED
+#undef BABYGPT_PRAGMA
 #endif
+#undef BABYGPT_UNROLL
 
 // =====================================================================================================================
 // [CHAPTER 12] Licence (MIT)

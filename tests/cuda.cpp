@@ -155,7 +155,8 @@ void compare(const Case& c) {
     CHECK_OK(cuda.trainer.fetch());
     weights = distance(names, c.lora ? plain.adapter.weights : plain.model.weights, c.lora ? cuda.adapter.weights : cuda.model.weights,
                        tolerance, "the weights", c.name);
-    CHECK(gradients <= tolerance && weights <= tolerance);
+    const double wide = c.precision == Precision::bf16 ? 2 * tolerance : tolerance;  // AdamW makes much of a small gradient's rounding
+    CHECK(gradients <= tolerance && weights <= wide);
     Evaluation e, f;
     CHECK_OK(plain.trainer.evaluate(plain.data, e));
     CHECK_OK(cuda.trainer.evaluate(cuda.data, f));
