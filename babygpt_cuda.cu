@@ -289,8 +289,9 @@ struct Memory {
     float *row_weights, *features;
 };
 
-constexpr int most_splits = 64;  // of a product's sum over rows
-constexpr int most_parts = 512;  // of a sum over rows alone
+constexpr int most_splits = 64;     // of a product's sum over rows
+constexpr int fixed_shared = 1024;  // of a kernel that has dynamic shared memory, too: at most
+constexpr int most_parts = 512;     // of a sum over rows alone
 #ifdef BABYGPT_CUDA_EMULATOR
 constexpr int64_t scratch_logits = 1 << 12;  // tests are small, and shall see several chunks
 constexpr size_t workspace_bytes = 4096;
@@ -656,7 +657,7 @@ __global__ void norm_forward(Real* y, float* statistics, const Real* x, const fl
 // of its rows there, of dy, which is db, and of dy * h, which is dw: [blocks][2][n]; a lane has `each` times four columns, and keeps a row's
 // numbers. each is 0 where a row is too long for that, or no multiple of four; then there are no sums.
 template <class Real, int each>
-__global__ void __launch_bounds__(block_threads)
+__global__ void __launch_bounds__(block_threads, each == 3 ? 4 : 1)
     norm_backward(Real* dx, float* parts, const Real* dy, const Real* x, const float* statistics, const float* w, const Now* now, int side,
                   int n, bool centred, bool adds) {
     constexpr size_t kept = each > 0 ? each : 1;
@@ -760,19 +761,23 @@ __global__ void sums_over_rows(float* parts, const Real* dy, int64_t stride, con
         if (x) at[n] = sum_w[j];
     }
 }
-// db and dw (each may be null) += their parts, in order: warp i of a block every 8th, of 32 columns. 4 bytes a part.
+// db and dw (each may be null) += their parts, in an order that never changes: a block has 8 columns, each 8th thread of it every 32nd part of one.
+// 4 bytes a part.
+constexpr int sum_columns = 8;
 __global__ void add_row_sums(float* db, float* dw, const float* parts, int count, int n) {
     BABYGPT_SHARED(float, sums, block_threads);
-    const int c = static_cast<int>(blockIdx.x) * warp + lane();
+    const int me = static_cast<int>(threadIdx.x), c = static_cast<int>(blockIdx.x) * sum_columns + me % sum_columns;
     float* const to = c < n ? db : dw;
+    const bool counts = c < 2 * n && to;
     float sum = 0;
     BABYGPT_UNROLL(8)
-    for (int i = static_cast<int>(threadIdx.x) / warp; i < count; i += block_warps)
-        if (c < 2 * n && to) sum += parts[2 * static_cast<int64_t>(i) * n + c];
-    sums[threadIdx.x] = sum;
+    for (int i = me / sum_columns; i < count; i += block_threads / sum_columns)
+        if (counts) sum += parts[2 * static_cast<int64_t>(i) * n + c];
+    for (int apart = sum_columns; apart < warp; apart *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
+    sums[me] = sum;
     __syncthreads();
-    if (threadIdx.x >= warp || c >= 2 * n || !to) return;
-    for (int i = 1; i < block_warps; ++i) sum += sums[i * warp + lane()];
+    if (me >= sum_columns || !counts) return;
+    for (int i = 1; i < block_warps; ++i) sum += sums[i * warp + me];
     to[c < n ? c : c - n] += sum;
 }
 // to += the parts of a product, in order. Over elements. 4 bytes a part, and 8.
@@ -1306,16 +1311,17 @@ __global__ void pool_backward(Real* dx, const Real* dy, const Place* places, con
 
 // A warp has a row of logits, of a chunk of rows that begins at `first`, or a block has it where the row is long: the loss, the target's rank, and,
 // where it learns, the logits' gradients in their place: dl = softmax(l) - (1-e) [v is the target] - e/V, times the row's weight. Real bytes: 1 to
-// read, 1 again and 1 to write.
+// read, 1 again (where a long row has no room in shared memory) and 1 to write.
 template <class Real, bool by_block>
 __global__ void __launch_bounds__(block_threads)
     head_loss(Real* logits, int64_t stride, double* losses, int32_t* ranks, const int32_t* targets, const float* row_weights, Extent extent,
-              const Now* now, int vocab, bool learns) {
+              const Now* now, int vocab, bool learns, bool keeps) {
     struct Sum {
         float biggest, sum, all;  // sum: of e^(l - biggest)
         int rank;
     };
     BABYGPT_SHARED(float, shared, (4 * block_warps));
+    BABYGPT_DYNAMIC_SHARED(memory);
     const auto joined = [](Sum a, const Sum& b) {
         const float biggest = fmaxf(a.biggest, b.biggest), base = biggest == -INFINITY ? 0.0f : biggest;
         a.sum = a.sum * expf(a.biggest - base) + b.sum * expf(b.biggest - base);
@@ -1332,14 +1338,17 @@ __global__ void __launch_bounds__(block_threads)
         const float wanted = target < 0 ? 0.0f : static_cast<float>(l[target]);
         const auto over_logits = [&](const auto& f) {
             int v = size * me;
+            BABYGPT_UNROLL(4)
             for (; aligned && v + size <= vocab; v += size * lanes) f(v, Size<size>());
             const int rest = aligned ? vocab / size * size : 0;
             for (v = rest + me; v < vocab; v += lanes) f(v, Size<1>());
         };
+        Real* const kept = keeps ? reinterpret_cast<Real*>(memory) : l;  // each thread reads again what it has read itself
         Sum total{-INFINITY, 0, 0, 0};
         over_logits([&](int v, auto count) {
             float x[count.many], biggest = total.biggest;
             load(x, l + v);
+            if (keeps) store(kept + v, x);
             for (const float one : x) biggest = fmaxf(biggest, one);
             const float base = biggest == -INFINITY ? 0.0f : biggest;
             float sum = total.sum * expf(total.biggest - base);
@@ -1373,7 +1382,7 @@ __global__ void __launch_bounds__(block_threads)
         const float each = static_cast<float>(now->smoothing / vocab), more = static_cast<float>(1 - now->smoothing);
         over_logits([&](int v, auto count) {
             float x[count.many];
-            load(x, l + v);
+            load(x, kept + v);
             for (int k = 0; k < count.value; ++k)
                 x[k] = weight != 0 ? (expf(x[k] - total.biggest) * inverse - each - (v + k == target ? more : 0.0f)) * weight : 0.0f;
             store(l + v, x);
@@ -1639,7 +1648,7 @@ struct Gpu {
         add_sums(db, dw, count, n);
     }
     void add_sums(float* db, float* dw, int count, int n) {
-        launch(add_row_sums, parts_of(dw ? 2 * n : n, warp), 1, 0, db, dw, memory.parts, count, n);
+        launch(add_row_sums, parts_of(dw ? 2 * n : n, sum_columns), 1, 0, db, dw, memory.parts, count, n);
     }
 
     Status create(const DevicePlan& of);
@@ -1990,9 +1999,11 @@ void Gpu::head(const Op& op, bool learns) {
             multiply(
                 Product<float, float, float>{logits, stride, weight(op.b), 0, x, weight(op.w), op.in, op.in, here, {op.in, -1, 0}, op.out},
                 true, true);
-        launch(op.out > long_row ? head_loss<Real, true> : head_loss<Real, false>,
-               op.out > long_row ? here.size : blocks(here.size, block_warps), 1, 0, logits, stride, memory.losses, memory.ranks,
-               memory.targets, memory.row_weights, here, memory.now, op.out, learns);
+        const size_t row_bytes = static_cast<size_t>(stride) * sizeof(Real);
+        const bool is_long = op.out > long_row, keeps = is_long && learns && row_bytes <= static_cast<size_t>(shared_bytes - fixed_shared);
+        launch(is_long ? head_loss<Real, true> : head_loss<Real, false>, is_long ? here.size : blocks(here.size, block_warps), 1,
+               keeps ? row_bytes : 0, logits, stride, memory.losses, memory.ranks, memory.targets, memory.row_weights, here, memory.now,
+               op.out, learns, keeps);
         if (!learns) continue;
         Real *const to = dx + from, *const start = op.adds_to_dx ? to : nullptr;
         if (fast)
@@ -2205,22 +2216,26 @@ Status Gpu::create(const DevicePlan& of) {
     if (!fits(attention_bytes<8>(dim, 6, 2)))
         return refuse(Error::unsupported,
                       "attention's heads have too many columns for this GPU's shared memory: take more heads, or the backend cpu");
-    const auto allow = [&](auto... kernels) {
+    const auto allow = [&](int bytes_of_block, auto... kernels) {
         cudaError_t allowed = cudaSuccess;
         for (const auto kernel : {kernels...})
-            if (allowed == cudaSuccess) allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+            if (allowed == cudaSuccess) allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes_of_block);
         return allowed;
     };
     using Narrow = __nv_bfloat16;
-    BABYGPT_CUDA(
-        allow(attention_forward<32, false, float>, attention_backward_queries<32, false, float>, attention_backward_keys<32, false, float>,
-              attention_forward<16, false, float>, attention_backward_queries<16, false, float>, attention_backward_keys<16, false, float>,
-              attention_forward<8, false, float>, attention_backward_queries<8, false, float>, attention_backward_keys<8, false, float>));
-    BABYGPT_CUDA(allow(
-        attention_forward<32, true, Narrow>, attention_backward_queries<32, true, Narrow>, attention_backward_keys<32, true, Narrow>,
-        attention_forward<32, false, Narrow>, attention_backward_queries<32, false, Narrow>, attention_backward_keys<32, false, Narrow>,
-        attention_forward<16, false, Narrow>, attention_backward_queries<16, false, Narrow>, attention_backward_keys<16, false, Narrow>,
-        attention_forward<8, false, Narrow>, attention_backward_queries<8, false, Narrow>, attention_backward_keys<8, false, Narrow>));
+    BABYGPT_CUDA(allow(shared_bytes - fixed_shared, head_loss<float, true>));
+    BABYGPT_CUDA(allow(shared_bytes - fixed_shared, head_loss<Narrow, true>));
+    BABYGPT_CUDA(allow(shared_bytes, attention_forward<32, false, float>, attention_backward_queries<32, false, float>,
+                       attention_backward_keys<32, false, float>, attention_forward<16, false, float>,
+                       attention_backward_queries<16, false, float>, attention_backward_keys<16, false, float>,
+                       attention_forward<8, false, float>, attention_backward_queries<8, false, float>,
+                       attention_backward_keys<8, false, float>));
+    BABYGPT_CUDA(allow(shared_bytes, attention_forward<32, true, Narrow>, attention_backward_queries<32, true, Narrow>,
+                       attention_backward_keys<32, true, Narrow>, attention_forward<32, false, Narrow>,
+                       attention_backward_queries<32, false, Narrow>, attention_backward_keys<32, false, Narrow>,
+                       attention_forward<16, false, Narrow>, attention_backward_queries<16, false, Narrow>,
+                       attention_backward_keys<16, false, Narrow>, attention_forward<8, false, Narrow>,
+                       attention_backward_queries<8, false, Narrow>, attention_backward_keys<8, false, Narrow>));
 
     if (on_tensor_cores(plan)) BABYGPT_CUBLAS(cublasLtCreate(&library));
     Plan there;

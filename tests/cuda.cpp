@@ -185,6 +185,11 @@ TEST(gpt2, "GPT-2 would learn otherwise on a GPU") {
     c.config.positions = Positions::rotary, c.config.heads = 4, c.config.kv_heads = 2, c.config.width = 24, c.config.head_bias = true;
     c.config.activation = Activation::relu;
     compare(c);
+    c = Case{"gpt2, a head of 1101", small("gpt2"), some(1)};  // rows of logits that a block has
+    c.config.vocab = 1101, c.config.context = 7, c.config.tied = false;
+    compare(c);
+    c.name = "bf16: a head of 1101", c.precision = Precision::bf16, c.tolerance = 3e-2;
+    compare(c);
 }
 TEST(llama, "Llama would learn otherwise on a GPU") {
     Case c{"llama", small("llama"), some(3)};
