@@ -372,7 +372,7 @@ inline void plan_memory(Plan& plan, const DevicePlan& p, Memory& m) {
         for (int i = 0; i < op.loras; ++i) parts = greater(parts, most_splits * static_cast<int64_t>(p.rank) * greater(op.in, op.out));
         embeds = embeds || (op.kind == OpKind::embedding && p.training && !p.frozen);
     }
-    parts = p.training ? greater(parts, 2 * parts_of_rows(rows) * widest) : 0;
+    parts = p.training ? greater(parts, 3 * parts_of_rows(rows) * widest) : 0;
     m.weights = plan.take<float>(p.weight_block, "weights");
     m.adapter = plan.take<float>(p.adapter_block, "adapter");
     m.gradients = plan.take<float>(learnt, "gradients");
@@ -653,83 +653,92 @@ __global__ void norm_forward(Real* y, float* statistics, const Real* x, const fl
         if (lane() == 0) statistics[2 * static_cast<int64_t>(row)] = mean, statistics[2 * static_cast<int64_t>(row) + 1] = scale;
     }
 }
-// With h = (x - mean) * scale and g = dy * w:  dx = scale * (g - mean(g) - h * mean(g * h)). Where `parts` is not null, a block leaves the sums
-// of its rows there, of dy, which is db, and of dy * h, which is dw: [blocks][2][n]; a lane has `each` times four columns, and keeps a row's
-// numbers. each is 0 where a row is too long for that, or no multiple of four; then there are no sums.
-template <class Real, int each>
-__global__ void __launch_bounds__(block_threads, each == 3 ? 4 : 1)
-    norm_backward(Real* dx, float* parts, const Real* dy, const Real* x, const float* statistics, const float* w, const Now* now, int side,
-                  int n, bool centred, bool adds) {
-    constexpr size_t kept = each > 0 ? each : 1;
-    float sum_b[kept][4] = {}, sum_w[kept][4] = {};
-    const auto finish = [&](int64_t at, float scale, float mean_g, float mean_gh, auto& g, const auto& h, auto size) {
-        float before[size.many] = {};
-        if (adds) load(before, dx + at);
-        for (int i = 0; i < size.value; ++i) g[i] = fmaf(scale, fmaf(-h[i], mean_gh, g[i] - mean_g), before[i]);
-        store(dx + at, g);
-    };
+// With h = (x - mean) * scale and g = dy * w:  dx = scale * (g - mean(g) - h * mean(g * h)).
+template <class Real>
+__global__ void norm_backward(Real* dx, const Real* dy, const Real* x, const float* statistics, const float* w, const Now* now, int side,
+                              int n, bool centred, bool adds) {
     for (int row = first_row(); row < now->rows[side]; row += all_warps()) {
         const int64_t at = static_cast<int64_t>(row) * n;
         const float mean = statistics[2 * static_cast<int64_t>(row)], scale = statistics[2 * static_cast<int64_t>(row) + 1];
         float mean_g = 0, mean_gh = 0;
-        const auto read = [&](int c, auto& d, auto& g, auto& h, auto size) {
-            float factor[size.many];
-            load(d, dy + at + c), load(h, x + at + c), load(factor, w + c);
-            for (int i = 0; i < size.value; ++i) {
-                g[i] = d[i] * factor[i], h[i] = (h[i] - mean) * scale;
-                if (centred) mean_g += g[i];
-                mean_gh = fmaf(g[i], h[i], mean_gh);
-            }
+        const auto over = [&](const auto& f) {
+            over_columns(n, [&](int c, auto size) {
+                float g[size.many], h[size.many], factor[size.many];
+                load(g, dy + at + c), load(h, x + at + c), load(factor, w + c);
+                for (int i = 0; i < size.value; ++i) g[i] *= factor[i], h[i] = (h[i] - mean) * scale;
+                f(c, g, h, size);
+            });
         };
-        if constexpr (each > 0) {
-            float d[kept][4], g[kept][4], h[kept][4];
-            BABYGPT_UNROLL(8)
-            for (int k = 0; k < each; ++k) {
-                const int c = 4 * (k * warp + lane());
-                if (c >= n) continue;
-                read(c, d[k], g[k], h[k], Size<4>());
-                for (int i = 0; i < 4; ++i) sum_b[k][i] += d[k][i], sum_w[k][i] = fmaf(d[k][i], h[k][i], sum_w[k][i]);
-            }
-            mean_g = warp_sum(mean_g) / static_cast<float>(n), mean_gh = warp_sum(mean_gh) / static_cast<float>(n);
-            BABYGPT_UNROLL(8)
-            for (int k = 0; k < each; ++k) {
-                const int c = 4 * (k * warp + lane());
-                if (c < n) finish(at + c, scale, mean_g, mean_gh, g[k], h[k], Size<4>());
-            }
-        } else {
-            const auto all = [&](const auto& f) {
-                over_columns(n, [&](int c, auto size) {
-                    float d[size.many], g[size.many], h[size.many];
-                    read(c, d, g, h, size);
-                    f(c, g, h, size);
-                });
-            };
-            all([](int, auto&, auto&, auto) {});
-            const float of_g = warp_sum(mean_g) / static_cast<float>(n), of_gh = warp_sum(mean_gh) / static_cast<float>(n);
-            all([&](int c, auto& g, auto& h, auto size) { finish(at + c, scale, of_g, of_gh, g, h, size); });
-        }
+        over([&](int, auto& g, auto& h, auto size) {
+            for (int i = 0; i < size.value; ++i) mean_g += centred ? g[i] : 0.0f, mean_gh = fmaf(g[i], h[i], mean_gh);
+        });
+        mean_g = warp_sum(mean_g) / static_cast<float>(n), mean_gh = warp_sum(mean_gh) / static_cast<float>(n);
+        over([&](int c, auto& g, auto& h, auto size) {
+            float before[size.many] = {};
+            if (adds) load(before, dx + at + c);
+            for (int i = 0; i < size.value; ++i) g[i] = fmaf(scale, fmaf(-h[i], mean_gh, g[i] - mean_g), before[i]);
+            store(dx + at + c, g);
+        });
     }
-    if constexpr (each > 0) {
-        BABYGPT_SHARED(float, b, (block_warps * warp * 4));
-        BABYGPT_SHARED(float, v, (block_warps * warp * 4));
-        for (int k = 0; k < each && parts; ++k) {
-            for (int i = 0; i < 4; ++i)
-                b[4 * static_cast<int>(threadIdx.x) + i] = sum_b[k][i], v[4 * static_cast<int>(threadIdx.x) + i] = sum_w[k][i];
+}
+// The same, where a lane can keep its part of a row, `each` times four columns; then a block also leaves the sums over its rows of dy, which is db,
+// of dy * h, which is dw, and of what stands in dx afterwards, which is the db of a product that made x's last summand: [blocks][3][n].
+template <class Real, int each>
+__global__ void __launch_bounds__(block_threads, each == 3 ? 3 : 1)
+    norm_backward_summing(Real* dx, float* parts, const Real* dy, const Real* x, const float* statistics, const float* w, const Now* now,
+                          int side, int n, bool centred, bool adds) {
+    constexpr size_t kept = each;
+    float sums[3][kept][4] = {};
+    const auto columns = [&](const auto& f) {
+        BABYGPT_UNROLL(8)
+        for (int k = 0; k < each; ++k)
+            if (const int c = 4 * (k * warp + lane()); c < n) f(k, c);
+    };
+    for (int row = first_row(); row < now->rows[side]; row += all_warps()) {
+        const int64_t at = static_cast<int64_t>(row) * n;
+        const float mean = statistics[2 * static_cast<int64_t>(row)], scale = statistics[2 * static_cast<int64_t>(row) + 1];
+        float g[kept][4], h[kept][4], mean_g = 0, mean_gh = 0;
+        columns([&](int k, int c) {
+            float factor[4];
+            load(g[k], dy + at + c), load(h[k], x + at + c), load(factor, w + c);
+            for (int i = 0; i < 4; ++i) {
+                h[k][i] = (h[k][i] - mean) * scale;
+                sums[0][k][i] += g[k][i], sums[1][k][i] = fmaf(g[k][i], h[k][i], sums[1][k][i]);
+                g[k][i] *= factor[i];
+                mean_g += centred ? g[k][i] : 0.0f, mean_gh = fmaf(g[k][i], h[k][i], mean_gh);
+            }
+        });
+        mean_g = warp_sum(mean_g) / static_cast<float>(n), mean_gh = warp_sum(mean_gh) / static_cast<float>(n);
+        columns([&](int k, int c) {
+            float before[4] = {};
+            if (adds) load(before, dx + at + c);
+            for (int i = 0; i < 4; ++i) {
+                g[k][i] = fmaf(scale, fmaf(-h[k][i], mean_gh, g[k][i] - mean_g), before[i]);
+                sums[2][k][i] += g[k][i];
+            }
+            store(dx + at + c, g[k]);
+        });
+    }
+    BABYGPT_SHARED(float, of_warps, (block_warps * warp * 4));
+    const int me = static_cast<int>(threadIdx.x);
+    for (int which = 0; which < 3; ++which)
+        for (int k = 0; k < each; ++k) {
+            for (int i = 0; i < 4; ++i) of_warps[4 * me + i] = sums[which][k][i];
             __syncthreads();
-            const int column = static_cast<int>(threadIdx.x) % (4 * warp), c = 4 * k * warp + column;
-            const float* const from = static_cast<int>(threadIdx.x) < 4 * warp ? b : v;
-            float sum = 0;
-            for (int i = 0; i < block_warps; ++i) sum += from[i * 4 * warp + column];
-            if (c < n) parts[(2 * static_cast<int64_t>(blockIdx.x) + (from == b ? 0 : 1)) * n + c] = sum;
+            const int c = 4 * k * warp + me;
+            if (me < 4 * warp && c < n) {
+                float sum = 0;
+                for (int i = 0; i < block_warps; ++i) sum += of_warps[i * 4 * warp + me];
+                parts[(3 * static_cast<int64_t>(blockIdx.x) + which) * n + c] = sum;
+            }
             __syncthreads();
         }
-    }
 }
 
 // ---- sums over rows ----------------------------------------------------------------------------------------------------
 
 // db = the sum of dy's rows, dw = the sum of dy * h (x null: not wanted). A block has `size` columns a lane and a part of the rows, warp i of it every
-// 8th row; parts: [parts][2][n] of db and dw. dy's rows are `stride` apart. Real bytes: 1, 2 with dw.
+// 8th row; parts: [parts][3][n], of db and dw. dy's rows are `stride` apart. Real bytes: 1, 2 with dw.
 template <int size, class Real>
 __global__ void sums_over_rows(float* parts, const Real* dy, int64_t stride, const Real* x, const float* statistics, Extent extent,
                                const Now* now, int n) {
@@ -756,29 +765,31 @@ __global__ void sums_over_rows(float* parts, const Real* dy, int64_t stride, con
     for (int j = 0; j < size; ++j) {
         for (int i = 1; i < block_warps; ++i)
             sum_b[j] += b[j * block_threads + i * warp + me], sum_w[j] += w[j * block_threads + i * warp + me];
-        float* const at = parts + 2 * static_cast<int64_t>(blockIdx.y) * n + c + j;
+        float* const at = parts + 3 * static_cast<int64_t>(blockIdx.y) * n + c + j;
         at[0] = sum_b[j];
         if (x) at[n] = sum_w[j];
     }
 }
-// db and dw (each may be null) += their parts, in an order that never changes: a block has 8 columns, each 8th thread of it every 32nd part of one.
-// 4 bytes a part.
+// What sums are added to; each may be null.
+struct SumsOver {
+    float* to[3];
+};
+// to += their parts, in an order that never changes: a block has 8 columns, each 8th thread of it every 32nd part of one. 4 bytes a part.
 constexpr int sum_columns = 8;
-__global__ void add_row_sums(float* db, float* dw, const float* parts, int count, int n) {
-    BABYGPT_SHARED(float, sums, block_threads);
+__global__ void add_row_sums(SumsOver sums, const float* parts, int count, int n) {
+    BABYGPT_SHARED(float, of_warps, block_threads);
     const int me = static_cast<int>(threadIdx.x), c = static_cast<int>(blockIdx.x) * sum_columns + me % sum_columns;
-    float* const to = c < n ? db : dw;
-    const bool counts = c < 2 * n && to;
+    float* const to = c < n ? sums.to[0] : c < 2 * n ? sums.to[1] : c < 3 * n ? sums.to[2] : nullptr;
     float sum = 0;
     BABYGPT_UNROLL(8)
     for (int i = me / sum_columns; i < count; i += block_threads / sum_columns)
-        if (counts) sum += parts[2 * static_cast<int64_t>(i) * n + c];
+        if (to) sum += parts[3 * static_cast<int64_t>(i) * n + c];
     for (int apart = sum_columns; apart < warp; apart *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
-    sums[me] = sum;
+    of_warps[me] = sum;
     __syncthreads();
-    if (me >= sum_columns || !counts) return;
-    for (int i = 1; i < block_warps; ++i) sum += sums[i * warp + me];
-    to[c < n ? c : c - n] += sum;
+    if (me >= sum_columns || !to) return;
+    for (int i = 1; i < block_warps; ++i) sum += of_warps[i * warp + me];
+    to[c % n] += sum;
 }
 // to += the parts of a product, in order. Over elements. 4 bytes a part, and 8.
 __global__ void add_parts(float* to, const float* parts, int splits, int64_t n) {
@@ -1540,6 +1551,14 @@ struct Gpu {
         for (const Op& op : plan.ops) readers += (op.x == tensor) + (op.x2 == tensor);
         return readers == 1;
     }
+    // A norm's backward pass may sum the rows of its dx at once, where that is then the gradient of a product with a bias, which made x's last summand.
+    static constexpr int kept_columns = 4 * warp * 8;
+    const Op* biased_before(const Op& norm) const {
+        if (norm.kind != OpKind::norm || &norm - plan.ops.begin() < 2 || norm.in % 4 != 0 || norm.in > kept_columns) return nullptr;
+        const Op &sum = *(&norm - 1), &maker = *(&norm - 2);
+        const bool makes = sum.kind == OpKind::add && sum.y == norm.x && maker.kind == OpKind::linear && maker.y == sum.x2;
+        return makes && weight_gradient(maker.b) && at(maker.y).gradient == at(norm.x).gradient ? &maker : nullptr;
+    }
     // What cuBLASLt does with a product at once. The sum whose second summand this op makes:
     const Op* sum_after(const Op& op) const {
         const Op* const next = &op + 1;
@@ -1645,10 +1664,11 @@ struct Gpu {
         const bool fours = n % 4 == 0 && stride % 4 == 0;
         launch(fours ? sums_over_rows<4, Real> : sums_over_rows<1, Real>, parts_of(n, fours ? 4 * warp : warp), count, 0, memory.parts, dy,
                stride, dw ? x : nullptr, statistics, rows, memory.now, n);
-        add_sums(db, dw, count, n);
+        add_sums({{db, dw, nullptr}}, count, n);
     }
-    void add_sums(float* db, float* dw, int count, int n) {
-        launch(add_row_sums, parts_of(dw ? 2 * n : n, sum_columns), 1, 0, db, dw, memory.parts, count, n);
+    void add_sums(const SumsOver& over, int count, int n) {
+        const int wanted = over.to[2] ? 3 : over.to[1] ? 2 : 1;
+        launch(add_row_sums, parts_of(wanted * n, sum_columns), 1, 0, over, memory.parts, count, n);
     }
 
     Status create(const DevicePlan& of);
@@ -1863,7 +1883,8 @@ void Gpu::linear_backward(const Op& op) {
     if (op.activation != Activation::none && !taken)
         over_elements(activate_backward<Real>, static_cast<int64_t>(rows) * op.out, dy, values<Real>(op.aux), memory.now, side, op.out,
                       op.activation);
-    if (db) sum_over_rows<Real>(db, nullptr, dy, op.out, nullptr, nullptr, all, op.out);
+    const bool has_norm = plan.ops.end() - &op > 2 && biased_before(*(&op + 2)) == &op;
+    if (db && !has_norm) sum_over_rows<Real>(db, nullptr, dy, op.out, nullptr, nullptr, all, op.out);
     const bool fast = on_tensor_cores(plan);
     if (fast && (dw || dx)) (void)side_of(dy, all, op.out);
     if (fast && dw) (void)side_of(x, all, op.in);
@@ -1933,13 +1954,15 @@ void Gpu::norm_back(const Op& op) {
     const Real *const x = values<Real>(op.x), *const dy = gradient<Real>(op.y);
     float *const dw = weight_gradient(op.w), *const db = weight_gradient(op.b);
     Real* const dx = gradient<Real>(op.x);
-    const bool summed = dw && n % 4 == 0 && n <= 4 * warp * 8;
-    if (dw && !summed) sum_over_rows<Real>(db, dw, dy, n, x, aux, {rows, side, 0}, n);
-    const auto kernel = !summed ? norm_backward<Real, 0> : n <= 4 * warp * 3 ? norm_backward<Real, 3> : norm_backward<Real, 8>;
-    const int count = parts_of_rows(rows);
-    launch(kernel, summed ? count : blocks(rows, block_warps), 1, 0, dx, summed ? memory.parts : nullptr, dy, x, aux, w, memory.now, side,
-           n, op.centred, op.adds_to_dx);
-    if (summed) add_sums(db, dw, count, n);
+    if (!dw || n % 4 != 0 || n > kept_columns) {
+        if (dw) sum_over_rows<Real>(db, dw, dy, n, x, aux, {rows, side, 0}, n);
+        return over_rows(norm_backward<Real>, rows, dx, dy, x, aux, w, memory.now, side, n, op.centred, op.adds_to_dx);
+    }
+    const Op* const biased = biased_before(op);
+    const int count = lesser(parts_of_rows(rows), 3 * processors);
+    launch(n <= 4 * warp * 3 ? norm_backward_summing<Real, 3> : norm_backward_summing<Real, 8>, count, 1, 0, dx, memory.parts, dy, x, aux,
+           w, memory.now, side, n, op.centred, op.adds_to_dx);
+    add_sums({{db, dw, biased ? weight_gradient(biased->b) : nullptr}}, count, n);
 }
 template <class Real>
 void Gpu::embed_backward(const Op& op) {
