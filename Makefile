@@ -136,11 +136,15 @@ $(build)/cuda/babygpt: tools/babygpt.cpp $(build)/babygpt.o $(build)/cuda/babygp
 	$(compile) $(filter-out %.h,$^) $(LDFLAGS) $(cuda_libraries) -o $@
 $(build)/cuda/test: tests/cuda.cpp tests/check.h $(build)/babygpt.o $(build)/cuda/babygpt_cuda.o
 	$(compile) -DON_A_GPU $(cuda_include) -isystem $(dir $(nvcc))../include $(filter-out %.h,$^) $(LDFLAGS) $(cuda_libraries) -o $@
+$(build)/cuda/products: tools/bench/products.cu
+	@mkdir -p $(@D)
+	$(nvcc) -std=$(standard) -O3 -arch=$(arch) -Xcompiler -Wall,-Wextra $(cuda_include) -c $< -o $@.o
+	$(CXX) $@.o $(LDFLAGS) $(cuda_libraries) -o $@
 cuda-test: $(build)/cuda/test
 	@sh tests/cuda.sh $<
-cuda-bench: $(build)/cuda/babygpt
+cuda-bench: $(build)/cuda/babygpt $(build)/cuda/products
 	@python3 -u tools/bench/bench.py --cuda --babygpt $< --folder $(build)/bench --pairs 1 --seconds 3 --save $(build)/cuda/bench.json $(options)
-	@for batch in 512 64; do echo; $< bench --profile --backend cuda --precision bf16 --batch $$batch --seconds 2 || exit 0; done
+	@for batch in 512 64; do echo; $< bench --profile --backend cuda --precision bf16 --batch $$batch --seconds 2 || exit 0; $(build)/cuda/products $$batch; done
 matrix: $(results)/matrix.sh
 	@sh tests/run.sh --sum $<
 clean:

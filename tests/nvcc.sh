@@ -25,6 +25,7 @@ check "sm_75 with g++" $compile -O3 -arch=sm_75 -o old.o
 check "sm_90 with g++" $compile -O3 -arch=sm_90 -o cuda.o
 if command -v clang++ > /dev/null; then check "sm_80 with clang++" $compile -O1 -arch=sm_80 -ccbin clang++ -o clang.o
 else echo "skipped: clang++ is not here"; fi
+check "tools/bench/products.cu" $nvcc -std=c++17 -Werror all-warnings -Xcompiler -Wall,-Wextra -O1 -arch=sm_80 -c $root/tools/bench/products.cu -o products.o
 [ -z "$all" ] || check "every major architecture" $compile -O3 -arch=all-major -t 0 -o all.o
 
 cat > program.cpp <<'END'
