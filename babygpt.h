@@ -175,8 +175,8 @@ struct [[nodiscard]] Status {
 
 // ---- Runtime: what the host lends us ---------------------------------------------------------------------------------
 
-// cpu: the fast one; plain: chapter 5, slow and readable; cuda: training and evaluation on a GPU, where babygpt_cuda.cu is part of the
-// program, and everything else as cpu.
+// cpu: the fast one; plain: chapter 5, slow and readable; cuda: training, evaluation and the sessions of decoders on a GPU, where babygpt_cuda.cu
+// is part of the program, and everything else as cpu: encoders, sessions of an encoder-decoder, and those that use an adapter.
 enum class Backend : int32_t { cpu, plain, cuda };
 enum class Precision : int32_t { f32, tf32, bf16 };  // of what a GPU multiplies; sums, weights, gradients, moments are f32. Processors: f32
 enum class Isa : int32_t { automatic, sse2, avx2, avx512, neon, portable };  // which kernels; for tests. bits are the same
@@ -564,7 +564,8 @@ struct Model {
     Status create(Runtime& runtime, const Config& config, Tokenizer&& tokenizer, uint64_t seed = 1);
     // A checkpoint (safetensors); GGUF of architecture gpt2 or llama in F32, F16, BF16 or Q8_0; llama2.c's .bin; or a folder of Hugging Face's with config.json and model.safetensors, in one or several
     // pieces, of type gpt2 or llama: then also the tokenizer that lies there, where there is one. Other people's models become f32.
-    // Purpose::running: only for sessions and encoders on the runtime's backend and isa, which begin sooner and say the same. The matrices are
+    // Purpose::running: only for sessions and encoders on the runtime's backend and isa, which begin sooner and say the same; but of a decoder
+    // that runs on a GPU all stays here, too, from where the GPU gets it. The matrices are
     // there once, as these read them, and not as floats beside it; only the embeddings' are. What needs them is an error then: to train,
     // evaluate, convert, save, compare or merge the model, Session::attention, other kernels.
     Status load(Runtime& runtime, Text path, Purpose purpose = Purpose::training);
@@ -893,7 +894,9 @@ struct SearchResult {
 
 // One conversation: a KV cache and a sampler over a shared, read-only model. One thread at a time; different sessions at the same time.
 // Past the end of the context the older half of the text is forgotten (in a chat: whole turns) and the rest is read again.
-// After create, a token allocates nothing.
+// After create, a token allocates nothing. With Backend::cuda the weights, once for all sessions of a model, and the KV cache are on the GPU (the
+// one that is current when the model's first session is made), which reads 256 ids at once; sampling is the processor's.
+// Precision::bf16: matrices, keys and values are rounded to bf16, and what matrices multiply; tf32 computes as f32.
 struct Session {
     const Model* model = nullptr;
     Runtime* runtime = nullptr;
@@ -908,7 +911,8 @@ struct Session {
     ~Session();
 
     Status create(Runtime& runtime, const Model& model);
-    // Goes on with this adapter, which must live as long and stay what it is, or with the model alone (null). What has been read is read
+    // Goes on with this adapter, which must live as long and stay what it is, or with the model alone (null). On a GPU there are no
+    // adapters: the session computes on the processor from then on. What has been read is read
     // again with it, unless keep_cache says that the keys and values that are there serve on: then the next token is still drawn from the
     // logits that are there, and a change costs next to nothing.
     Status use(const Adapter* adapter, bool keep_cache = false);
@@ -6258,7 +6262,8 @@ struct DeviceResult {
 };
 enum class DevicePart : int32_t { weights, adapter, gradients, moment1, moment2 };
 
-struct Device;  // all that it keeps
+struct Device;     // all that a trainer keeps there
+struct Generator;  // all that a model's sessions share there: weights, and space for one run at a time
 
 struct DeviceFunctions {
     const size_t* sizes;  // device_sizes, so that files of different versions do not misunderstand each other
@@ -6272,11 +6277,24 @@ struct DeviceFunctions {
     Status (*run)(Device* device, const Run& run, const DeviceUpdate* update);
     Status (*result)(Device* device, DeviceResult& result);                      // waits
     Status (*losses)(Device* device, int rows, double* losses, int32_t* ranks);  // waits: those of the last run, as in Regions
+    // Sessions, of decoders. A generator copies what it needs of the plan. One call at a time.
+    Status (*create_generator)(const DevicePlan& plan, Generator*& generator);
+    void (*destroy_generator)(Generator* generator);
+    uint64_t (*generator_bytes)(const DevicePlan& plan);
+    Status (*set_weights)(Generator* generator, const float* weights);
+    Status (*take_pages)(Generator* generator, uint64_t bytes, void*& pages);  // of a KV cache, in the device's memory, zeros
+    void (*drop_pages)(Generator* generator, void* pages);
+    Status (*copy_pages)(Generator* generator, void* to, const void* from, uint64_t bytes);
+    // A forward pass of at most `device_rows` rows; the sequences' pages are the device's. losses: of all rows, where not null. Waits.
+    Status (*read)(Generator* generator, const Run& run, double* losses);
 };
-constexpr size_t device_sizes[6] = {sizeof(Tensor), sizeof(Op), sizeof(WeightPlan), sizeof(Run), sizeof(DevicePlan), sizeof(DeviceUpdate)};
+constexpr int device_rows = 256;
+constexpr size_t device_sizes[7] = {sizeof(DeviceFunctions), sizeof(Tensor),      sizeof(Op), sizeof(WeightPlan), sizeof(Run),
+                                    sizeof(DevicePlan),      sizeof(DeviceUpdate)};
 
 // KV cache: pages of `kv_page` positions, each for all layers. In a page, layer after layer: the keys as [head][dim][position]
-// (so that a vector holds one dimension of neighbouring positions), then the values as [head][position][dim].
+// (so that a vector holds one dimension of neighbouring positions), then the values as [head][position][dim]. Floats; on a device that
+// multiplies bf16 these.
 constexpr int kv_page = 32;
 
 }  // namespace records
@@ -7840,7 +7858,7 @@ inline const DeviceFunctions* find_device(const Runtime& runtime) {
 #elif defined(__ELF__)
     if (runtime.backend == Backend::cuda && babygpt_cuda_device) device = babygpt_cuda_device();
 #endif
-    for (size_t i = 0; device && i < 6; ++i)
+    for (size_t i = 0; device && i < 7; ++i)
         if (device->sizes[i] != device_sizes[i]) device = nullptr;
     (void)runtime;
     return device;
@@ -7983,6 +8001,9 @@ void record_transformer(Tape& t, const Config& c) {
     if (c.classes > 0) t.head("score", t.pool("pool", x, c.pool_first), c.classes, c.bias);
     else t.head("lm_head", x, 0, c.head_bias);
 }
+
+// Do its sessions compute on the runtime's device, where there is one?
+inline bool runs_on_device(const Config& c) { return c.encoder_layers == 0 && c.causal && c.classes == 0 && c.features == 0; }
 
 // With numbers for what 0 stands for.
 Config complete(Config c) {
@@ -8135,7 +8156,11 @@ struct ModelState {
             return Status();
         }
     } packed[5];
+    struct OnDevice* on_device[2] = {};  // sessions' weights there, in f32 and in bf16; chapter 8
     explicit ModelState(Runtime& runtime) : plans(runtime), names(runtime) {}
+    ModelState(const ModelState&) = delete;
+    ModelState& operator=(const ModelState&) = delete;
+    ~ModelState();
 };
 
 namespace {
@@ -10794,15 +10819,47 @@ struct SearchMemory {
 
 }  // namespace
 
+// A model's weights on a device, and what runs there; it ends with the last of the model and those sessions and pages that use it.
+struct OnDevice {
+    Runtime* runtime = nullptr;
+    std::atomic<int> users{1};
+    Bell lock;
+    const DeviceFunctions* functions = nullptr;
+    Generator* generator = nullptr;
+    std::atomic<uint64_t> version{0};  // of the weights; 0: none yet
+    static void drop(OnDevice*& device) {
+        if (device && device->users.fetch_sub(1) == 1) {
+            if (device->generator) device->functions->destroy_generator(device->generator);
+            destroy(*device->runtime, device);
+        }
+        device = nullptr;
+    }
+};
+ModelState::~ModelState() {
+    for (OnDevice*& device : on_device) OnDevice::drop(device);
+}
+
 // Pages of the KV cache in one piece of memory, which ends with the last session that reads them.
 struct Pages {
+    Runtime* runtime = nullptr;
     std::atomic<int> users{1};
-    Block memory;
+    Block memory;  // or, on a device, ...
+    OnDevice* on = nullptr;
+    void* there = nullptr;
+    char* begin() const { return on ? static_cast<char*>(there) : memory.memory; }
+    ~Pages() {
+        if (there) {
+            on->lock.enter();
+            on->functions->drop_pages(on->generator, there);
+            on->lock.leave();
+        }
+        OnDevice::drop(on);
+    }
 };
 
 struct SessionState {
     Tape tape;
-    Block memory, low_memory;
+    Block memory, low_memory, here_memory;
     // The pages from number `shared` on are the session's own. Those before lie in `common`, are full and never written to.
     Pages *own = nullptr, *common = nullptr;
     int first_own = 0;  // the number of the page that `own` begins with
@@ -10812,6 +10869,8 @@ struct SessionState {
     const Adapter* adapter = nullptr;
     SearchMemory search{};
     const BackendFunctions* backend = nullptr;
+    OnDevice* on = nullptr;     // null: the session computes here
+    bool narrow_pages = false;  // of bf16
     Regions<float> regions;
     float** pages = nullptr;        // [context / kv_page]: the keys and values of what has been read
     int32_t* history = nullptr;     // [context] ids read
@@ -10835,9 +10894,9 @@ struct SessionState {
     const Guard* watched = nullptr;
     Array<uint64_t> states;  // ... these are of: said.watch's, then those of a token on trial
     explicit SessionState(Runtime& runtime) : tape(runtime), states(runtime) {}
-    ~SessionState() { drop(own), drop(common); }
+    ~SessionState() { drop(own), drop(common), OnDevice::drop(on); }
     static void drop(Pages*& pages) {
-        if (pages && pages->users.fetch_sub(1) == 1) destroy(*pages->memory.runtime, pages);
+        if (pages && pages->users.fetch_sub(1) == 1) destroy(*pages->runtime, pages);
         pages = nullptr;
     }
 };
@@ -10848,14 +10907,20 @@ constexpr size_t longest_stop = 256;  // bytes of a stop or banned string
 constexpr int most_at_once = 64;      // sequences that read a token in one pass
 
 inline int context_pages(int context) { return (context + kv_page - 1) / kv_page; }
-inline uint64_t pages_bytes(const Tape& tape, int64_t pages) {
-    return static_cast<uint64_t>(tape.kv_page_block()) * static_cast<uint64_t>(pages) * sizeof(float);
+inline uint64_t pages_bytes(const SessionState& s, int64_t pages) {
+    const uint64_t floats = static_cast<uint64_t>(s.tape.kv_page_block()) * static_cast<uint64_t>(pages);
+    return floats * (s.narrow_pages ? 2 : sizeof(float));
+}
+Status copy_page(const SessionState& s, void* to, const void* from) {
+    if (s.on) return s.on->functions->copy_pages(s.on->generator, to, from, pages_bytes(s, 1));
+    memcpy(to, from, static_cast<size_t>(pages_bytes(s, 1)));
+    return Status();
 }
 
-inline void lay_out(Layout& layout, SessionState& s, int threads, size_t longest_token) {
+inline void lay_out(Layout& layout, SessionState& s, bool on_device, int threads, size_t longest_token) {
     const Tape& tape = s.tape;
-    s.regions.activations = layout.take<float>(tape.activation_block);
-    s.regions.scratch = layout.take<float>(s.backend->scratch(tape, threads));
+    s.regions.activations = layout.take<float>(on_device ? 0 : tape.activation_block);
+    s.regions.scratch = layout.take<float>(on_device ? 0 : s.backend->scratch(tape, threads));
     s.regions.threads = threads;
     s.regions.losses = layout.take<double>(tape.rows_on(Side::text));
     s.pages = layout.take<float*>(context_pages(tape.context));
@@ -10898,17 +10963,21 @@ Status bind_weights(Runtime& runtime, const Model& model, Tape& tape, const Back
 BABYGPT_RARE Status take_pages(Session& session, int shared, int64_t count) {
     SessionState& s = *session.state;
     const int in_context = context_pages(s.tape.context);
-    const uint64_t bytes = pages_bytes(s.tape, count - shared);
+    const uint64_t bytes = pages_bytes(s, count - shared);
     Pages* taken = create<Pages>(*session.runtime);
-    if (!taken || !taken->memory.take(*session.runtime, bytes, !s.own)) {
-        if (taken) destroy(*session.runtime, taken);
-        return out_of_memory(bytes);
-    }
-    for (int i = shared; i < in_context; ++i) {
-        float* const page = reinterpret_cast<float*>(taken->memory.memory + pages_bytes(s.tape, i - shared));
-        if (s.own) memcpy(page, s.pages[i], static_cast<size_t>(pages_bytes(s.tape, 1)));
-        s.pages[i] = page;
-    }
+    if (!taken) return out_of_memory(sizeof(Pages));
+    taken->runtime = session.runtime;
+    Status status;
+    if (s.on) {
+        taken->on = s.on, ++s.on->users;
+        s.on->lock.enter();
+        status = s.on->functions->take_pages(s.on->generator, bytes, taken->there);
+    } else if (!taken->memory.take(*session.runtime, bytes, !s.own)) status = out_of_memory(bytes);
+    for (int i = shared; status.ok() && s.own && i < in_context; ++i)
+        status = copy_page(s, taken->begin() + pages_bytes(s, i - shared), s.pages[i]);
+    if (s.on) s.on->lock.leave();
+    if (!status.ok()) return destroy(*session.runtime, taken), status;
+    for (int i = shared; i < in_context; ++i) s.pages[i] = reinterpret_cast<float*>(taken->begin() + pages_bytes(s, i - shared));
     SessionState::drop(s.own);
     s.own = taken, s.first_own = s.shared = shared, s.page_count = static_cast<int>(count);
     if (shared == 0) SessionState::drop(s.common);
@@ -10921,19 +10990,64 @@ BABYGPT_RARE Status share_pages(Session& session, const Session& with) {
     for (int i = 0; i < shared; ++i) s.pages[i] = from.pages[i];
     if (shared > 0) s.common = from.common ? from.common : from.own, ++s.common->users;
     BABYGPT_TRY(take_pages(session, shared, context_pages(s.tape.context)));
-    for (int i = shared; i < context_pages(with.position); ++i)
-        memcpy(s.pages[i], from.pages[i], static_cast<size_t>(pages_bytes(s.tape, 1)));
+    Status status;
+    if (s.on) s.on->lock.enter();
+    for (int i = shared; status.ok() && i < context_pages(with.position); ++i) status = copy_page(s, s.pages[i], from.pages[i]);
+    if (s.on) s.on->lock.leave();
     s.kept = with.position;
-    return Status();
+    return status;
+}
+// The same weights on the session's device, if they are not there yet.
+Status send_weights(const Model& model, OnDevice& device) {
+    Status status;
+    if (device.version == model.version) return status;
+    device.lock.enter();
+    if (device.version != model.version) {
+        model.state->lock.enter();
+        status = bring(model);
+        if (status.ok()) status = device.functions->set_weights(device.generator, model.weights);
+        if (status.ok()) device.version = model.version;
+        model.state->lock.leave();
+    }
+    device.lock.leave();
+    return status;
+}
+// What the session's runs read.
+Status bind_weights(Session& session) {
+    SessionState& s = *session.state;
+    if (s.on) return send_weights(*session.model, *s.on);
+    return bind_weights(*session.runtime, *session.model, s.tape, *s.backend, s.regions);
+}
+// Lets a session compute on the runtime's device, if there is one and the model is one for it.
+BABYGPT_RARE Status go_to_device(SessionState& s, Runtime& from, const Model& of) {
+    const DeviceFunctions* const functions = find_device(from);
+    if (!functions || !runs_on_device(of.config)) return Status();
+    BABYGPT_TRY(bring(of));
+    s.narrow_pages = from.precision == Precision::bf16;
+    OnDevice*& shared = of.state->on_device[s.narrow_pages];
+    of.state->lock.enter();
+    Status status;
+    if (!shared) {
+        OnDevice* made = create<OnDevice>(*of.runtime);
+        if (made) {
+            made->runtime = of.runtime, made->functions = functions;
+            status = functions->create_generator(plan_of(from, s.tape, of.config, device_rows), made->generator);
+        } else status = out_of_memory(sizeof(OnDevice));
+        if (status.ok()) shared = made;
+        else OnDevice::drop(made);
+    }
+    if (status.ok()) s.on = shared, ++shared->users;
+    of.state->lock.leave();
+    return status;
 }
 // Before a session reads: what a run needs. Where it begins anew it must not write to what it shared.
 Status prepare(Session& session) {
     SessionState& s = *session.state;
-    BABYGPT_TRY(bind_weights(*session.runtime, *session.model, s.tape, *s.backend, s.regions));
+    BABYGPT_TRY(bind_weights(session));
     return s.shared > 0 && session.position == 0 ? take_pages(session, 0, s.page_count) : Status();
 }
 
-Status fill(Session& session, Runtime& from, const Model& of, const Session* parent) {
+Status fill(Session& session, Runtime& from, const Model& of, const Session* parent, bool on_processor) {
     if (!of.state) return fail(Error::invalid_argument, "the model is empty: create or load it first");
     if (!of.config.causal || of.config.classes > 0 || of.config.features > 0)
         return fail(Error::unsupported, "only a decoder can talk, and this model is none: see Encoder");
@@ -10943,9 +11057,10 @@ Status fill(Session& session, Runtime& from, const Model& of, const Session* par
     SessionState* const state = session.state = create<SessionState>(from, from);
     if (!state) return out_of_memory(sizeof(SessionState));
     state->backend = backend;
-    state->chunk = chunk_rows(of.config);
+    state->chunk = !on_processor && find_device(from) && runs_on_device(of.config) ? device_rows : chunk_rows(of.config);
     BABYGPT_TRY(record(state->tape, of.config, state->chunk, false, 0));
     if (of.state->only_runs) leave_out_packed(state->tape, *backend);
+    if (!on_processor) BABYGPT_TRY(go_to_device(*state, from, of));
     size_t longest_token = 4;
     for (int32_t id = 0; id < of.tokenizer.vocab; ++id) {
         const size_t size = of.tokenizer.bytes(id).size;
@@ -10953,14 +11068,15 @@ Status fill(Session& session, Runtime& from, const Model& of, const Session* par
         state->holes |= size == 0;
     }
     Layout layout;
-    lay_out(layout, *state, from.thread_count(), longest_token);
+    const bool on_device = state->on != nullptr;
+    lay_out(layout, *state, on_device, from.thread_count(), longest_token);
     if (!state->memory.take(from, layout.bytes, true)) return out_of_memory(layout.bytes);
     layout = Layout{state->memory.memory, 0};
-    lay_out(layout, *state, from.thread_count(), longest_token);
+    lay_out(layout, *state, on_device, from.thread_count(), longest_token);
     BABYGPT_TRY(parent ? share_pages(session, *parent) : take_pages(session, 0, context_pages(of.config.context)));
     session.model = &of;
     start_pool(from);
-    return bind_weights(from, of, state->tape, *backend, state->regions);
+    return bind_weights(session);
 }
 
 }  // namespace
@@ -10981,7 +11097,7 @@ Session::~Session() {
 Status Session::create(Runtime& from, const Model& of) {
     const FloatMode mode;
     *this = Session();
-    const Status status = fill(*this, from, of, nullptr);
+    const Status status = fill(*this, from, of, nullptr, false);
     if (!status.ok()) *this = Session();
     return status;
 }
@@ -11016,6 +11132,20 @@ void bind_adapter(Session& session) {
     SessionState& s = *session.state;
     s.regions.adapter = s.adapter ? s.adapter->weights : nullptr;
 }
+// Where the session computes. losses: of all rows; null: they are not wanted.
+Status forward(Session& session, const Run& run, double* losses) {
+    SessionState& s = *session.state;
+    if (s.on) {
+        s.on->lock.enter();
+        const Status status = s.on->functions->read(s.on->generator, run, losses);
+        s.on->lock.leave();
+        return status;
+    }
+    bind_adapter(session);
+    s.backend->forward(*session.runtime, s.tape, s.regions, run);
+    if (losses) memcpy(losses, s.regions.losses, static_cast<size_t>(run.rows) * sizeof(double));
+    return Status();
+}
 // The encoder's run.
 void look_at_source(Session& session) {
     SessionState& s = *session.state;
@@ -11033,7 +11163,7 @@ inline Stream seen_source(const SessionState& s) {
 }
 
 // Reads `count` ids (they fit the context) in chunks. With losses: losses[i] = -log p(ids[i+1]), the last one for `after` (-1: none).
-void read_ids(Session& session, const int32_t* ids, int count, double* losses, int32_t after) {
+Status read_ids(Session& session, const int32_t* ids, int count, double* losses, int32_t after) {
     SessionState& s = *session.state;
     for (int done = 0; done < count;) {
         const int rows = least(s.chunk, count - done);
@@ -11047,12 +11177,11 @@ void read_ids(Session& session, const int32_t* ids, int count, double* losses, i
             for (int i = 0; i < rows; ++i) s.targets[i] = done + i + 1 < count ? ids[done + i + 1] : after;
             run.targets = s.targets;
         }
-        bind_adapter(session);
-        s.backend->forward(*session.runtime, s.tape, s.regions, run);
-        if (losses) memcpy(losses + done, s.regions.losses, static_cast<size_t>(rows) * sizeof(double));
+        BABYGPT_TRY(forward(session, run, losses ? losses + done : nullptr));
         have_read(session, ids + done, rows);
         done += rows;
     }
+    return Status();
 }
 
 // The largest piece that make_room can always make room for.
@@ -11060,17 +11189,17 @@ inline int piece_rows(const Session& session) { return most(1, (session.model->c
 
 // Makes room for at most so many more ids: forgets the older half of what may be forgotten, in a chat up to the beginning of a turn, and
 // reads the rest again.
-void make_room(Session& session, int count) {
+Status make_room(Session& session, int count) {
     SessionState& s = *session.state;
     const int context = session.model->config.context;
-    if (session.position + count <= context) return;
+    if (session.position + count <= context) return Status();
     int from = most(session.position - (context - s.kept) / 2, s.kept);
     if (s.turn > from && s.turn < session.position) from = s.turn;
     const int again = session.position - from;
     session.forgotten += static_cast<uint64_t>(from - s.kept);
     session.position = s.kept;
     s.turn = most(s.turn - (from - s.kept), 0);
-    read_ids(session, s.history + from, again, nullptr, -1);
+    return read_ids(session, s.history + from, again, nullptr, -1);
 }
 
 Status check_session_ids(const Session& session, Span<const int32_t> ids) {
@@ -11111,12 +11240,38 @@ BABYGPT_RARE Status Session::read_source(Text text) {
     if (tokenizer.end_of_text >= 0 && !ids.push(tokenizer.end_of_text)) return out_of_memory(sizeof(int32_t));
     return read_source(Span<const int32_t>(ids.items, ids.count));
 }
+namespace {
+
+// From now on the session computes on the processor, which reads once more what has been read.
+BABYGPT_RARE Status leave_device(Session& session) {
+    SessionState& s = *session.state;
+    OnDevice* on = s.on;
+    Pages* own = s.own;
+    const bool narrow = s.narrow_pages;
+    const int64_t activations = round_up(s.tape.activation_block, static_cast<int64_t>(16));
+    const uint64_t bytes = static_cast<uint64_t>(activations + s.backend->scratch(s.tape, session.runtime->thread_count())) * sizeof(float);
+    if (!s.here_memory.take(*session.runtime, bytes, true)) return out_of_memory(bytes);
+    s.regions.activations = reinterpret_cast<float*>(s.here_memory.memory);
+    s.regions.scratch = s.regions.activations + activations;
+    s.on = nullptr, s.own = nullptr, s.narrow_pages = false;
+    const Status status = take_pages(session, 0, context_pages(s.tape.context));
+    if (!status.ok()) return s.on = on, s.own = own, s.narrow_pages = narrow, status;
+    SessionState::drop(own), OnDevice::drop(on);
+    BABYGPT_TRY(bind_weights(session));
+    const int count = session.position;
+    session.position = 0;
+    return count > 0 ? read_ids(session, s.history, count, nullptr, -1) : Status();
+}
+
+}  // namespace
+
 Status Session::use(const Adapter* adapter, bool keep_cache) {
     BABYGPT_TRY(check_session_ids(*this, Span<const int32_t>()));
     const FloatMode mode;
     SessionState& s = *state;
     if (adapter && !adapter->weights) return fail(Error::invalid_argument, "the adapter is empty: create or load it first");
     if (adapter) BABYGPT_TRY(give_back(adapter->state->borrowed));
+    if (adapter && s.on) BABYGPT_TRY(leave_device(*this));
     const auto put = [&](const Adapter* wanted) {
         s.tape.unadapt();
         s.adapter = nullptr;
@@ -11133,13 +11288,12 @@ Status Session::use(const Adapter* adapter, bool keep_cache) {
     const Status status = put(adapter);
     if (!status.ok()) return (void)put(before), status;  // as before, or, where there is no memory even for that, without one
     if (keep_cache || (position == 0 && s.source.length == 0)) return Status();
-    BABYGPT_TRY(bind_weights(*runtime, *model, s.tape, *s.backend, s.regions));
+    BABYGPT_TRY(bind_weights(*this));
     if (s.shared > 0) BABYGPT_TRY(take_pages(*this, 0, s.page_count));
     if (s.source.length > 0) look_at_source(*this);
     const int count = position;
     position = 0;
-    if (count > 0) read_ids(*this, s.history, count, nullptr, -1);
-    return Status();
+    return count > 0 ? read_ids(*this, s.history, count, nullptr, -1) : Status();
 }
 
 BABYGPT_RARE Status Session::fork(Session& from) {
@@ -11151,7 +11305,7 @@ BABYGPT_RARE Status Session::fork(Session& from) {
     if (from.position == 0) return fail(Error::invalid_argument, "the session has read nothing that another one could share");
     if (from.position == context)
         return fail(Error::no_room, "the session has filled its context, ", context, ", so that another one could not go on");
-    Status status = fill(*this, *from.runtime, *from.model, &from);
+    Status status = fill(*this, *from.runtime, *from.model, &from, !from.state->on);
     if (status.ok() && from.state->adapter) status = use(from.state->adapter, true);
     if (!status.ok()) return *this = Session(), status;
     SessionState &s = *state, &f = *from.state;
@@ -11176,14 +11330,12 @@ Status Session::feed(Span<const int32_t> ids) {
     state->said.count = 0;
     state->watches = false;
     const size_t context = static_cast<size_t>(model->config.context);
-    if (ids.size <= context - least(context, static_cast<size_t>(position))) {  // it fits as it is
-        read_ids(*this, ids.data, static_cast<int>(ids.size), nullptr, -1);
-        return Status();
-    }
+    if (ids.size <= context - least(context, static_cast<size_t>(position)))  // it fits as it is
+        return read_ids(*this, ids.data, static_cast<int>(ids.size), nullptr, -1);
     for (size_t i = 0; i < ids.size;) {
         const int count = static_cast<int>(least(static_cast<size_t>(piece_rows(*this)), ids.size - i));
-        make_room(*this, count);
-        read_ids(*this, ids.data + i, count, nullptr, -1);
+        BABYGPT_TRY(make_room(*this, count));
+        BABYGPT_TRY(read_ids(*this, ids.data + i, count, nullptr, -1));
         i += static_cast<size_t>(count);
     }
     return Status();
@@ -11516,9 +11668,37 @@ Status next_token(Session& session, const SampleConfig& c, Text start, int32_t& 
     BABYGPT_TRY(check_session(session, Span<const int32_t>()));
     BABYGPT_TRY(prepare(session));
     BABYGPT_TRY(draw_token(session, c, start, id, logprob));
-    make_room(session, 1);
-    read_ids(session, &id, 1, nullptr, -1);
-    return Status();
+    BABYGPT_TRY(make_room(session, 1));
+    return read_ids(session, &id, 1, nullptr, -1);
+}
+
+// Each session's next token. drawn: which have one; status: the first error, behind which nobody draws; but where there is so much to do that
+// several threads share it, they do.
+void draw_tokens(Span<Session* const> sessions, Span<const SampleConfig> configs, int32_t* ids, bool* drawn, Status& status) {
+    constexpr size_t each = 8;                              // that a thread takes at a time
+    constexpr uint64_t worth_a_thread = uint64_t(1) << 13;  // logits
+    const size_t count = sessions.size;
+    const auto draw_one = [&](size_t k) {
+        const Status mine = draw_token(*sessions[k], configs[configs.size == 1 ? 0 : k], Text(), ids[k], nullptr);
+        drawn[k] = mine.ok();
+        return mine;
+    };
+    for (size_t k = 0; k < count; ++k) drawn[k] = false;
+    if (count * static_cast<uint64_t>(sessions[0]->model->config.vocab) < worth_a_thread) {
+        for (size_t k = 0; k < count && status.ok(); ++k) status = draw_one(k);
+        return;
+    }
+    size_t failed = count;
+    Bell lock;
+    parallel(*sessions[0]->runtime, static_cast<int>((count + each - 1) / each), [&](int part) {
+        for (size_t k = static_cast<size_t>(part) * each; k < least(static_cast<size_t>(part + 1) * each, count); ++k) {
+            const Status mine = draw_one(k);
+            if (mine.ok()) continue;
+            lock.enter();
+            if (k < failed) failed = k, status = mine;
+            lock.leave();
+        }
+    });
 }
 
 }  // namespace
@@ -11572,25 +11752,39 @@ Status next(Span<Session* const> sessions, Span<const SampleConfig> configs, int
     for (size_t i = 0; status.ok() && i < sessions.size;) {
         Session& first = *sessions[i];
         SessionState& s = *first.state;
-        Sequence sequences[most_at_once];
-        int count = 0;
-        for (; i + static_cast<size_t>(count) < sessions.size && count < least(most_at_once, s.chunk); ++count) {
-            const size_t k = i + static_cast<size_t>(count);
-            Session& session = *sessions[k];
-            if (session.state->adapter != s.adapter) break;  // its turn comes in the next pass
-            status = draw_token(session, configs[configs.size == 1 ? 0 : k], Text(), ids[k], nullptr);
-            if (!status.ok()) break;  // those before still read what they have said
-            make_room(session, 1);
-            sequences[count] = Sequence{count, 1, session.position, session.state->pages, session.state->logits};
+        Sequence sequences[device_rows];
+        int32_t said[device_rows];
+        bool drawn[device_rows];
+        int all = 0, count = 0;
+        const int at_once = s.on ? device_rows : least(most_at_once, s.chunk);
+        while (i + static_cast<size_t>(all) < sessions.size && all < at_once) {  // others' turn comes in the next pass
+            const SessionState& other = *sessions[i + static_cast<size_t>(all)]->state;
+            if (other.adapter != s.adapter || other.on != s.on) break;
+            ++all;
         }
-        if (count == 0) break;
-        Run run;
-        run.rows = count;
-        run.sequences = Span<const Sequence>(sequences, static_cast<size_t>(count));
-        run.ids = ids + i;
-        bind_adapter(first);
-        s.backend->forward(*first.runtime, s.tape, s.regions, run);
-        for (int k = 0; k < count; ++k, ++i) have_read(*sessions[i], ids + i, 1);
+        draw_tokens(Span<Session* const>(sessions.data + i, static_cast<size_t>(all)),
+                    Span<const SampleConfig>(configs.data + (configs.size == 1 ? 0 : i), configs.size == 1 ? 1 : static_cast<size_t>(all)),
+                    ids + i, drawn, status);
+        for (int k = 0; k < all; ++k) {
+            Session& session = *sessions[i + static_cast<size_t>(k)];
+            if (!drawn[k]) continue;
+            const Status room = make_room(session, 1);
+            if (!room.ok() && status.ok()) status = room;
+            drawn[k] = room.ok();
+            if (!drawn[k]) continue;
+            said[count] = ids[i + static_cast<size_t>(k)];
+            sequences[count] = Sequence{count, 1, session.position, session.state->pages, session.state->logits};
+            ++count;
+        }
+        if (count > 0) {
+            Run run;
+            run.rows = count;
+            run.sequences = Span<const Sequence>(sequences, static_cast<size_t>(count));
+            run.ids = said;
+            BABYGPT_TRY(forward(first, run, nullptr));
+        }
+        for (int k = 0; k < all; ++k, ++i)
+            if (drawn[k]) have_read(*sessions[i], ids + i, 1);
     }
     return status;
 }
@@ -11966,7 +12160,7 @@ struct SessionSearch {
     float* page(int32_t number) const {
         const SessionState& s = *session.state;
         if (number < longest) return s.pages[number];
-        return reinterpret_cast<float*>(s.own->memory.memory) + (number - s.first_own) * s.tape.kv_page_block();
+        return reinterpret_cast<float*>(s.own->begin() + pages_bytes(s, number - s.first_own));
     }
     // Pages that a beam may need beside those that the session has filled.
     int own_pages() const {
@@ -12002,7 +12196,7 @@ struct SessionSearch {
     BABYGPT_RARE Status take_memory() const {
         SessionState& s = *session.state;
         const int64_t wanted = longest + static_cast<int64_t>(config.beams) * own_pages();
-        if (wanted > INT32_MAX) return out_of_memory(pages_bytes(s.tape, wanted));
+        if (wanted > INT32_MAX) return out_of_memory(pages_bytes(s, wanted));
         if (wanted > s.page_count) BABYGPT_TRY(take_pages(session, s.shared, wanted));
         Layout layout;
         lay_out(layout);
@@ -12074,7 +12268,7 @@ struct SessionSearch {
 
     // The beams of the last step go on: their tables are copied, pages that nobody needs become free, and one that two would write to is
     // copied, all but its first.
-    void fork() {
+    Status fork() {
         SearchMemory& m = search.memory;
         SessionState& s = *session.state;
         const int position = session.position + search.tokens - 1, filled = context_pages(position), at = position / kv_page;
@@ -12107,13 +12301,17 @@ struct SessionSearch {
             m.users[own] = 1;
             if (!is_new) {
                 --m.users[mine];
-                memcpy(page(own), page(mine), static_cast<size_t>(pages_bytes(s.tape, 1)));
+                if (s.on) s.on->lock.enter();
+                const Status status = copy_page(s, page(own), page(mine));
+                if (s.on) s.on->lock.leave();
+                BABYGPT_TRY(status);
             }
             mine = own;
         }
+        return Status();
     }
     // Reads the newest token of each beam: their logits are ready then.
-    void read() {
+    Status read() {
         SearchMemory& m = search.memory;
         SessionState& s = *session.state;
         for (int first = 0, n; first < search.live; first += n) {
@@ -12130,18 +12328,20 @@ struct SessionSearch {
             run.sequences = Span<const Sequence>(sequences, static_cast<size_t>(n));
             run.source = seen_source(s);
             run.ids = m.ids + first;
-            bind_adapter(session);
-            s.backend->forward(*session.runtime, s.tape, s.regions, run);
+            BABYGPT_TRY(babygpt::forward(session, run, nullptr));
         }
+        return Status();
     }
-    void run() {
+    Status run() {
         SearchMemory& m = search.memory;
-        for (begin();; fork(), read()) {
+        for (begin();;) {
             for (int beam = 0; beam < search.live; ++beam)
                 m.norms[beam] = log_sum(*session.state, m.logits + static_cast<int64_t>(beam) * search.vocab, search.vocab);
             lived = search.live;
             search.step(m.norms);
-            if (search.done) return;
+            if (search.done) return Status();
+            BABYGPT_TRY(fork());
+            BABYGPT_TRY(read());
         }
     }
     BABYGPT_RARE Status tell(SearchResult& result) const {
@@ -12197,7 +12397,7 @@ Status Session::search(Text prompt, const BeamConfig& config, SearchResult& resu
     result.unknown = read.unknown;
     if (!state->ready) return fail(Error::invalid_argument, "nothing has been read yet: feed the session at least one id");
     BABYGPT_TRY(prepare(*this));
-    make_room(*this, least(config.tokens, piece_rows(*this)));
+    BABYGPT_TRY(make_room(*this, least(config.tokens, piece_rows(*this))));
     const int limit = least(config.tokens, model->config.context - position + 1);
     // Of a step's best candidates, so many that `beams` are left however many of the ways to end they hold.
     const size_t ends = least(1 + config.stop_ids.size + config.stop.size, static_cast<size_t>(model->config.vocab));
@@ -12207,7 +12407,7 @@ Status Session::search(Text prompt, const BeamConfig& config, SearchResult& resu
     SessionSearch search(*this, config, start, limit, static_cast<int>(candidates));
     BABYGPT_TRY(search.take_memory());
     BABYGPT_TRY(begin_watch(*this, config.guard));
-    search.run();
+    BABYGPT_TRY(search.run());
     BABYGPT_TRY(search.tell(result));
     result.seconds = seconds_now() - begin;
     if (result.best.count > 0) return Status();
@@ -12230,9 +12430,9 @@ Status Session::score(Text text, Array<int32_t>& ids, Array<float>& logprobs, do
     for (size_t i = 0; i < ids.count;) {
         if (i == 0 && state->ready) logprobs[0] = log_probability(*state, ids[0], model->config.vocab);
         const int count = static_cast<int>(least(static_cast<size_t>(piece_rows(*this)), ids.count - i));
-        make_room(*this, count);
+        BABYGPT_TRY(make_room(*this, count));
         const bool more = i + static_cast<size_t>(count) < ids.count;
-        read_ids(*this, ids.items + i, count, losses.items, more ? ids[i + static_cast<size_t>(count)] : -1);
+        BABYGPT_TRY(read_ids(*this, ids.items + i, count, losses.items, more ? ids[i + static_cast<size_t>(count)] : -1));
         for (size_t j = 0; j < static_cast<size_t>(count) && i + j + 1 < ids.count; ++j)
             logprobs[i + j + 1] = static_cast<float>(-losses[j]);
         i += static_cast<size_t>(count);
@@ -12463,7 +12663,7 @@ BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpos
     {                 // the model's own, and the adapter's
         Tape tape(runtime);
         BABYGPT_TRY(record(tape, config, 0, false, 0, 1, adapter));
-        if (!training) leave_out_packed(tape, *backend);
+        if (!training && !(find_device(runtime) && runs_on_device(config))) leave_out_packed(tape, *backend);
         memory.weights = static_cast<uint64_t>(tape.weight_block) * sizeof(float);
         memory.records = sizeof(ModelState) + tape.weights.capacity * sizeof(WeightPlan) + tape.names.capacity * sizeof(Weight);
         learnt = memory.weights;
@@ -12514,12 +12714,19 @@ BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpos
     } else {
         SessionState state(runtime);
         state.backend = backend;
-        BABYGPT_TRY(record(state.tape, config, chunk_rows(config), false, 0, 1, adapter));
-        lay_out(layout, state, runtime.thread_count(), longest_stop);
-        memory.weights += static_cast<uint64_t>(packed_block(*backend, state.tape)) * sizeof(float);
-        memory.activations = activations(state.tape);
-        memory.scratch = scratch(state.tape);
-        memory.kv = pages_bytes(state.tape, context_pages(config.context));
+        const DeviceFunctions* const device = adapter || !runs_on_device(config) ? nullptr : find_device(runtime);
+        BABYGPT_TRY(record(state.tape, config, device ? device_rows : chunk_rows(config), false, 0, 1, adapter));
+        lay_out(layout, state, device != nullptr, runtime.thread_count(), longest_stop);
+        if (device) {
+            state.narrow_pages = runtime.precision == Precision::bf16;
+            memory.device = device->generator_bytes(plan_of(runtime, state.tape, config, device_rows)) +
+                            static_cast<uint64_t>(batch) * pages_bytes(state, context_pages(config.context));
+        } else {
+            memory.weights += static_cast<uint64_t>(packed_block(*backend, state.tape)) * sizeof(float);
+            memory.activations = activations(state.tape);
+            memory.scratch = scratch(state.tape);
+            memory.kv = pages_bytes(state, context_pages(config.context));
+        }
         memory.records += sizeof(SessionState) + sizeof(Pages) + record_bytes(state.tape);
         layout.bytes *= static_cast<size_t>(batch);  // `batch` sessions of one model
         memory.records += static_cast<uint64_t>(batch) * static_cast<uint64_t>(state.tape.low_block()) * sizeof(float);
@@ -13455,7 +13662,8 @@ struct Filling {
 
     Status begin(const Config& config, Purpose purpose) {
         start_pool(runtime);
-        if (purpose == Purpose::training) return allocate_weights(runtime, model, config, false);
+        const bool whole = purpose == Purpose::training || (find_device(runtime) && runs_on_device(config));  // a device copies it
+        if (whole) return allocate_weights(runtime, model, config, false);
         BABYGPT_TRY(backend_for(runtime, backend));
         BABYGPT_TRY(allocate_weights(runtime, model, config, false, backend));
         BABYGPT_TRY(record(tape, config, 0, false, 0));

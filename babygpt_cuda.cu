@@ -1,4 +1,4 @@
-// babygpt_cuda.cu - training and evaluation with babygpt.h on an NVIDIA GPU: one file beside the header. MIT licence (chapter 12).
+// babygpt_cuda.cu - training, evaluation and generation with babygpt.h on an NVIDIA GPU: one file beside the header. MIT licence (chapter 12).
 //
 // [CHAPTER 0] Read me
 //
@@ -14,11 +14,12 @@
 // Then set Runtime::backend = Backend::cuda, and Runtime::precision = Precision::bf16 for speed. Without this file the library says that the program was built without CUDA.
 //
 // What there is.                                              What there is not.
-//     all architectures, all ops, dropout, LoRA                   generation: sessions compute on the processor
+//     all architectures, all ops, dropout, LoRA                   sessions with adapters or a source, encoders: on the processor
 //     float32, and tf32 or bf16 in products by cuBLASLt           fp16, for GPUs before 2020
 //     the same random numbers as on the processor                 Muon: refused by name
 //     the same bits from run to run: no atomics                   more than one GPU in a Trainer
 //     one graph launch a step; memory taken once                  Windows: nothing known against it, never tried
+//     sessions of decoders: one launch a token, of all            sampling there: the processor does it
 //
 // What it promises.  As the header: nothing throws, prints or exits; every error of CUDA becomes a Status that names the call and the reason.
 // The device is the calling thread's current one when the object is made; it is never reset, and the thread's current device stays.
@@ -28,9 +29,11 @@
 //
 //     2  the platform corner: errors, launches        6  walking the tape
 //     4  memory: one block, planned                   7  learning: norm, clipping, AdamW
-//     5  the ops: kernels, each with its layout      11  what the header calls; 12  licence
+//     5  the ops: kernels, each with its layout       8  running a model: a session's token in one launch
+//                                                    11  what the header calls; 12  licence
 
 #ifdef __CUDACC__
+#include <cooperative_groups.h>
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -136,6 +139,22 @@ __host__ __device__ constexpr T greater(T a, T b) {
     return a < b ? b : a;
 }
 constexpr int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// Memory on the current device; `advice` is for where there is not enough.
+Status take_block(uint64_t bytes, void*& block, const char* advice) {
+    const cudaError_t taken = cudaMalloc(&block, static_cast<size_t>(bytes));
+    if (taken == cudaSuccess) return Status();
+    block = nullptr;
+    if (taken != cudaErrorMemoryAllocation) return trouble("cudaMalloc", taken);
+    size_t left = 0, all = 0;
+    (void)cudaMemGetInfo(&left, &all);
+    Status status;
+    status.error = Error::out_of_memory;
+    snprintf(status.message, sizeof status.message, "out of memory: %llu bytes of the GPU's were asked for, %llu of %llu are free: %s",
+             static_cast<unsigned long long>(bytes), static_cast<unsigned long long>(left), static_cast<unsigned long long>(all), advice);
+    (void)cudaGetLastError();  // it has been said
+    return status;
+}
 
 // ---- inside a kernel -------------------------------------------------------------------------------------------------
 
@@ -2192,6 +2211,781 @@ void Gpu::walk(int which, bool marked) {
 }
 
 // =====================================================================================================================
+// [CHAPTER 8] Running a model
+// =====================================================================================================================
+// A session's run is one launch: as many blocks as the device holds at once walk through a list of steps, and meet between two of them at a barrier of
+// the whole grid. That costs some 1.3 us, less than a launch, and a token has no more than five steps a layer, since what stands before and after
+// a product is part of its step: norm or gate where a block brings rows of x to shared memory, bias, activation and addition where it writes y.
+// A step's bytes are its weights, read once for each 32 rows, mostly from the cache; attention's are the keys and values.
+//
+// Activations are floats. Matrices are [out][depth], whole or in bf16 as the runtime says, and so are keys and values; sums are floats.
+
+enum class StepKind : int { embed, norm, product, attend };
+enum class Before : int { nothing, norm, gate };  // a product multiplies
+
+struct Step {
+    StepKind kind;
+    Before before;
+    Activation activation;  // of a product's sums, or of the gate
+    const float *norm_w, *norm_b;
+    const float *table, *positions;  // embed: of tokens, of positions
+    const void* w;                   // product: [out][apart], zeros behind the first `in` of each row
+    const float* bias;
+    float *x, *y;
+    const float* addend;  // y = addend + what is computed
+    int64_t apart;
+    int in, out, x_columns;
+    int layer, heads, kv_heads, dim;  // attend
+    bool centred, turns, waves, is_head;
+};
+// A matrix that is not read as it came.
+struct Copied {
+    int64_t from;
+    int rows, columns;
+    int64_t apart;
+    void* to;
+    bool across;  // it came as [columns][rows]
+};
+struct RowHere {
+    int id, position, pages, target;  // pages: where the list of its sequence's begins
+};
+// A run, as the kernel gets it: what the host has written, and where it shall be.
+template <class T>
+struct Reading {
+    const Step* steps;
+    int count, rows, head_rows, wanted, pages;
+    bool alone;   // each row is a sequence's only one
+    bool scores;  // the head says all rows' losses
+    const RowHere* sent_rows;
+    const int* sent_wanted;
+    T* const* sent_pages;
+    RowHere* row;
+    int* wanted_rows;
+    T** page;
+    const float* waves;
+    float* logits;      // the host's: [wanted][vocab]
+    float* all_logits;  // scores: [rows][vocab]
+    double* losses;     // the host's
+    int depth, vocab;   // depth: of a product at once
+    float epsilon;
+};
+
+#ifdef BABYGPT_CUDA_EMULATOR
+constexpr int talk_threads = 128;
+#else
+constexpr int talk_threads = 512;
+#endif
+constexpr int talk_warps = talk_threads / warp, talk_rows = 32, talk_outputs = 8, talk_depth = 32;
+constexpr int rows_at_once = 256;
+
+__device__ __forceinline__ void grid_barrier() {
+#ifdef __CUDACC__
+    cooperative_groups::this_grid().sync();
+#else
+    emulator::grid_sync();
+#endif
+}
+// Elements between two rows of x in shared memory: eight lanes that read 16 bytes each, of two rows of bf16, meet all banks once.
+template <class T>
+__host__ __device__ constexpr int talk_apart(int depth) {
+    return sizeof(T) == 2 && depth % 64 == 0 ? depth + 32 : depth;
+}
+template <class T>
+size_t talk_bytes(int depth, int dim) {
+    const size_t product = sizeof(T) * static_cast<size_t>(talk_rows * talk_apart<T>(depth)) +
+                           sizeof(float) * static_cast<size_t>(talk_warps * talk_rows * talk_outputs);
+    return greater(product, sizeof(float) * static_cast<size_t>(talk_warps * (2 * dim + kv_page + 2)));
+}
+
+// to[out][apart] = the matrix, zeros behind it. Over elements. 4 and 2 or 4 bytes.
+template <class T>
+__global__ void copy_matrix(T* to, const float* from, int rows, int columns, int64_t apart, bool across) {
+    const int64_t all = static_cast<int64_t>(rows) * apart;
+    for (int64_t i = first_element(); i < all; i += all_threads()) {
+        const int64_t row = i / apart, column = i % apart;
+        put(to + i, column >= columns ? 0.0f : from[across ? column * rows + row : row * columns + column]);
+    }
+}
+
+// x = token[id] + position[p]; and what the host has written comes to the device. A warp has a row.
+template <class T>
+__device__ void embed_rows(const Step& s, const Reading<T>& r) {
+    for (int i = first_row(); i < r.rows; i += all_warps()) {
+        const RowHere row = r.sent_rows[i];
+        if (lane() == 0) r.row[i] = row;
+        const float *token = s.table + static_cast<int64_t>(row.id) * s.out, *waves = r.waves + static_cast<int64_t>(row.position) * s.out;
+        const float* p = s.positions ? s.positions + static_cast<int64_t>(row.position) * s.out : nullptr;
+        const float factor = sqrtf(static_cast<float>(s.out));
+        for (int c = lane(); c < s.out; c += warp) {
+            const float x = token[c] + (p ? p[c] : 0.0f);
+            s.y[static_cast<int64_t>(i) * s.out + c] = s.waves ? fmaf(x, factor, waves[c]) : x;
+        }
+    }
+    for (int64_t i = first_element(); i < r.wanted; i += all_threads()) r.wanted_rows[i] = r.sent_wanted[i];
+    for (int64_t i = first_element(); i < r.pages; i += all_threads()) r.page[i] = r.sent_pages[i];
+}
+// The norm's mean and scale of a row, for all lanes.
+__device__ __forceinline__ float2 row_statistics(const float* x, int n, bool centred, float epsilon) {
+    float mean = 0, square = 0;
+    for (int c = lane(); c < n && centred; c += warp) mean += x[c];
+    mean = warp_sum(mean) / static_cast<float>(n);
+    for (int c = lane(); c < n; c += warp) square = fmaf(x[c] - mean, x[c] - mean, square);
+    return make_float2(mean, 1 / sqrtf(warp_sum(square) / static_cast<float>(n) + epsilon));
+}
+template <class T>
+__device__ void norm_rows(const Step& s, const Reading<T>& r) {
+    for (int i = first_row(); i < r.rows; i += all_warps()) {
+        const float* x = s.x + static_cast<int64_t>(i) * s.in;
+        const float2 of = row_statistics(x, s.in, s.centred, r.epsilon);
+        for (int c = lane(); c < s.in; c += warp)
+            s.y[static_cast<int64_t>(i) * s.in + c] = fmaf((x[c] - of.x) * of.y, s.norm_w[c], s.norm_b ? s.norm_b[c] : 0.0f);
+    }
+}
+
+// ---- a product: y = f(x) W^T ----
+
+// A block makes tiles of 32 rows and 8 outputs, each by one warp or by several that divide the depth. In lane 4 g + t are, of each 32 of
+// the depth, the 8 from 8 t on, of output g, and, in bf16, of rows g, g + 8, ...: tensor cores do not mind in which order a sum's parts
+// come, so that all is read 16 bytes at a time. In floats a lane has sums of all rows.
+template <class T>
+struct TileSums;
+template <>
+struct TileSums<__nv_bfloat16> {
+    float sum[2][4] = {};
+    __device__ __forceinline__ void add(const __nv_bfloat16* w, const __nv_bfloat16* x, int apart, int from, int to, int rows) {
+        constexpr int ahead = 4;
+        const __nv_bfloat16 *mine = w + lane() % 4 * 8, *left = x + lane() / 4 * apart + lane() % 4 * 8;
+        for (int k = from; k < to; k += ahead) {
+            uint4 b[ahead];
+            for (int i = 0; i < ahead; ++i)
+                if (k + i < to) b[i] = *reinterpret_cast<const uint4*>(mine + (k + i) * talk_depth);
+            for (int i = 0; i < ahead; ++i) {
+                if (k + i >= to) continue;
+                const uint32_t first[2] = {b[i].x, b[i].y}, second[2] = {b[i].z, b[i].w};
+                for (int half = 0; half < 2; ++half) {
+                    if (16 * half >= rows) continue;
+                    const __nv_bfloat16* const from_row = left + 16 * half * apart + (k + i) * talk_depth;
+                    const uint4 upper = *reinterpret_cast<const uint4*>(from_row),
+                                lower = *reinterpret_cast<const uint4*>(from_row + 8 * apart);
+                    const uint32_t a[4] = {upper.x, lower.x, upper.y, lower.y}, c[4] = {upper.z, lower.z, upper.w, lower.w};
+                    multiply_tiles(sum[half], a, first);
+                    multiply_tiles(sum[half], c, second);
+                }
+            }
+        }
+    }
+    __device__ __forceinline__ void leave(float* to, int rows) const {
+        for (int half = 0; half < 2; ++half)
+            for (int i = 0; i < 4; ++i)
+                if (16 * half < rows) to[(16 * half + lane() / 4 + i / 2 * 8) * talk_outputs + lane() % 4 * 2 + i % 2] = sum[half][i];
+    }
+};
+template <>
+struct TileSums<float> {
+    float sum[talk_rows] = {};
+    __device__ __forceinline__ void add(const float* w, const float* x, int apart, int from, int to, int rows) {
+        const float *mine = w + lane() % 4 * 8, *left = x + lane() % 4 * 8;
+        for (int k = from; k < to; ++k) {
+            const float4 a = *reinterpret_cast<const float4*>(mine + k * talk_depth),
+                         b = *reinterpret_cast<const float4*>(mine + k * talk_depth + 4);
+            BABYGPT_UNROLL(32)
+            for (int row = 0; row < talk_rows; ++row) {
+                if (row >= rows) continue;
+                const float4 c = *reinterpret_cast<const float4*>(left + row * apart + k * talk_depth),
+                             d = *reinterpret_cast<const float4*>(left + row * apart + k * talk_depth + 4);
+                const float upper = fmaf(a.w, c.w, fmaf(a.z, c.z, fmaf(a.y, c.y, a.x * c.x)));
+                sum[row] += fmaf(b.w, d.w, fmaf(b.z, d.z, fmaf(b.y, d.y, fmaf(b.x, d.x, upper))));
+            }
+        }
+    }
+    __device__ __forceinline__ void leave(float* to, int rows) const {
+        BABYGPT_UNROLL(32)
+        for (int row = 0; row < talk_rows; ++row) {
+            if (row >= rows) continue;
+            float all = sum[row];
+            all += __shfl_xor_sync(0xffffffffu, all, 1);
+            all += __shfl_xor_sync(0xffffffffu, all, 2);
+            if (lane() % 4 == 0) to[row * talk_outputs + lane() / 4] = all;
+        }
+    }
+};
+// Rows of x, from `first` on, and so many of their columns from `k0` on, as they are multiplied, to shared memory. A warp has a row.
+template <class T>
+__device__ __forceinline__ void load_side(T* to, int apart, const Step& s, const Reading<T>& r, int first, int rows, int k0, int count) {
+    const int there = sizeof(T) == 2 ? (rows + 15) / 16 * 16 : rows;  // tensor cores take 16
+    for (int i = static_cast<int>(threadIdx.x) / warp; i < there; i += talk_warps) {
+        const bool is_row = i < rows;
+        const int row = !is_row ? 0 : s.is_head && !r.scores ? r.wanted_rows[first + i] : first + i;
+        const float* const x = s.x + static_cast<int64_t>(row) * s.x_columns;
+        float2 of = make_float2(0, 1);
+        if (is_row && s.before == Before::norm) of = row_statistics(x, s.in, s.centred, r.epsilon);
+        for (int c = lane(); c < count; c += warp) {
+            const int k = k0 + c;
+            float value = 0;
+            if (!is_row || k >= s.in) value = 0;
+            else if (s.before == Before::norm) value = fmaf((x[k] - of.x) * of.y, s.norm_w[k], s.norm_b ? s.norm_b[k] : 0.0f);
+            else if (s.before == Before::gate) value = activated(x[k], s.activation) * x[s.in + k];
+            else value = x[k];
+            put(to + i * apart + c, value);
+        }
+    }
+}
+template <class T>
+__device__ void multiply_rows(const Step& s, const Reading<T>& r, unsigned char* shared) {
+    const int all_rows = s.is_head ? r.head_rows : r.rows, apart = talk_apart<T>(r.depth);
+    const int tiles = (s.out + talk_outputs - 1) / talk_outputs, row_tiles = (all_rows + talk_rows - 1) / talk_rows;
+    int sharers = 1;  // warps that divide the depth of a tile: so that none is idle
+    while (sharers < talk_warps && 2 * sharers * tiles * row_tiles <= static_cast<int>(gridDim.x) * talk_warps) sharers *= 2;
+    const int each = talk_warps / sharers, groups = (tiles + each - 1) / each;
+    const int64_t tasks = static_cast<int64_t>(row_tiles) * groups;
+    T* const x = reinterpret_cast<T*>(shared);
+    float* const parts = reinterpret_cast<float*>(x + talk_rows * apart);
+    const int number = static_cast<int>(threadIdx.x) / warp, part = number % sharers;
+    float* const mine = parts + number * talk_rows * talk_outputs;
+    int loaded = -1;
+    for (int64_t task = blockIdx.x * tasks / gridDim.x; task < (blockIdx.x + 1) * tasks / gridDim.x; ++task) {
+        const int first = static_cast<int>(task / groups) * talk_rows, rows = lesser(talk_rows, all_rows - first);
+        const int tile0 = static_cast<int>(task % groups) * each, output_tile = tile0 + number / sharers;
+        const T* const w = static_cast<const T*>(s.w) + lesser(output_tile * talk_outputs + lane() / 4, s.out - 1) * s.apart;
+        TileSums<T> sums;
+        for (int k0 = 0; k0 < s.apart; k0 += r.depth) {
+            const int count = static_cast<int>(lesser<int64_t>(r.depth, s.apart - k0)), steps = count / talk_depth;
+            if (loaded != first || s.apart > r.depth) {
+                __syncthreads();
+                load_side(x, apart, s, r, first, rows, k0, count);
+                __syncthreads();
+                loaded = first;
+            }
+            if (output_tile < tiles) sums.add(w + k0, x, apart, part * steps / sharers, (part + 1) * steps / sharers, rows);
+        }
+        if (output_tile < tiles) sums.leave(mine, rows);
+        __syncthreads();
+        for (int e = static_cast<int>(threadIdx.x); e < each * rows * talk_outputs; e += talk_threads) {
+            const int which = e / (rows * talk_outputs), at = e % (rows * talk_outputs), row = first + at / talk_outputs;
+            const int output = (tile0 + which) * talk_outputs + at % talk_outputs;
+            if (output >= s.out) continue;
+            float sum = 0;
+            for (int i = 0; i < sharers; ++i) sum += parts[(which * sharers + i) * talk_rows * talk_outputs + at];
+            if (s.bias) sum += s.bias[output];
+            if (s.before != Before::gate) sum = activated(sum, s.activation);
+            const int64_t place = static_cast<int64_t>(row) * s.out + output;
+            if (s.addend) sum += s.addend[place];
+            (!s.is_head ? s.y : r.scores ? r.all_logits : r.logits)[place] = sum;
+        }
+        __syncthreads();
+    }
+}
+
+// ---- attention over the pages of a KV cache ----
+
+// Element d of a head of row i, turned where the positions are rotary.
+template <class T>
+__device__ __forceinline__ float turned(const Step& s, const Reading<T>& r, const float* head, int position, int d) {
+    if (!s.turns) return head[d];
+    const int half = s.dim / 2, k = d % half;
+    const float* const wave = r.waves + static_cast<int64_t>(position) * s.dim;
+    const float a = head[k], b = head[half + k];
+    return d < half ? fmaf(a, wave[k], -(b * wave[half + k])) : fmaf(a, wave[half + k], b * wave[k]);
+}
+// Where the keys [dim][page], or the values [page][dim], of a head begin in a page.
+template <class T>
+__device__ __forceinline__ T* keys_of(const Step& s, T* page, int head) {
+    return page + (static_cast<int64_t>(s.layer) * 2 * s.kv_heads + head) * s.dim * kv_page;
+}
+template <class T>
+__device__ __forceinline__ T* values_of(const Step& s, T* page, int head) {
+    return page + ((static_cast<int64_t>(s.layer) * 2 + 1) * s.kv_heads + head) * s.dim * kv_page;
+}
+// A row's keys and values of a head to its page; a warp does it.
+template <class T>
+__device__ __forceinline__ void store_row(const Step& s, const Reading<T>& r, const RowHere& row, const float* x, int head) {
+    T* const page = r.page[row.pages + row.position / kv_page];
+    T *const keys = keys_of(s, page, head), *const values = values_of(s, page, head);
+    const float *k = x + (s.heads + head) * s.dim, *v = k + s.kv_heads * s.dim;
+    const int at = row.position % kv_page;
+    for (int d = lane(); d < s.dim; d += warp) {
+        put(keys + d * kv_page + at, turned(s, r, k, row.position, d));
+        put(values + at * s.dim + d, v[d]);
+    }
+}
+// What a warp has found out about a head of a row: the biggest score, the sum of e^(score - biggest), and the sum of the values times these, in `out`.
+struct Seen {
+    float most, total;
+};
+// s = q . k / sqrt(dim), p = e^(s - the biggest so far), and so on, as in chapter 5, of every so many'th page, of which the first is number `part`.
+// Of a page's keys a lane has one, or, in bf16, two neighbours of half the dimensions; of its values, columns. p: [page].
+template <class T>
+__device__ void see_pages(const Step& s, const Reading<T>& r, int pages, int head, int part, int sharers, int seen, const float* q,
+                          float* out, float* p, Seen& now) {
+    constexpr bool narrow = sizeof(T) == 2;
+    const int dim = s.dim;
+    for (int begin = part * kv_page; begin < seen; begin += sharers * kv_page) {
+        const int count = lesser(kv_page, seen - begin);
+        T* const page = r.page[pages + begin / kv_page];
+        const T *const keys = keys_of(s, page, head), *const values = values_of(s, page, head);
+        float score[2] = {0, -INFINITY};
+        if constexpr (narrow) {
+            const int j = lane() % 16 * 2;
+            score[1] = 0;
+            for (int d = lane() / 16; d < dim; d += 2) {
+                if (j < count) score[0] = fmaf(q[d], static_cast<float>(keys[d * kv_page + j]), score[0]);
+                if (j + 1 < count) score[1] = fmaf(q[d], static_cast<float>(keys[d * kv_page + j + 1]), score[1]);
+            }
+            for (int i = 0; i < 2; ++i) {
+                score[i] += __shfl_xor_sync(0xffffffffu, score[i], 16);
+                if (j + i >= count) score[i] = -INFINITY;
+            }
+        } else {
+            for (int d = 0; d < dim && lane() < count; ++d) score[0] = fmaf(q[d], static_cast<float>(keys[d * kv_page + lane()]), score[0]);
+            if (lane() >= count) score[0] = -INFINITY;
+        }
+        const float before = now.most;
+        now.most = fmaxf(before, warp_most(fmaxf(score[0], score[1])));
+        const float factor = expf(before - now.most), one = expf(score[0] - now.most), other = expf(score[1] - now.most);
+        now.total = fmaf(now.total, factor, warp_sum(lane() < 16 || !narrow ? one + other : 0.0f));
+        __syncwarp();  // p and out are as the page before has left them
+        if (!narrow) p[lane()] = one;
+        else if (lane() < 16) p[lane() * 2] = one, p[lane() * 2 + 1] = other;
+        __syncwarp();
+        for (int d = lane(); d < dim; d += warp) {
+            float sum = out[d] * factor;
+            for (int j = 0; j < count; ++j) sum = fmaf(p[j], static_cast<float>(values[j * dim + d]), sum);
+            out[d] = sum;
+        }
+    }
+    __syncwarp();
+}
+// The same in bf16, 16 bytes at a time, where a head has 8, 16, 32, 64, 128 or 256 dimensions. Lane 4 g + t has every 8th dimension's 8 keys
+// from 8 t on; then dim / 8 lanes have a value, and others the next ones.
+__device__ void see_pages_fast(const Step& s, const Reading<__nv_bfloat16>& r, int pages, int head, int part, int sharers, int seen,
+                               const float* q, float* out, float* p, Seen& now) {
+    const int dim = s.dim, across = dim / 8, first = lane() / across, column = lane() % across * 8, j0 = lane() % 4 * 8, g = lane() / 4;
+    float sum[8];
+    for (int e = 0; e < 8; ++e) sum[e] = first == 0 ? out[column + e] : 0.0f;
+    const auto low = [](uint32_t pair) { return __uint_as_float(pair << 16); };
+    const auto high = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
+    for (int begin = part * kv_page; begin < seen; begin += sharers * kv_page) {
+        const int count = lesser(kv_page, seen - begin);
+        __nv_bfloat16* const page = r.page[pages + begin / kv_page];
+        const __nv_bfloat16 *const keys = keys_of(s, page, head), *const values = values_of(s, page, head);
+        float score[8] = {};
+        if (j0 + 8 <= count) {
+            BABYGPT_UNROLL(8)
+            for (int d = g; d < dim; d += 8) {
+                const uint4 k = *reinterpret_cast<const uint4*>(keys + d * kv_page + j0);
+                const float x = q[d];
+                score[0] = fmaf(x, low(k.x), score[0]), score[1] = fmaf(x, high(k.x), score[1]);
+                score[2] = fmaf(x, low(k.y), score[2]), score[3] = fmaf(x, high(k.y), score[3]);
+                score[4] = fmaf(x, low(k.z), score[4]), score[5] = fmaf(x, high(k.z), score[5]);
+                score[6] = fmaf(x, low(k.w), score[6]), score[7] = fmaf(x, high(k.w), score[7]);
+            }
+        } else {
+            for (int d = g; d < dim; d += 8)
+                for (int e = 0; e < 8; ++e)
+                    if (j0 + e < count) score[e] = fmaf(q[d], static_cast<float>(keys[d * kv_page + j0 + e]), score[e]);
+        }
+        float biggest = -INFINITY;
+        for (int e = 0; e < 8; ++e) {
+            for (int apart = 4; apart < warp; apart *= 2) score[e] += __shfl_xor_sync(0xffffffffu, score[e], apart);
+            if (j0 + e >= count) score[e] = -INFINITY;
+            biggest = fmaxf(biggest, score[e]);
+        }
+        for (int apart = 1; apart < 4; apart *= 2) biggest = fmaxf(biggest, __shfl_xor_sync(0xffffffffu, biggest, apart));
+        const float before = now.most;
+        now.most = fmaxf(before, biggest);
+        const float factor = expf(before - now.most);
+        float all = 0;
+        __syncwarp();  // who reads p of the page before has done it
+        for (int e = 0; e < 8; ++e) {
+            const float one = expf(score[e] - now.most);
+            all += one;
+            if (e == g) p[j0 + e] = one;
+        }
+        for (int apart = 1; apart < 4; apart *= 2) all += __shfl_xor_sync(0xffffffffu, all, apart);
+        now.total = fmaf(now.total, factor, all);
+        __syncwarp();
+        for (int e = 0; e < 8; ++e) sum[e] *= factor;
+        BABYGPT_UNROLL(4)
+        for (int j = first; j < count; j += warp / across) {
+            const uint4 v = *reinterpret_cast<const uint4*>(values + j * dim + column);
+            const float x = p[j];
+            sum[0] = fmaf(x, low(v.x), sum[0]), sum[1] = fmaf(x, high(v.x), sum[1]);
+            sum[2] = fmaf(x, low(v.y), sum[2]), sum[3] = fmaf(x, high(v.y), sum[3]);
+            sum[4] = fmaf(x, low(v.z), sum[4]), sum[5] = fmaf(x, high(v.z), sum[5]);
+            sum[6] = fmaf(x, low(v.w), sum[6]), sum[7] = fmaf(x, high(v.w), sum[7]);
+        }
+    }
+    for (int e = 0; e < 8; ++e) {
+        for (int apart = across; apart < warp; apart *= 2) sum[e] += __shfl_xor_sync(0xffffffffu, sum[e], apart);
+        if (first == 0) out[column + e] = sum[e];
+    }
+    __syncwarp();
+}
+// A head of a row is one warp's, or several that share its pages, whose parts are put together at the end. A row that is alone in its sequence has
+// its own key from x, since nobody has stored it before.
+template <class T>
+__device__ void attend_rows(const Step& s, const Reading<T>& r, unsigned char* shared) {
+    constexpr bool narrow = sizeof(T) == 2;
+    const int dim = s.dim, tasks = r.rows * s.heads, number = static_cast<int>(threadIdx.x) / warp;
+    if (!r.alone) {
+        for (int i = first_row(); i < r.rows * s.kv_heads; i += all_warps())
+            store_row(s, r, r.row[i / s.kv_heads], s.x + static_cast<int64_t>(i / s.kv_heads) * s.x_columns, i % s.kv_heads);
+        grid_barrier();
+    }
+    int sharers = 1;
+    while (sharers < talk_warps && 2 * sharers * tasks <= static_cast<int>(gridDim.x) * talk_warps) sharers *= 2;
+    const int each = talk_warps / sharers, part = number % sharers;
+    float* const all = reinterpret_cast<float*>(shared);
+    float *const q = all + number * dim, *const outs = all + talk_warps * dim, *const out = outs + number * dim,
+                 *const p = outs + talk_warps * dim + number * kv_page, *const mosts = outs + talk_warps * (dim + kv_page),
+                 *const totals = mosts + talk_warps;
+    const float scale = 1 / sqrtf(static_cast<float>(dim));
+    for (int first = static_cast<int>(blockIdx.x) * each; first < tasks; first += static_cast<int>(gridDim.x) * each) {
+        const int task = first + number / sharers, head = task % s.heads, kv_head = head / (s.heads / s.kv_heads);
+        if (task < tasks) {
+            const RowHere row = r.row[task / s.heads];
+            const float* const x = s.x + static_cast<int64_t>(task / s.heads) * s.x_columns;
+            const int seen = r.alone ? row.position : row.position + 1;
+            float most = -INFINITY, total = 0;
+            for (int d = lane(); d < dim; d += warp) q[d] = turned(s, r, x + head * dim, row.position, d) * scale, out[d] = 0;
+            __syncwarp();
+            if (r.alone && part == row.position / kv_page % sharers) {
+                const float *k = x + (s.heads + kv_head) * dim, *v = k + s.kv_heads * dim;
+                float score = 0;
+                T rounded;
+                for (int d = lane(); d < dim; d += warp) {
+                    put(&rounded, turned(s, r, k, row.position, d));
+                    score = fmaf(q[d], static_cast<float>(rounded), score);
+                    put(&rounded, v[d]);
+                    out[d] = static_cast<float>(rounded);
+                }
+                most = warp_sum(score), total = 1;
+                if (head % (s.heads / s.kv_heads) == 0) store_row(s, r, row, x, kv_head);
+            }
+            Seen now{most, total};
+            __syncwarp();
+            if constexpr (narrow) {
+                if (dim % 8 == 0 && dim <= 8 * warp && warp % (dim / 8) == 0)
+                    see_pages_fast(s, r, row.pages, kv_head, part, sharers, seen, q, out, p, now);
+                else see_pages(s, r, row.pages, kv_head, part, sharers, seen, q, out, p, now);
+            } else see_pages(s, r, row.pages, kv_head, part, sharers, seen, q, out, p, now);
+            if (lane() == 0) mosts[number] = now.most, totals[number] = now.total;
+        }
+        __syncthreads();
+        for (int e = static_cast<int>(threadIdx.x); e < each * dim; e += talk_threads) {
+            const int which = e / dim, d = e % dim, here = first + which;
+            if (here >= tasks) continue;
+            float most = mosts[which * sharers], total = 0, sum = 0;
+            for (int i = 1; i < sharers; ++i) most = fmaxf(most, mosts[which * sharers + i]);
+            for (int i = 0; i < sharers; ++i) {
+                const float factor = expf(mosts[which * sharers + i] - most);
+                total = fmaf(totals[which * sharers + i], factor, total);
+                sum = fmaf(outs[(which * sharers + i) * dim + d], factor, sum);
+            }
+            s.y[static_cast<int64_t>(here) * dim + d] = sum / total;
+        }
+        __syncthreads();
+    }
+}
+
+// The losses of all rows, -log p(target), and the logits that are wanted. A warp has a row.
+template <class T>
+__device__ void score_rows(const Reading<T>& r) {
+    for (int i = first_row(); i < r.rows; i += all_warps()) {
+        const float* const logits = r.all_logits + static_cast<int64_t>(i) * r.vocab;
+        float most = -INFINITY;
+        for (int c = lane(); c < r.vocab; c += warp) most = fmaxf(most, logits[c]);
+        most = warp_most(most);
+        double sum = 0;
+        for (int c = lane(); c < r.vocab; c += warp) sum += static_cast<double>(expf(logits[c] - most));
+        sum = warp_sum(sum);
+        const int target = r.row[i].target;
+        if (lane() == 0) r.losses[i] = target < 0 ? 0.0 : log(sum) + static_cast<double>(most) - static_cast<double>(logits[target]);
+    }
+    for (int i = first_row(); i < r.wanted; i += all_warps())
+        for (int c = lane(); c < r.vocab; c += warp)
+            r.logits[static_cast<int64_t>(i) * r.vocab + c] = r.all_logits[static_cast<int64_t>(r.wanted_rows[i]) * r.vocab + c];
+}
+
+template <class T>
+__global__ void __launch_bounds__(talk_threads) read_rows(Reading<T> r) {
+    BABYGPT_DYNAMIC_SHARED(shared);
+    for (int i = 0; i < r.count; ++i) {
+        const Step& s = r.steps[i];
+        if (i > 0) grid_barrier();
+        if (s.kind == StepKind::embed) embed_rows(s, r);
+        else if (s.kind == StepKind::norm) norm_rows(s, r);
+        else if (s.kind == StepKind::product) multiply_rows(s, r, shared);
+        else attend_rows(s, r, shared);
+    }
+    if (!r.scores) return;
+    grid_barrier();
+    score_rows(r);
+}
+
+// ---- the host's side ----
+
+// Everything on the device, in one block, and what host and device both see.
+struct TalkMemory {
+    float *weights, *waves, *activations, *all_logits;
+    Step* steps;
+    RowHere* rows;
+    int* wanted;
+    void** pages;
+};
+struct TalkInput {
+    RowHere* rows;
+    int* wanted;
+    void** pages;
+    float* logits;
+    double* losses;
+};
+
+struct Talker {
+    bool narrow = false;
+    int ordinal = 0, processors = 1, steps_there = 0, copies_there = 0, depth = 0, vocab = 0, context = 0;
+    float epsilon = 0;
+    size_t shared_bytes = 0;
+    int64_t weight_block = 0;
+    Step* steps = nullptr;
+    Copied* copies = nullptr;
+    TalkMemory memory{};
+    TalkInput input{};
+    void *block = nullptr, *input_block = nullptr;
+    cudaStream_t stream = nullptr;
+
+    Status begin(const DevicePlan& plan);
+    Status plan_steps(const DevicePlan& plan, Plan& there);
+    Status create(const DevicePlan& plan);
+    void destroy();
+    template <class T>
+    Status read(const Run& run, double* losses);
+    void plan_input(Plan& here);
+};
+inline int talk_pages(int context) { return (context + kv_page - 1) / kv_page; }
+void Talker::plan_input(Plan& here) {
+    input.rows = here.take<RowHere>(rows_at_once);
+    input.wanted = here.take<int>(rows_at_once);
+    input.pages = here.take<void*>(static_cast<int64_t>(rows_at_once) * talk_pages(context));
+    input.logits = here.take<float>(static_cast<int64_t>(rows_at_once) * vocab);
+    input.losses = here.take<double>(rows_at_once);
+}
+
+// Makes the steps of the tape's ops, where `steps` and `copies` have room for them; places everything on the device.
+Status Talker::plan_steps(const DevicePlan& plan, Plan& there) {
+    const int ops = static_cast<int>(plan.ops.size), tensors = static_cast<int>(plan.tensors.size);
+    const size_t element = narrow ? sizeof(__nv_bfloat16) : sizeof(float);
+    memory.weights = there.take<float>(plan.weight_block, "weights");
+    memory.waves = there.take<float>(static_cast<int64_t>(plan.waves.size), "waves");
+    memory.steps = there.take<Step>(ops, "steps");
+    memory.rows = there.take<RowHere>(rows_at_once, "rows");
+    memory.wanted = there.take<int>(rows_at_once, "wanted");
+    memory.pages = there.take<void*>(static_cast<int64_t>(rows_at_once) * talk_pages(context), "pages");
+    memory.all_logits = there.take<float>(static_cast<int64_t>(rows_at_once) * vocab, "all_logits");
+    const auto weight = [&](int index) -> const Weight& { return plan.weights[static_cast<size_t>(index)].weight; };
+    const auto values = [&](int index) { return index == nothing || !memory.weights ? nullptr : memory.weights + weight(index).offset; };
+    const auto readers = [&](int tensor) {
+        int count = 0;
+        for (const Op& op : plan.ops) count += (op.x == tensor) + (op.x2 == tensor);
+        return count;
+    };
+    const auto refuses = [] { return refuse(Error::unsupported, "the backend cuda runs no model of this kind: choose the backend cpu"); };
+    struct Life {
+        int born, dies, columns;
+        int64_t place;
+    };
+    Life* const lives = static_cast<Life*>(malloc(static_cast<size_t>(tensors + 1) * sizeof(Life)));
+    int* const numbers = static_cast<int*>(malloc(static_cast<size_t>(3 * ops + 3) * sizeof(int)));  // each step's x, addend and y
+    if (!lives || !numbers) return free(lives), free(numbers), refuse(Error::out_of_memory, "out of memory");
+    for (int i = 0; i < tensors; ++i) lives[i] = Life{-1, -1, plan.tensors[static_cast<size_t>(i)].cols, 0};
+    steps_there = copies_there = 0;
+    bool good = true;
+    Step next{};  // what comes before a product has been seen
+    int next_x = nothing;
+    bool turns = false;
+    for (int i = 0; i < ops && good; ++i) {
+        const Op& op = plan.ops[static_cast<size_t>(i)];
+        const Op* const after = i + 1 < ops ? &plan.ops[static_cast<size_t>(i + 1)] : nullptr;
+        const bool feeds_product =
+            after && after->x == op.y && readers(op.y) == 1 && (after->kind == OpKind::linear || after->kind == OpKind::head);
+        Step s{};
+        int x = op.x, addend = nothing, y = op.y;
+        s.in = op.in, s.out = op.out, s.x_columns = op.in, s.layer = op.layer;
+        if (op.kind == OpKind::embedding) {
+            s.kind = StepKind::embed, s.table = values(op.w), s.positions = values(op.b), s.waves = after && after->kind == OpKind::waves;
+        } else if (op.kind == OpKind::waves || op.kind == OpKind::rope) {
+            good = op.kind == OpKind::rope ? after && after->kind == OpKind::attention : steps_there == 1 && steps[0].waves;
+            turns = op.kind == OpKind::rope;
+            continue;
+        } else if (op.kind == OpKind::norm) {
+            s.kind = StepKind::norm, s.norm_w = values(op.w), s.norm_b = values(op.b), s.centred = op.centred, s.before = Before::norm;
+            if (feeds_product) {
+                next = s, next_x = x;
+                continue;
+            }
+        } else if (op.kind == OpKind::gate) {
+            good = feeds_product;
+            next = Step{}, next_x = x;
+            next.before = Before::gate, next.activation = op.activation, next.x_columns = op.in;
+            continue;
+        } else if (op.kind == OpKind::attention) {
+            good = op.sight == Sight::causal;
+            s.kind = StepKind::attend, s.heads = op.heads, s.kv_heads = op.kv_heads, s.dim = op.dim(), s.turns = turns;
+            turns = false;
+        } else if (op.kind == OpKind::linear || op.kind == OpKind::head) {
+            s.kind = StepKind::product, s.activation = op.activation, s.is_head = op.kind == OpKind::head, s.bias = values(op.b);
+            if (next_x != nothing) {
+                x = next_x;
+                s.before = next.before, s.norm_w = next.norm_w, s.norm_b = next.norm_b, s.centred = next.centred;
+                if (s.before == Before::gate)
+                    good = op.activation == Activation::none, s.activation = next.activation, s.x_columns = 2 * op.in;
+                next_x = nothing;
+            }
+            if (after && after->kind == OpKind::add && (after->x == op.y || after->x2 == op.y) && readers(op.y) == 1)
+                addend = after->x == op.y ? after->x2 : after->x, y = after->y, ++i;
+            const bool across = !s.is_head && !plan.output_rows;
+            s.apart = parts_of(op.in, talk_depth) * talk_depth;
+            s.w = values(op.w);
+            if (narrow || across || op.in % talk_depth != 0) {
+                unsigned char* const to = there.take<unsigned char>(static_cast<int64_t>(element) * op.out * s.apart, "matrices");
+                s.w = to;
+                copies[copies_there++] = Copied{weight(op.w).offset, op.out, op.in, s.apart, to, across};
+            }
+        } else good = false;
+        if (!good) break;
+        const auto touch = [&](int tensor) {
+            if (tensor == nothing) return;
+            Life& life = lives[tensor];
+            life.born = life.born < 0 ? steps_there : life.born, life.dies = steps_there;
+        };
+        touch(x), touch(addend), touch(y);
+        numbers[3 * steps_there] = x, numbers[3 * steps_there + 1] = addend, numbers[3 * steps_there + 2] = y;
+        steps[steps_there++] = s;
+    }
+    // Each tensor has the lowest place that none before it needs at the same time.
+    int64_t end = 0;
+    for (int i = 0; i < tensors && good; ++i) {
+        Life& mine = lives[i];
+        if (mine.born < 0) continue;
+        for (bool moved = true; moved;) {
+            moved = false;
+            for (int k = 0; k < i; ++k) {
+                const Life& other = lives[k];
+                if (other.born < 0 || other.born > mine.dies || mine.born > other.dies) continue;
+                if (mine.place >= other.place + other.columns || other.place >= mine.place + mine.columns) continue;
+                mine.place = other.place + other.columns, moved = true;
+            }
+        }
+        end = greater(end, mine.place + mine.columns);
+    }
+    memory.activations = there.take<float>(end * rows_at_once, "activations");
+    for (int i = 0; i < steps_there && good; ++i) {
+        const auto at = [&](int which) -> float* {
+            const int tensor = numbers[3 * i + which];
+            return tensor == nothing || !memory.activations ? nullptr : memory.activations + lives[tensor].place * rows_at_once;
+        };
+        steps[i].x = at(0), steps[i].addend = at(1), steps[i].y = at(2);
+    }
+    free(lives), free(numbers);
+    return good ? Status() : refuses();
+}
+// What can be said without a device.
+Status Talker::begin(const DevicePlan& plan) {
+    narrow = plan.precision == Precision::bf16;
+    vocab = plan.head_out, context = plan.context, epsilon = static_cast<float>(plan.epsilon);
+    weight_block = plan.weight_block;
+    steps = static_cast<Step*>(malloc((plan.ops.size + 1) * sizeof(Step)));
+    copies = static_cast<Copied*>(malloc((plan.ops.size + 1) * sizeof(Copied)));
+    return steps && copies ? Status() : refuse(Error::out_of_memory, "out of memory");
+}
+Status Talker::create(const DevicePlan& plan) {
+    BABYGPT_CUDA_TRY(begin(plan));
+    int devices = 0, generation = 0, optin = 0;
+    const cudaError_t found = cudaGetDeviceCount(&devices);
+    if (found == cudaErrorNoDevice || (found == cudaSuccess && devices == 0))
+        return refuse(Error::device, "there is no NVIDIA GPU in this machine: choose the backend cpu");
+    BABYGPT_CUDA(found);
+    BABYGPT_CUDA(cudaGetDevice(&ordinal));
+    BABYGPT_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, ordinal));
+    BABYGPT_CUDA(cudaDeviceGetAttribute(&optin, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal));
+    BABYGPT_CUDA(cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, ordinal));
+    if (narrow && generation < 8)
+        return refuse(Error::unsupported, "this GPU does not multiply bf16 (those from 2020 on do): choose the precision f32");
+    int dim = 1, deepest = 1;
+    for (const Op& op : plan.ops) {
+        if (op.kind == OpKind::attention) dim = greater(dim, op.dim());
+        if (op.kind == OpKind::linear || op.kind == OpKind::head) deepest = greater(deepest, op.in);
+    }
+    const auto bytes_of = [&](int of) { return narrow ? talk_bytes<__nv_bfloat16>(of, dim) : talk_bytes<float>(of, dim); };
+    depth = static_cast<int>(parts_of(deepest, talk_depth)) * talk_depth;
+    while (depth > talk_depth && bytes_of(depth) > static_cast<size_t>(optin)) depth -= talk_depth;
+    shared_bytes = bytes_of(depth);
+    if (shared_bytes > static_cast<size_t>(optin))
+        return refuse(Error::unsupported,
+                      "attention's heads have too many columns for this GPU's shared memory: take more heads, or the backend cpu");
+    if (narrow)
+        BABYGPT_CUDA(
+            cudaFuncSetAttribute(read_rows<__nv_bfloat16>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    else BABYGPT_CUDA(cudaFuncSetAttribute(read_rows<float>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    Plan there;
+    BABYGPT_CUDA_TRY(plan_steps(plan, there));
+    BABYGPT_CUDA_TRY(take_block(there.bytes, block, "take a smaller model, or the backend cpu"));
+    there = Plan{static_cast<char*>(block), 0};
+    BABYGPT_CUDA_TRY(plan_steps(plan, there));
+    Plan here;
+    plan_input(here);
+    BABYGPT_CUDA(cudaMallocHost(&input_block, static_cast<size_t>(here.bytes)));
+    here = Plan{static_cast<char*>(input_block), 0};
+    plan_input(here);
+    BABYGPT_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    if (plan.waves.size > 0)
+        BABYGPT_CUDA(cudaMemcpyAsync(memory.waves, plan.waves.data, plan.waves.size * sizeof(float), cudaMemcpyHostToDevice, stream));
+    BABYGPT_CUDA(cudaMemcpyAsync(memory.steps, steps, static_cast<size_t>(steps_there) * sizeof(Step), cudaMemcpyHostToDevice, stream));
+    BABYGPT_CUDA(cudaStreamSynchronize(stream));
+    return Status();
+}
+void Talker::destroy() {
+    if (stream) (void)cudaStreamSynchronize(stream);
+    if (stream) (void)cudaStreamDestroy(stream);
+    if (input_block) (void)cudaFreeHost(input_block);
+    if (block) (void)cudaFree(block);
+    free(steps), free(copies);
+}
+template <class T>
+Status Talker::read(const Run& run, double* losses) {
+    Reading<T> r{};
+    r.steps = memory.steps, r.count = steps_there, r.rows = run.rows, r.scores = losses != nullptr;
+    r.sent_rows = input.rows, r.sent_wanted = input.wanted, r.sent_pages = reinterpret_cast<T* const*>(input.pages);
+    r.row = memory.rows, r.wanted_rows = memory.wanted, r.page = reinterpret_cast<T**>(memory.pages);
+    r.waves = memory.waves, r.logits = input.logits, r.all_logits = memory.all_logits, r.losses = input.losses;
+    r.depth = depth, r.vocab = vocab, r.epsilon = epsilon, r.alone = true;
+    for (size_t i = 0; i < run.sequences.size; ++i) {
+        const Sequence& s = run.sequences[i];
+        for (int k = 0; k < s.length; ++k)
+            input.rows[s.row + k] = RowHere{run.ids[s.row + k], s.position + k, r.pages, run.targets ? run.targets[s.row + k] : -1};
+        const int pages = talk_pages(s.position + s.length);
+        for (int k = 0; k < pages; ++k) input.pages[r.pages++] = s.pages[k];
+        if (s.logits) input.wanted[r.wanted++] = static_cast<int>(run.wanted_row(Side::text, i));
+        r.alone = r.alone && s.length == 1;
+    }
+    r.head_rows = r.scores ? r.rows : r.wanted;
+    if (r.head_rows == 0) --r.count;  // the head, which is the last step
+    cudaLaunchAttribute together{};
+    together.id = cudaLaunchAttributeCooperative, together.val.cooperative = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(processors)), config.blockDim = dim3(talk_threads);
+    config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+    config.attrs = &together, config.numAttrs = 1;
+    BABYGPT_CUDA(cudaLaunchKernelEx(&config, read_rows<T>, r));
+    BABYGPT_CUDA(cudaStreamSynchronize(stream));
+    if (losses) memcpy(losses, input.losses, static_cast<size_t>(r.rows) * sizeof(double));
+    const float* from = input.logits;
+    for (const Sequence& s : run.sequences)
+        if (s.logits) memcpy(s.logits, from, static_cast<size_t>(vocab) * sizeof(float)), from += vocab;
+    return Status();
+}
+
+// =====================================================================================================================
 // [CHAPTER 11] What the header calls
 // =====================================================================================================================
 
@@ -2264,19 +3058,7 @@ Status Gpu::create(const DevicePlan& of) {
     Plan there;
     plan_memory(there, plan, memory);
     bytes = there.bytes;
-    const cudaError_t taken = cudaMalloc(&block, bytes);
-    if (taken == cudaErrorMemoryAllocation) {
-        size_t left = 0, all = 0;
-        (void)cudaMemGetInfo(&left, &all);
-        Status status;
-        status.error = Error::out_of_memory;
-        snprintf(status.message, sizeof status.message,
-                 "out of memory: %llu bytes of the GPU's were asked for, %llu of %llu are free: take a smaller batch",
-                 static_cast<unsigned long long>(bytes), static_cast<unsigned long long>(left), static_cast<unsigned long long>(all));
-        (void)cudaGetLastError();  // it has been said
-        return status;
-    }
-    BABYGPT_CUDA(taken);
+    BABYGPT_CUDA_TRY(take_block(bytes, block, "take a smaller batch"));
     there = Plan{static_cast<char*>(block), 0};
     plan_memory(there, plan, memory);
     Plan here;
@@ -2398,6 +3180,7 @@ Status Gpu::capture(int which, cudaGraphExec_t& to) {
 }  // namespace cuda
 
 struct records::Device : cuda::Gpu {};
+struct records::Generator : cuda::Talker {};
 
 namespace cuda {
 
@@ -2490,13 +3273,89 @@ Status losses_of(Device* d, int rows, double* losses, int32_t* ranks) {
     return Status();
 }
 
+// ---- running ----
+
+void destroy_generator(Generator* generator) {
+    {
+        const Current current(generator->ordinal);
+        generator->destroy();
+    }
+    delete generator;
+}
+Status create_generator(const DevicePlan& plan, Generator*& made) {
+    made = nullptr;
+    Generator* const generator = new (std::nothrow) Generator;
+    if (!generator) return refuse(Error::out_of_memory, "out of memory");
+    const Status status = generator->create(plan);
+    if (status.ok()) made = generator;
+    else destroy_generator(generator);
+    return status;
+}
+uint64_t generator_bytes(const DevicePlan& plan) {
+    Talker talker;
+    Plan there;
+    const Status status = talker.begin(plan);
+    if (status.ok()) (void)talker.plan_steps(plan, there);
+    talker.destroy();
+    return there.bytes;
+}
+Status set_weights(Generator* g, const float* from) {
+    const Current current(g->ordinal);
+    BABYGPT_CUDA(current.error);
+    BABYGPT_CUDA(
+        cudaMemcpyAsync(g->memory.weights, from, static_cast<size_t>(g->weight_block) * sizeof(float), cudaMemcpyHostToDevice, g->stream));
+    for (int i = 0; i < g->copies_there; ++i) {
+        const Copied& c = g->copies[i];
+        const float* const matrix = g->memory.weights + c.from;
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(static_cast<unsigned>(lesser<int64_t>(parts_of(c.rows * c.apart, block_threads), g->processors * 32)));
+        config.blockDim = dim3(block_threads), config.stream = g->stream;
+        if (g->narrow)
+            BABYGPT_CUDA(cudaLaunchKernelEx(&config, copy_matrix<__nv_bfloat16>, static_cast<__nv_bfloat16*>(c.to), matrix, c.rows,
+                                            c.columns, c.apart, c.across));
+        else
+            BABYGPT_CUDA(
+                cudaLaunchKernelEx(&config, copy_matrix<float>, static_cast<float*>(c.to), matrix, c.rows, c.columns, c.apart, c.across));
+    }
+    BABYGPT_CUDA(cudaStreamSynchronize(g->stream));
+    return Status();
+}
+Status take_pages(Generator* g, uint64_t bytes, void*& pages) {
+    const Current current(g->ordinal);
+    BABYGPT_CUDA(current.error);
+    pages = nullptr;
+    BABYGPT_CUDA_TRY(take_block(bytes, pages, "run fewer sessions, or a shorter context"));
+    const cudaError_t error = cudaMemsetAsync(pages, 0, static_cast<size_t>(bytes), g->stream);
+    if (error == cudaSuccess) return Status();
+    (void)cudaFree(pages);
+    pages = nullptr;
+    return trouble("cudaMemsetAsync", error);
+}
+void drop_pages(Generator* g, void* pages) {
+    const Current current(g->ordinal);
+    (void)cudaFree(pages);
+}
+Status copy_pages(Generator* g, void* to, const void* from, uint64_t bytes) {
+    const Current current(g->ordinal);
+    BABYGPT_CUDA(current.error);
+    BABYGPT_CUDA(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, g->stream));
+    return Status();
+}
+Status read_device(Generator* g, const Run& run, double* losses) {
+    const Current current(g->ordinal);
+    BABYGPT_CUDA(current.error);
+    return g->narrow ? g->read<__nv_bfloat16>(run, losses) : g->read<float>(run, losses);
+}
+
 }  // namespace cuda
 }  // namespace babygpt
 
 extern "C" const babygpt::records::DeviceFunctions* babygpt_cuda_device() {
     using namespace babygpt::cuda;
     static constexpr DeviceFunctions functions = {
-        device_sizes, &create_device, &destroy_device, &device_bytes, &upload, &download, &run_device, &result_of, &losses_of,
+        device_sizes, &create_device, &destroy_device,   &device_bytes,      &upload,          &download,    &run_device,
+        &result_of,   &losses_of,     &create_generator, &destroy_generator, &generator_bytes, &set_weights, &take_pages,
+        &drop_pages,  &copy_pages,    &read_device,
     };
     return &functions;
 }

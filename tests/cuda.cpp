@@ -437,6 +437,320 @@ TEST(not_finite, "a loss that is not finite would spoil the weights on a GPU") {
     CHECK(!r.skipped && isfinite(r.loss));
 }
 
+// The same model twice, on the plain backend (or the processor's fast one) and on the GPU.
+struct Speakers {
+    Runtime runtimes[2];
+    Model models[2];
+    Session sessions[2];
+    Status create(const Config& config, Precision precision, Backend reference = Backend::plain) {
+        runtimes[0].backend = reference, runtimes[0].threads = reference == Backend::plain ? 1 : 0;
+        runtimes[1].backend = Backend::cuda, runtimes[1].precision = precision;
+        for (int i = 0; i < 2; ++i) {
+            Tokenizer tokenizer;
+            TRY(tokenizer.create_bytes(runtimes[i]));
+            TRY(models[i].create(runtimes[i], config, config.vocab == 256 ? static_cast<Tokenizer&&>(tokenizer) : Tokenizer(), 5));
+            for (const Weight& w : models[i].names)
+                for (int64_t k = w.offset; k < w.offset + w.rows * w.cols; ++k)
+                    models[i].weights[k] += static_cast<float>(uniform(9, static_cast<uint64_t>(k)) - 0.5) * 0.2f;
+            TRY(sessions[i].create(runtimes[i], models[i]));
+        }
+        return Status();
+    }
+};
+double distance(Span<const float> a, Span<const float> b) {
+    double difference = 0, reference = 1e-6;
+    for (size_t i = 0; i < a.size && a.size == b.size; ++i) {
+        const double d = fabs(static_cast<double>(a[i]) - static_cast<double>(b[i]));
+        difference = d <= 1e300 ? fmax(difference, d) : 1e300;
+        reference = fmax(reference, fabs(static_cast<double>(a[i])));
+    }
+    return a.size > 0 && a.size == b.size ? difference / reference : 1e300;
+}
+// Reads a prompt, then says more than there is room for, which both forget alike; the GPU is told what the reference has said.
+void says_the_same(const char* name, const Config& config, Precision precision, double tolerance, Backend reference = Backend::plain) {
+    Speakers two;
+    if (!CHECK_OK(two.create(config, precision, reference))) return;
+    const size_t context = static_cast<size_t>(config.context), length = context * 2 / 3;
+    const std::vector<int32_t> ids = text(length, config.vocab);
+    Session *const a = &two.sessions[0], *const b = &two.sessions[1];
+    CHECK_OK(a->feed(Span<const int32_t>(ids)));
+    CHECK_OK(b->feed(Span<const int32_t>(ids)));
+    double worst = distance(a->logits(), b->logits());
+    int others = 0;
+    for (size_t i = 0; i < context; ++i) {
+        SampleConfig how;
+        how.temperature = i % 2 == 0 ? 0.0 : 0.9;
+        how.top_k = i % 3 == 0 ? 5 : 0, how.repetition_penalty = i % 5 == 0 ? 1.1 : 1.0;
+        int32_t first = -1, second = -1;
+        if (precision == Precision::f32) {
+            CHECK_OK(a->next(how, first));
+            CHECK_OK(b->next(how, second));
+            others += first != second;
+            if (first != second) break;
+        } else {
+            CHECK_OK(a->next(how, first));
+            CHECK_OK(b->feed(Span<const int32_t>(&first, 1)));
+        }
+        worst = fmax(worst, distance(a->logits(), b->logits()));
+        CHECK(a->position == b->position && a->forgotten == b->forgotten);
+    }
+    CHECK(others == 0 && worst <= tolerance && a->forgotten > 0);
+    CHECK(no_faults());
+    fflush(stdout);
+    printf("%-34s logits off by at most %.1g\n", name, worst);
+}
+Config speaker(const char* architecture) {
+    Config c = small(architecture);
+    c.layers = 2, c.context = 45;
+    return c;
+}
+TEST(generation, "a session on a GPU would say something else than on the processor") {
+    Config c = speaker("gpt2");
+    says_the_same("says: gpt2", c, Precision::f32, usual);
+    c.heads = 4, c.width = 32, c.hidden = 70, c.tied = false, c.head_bias = true, c.activation = Activation::gelu;
+    says_the_same("says: gpt2, untied, erf", c, Precision::f32, usual);
+    c.positions = Positions::rotary, c.kv_heads = 2;
+    says_the_same("says: gpt2, rotary, 2 kv heads of 4", c, Precision::f32, usual);
+    says_the_same("says in bf16: the same", c, Precision::bf16, 3e-2);
+    c = speaker("gpt2"), c.width = 15, c.bias = false;
+    says_the_same("says in bf16: heads of 5, no biases", c, Precision::bf16, 3e-2);
+    c = speaker("gpt2"), c.width = 64, c.heads = 4, c.kv_heads = 1, c.context = 140;
+    says_the_same("says in bf16: heads of 16, 1 of keys", c, Precision::bf16, 3e-2);
+    c = speaker("llama"), c.width = 64, c.heads = 1;
+    says_the_same("says in bf16: llama, heads of 64", c, Precision::bf16, 3e-2);
+    c = speaker("llama"), c.kv_heads = 1;
+    says_the_same("says: llama, 1 kv head of 3", c, Precision::f32, usual);
+    says_the_same("says in bf16: the same", c, Precision::bf16, 3e-2);
+    c = speaker("transformer");
+    says_the_same("says: norms after, sines", c, Precision::f32, usual);
+    c = speaker("lecture");
+    says_the_same("says: as in a lecture", c, Precision::f32, usual);
+#ifdef ON_A_GPU
+    c = small("gpt2");
+    CHECK_OK(preset("baby", c));
+    c.hidden = 0, c.vocab = 96;
+    says_the_same("says: baby", c, Precision::f32, 2e-4, Backend::cpu);
+    says_the_same("says in bf16: baby", c, Precision::bf16, 5e-2, Backend::cpu);
+    CHECK_OK(preset_architecture("llama", c));
+    says_the_same("says in bf16: baby, llama", c, Precision::bf16, 5e-2, Backend::cpu);
+#else
+    emulator::settings.shared_optin = 16 << 10;  // then the depth of a product is brought in parts
+    c = speaker("gpt2"), c.width = 96, c.hidden = 300, c.layers = 1;
+    says_the_same("says: in parts", c, Precision::f32, usual);
+    says_the_same("says in bf16: in parts", c, Precision::bf16, 3e-2);
+    emulator::settings.shared_optin = 227 << 10;
+#endif
+}
+TEST(generation_together, "several sessions on a GPU would not be independent, or search and score would find something else") {
+    Config c = speaker("llama");
+    c.kv_heads = 1, c.vocab = 256, c.layers = 1;
+    Speakers two;
+    if (!CHECK_OK(two.create(c, Precision::f32))) return;
+    // Prompts of several lengths; one becomes two that go on apart; one forgets.
+    constexpr size_t count = 5;
+    std::vector<int32_t> said[2];
+    for (size_t side = 0; side < 2; ++side) {
+        Session sessions[count];
+        Session* all[count];
+        SampleConfig how[count];
+        for (size_t i = 0; i < count; ++i) {
+            all[i] = &sessions[i], how[i].seed = i + 1;
+            if (i == 4) {
+                CHECK_OK(sessions[i].fork(sessions[3]));
+                continue;
+            }
+            CHECK_OK(sessions[i].create(two.runtimes[side], two.models[side]));
+            const std::vector<int32_t> ids = text(i == 2 ? 44 : 1 + 12 * i, 256);
+            CHECK_OK(sessions[i].feed(Span<const int32_t>(ids)));
+        }
+        int32_t ids[count];
+        for (int round = 0; round < 8; ++round) {
+            CHECK_OK(next(Span<Session* const>(all, count), Span<const SampleConfig>(how, count), ids));
+            said[side].insert(said[side].end(), ids, ids + count);
+        }
+        CHECK(sessions[2].forgotten > 0);
+        sessions[3] = Session();  // its pages are still read
+        CHECK_OK(sessions[4].next(how[4], ids[0]));
+        said[side].push_back(ids[0]);
+    }
+    CHECK(said[0] == said[1]);
+    // A search, and what a text's tokens are thought.
+    for (const bool is_search : {true, false}) {
+        SearchResult found[2];
+        Array<int32_t> ids[2];
+        Array<float> logprobs[2];
+        double sums[2] = {};
+        for (size_t side = 0; side < 2; ++side) {
+            BeamConfig beams;
+            beams.beams = 3, beams.best = 3, beams.tokens = 12;
+            Session session;
+            CHECK_OK(session.create(two.runtimes[side], two.models[side]));
+            if (is_search) CHECK_OK(session.search("It was a dark and stormy night", beams, found[side]));
+            else
+                CHECK_OK(session.score("It was a dark and stormy night; the rain fell in torrents, except ...", ids[side], logprobs[side],
+                                       sums[side]));
+        }
+        if (is_search) CHECK(found[0].text.count == found[1].text.count && found[0].text.count == 36);
+        if (is_search) CHECK(memcmp(found[0].text.items, found[1].text.items, found[0].text.count) == 0);
+        if (!is_search) CHECK(fabs(sums[0] - sums[1]) <= usual * fabs(sums[0]) && sums[0] < -100);
+        if (!is_search)
+            CHECK(distance(Span<const float>(logprobs[0].items, logprobs[0].count),
+                           Span<const float>(logprobs[1].items, logprobs[1].count)) <= usual);
+    }
+    CHECK(no_faults());
+}
+TEST(generation_many, "so many sessions that their rows are several tiles, and several threads draw, would say something else") {
+    Config c = speaker("gpt2");
+    c.layers = 1, c.vocab = 256;
+    for (const Precision precision : {Precision::f32, Precision::bf16}) {
+        Speakers two;
+        if (!CHECK_OK(two.create(c, precision))) return;
+        two.runtimes[1].threads = 3;
+        constexpr size_t count = 40;
+        std::vector<int32_t> said[2];
+        double worst = 0;
+        std::vector<Session> sessions[2];
+        for (size_t side = 0; side < 2; ++side) {
+            sessions[side].resize(count);
+            Session* all[count];
+            SampleConfig how[count];
+            for (size_t i = 0; i < count; ++i) {
+                all[i] = &sessions[side][i], how[i].seed = i + 1;
+                const int32_t id = static_cast<int32_t>(6 * i);
+                CHECK_OK(all[i]->create(two.runtimes[side], two.models[side]));
+                CHECK_OK(all[i]->feed(Span<const int32_t>(&id, 1)));
+            }
+            int32_t ids[count];
+            for (int round = 0; round < (precision == Precision::f32 ? 3 : 1); ++round) {
+                CHECK_OK(next(Span<Session* const>(all, count), Span<const SampleConfig>(how, count), ids));
+                said[side].insert(said[side].end(), ids, ids + count);
+            }
+            if (precision != Precision::f32) continue;
+            // One that cannot go on does not keep those before it from reading what they have said.
+            const LogitBias wrong{-1, 0.0f};
+            how[20].bias = Span<const LogitBias>(&wrong, 1);
+            const Status status = next(Span<Session* const>(all, count), Span<const SampleConfig>(how, count), ids);
+            CHECK(status.error == Error::invalid_argument && strstr(status.message, "-1"));
+            for (size_t i = 0; i < count; ++i) CHECK(all[i]->position == static_cast<int>(all[i]->sampled) + 1);
+            CHECK(all[19]->position == all[20]->position + 1);
+        }
+        for (size_t i = 0; i < 20; ++i)
+            if (said[0][i] == said[1][i]) worst = fmax(worst, distance(sessions[0][i].logits(), sessions[1][i].logits()));
+        if (precision == Precision::f32) CHECK(said[0] == said[1]);
+        CHECK(worst <= (precision == Precision::f32 ? usual : 3e-2) && no_faults());
+    }
+}
+TEST(generation_adapter, "a session on a GPU would not go on with an adapter, or not with its text") {
+    const Config c = speaker("gpt2");
+    Speakers two;
+    if (!CHECK_OK(two.create(c, Precision::f32))) return;
+    Adapter adapters[2];
+    const std::vector<int32_t> ids = text(20, c.vocab);
+    for (const bool keep : {true, false}) {
+        for (int i = 0; i < 2; ++i) {
+            Session& s = two.sessions[i];
+            CHECK_OK(s.create(two.runtimes[i], two.models[i]));
+            CHECK_OK(adapters[i].create(two.runtimes[i], two.models[i], {3, 6, ""}));
+            for (int64_t k = 0; k < adapters[i].block; ++k) adapters[i].weights[k] += static_cast<float>(k % 7) * 0.01f;
+            CHECK_OK(s.feed(Span<const int32_t>(ids)));
+            CHECK_OK(s.use(&adapters[i], keep));
+            CHECK_OK(s.feed(Span<const int32_t>(ids.data(), 3)));
+        }
+        CHECK(distance(two.sessions[0].logits(), two.sessions[1].logits()) <= usual);
+    }
+}
+TEST(generation_learnt, "a session would run with weights that a GPU has changed since") {
+    Case c{"", small("gpt2"), some(3)};
+    Learner l;
+    StepResult r;
+    CHECK_OK(l.create(Backend::cuda, c));
+    Session session;
+    CHECK_OK(session.create(l.runtime, l.model));
+    const std::vector<int32_t> ids = text(9, c.config.vocab);
+    for (int i = 0; i < 2; ++i) {
+        CHECK_OK(l.trainer.step(r));
+        session.reset();
+        CHECK_OK(session.feed(Span<const int32_t>(ids)));
+        Runtime runtime;
+        runtime.backend = Backend::plain;
+        Session plain;
+        CHECK_OK(plain.create(runtime, l.model));
+        CHECK_OK(plain.feed(Span<const int32_t>(ids)));
+        CHECK(distance(plain.logits(), session.logits()) <= usual);
+    }
+    // Loaded only to run.
+    Array<char> file(l.runtime);
+    CHECK_OK(l.model.save_memory(file));
+    Model loaded;
+    CHECK_OK(loaded.load_memory(l.runtime, Text(file.items, file.count), Purpose::running));
+    Session other;
+    CHECK_OK(other.create(l.runtime, loaded));
+    CHECK_OK(other.feed(Span<const int32_t>(ids)));
+    CHECK(distance(session.logits(), other.logits()) <= 0);
+}
+#ifndef ON_A_GPU
+TEST(generation_memory,
+     "a session's memory on a GPU would not be known before, a token would be more than one launch, or an error would be lost") {
+    const Config c = speaker("llama");
+    Runtime runtime;
+    runtime.backend = Backend::cuda;
+    for (const Precision precision : {Precision::f32, Precision::bf16}) {
+        runtime.precision = precision;
+        Model model;
+        CHECK_OK(model.create(runtime, c, Tokenizer(), 5));
+        Memory memory;
+        CHECK_OK(memory_needed(runtime, c, Purpose::running, 2, memory));
+        const size_t all = emulator::settings.memory;
+        emulator::settings.memory = static_cast<size_t>(memory.device);
+        {
+            Session one, two;
+            CHECK_OK(one.create(runtime, model));
+            CHECK_OK(two.create(runtime, model));
+            const std::vector<int32_t> ids = text(9, c.vocab);
+            CHECK_OK(one.feed(Span<const int32_t>(ids)));
+            const emulator::Counts before = emulator::counts;
+            int32_t id;
+            for (int i = 0; i < 3; ++i) CHECK_OK(one.next(SampleConfig(), id));
+            const emulator::Counts& now = emulator::counts;
+            CHECK(now.launches - before.launches == 3 && now.copies == before.copies && now.allocations == before.allocations);
+            CHECK(now.synchronisations - before.synchronisations == 3);
+        }
+        model = Model();
+        CHECK_OK(model.create(runtime, c, Tokenizer(), 5));
+        emulator::settings.memory = static_cast<size_t>(memory.device) - 1;
+        Session one, two;
+        CHECK_OK(one.create(runtime, model));
+        const Status status = two.create(runtime, model);
+        CHECK(status.error == Error::out_of_memory && strstr(status.message, "of the GPU's were asked for"));
+        emulator::settings.memory = all;
+        int failed = 0;
+        for (long call = 1; call < 1000; ++call) {  // each call in turn
+            Model fresh;
+            CHECK_OK(fresh.create(runtime, c, Tokenizer(), 5));
+            emulator::settings.fail_call = call;
+            Session session;
+            int32_t id = 1;
+            Status of = session.create(runtime, fresh);
+            if (of.ok()) of = session.feed(Span<const int32_t>(&id, 1));
+            if (of.ok()) of = session.next(SampleConfig(), id);
+            const bool reached = emulator::settings.fail_call == 0;
+            emulator::settings.fail_call = 0;
+            if (!reached) break;
+            failed += !of.ok();
+            CHECK(of.ok() || strlen(of.message) > 10);
+        }
+        CHECK(failed > 15);
+    }
+    emulator::settings.shared_optin = 4 << 10;
+    Model model;
+    Session session;
+    CHECK_OK(model.create(runtime, c, Tokenizer(), 5));
+    const Status status = session.create(runtime, model);
+    CHECK(status.error == Error::unsupported && strstr(status.message, "too many columns"));
+    emulator::settings.shared_optin = 227 << 10;
+}
+#endif
+
 #ifdef ON_A_GPU
 TEST(large, "a model of a useful size would learn otherwise on a GPU") {
     Case c{"baby, f32", small("gpt2"), some(8)};

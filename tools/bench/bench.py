@@ -343,6 +343,10 @@ def cuda_works():
     add("cuda-512-tf32", "training tf32, B=512, V=96", 512, 96, "tf32", peer=False)
     add("cuda-512-f32", "training f32, B=512, V=96", 512, 96, "f32", peer=False)
     add("cuda-large", "training bf16, B=512, V=50304", 512, 50304, "bf16", bound=bound(50304), bar=Bar(1.5))
+    for streams, most in ((1, 70), (256, 171)):  # of 256: 1.5 million tokens a second
+        result.append(Work(f"cuda-decode-{streams}", f"generation bf16, {'a token' if streams == 1 else f'a round of {streams}'}, V=96",
+                           lambda m, n=streams: 1e3 * m.babygpt("bench", "decode", "--backend", "cuda", "--precision", "bf16", "--sessions", n).json()["ms"],
+                           "us", less=True, bar=Bar(most=most)))
     for batch, most in ((64, 1.3), (512, 8)):
         add(f"cuda-memory-{batch}", f"memory bf16, B={batch}, V=96", batch, 96, "bf16", peer=False, unit="GiB", figure="device_bytes", scale=2.0 ** -30,
             less=True, pairs=1, bar=Bar(most=most))
