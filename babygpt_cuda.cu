@@ -43,8 +43,10 @@
     unsigned char* const name = shared_of_launch
 #define BABYGPT_PRAGMA(text) _Pragma(#text)
 #define BABYGPT_UNROLL(times) BABYGPT_PRAGMA(unroll times)
+#define BABYGPT_TIMES(i, n) _Pragma("unroll") for (int i = 0; i < static_cast<int>(n); ++i)  // unrolled: arrays become registers
 #elif defined(BABYGPT_CUDA_EMULATOR)
 #define BABYGPT_UNROLL(times)
+#define BABYGPT_TIMES(i, n) for (int i = 0; i < static_cast<int>(n); ++i)
 #else
 #error "babygpt_cuda.cu: compile this file with nvcc"
 #endif
@@ -181,8 +183,11 @@ __device__ __forceinline__ float warp_most(float x) {
 __device__ __forceinline__ void put(float* to, float x) { *to = x; }
 __device__ __forceinline__ void put(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
 __device__ __forceinline__ uint32_t two(float low, float high) {
-    return static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(high))) << 16 | __bfloat16_as_ushort(__float2bfloat16_rn(low));
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return static_cast<uint32_t>(__bfloat16_as_ushort(both.y)) << 16 | __bfloat16_as_ushort(both.x);
 }
+__device__ __forceinline__ float low_of(uint32_t both) { return __uint_as_float(both << 16); }
+__device__ __forceinline__ float high_of(uint32_t both) { return __uint_as_float(both & 0xffff0000u); }
 // `size` of them beside each other, by one access: at places that are a multiple of it.
 template <class T, size_t size>
 struct alignas(sizeof(T) * size) Pack {
@@ -198,8 +203,7 @@ __device__ __forceinline__ void load(float (&to)[size], const __nv_bfloat16* fro
     if constexpr (size == 1) to[0] = static_cast<float>(*from);
     else {
         const auto pack = *reinterpret_cast<const Pack<uint32_t, size / 2>*>(from);
-        for (size_t i = 0; i < size / 2; ++i)
-            to[2 * i] = __uint_as_float(pack.at[i] << 16), to[2 * i + 1] = __uint_as_float(pack.at[i] & 0xffff0000u);
+        for (size_t i = 0; i < size / 2; ++i) to[2 * i] = low_of(pack.at[i]), to[2 * i + 1] = high_of(pack.at[i]);
     }
 }
 template <size_t size>
@@ -1031,8 +1035,7 @@ __global__ void rope(Real* x, const float* waves, const Where* where, const Now*
 
 // Tiles of T queries and T keys in shared memory, of any dim that fits there; nothing of size length x length is ever in device memory (Dao et al.
 // 2022). Rows of a tile are dim + 1 apart, so that neighbouring lanes meet neighbouring banks. A head's probabilities are made from
-// the maximum and the sum that the forward pass leaves for each query. Narrow: what is multiplied is rounded to bf16, and tensor cores do
-// it, each warp a tile of 16 x 8 at a time; then T is 32, dim a multiple of 16, and rows are dim + 8 apart.
+// the maximum and the sum that the forward pass leaves for each query. Numbers in bf16 go through tensor cores, where dim allows it: further down.
 template <class Real>
 struct Attend {
     const Real *q, *k, *v;  // of row 0
@@ -1044,72 +1047,24 @@ struct Attend {
     const Place *places, *seen;  // of the queries' sequences, and of the keys'
     int heads, kv_heads, dim, side, op;
     int tiles;  // of the longest sequence
+    int rows;   // of a tile, on tensor cores
     float scale;
     bool causal, adds_q, adds_kv;
 };
-template <bool narrow>
-constexpr int padding = narrow ? 8 : 1;
-template <int T, bool narrow = false>
+template <int T>
 size_t attention_bytes(int dim, int tiles_of_rows, int tiles_of_scores) {
-    constexpr int more = padding<narrow>;
-    return sizeof(float) * static_cast<size_t>(tiles_of_rows * T * (dim + more) + tiles_of_scores * T * (T + more) + 3 * T);
+    return sizeof(float) * static_cast<size_t>(tiles_of_rows * T * (dim + 1) + tiles_of_scores * T * (T + 1) + 3 * T);
 }
 // to[i] = from[i], for the `count` rows from `first` on; zeros beyond them.
-template <int T, bool narrow, class Real>
+template <int T, class Real>
 __device__ __forceinline__ void load_rows(float* to, const Real* from, int64_t stride, int count, int dim) {
-    const int apart = dim + padding<narrow>;
+    const int apart = dim + 1;
     for (int i = static_cast<int>(threadIdx.x) / warp; i < T; i += block_warps)
         for (int d = lane(); d < dim; d += warp) to[i * apart + d] = i < count ? static_cast<float>(from[i * stride + d]) : 0.0f;
 }
-// d += a b, on tiles of 16 x 16 and 16 x 8. In lane 4 g + t are: of a, rows g and g + 8, columns 2 t, 2 t + 1 and those 8 further; of b, rows 2 t,
-// 2 t + 1 and those 8 further, column g; of d, rows g and g + 8, columns 2 t and 2 t + 1.
-__device__ __forceinline__ void multiply_tiles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-#if defined(BABYGPT_CUDA_EMULATOR)
-    emulator::mma_m16n8k16(d, a, b, __nv_bfloat16());
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else
-    (void)d, (void)a, (void)b;  // Gpu::create has refused such a GPU
-#endif
-}
-// s[i][j] = a[i] . b[j], and to[i] += sum over j of p[i][j] * v[j], or p[j][i] * v[j]: as below, on tensor cores.
-__device__ __forceinline__ void tile_products_narrow(float* s, const float* a, const float* b, int dim) {
-    const int apart = dim + 8, number = static_cast<int>(threadIdx.x) / warp, g = lane() / 4, t = lane() % 4 * 2;
-    const float *left = a + (number / 4 * 16 + g) * apart + t, *right = b + (number % 4 * 8 + g) * apart + t;
-    float sum[4] = {};
-    for (int k = 0; k < dim; k += 16, left += 16, right += 16) {
-        const float* const lower = left + 8 * apart;
-        const uint32_t x[4] = {two(left[0], left[1]), two(lower[0], lower[1]), two(left[8], left[9]), two(lower[8], lower[9])};
-        const uint32_t y[2] = {two(right[0], right[1]), two(right[8], right[9])};
-        multiply_tiles(sum, x, y);
-    }
-    float* const to = s + (number / 4 * 16 + g) * 40 + number % 4 * 8 + t;
-    to[0] = sum[0], to[1] = sum[1], to[8 * 40] = sum[2], to[8 * 40 + 1] = sum[3];
-}
-template <bool across>
-__device__ __forceinline__ void tile_sums_narrow(float* to, const float* p, const float* v, int dim) {
-    constexpr int next_row = across ? 1 : 40, next_k = across ? 40 : 1;  // in p
-    const int apart = dim + 8, g = lane() / 4, t = lane() % 4 * 2;
-    for (int number = static_cast<int>(threadIdx.x) / warp; number < dim / 4; number += block_warps) {
-        const int row = number % 2 * 16 + g, column = number / 2 * 8;
-        float* const c = to + row * apart + column + t;
-        float sum[4] = {c[0], c[1], c[8 * apart], c[8 * apart + 1]};
-        for (int k = 0; k < 32; k += 16) {
-            const float *const left = p + row * next_row + (k + t) * next_k, *const lower = left + 8 * next_row;
-            const float* const right = v + (k + t) * apart + column + g;
-            const uint32_t x[4] = {two(left[0], left[next_k]), two(lower[0], lower[next_k]), two(left[8 * next_k], left[9 * next_k]),
-                                   two(lower[8 * next_k], lower[9 * next_k])};
-            const uint32_t y[2] = {two(right[0], right[apart]), two(right[8 * apart], right[9 * apart])};
-            multiply_tiles(sum, x, y);
-        }
-        c[0] = sum[0], c[1] = sum[1], c[8 * apart] = sum[2], c[8 * apart + 1] = sum[3];
-    }
-}
 // s[i][j] = a[i] . b[j]. Thread t has column t % T and every (256 / T)th row.
 template <int T>
-__device__ __forceinline__ void tile_products_wide(float* s, const float* a, const float* b, int dim) {
+__device__ __forceinline__ void tile_products(float* s, const float* a, const float* b, int dim) {
     constexpr int step = block_threads / T;
     constexpr unsigned each = T > step ? T / step : 1;
     const int j = static_cast<int>(threadIdx.x) % T, i0 = static_cast<int>(threadIdx.x) / T;
@@ -1123,7 +1078,7 @@ __device__ __forceinline__ void tile_products_wide(float* s, const float* a, con
 }
 // to[i] += sum over j of p[i][j] * v[j], or p[j][i] * v[j]. Warp w has every 8th row from w on, its lanes the columns.
 template <int T, bool across>
-__device__ __forceinline__ void tile_sums_wide(float* to, const float* p, const float* v, int dim) {
+__device__ __forceinline__ void tile_sums(float* to, const float* p, const float* v, int dim) {
     constexpr unsigned each = T / block_warps;
     const int i0 = static_cast<int>(threadIdx.x) / warp;
     for (int d = lane(); d < dim; d += warp) {
@@ -1139,22 +1094,12 @@ __device__ __forceinline__ void tile_sums_wide(float* to, const float* p, const 
         for (int e = 0; e < static_cast<int>(each); ++e) to[(i0 + e * block_warps) * (dim + 1) + d] = sum[e];
     }
 }
-template <int T, bool narrow>
-__device__ __forceinline__ void tile_products(float* s, const float* a, const float* b, int dim) {
-    if constexpr (narrow) tile_products_narrow(s, a, b, dim);
-    else tile_products_wide<T>(s, a, b, dim);
-}
-template <int T, bool narrow, bool across>
-__device__ __forceinline__ void tile_sums(float* to, const float* p, const float* v, int dim) {
-    if constexpr (narrow) tile_sums_narrow<across>(to, p, v, dim);
-    else tile_sums_wide<T, across>(to, p, v, dim);
-}
 // A block has T queries of a head, and goes through the keys that they see: maximum, sum and y so far are put right when a greater maximum comes
 // (Milakov & Gimelshein 2018). 16 bytes for each element of y, and the keys and values again for each T queries, from the cache.
-template <int T, bool narrow, class Real>
+template <int T, class Real>
 __global__ void __launch_bounds__(block_threads) attention_forward(Attend<Real> a, const Now* now) {
     BABYGPT_DYNAMIC_SHARED(memory);
-    const int dim = a.dim, apart = dim + padding<narrow>, apart_s = T + padding<narrow>, rows = T * apart;
+    const int dim = a.dim, apart = dim + 1, apart_s = T + 1, rows = T * apart;
     float *const q = reinterpret_cast<float*>(memory), *const k = q + rows, *const v = k + rows, *const y = v + rows, *const s = y + rows,
                  *const most = s + T * apart_s, *const total = most + T;
     const int number = static_cast<int>(blockIdx.x) / a.tiles / a.heads, head = static_cast<int>(blockIdx.x) / a.tiles % a.heads;
@@ -1163,15 +1108,15 @@ __global__ void __launch_bounds__(block_threads) attention_forward(Attend<Real> 
     if (queries <= 0) return;
     const int row = a.places[number].row + i0, key_row = a.seen[number].row, keys = a.seen[number].length;
     const int64_t kv_column = static_cast<int64_t>(head / (a.heads / a.kv_heads)) * dim;
-    load_rows<T, narrow>(q, a.q + row * a.q_stride + static_cast<int64_t>(head) * dim, a.q_stride, queries, dim);
+    load_rows<T>(q, a.q + row * a.q_stride + static_cast<int64_t>(head) * dim, a.q_stride, queries, dim);
     for (int i = static_cast<int>(threadIdx.x); i < rows; i += block_threads) y[i] = 0;
     for (int i = static_cast<int>(threadIdx.x); i < T; i += block_threads) most[i] = -INFINITY, total[i] = 0;
     for (int k0 = 0; k0 < keys && (!a.causal || k0 <= i0 + T - 1); k0 += T) {
         __syncthreads();
-        load_rows<T, narrow>(k, a.k + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
-        load_rows<T, narrow>(v, a.v + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
+        load_rows<T>(k, a.k + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
+        load_rows<T>(v, a.v + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
         __syncthreads();
-        tile_products<T, narrow>(s, q, k, dim);
+        tile_products<T>(s, q, k, dim);
         __syncthreads();
         for (int i = static_cast<int>(threadIdx.x) / warp; i < T; i += block_warps) {  // a warp has a query, a lane a key
             const int j = lane();
@@ -1187,7 +1132,7 @@ __global__ void __launch_bounds__(block_threads) attention_forward(Attend<Real> 
             for (int d = j; d < dim; d += warp) y[i * apart + d] *= factor;
         }
         __syncthreads();
-        tile_sums<T, narrow, false>(y, s, v, dim);
+        tile_sums<T, false>(y, s, v, dim);
     }
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x) / warp; i < T && i < queries; i += block_warps) {
@@ -1199,11 +1144,11 @@ __global__ void __launch_bounds__(block_threads) attention_forward(Attend<Real> 
     }
 }
 // p, with f the dropout's factors, to s (f p), and p (f dp - D) / sqrt(dim), which is ds, to dp. D = dy . y of each query.
-template <int T, bool narrow, class Real>
+template <int T, class Real>
 __device__ __forceinline__ void score_gradients(const Attend<Real>& a, const Now* now, float* s, float* dp, const float* most,
                                                 const float* inverse, const float* D, int row, int i0, int k0, int queries, int keys,
                                                 int head) {
-    constexpr int apart_s = T + padding<narrow>;
+    constexpr int apart_s = T + 1;
     for (int i = static_cast<int>(threadIdx.x) / warp; i < T; i += block_warps) {
         const int j = lane();
         if (j >= T) continue;
@@ -1229,10 +1174,10 @@ __device__ __forceinline__ void load_queries(const Attend<Real>& a, float* most,
     }
 }
 // dq = sum over the keys of ds k. A block has T queries of a head.
-template <int T, bool narrow, class Real>
+template <int T, class Real>
 __global__ void __launch_bounds__(block_threads) attention_backward_queries(Attend<Real> a, const Now* now) {
     BABYGPT_DYNAMIC_SHARED(memory);
-    const int dim = a.dim, apart = dim + padding<narrow>, apart_s = T + padding<narrow>, rows = T * apart;
+    const int dim = a.dim, apart = dim + 1, apart_s = T + 1, rows = T * apart;
     float *const q = reinterpret_cast<float*>(memory), *const dy = q + rows, *const k = dy + rows, *const v = k + rows,
                  *const dq = v + rows, *const s = dq + rows, *const dp = s + T * apart_s, *const most = dp + T * apart_s,
                  *const inverse = most + T, *const D = inverse + T;
@@ -1243,21 +1188,21 @@ __global__ void __launch_bounds__(block_threads) attention_backward_queries(Atte
     const int row = a.places[number].row + i0, key_row = a.seen[number].row, keys = a.seen[number].length;
     const int64_t column = static_cast<int64_t>(head) * dim, kv_column = static_cast<int64_t>(head / (a.heads / a.kv_heads)) * dim;
     const int64_t width = static_cast<int64_t>(a.heads) * dim;
-    load_rows<T, narrow>(q, a.q + row * a.q_stride + column, a.q_stride, queries, dim);
-    load_rows<T, narrow>(dy, a.dy + row * width + column, width, queries, dim);
+    load_rows<T>(q, a.q + row * a.q_stride + column, a.q_stride, queries, dim);
+    load_rows<T>(dy, a.dy + row * width + column, width, queries, dim);
     load_queries<T>(a, most, inverse, D, row, queries, head);
     for (int i = static_cast<int>(threadIdx.x); i < rows; i += block_threads) dq[i] = 0;
     for (int k0 = 0; k0 < keys && (!a.causal || k0 <= i0 + T - 1); k0 += T) {
         __syncthreads();
-        load_rows<T, narrow>(k, a.k + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
-        load_rows<T, narrow>(v, a.v + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
+        load_rows<T>(k, a.k + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
+        load_rows<T>(v, a.v + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
         __syncthreads();
-        tile_products<T, narrow>(s, q, k, dim);
-        tile_products<T, narrow>(dp, dy, v, dim);
+        tile_products<T>(s, q, k, dim);
+        tile_products<T>(dp, dy, v, dim);
         __syncthreads();
-        score_gradients<T, narrow>(a, now, s, dp, most, inverse, D, row, i0, k0, queries, keys, head);
+        score_gradients<T>(a, now, s, dp, most, inverse, D, row, i0, k0, queries, keys, head);
         __syncthreads();
-        tile_sums<T, narrow, false>(dq, dp, k, dim);
+        tile_sums<T, false>(dq, dp, k, dim);
     }
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x) / warp; i < T && i < queries; i += block_warps)
@@ -1268,10 +1213,10 @@ __global__ void __launch_bounds__(block_threads) attention_backward_queries(Atte
 }
 // dk = sum over the queries of ds q, dv = sum of f p dy. A block has T keys of a kv head, and goes through the queries that see them, head after
 // head of those that share it.
-template <int T, bool narrow, class Real>
+template <int T, class Real>
 __global__ void __launch_bounds__(block_threads) attention_backward_keys(Attend<Real> a, const Now* now) {
     BABYGPT_DYNAMIC_SHARED(memory);
-    const int dim = a.dim, apart = dim + padding<narrow>, apart_s = T + padding<narrow>, rows = T * apart;
+    const int dim = a.dim, apart = dim + 1, apart_s = T + 1, rows = T * apart;
     float *const k = reinterpret_cast<float*>(memory), *const v = k + rows, *const dk = v + rows, *const dv = dk + rows,
                  *const q = dv + rows, *const dy = q + rows, *const s = dy + rows, *const dp = s + T * apart_s,
                  *const most = dp + T * apart_s, *const inverse = most + T, *const D = inverse + T;
@@ -1281,25 +1226,25 @@ __global__ void __launch_bounds__(block_threads) attention_backward_keys(Attend<
     if (k0 >= keys) return;
     const int first = a.places[number].row, length = a.places[number].length, key_row = a.seen[number].row, group = a.heads / a.kv_heads;
     const int64_t kv_column = static_cast<int64_t>(kv_head) * dim, width = static_cast<int64_t>(a.heads) * dim;
-    load_rows<T, narrow>(k, a.k + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
-    load_rows<T, narrow>(v, a.v + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
+    load_rows<T>(k, a.k + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
+    load_rows<T>(v, a.v + (key_row + k0) * a.k_stride + kv_column, a.k_stride, keys - k0, dim);
     for (int i = static_cast<int>(threadIdx.x); i < rows; i += block_threads) dk[i] = dv[i] = 0;
     for (int head = kv_head * group; head < (kv_head + 1) * group; ++head)
         for (int i0 = a.causal ? k0 : 0; i0 < length; i0 += T) {
             const int row = first + i0, queries = length - i0;
             const int64_t column = static_cast<int64_t>(head) * dim;
             __syncthreads();
-            load_rows<T, narrow>(q, a.q + row * a.q_stride + column, a.q_stride, queries, dim);
-            load_rows<T, narrow>(dy, a.dy + row * width + column, width, queries, dim);
+            load_rows<T>(q, a.q + row * a.q_stride + column, a.q_stride, queries, dim);
+            load_rows<T>(dy, a.dy + row * width + column, width, queries, dim);
             load_queries<T>(a, most, inverse, D, row, queries, head);
             __syncthreads();
-            tile_products<T, narrow>(s, q, k, dim);
-            tile_products<T, narrow>(dp, dy, v, dim);
+            tile_products<T>(s, q, k, dim);
+            tile_products<T>(dp, dy, v, dim);
             __syncthreads();
-            score_gradients<T, narrow>(a, now, s, dp, most, inverse, D, row, i0, k0, queries, keys, head);
+            score_gradients<T>(a, now, s, dp, most, inverse, D, row, i0, k0, queries, keys, head);
             __syncthreads();
-            tile_sums<T, narrow, true>(dk, dp, q, dim);
-            tile_sums<T, narrow, true>(dv, s, dy, dim);
+            tile_sums<T, true>(dk, dp, q, dim);
+            tile_sums<T, true>(dv, s, dy, dim);
         }
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x) / warp; i < T && k0 + i < keys; i += block_warps)
@@ -1307,6 +1252,471 @@ __global__ void __launch_bounds__(block_threads) attention_backward_keys(Attend<
             const int64_t at = (key_row + k0 + i) * a.k_stride + kv_column + d;
             put(a.dk + at, a.adds_kv ? static_cast<float>(a.dk[at]) + dk[i * apart + d] : dk[i * apart + d]);
             put(a.dv + at, a.adds_kv ? static_cast<float>(a.dv[at]) + dv[i * apart + d] : dv[i * apart + d]);
+        }
+}
+
+// ---- attention on tensor cores -----------------------------------------------------------------------------------------------
+
+// Of bf16, in heads of C columns (fewer: zeros beyond), sums in float. Shared memory holds tiles of a.rows rows x C columns: all of a sequence, where
+// it is not too long, so that each number is read once. A row's pieces of 16 bytes change places, so that those of 8 rows at one column lie in
+// different banks. A warp has strips of 16 rows of its block's tile; what it multiplies and sums up for a strip stays in registers, and it waits for
+// others only where a tile is loaded. The strips at both ends go to one warp, as a causal strip's work grows with its number.
+constexpr int strip = 16, strip_warps = 6, strip_threads = strip_warps * warp, most_tile_rows = 2 * strip_warps * strip;
+
+// Bytes: Q, K, V and for each query its dropout's key; backward dY, too, and for each query the logarithm of its sum, and D.
+template <int C>
+constexpr size_t narrow_bytes(int rows, bool backward) {
+    return static_cast<size_t>(rows) * (backward ? 8 * C + 16 : 6 * C + 8);
+}
+// Of a tile, for a context and so much shared memory: a multiple of 32, or 0.
+template <int C>
+constexpr int tile_rows(int context, int shared) {
+    const int64_t most = lesser<int64_t>(most_tile_rows, shared / static_cast<int>(narrow_bytes<C>(1, true)) / 32 * 32);
+    return most == 0 ? 0 : static_cast<int>(parts_of(parts_of(context, parts_of(context, most)), 32) * 32);
+}
+// A strip as the left side of a product, and its sums.
+template <int C>
+using Strip = uint32_t[static_cast<size_t>(C / 16)][4];
+template <int C>
+using StripSums = float[static_cast<size_t>(C / 8)][4];
+template <int C>
+__device__ __forceinline__ int piece_at(int row, int piece) {
+    return row * (2 * C) + (piece ^ (C < 64 ? row / 2 % 4 : row % 8)) * 16;
+}
+__device__ __forceinline__ int strips_of(int some_rows) { return some_rows > 0 ? (some_rows + strip - 1) / strip : 0; }
+// The strip that a warp has in one of two passes over a tile with `strips` of them; `strips`: none. The compiler shall see that it is the warp's.
+__device__ __forceinline__ int strip_of(int pass, int strips) {
+    const int first = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / warp, 0), second = strips - 1 - first;
+    return pass == 0 ? lesser(first, strips) : second >= strip_warps ? second : strips;
+}
+// 16 bytes from device to shared memory, or zeros: under way until copies_arrive, and then for the thread that asked.
+__device__ __forceinline__ void copy_piece(unsigned char* to, const __nv_bfloat16* from, bool there) {
+#if defined(BABYGPT_CUDA_EMULATOR)
+    emulator::copy_async_zero16(to, from, there);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from),
+                 "r"(there ? 16 : 0)
+                 : "memory");
+#else
+    (void)to, (void)from, (void)there;
+#endif
+}
+__device__ __forceinline__ void copies_arrive() {
+#if defined(BABYGPT_CUDA_EMULATOR)
+    emulator::copy_async_commit();
+    emulator::copy_async_wait<0>();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+// `count` rows of a head, of `rows`. A thread has one piece of every (strip_threads / pieces)th row.
+template <int C>
+__device__ __forceinline__ void copy_rows_narrow(unsigned char* to, const __nv_bfloat16* from, int64_t stride, int rows, int count,
+                                                 int dim) {
+    constexpr int pieces = C / 8, step = strip_threads / pieces;
+    const int piece = static_cast<int>(threadIdx.x) % pieces;
+    const bool has = piece * 8 < dim;
+    for (int i = static_cast<int>(threadIdx.x) / pieces; i < rows; i += step) {
+        const bool there = has && i < count;
+        copy_piece(to + piece_at<C>(i, piece), there ? from + i * stride + piece * 8 : from, there);
+    }
+}
+// Four tiles of 8 x 8. Lane l says where row l % 8 of tile l / 8 is, and gets, of each, row l / 4, columns 2 (l % 4) and the next; across: of its transpose.
+template <bool across>
+__device__ __forceinline__ void load_tiles(uint32_t (&to)[4], const unsigned char* row) {
+#if defined(BABYGPT_CUDA_EMULATOR)
+    if constexpr (across) emulator::ldmatrix_x4_trans(to, row);
+    else emulator::ldmatrix_x4(to, row);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    if constexpr (across)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                     : "r"(at));
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                     : "r"(at));
+#else
+    (void)to, (void)row;
+#endif
+}
+// d += a b, on tiles of 16 x 16 and 16 x 8. In lane 4 g + t are: of a, rows g and g + 8, columns 2 t, 2 t + 1 and those 8 further; of b, rows 2 t,
+// 2 t + 1 and those 8 further, column g; of d, rows g and g + 8, columns 2 t and 2 t + 1.
+__device__ __forceinline__ void multiply_tiles(float (&d)[4], const uint32_t (&a)[4], uint32_t upper, uint32_t lower) {
+#if defined(BABYGPT_CUDA_EMULATOR)
+    emulator::mma_m16n8k16(d, a, {upper, lower}, __nv_bfloat16());
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(upper), "r"(lower));
+#else
+    (void)d, (void)a, (void)upper, (void)lower;  // Gpu::create has refused such a GPU
+#endif
+}
+__device__ __forceinline__ float power_of_2(float x) {
+#if defined(__CUDA_ARCH__)
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
+}
+// Two sums of 16 x 8 that lie beside each other as the a of the next product.
+__device__ __forceinline__ void pack(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
+    a[0] = two(left[0], left[1]), a[1] = two(left[2], left[3]), a[2] = two(right[0], right[1]), a[3] = two(right[2], right[3]);
+}
+// A strip's sums, times a factor for its rows g and another for g + 8, to `count` rows in device memory, or added to them. The lanes of a row exchange
+// theirs, so that each has 16 bytes side by side.
+template <int C>
+__device__ __forceinline__ void store_strip(__nv_bfloat16* to, int64_t stride, const StripSums<C>& sum, float upper, float lower, int count,
+                                            int dim, bool adds) {
+    const int g = lane() / 4, t = lane() % 4;
+    BABYGPT_TIMES (half, 2)
+        BABYGPT_TIMES (j, C / 32) {
+            const float factor = half ? lower : upper;
+            uint32_t w[4];
+            BABYGPT_TIMES (i, 4) w[i] = two(sum[4 * j + i][2 * half] * factor, sum[4 * j + i][2 * half + 1] * factor);
+            BABYGPT_TIMES (i, 2) {
+                const uint32_t other = __shfl_xor_sync(0xffffffffu, t % 2 ? w[2 * i] : w[2 * i + 1], 1);
+                if (t % 2) w[2 * i] = other;
+                else w[2 * i + 1] = other;
+            }
+            BABYGPT_TIMES (i, 2) {
+                const uint32_t other = __shfl_xor_sync(0xffffffffu, t / 2 ? w[i] : w[i + 2], 2);
+                if (t / 2) w[i] = other;
+                else w[i + 2] = other;
+            }
+            const int row = g + 8 * half, column = 32 * j + 8 * t;
+            if (row >= count || column >= dim) continue;
+            uint4* const place = reinterpret_cast<uint4*>(to + row * stride + column);
+            if (adds) {
+                const uint4 before = *place;
+                const uint32_t b[4] = {before.x, before.y, before.z, before.w};
+                BABYGPT_TIMES (i, 4) w[i] = two(low_of(b[i]) + low_of(w[i]), high_of(b[i]) + high_of(w[i]));
+            }
+            *place = make_uint4(w[0], w[1], w[2], w[3]);
+        }
+}
+
+// A block has a tile of a head's queries, and goes through the keys that they see, 32 at a time: maximum, sum and y so far are put right when a
+// greater maximum comes (Milakov & Gimelshein 2018). 8 bytes for each element of y; where there are several tiles, keys and values again for
+// each, from the cache.
+template <int C>
+__global__ void __launch_bounds__(strip_threads, C > 64 ? 2 : 3) attention_forward_narrow(Attend<__nv_bfloat16> a, const Now* now) {
+    BABYGPT_DYNAMIC_SHARED(memory);
+    constexpr int steps = C / 16, row_bytes = 2 * C;
+    const int rows = a.rows, number = static_cast<int>(blockIdx.x) / a.tiles / a.heads,
+              head = static_cast<int>(blockIdx.x) / a.tiles % a.heads, chunk = static_cast<int>(blockIdx.x) % a.tiles;
+    if (number >= now->sequences) return;
+    const int queries = a.places[number].length - chunk * rows;
+    if (queries <= 0) return;
+    const int row = a.places[number].row + chunk * rows, key_row = a.seen[number].row, keys = a.seen[number].length;
+    const int64_t width = static_cast<int64_t>(a.heads) * a.dim, column = static_cast<int64_t>(head) * a.dim,
+                  kv_column = static_cast<int64_t>(head / (a.heads / a.kv_heads)) * a.dim;
+    unsigned char *const q = memory, *const k = q + rows * row_bytes, *const v = k + rows * row_bytes;
+    uint64_t* const drop_keys = reinterpret_cast<uint64_t*>(v + rows * row_bytes);
+    const int g = lane() / 4, t = lane() % 4, strips = strips_of(lesser(rows, queries));
+    const int by_rows = piece_at<C>(lane() % 16, lane() / 16), by_columns = piece_at<C>(lane() / 16 * 8 + lane() % 8, lane() / 8 % 2);
+    const bool drops = now->drop_below != 0;
+    const float unit = a.scale * 1.44269504089f;  // probabilities are powers of 2
+    copy_rows_narrow<C>(q, a.q + row * a.q_stride + column, a.q_stride, rows, queries, a.dim);
+    for (int i = static_cast<int>(threadIdx.x); drops && i < rows; i += strip_threads) drop_keys[i] = drop_key(now, a.side, a.op, row + i);
+    for (int pass = 0, there = -1; pass * strip_warps < strips; ++pass) {
+        const int number_of_strip = strip_of(pass, strips), first = number_of_strip * strip;
+        const bool works = number_of_strip < strips;
+        Strip<C> left;
+        StripSums<C> sum = {};
+        float most[2] = {-INFINITY, -INFINITY}, total[2] = {};
+        for (int part = 0; part * rows < keys && (!a.causal || part <= chunk); ++part) {
+            if (part != there) {
+                const int64_t at = (key_row + part * rows) * a.k_stride + kv_column;
+                __syncthreads();
+                copy_rows_narrow<C>(k, a.k + at, a.k_stride, rows, keys - part * rows, a.dim);
+                copy_rows_narrow<C>(v, a.v + at, a.k_stride, rows, keys - part * rows, a.dim);
+                copies_arrive();
+                __syncthreads();
+                there = part;
+            }
+            if (!works) continue;
+            if (part == 0)
+                BABYGPT_TIMES (i, steps) load_tiles<false>(left[i], q + first * row_bytes + (by_rows ^ i * 32));
+            const int some = lesser(rows, keys - part * rows);
+            const bool diagonal = a.causal && part == chunk;
+            const int end = diagonal ? lesser(some, first + strip) : some;
+            for (int k0 = 0; k0 < end; k0 += 32) {
+                float s[4][4] = {};
+                BABYGPT_TIMES (i, steps)
+                    BABYGPT_TIMES (n, 2) {
+                        uint32_t right[4];
+                        load_tiles<false>(right, k + (k0 + 16 * n) * row_bytes + (by_columns ^ i * 32));
+                        multiply_tiles(s[2 * n], left[i], right[0], right[1]);
+                        multiply_tiles(s[2 * n + 1], left[i], right[2], right[3]);
+                    }
+                if (k0 + 32 > end || (diagonal && k0 + 31 > first))
+                    BABYGPT_TIMES (e, 4) {
+                        const int sees = (diagonal ? lesser(some, first + g + e / 2 * 8 + 1) : some) - k0 - 2 * t - e % 2;
+                        BABYGPT_TIMES (n, 4) s[n][e] = 8 * n < sees ? s[n][e] : -INFINITY;
+                    }
+                BABYGPT_TIMES (half, 2) {
+                    float biggest = most[half], more = 0;
+                    BABYGPT_TIMES (n, 4) biggest = fmaxf(biggest, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+                    biggest = fmaxf(biggest, __shfl_xor_sync(0xffffffffu, biggest, 1));
+                    biggest = fmaxf(biggest, __shfl_xor_sync(0xffffffffu, biggest, 2));
+                    const float factor = power_of_2((most[half] - biggest) * unit), base = biggest * unit;
+                    BABYGPT_TIMES (n, 4)
+                        BABYGPT_TIMES (e, 2) {
+                            float& p = s[n][2 * half + e];
+                            p = power_of_2(fmaf(p, unit, -base));
+                            more += p;
+                        }
+                    most[half] = biggest, total[half] = fmaf(total[half], factor, more);
+                    BABYGPT_TIMES (j, C / 8) sum[j][2 * half] *= factor, sum[j][2 * half + 1] *= factor;
+                }
+                if (drops)
+                    BABYGPT_TIMES (n, 4)
+                        BABYGPT_TIMES (e, 4)
+                            s[n][e] *=
+                                drop_factor(now, drop_keys[first + g + e / 2 * 8], head * 65536 + part * rows + k0 + 8 * n + 2 * t + e % 2);
+                BABYGPT_TIMES (n, 2) {
+                    uint32_t p[4];
+                    pack(p, s[2 * n], s[2 * n + 1]);
+                    BABYGPT_TIMES (j, steps) {
+                        uint32_t right[4];
+                        load_tiles<true>(right, v + (k0 + 16 * n) * row_bytes + (by_rows ^ j * 32));
+                        multiply_tiles(sum[2 * j], p, right[0], right[1]);
+                        multiply_tiles(sum[2 * j + 1], p, right[2], right[3]);
+                    }
+                }
+            }
+        }
+        if (!works) continue;
+        BABYGPT_TIMES (half, 2) {
+            total[half] += __shfl_xor_sync(0xffffffffu, total[half], 1);
+            total[half] += __shfl_xor_sync(0xffffffffu, total[half], 2);
+            const int i = first + g + 8 * half;
+            if (t == 0 && i < queries)
+                *reinterpret_cast<float2*>(a.softmax + (static_cast<int64_t>(row + i) * a.heads + head) * 2) =
+                    make_float2(most[half] * a.scale, total[half]);
+        }
+        store_strip<C>(a.y + (row + first) * width + column, width, sum, 1 / total[0], 1 / total[1], queries - first, a.dim, false);
+    }
+}
+
+// Q and dY of `rows` queries, of which `count` are there, and what is known of each: the dropout's key; the logarithm of what its powers of 2 are
+// divided by, which is endless for those that are not there, so that their p is 0; D = dy . y. A thread's pieces are copy_rows_narrow's.
+template <int C>
+__device__ __forceinline__ void load_queries_narrow(const Attend<__nv_bfloat16>& a, const Now* now, unsigned char* q, unsigned char* dy,
+                                                    uint64_t* drop_keys, float* logarithm, float* D, int row, int count, int head) {
+    constexpr int pieces = C / 8, step = strip_threads / pieces;
+    constexpr unsigned each = most_tile_rows / step;
+    const int i0 = static_cast<int>(threadIdx.x) / pieces, piece = static_cast<int>(threadIdx.x) % pieces;
+    const int64_t width = static_cast<int64_t>(a.heads) * a.dim, column = static_cast<int64_t>(head) * a.dim;
+    copy_rows_narrow<C>(q, a.q + row * a.q_stride + column, a.q_stride, a.rows, count, a.dim);
+    copy_rows_narrow<C>(dy, a.dy + row * width + column, width, a.rows, count, a.dim);
+    const __nv_bfloat16* const y = a.y + row * width + column + piece * 8;
+    uint4 own[each];
+    BABYGPT_TIMES (n, each) {
+        const int i = i0 + n * step;
+        own[n] = i < lesser(a.rows, count) && piece * 8 < a.dim ? *reinterpret_cast<const uint4*>(y + i * width) : make_uint4(0, 0, 0, 0);
+    }
+    for (int i = static_cast<int>(threadIdx.x); i < a.rows; i += strip_threads) {
+        const float* const from = a.softmax + (static_cast<int64_t>(row + i) * a.heads + head) * 2;
+        logarithm[i] = i < count ? fmaf(from[0], 1.44269504089f, log2f(from[1])) : INFINITY;
+        if (now->drop_below != 0) drop_keys[i] = drop_key(now, a.side, a.op, row + i);
+    }
+    copies_arrive();
+    BABYGPT_TIMES (n, each) {
+        const int i = i0 + n * step;
+        const uint4 other = i < a.rows ? *reinterpret_cast<const uint4*>(dy + piece_at<C>(i, piece)) : make_uint4(0, 0, 0, 0);
+        const uint32_t x[4] = {own[n].x, own[n].y, own[n].z, own[n].w}, z[4] = {other.x, other.y, other.z, other.w};
+        float sum = 0;
+        BABYGPT_TIMES (e, 4) sum = fmaf(low_of(x[e]), low_of(z[e]), fmaf(high_of(x[e]), high_of(z[e]), sum));
+        for (int apart = pieces / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
+        if (piece == 0 && i < a.rows) D[i] = sum;
+    }
+}
+// Of a score, p, with f the dropout's factor: f p, and p (f dp - D), which is ds without the scale.
+template <bool drops>
+__device__ __forceinline__ void score_gradient(float& s, float& dp, float unit, float logarithm, float D, const Now* now,
+                                               const uint64_t* drop_key, int i) {
+    const float p = power_of_2(fmaf(s, unit, -logarithm)), f = drops ? drop_factor(now, *drop_key, i) : 1.0f;
+    s = drops ? p * f : p;
+    dp = p * (drops ? fmaf(dp, f, -D) : dp - D);
+}
+// First dk = sum over the queries of ds q, and dv = sum of f p dy: a block has a tile of a kv head's keys, and goes through the queries that see them, 16
+// at a time, head after head of those that share it. Then dq = sum over the keys of ds k: it has the tile of queries with the same number, and goes
+// through the keys that they see. A tile that is there already is not loaded again. 16 bytes for each element of q where one tile is all.
+template <int C>
+__global__ void __launch_bounds__(strip_threads, C > 64 ? 1 : 2) attention_backward_narrow(Attend<__nv_bfloat16> a, const Now* now) {
+    BABYGPT_DYNAMIC_SHARED(memory);
+    constexpr int steps = C / 16, row_bytes = 2 * C;
+    constexpr bool holds = C <= 64;  // a strip in registers; otherwise it is loaded for each product
+    const int rows = a.rows, number = static_cast<int>(blockIdx.x) / a.tiles / a.kv_heads,
+              kv_head = static_cast<int>(blockIdx.x) / a.tiles % a.kv_heads, chunk = static_cast<int>(blockIdx.x) % a.tiles;
+    if (number >= now->sequences) return;
+    const int row = a.places[number].row, queries = a.places[number].length, key_row = a.seen[number].row, keys = a.seen[number].length,
+              group = a.heads / a.kv_heads;
+    if (chunk * rows >= queries && chunk * rows >= keys) return;
+    const int64_t kv_column = static_cast<int64_t>(kv_head) * a.dim;
+    unsigned char *const k = memory, *const v = k + rows * row_bytes, *const q = v + rows * row_bytes, *const dy = q + rows * row_bytes;
+    uint64_t* const drop_keys = reinterpret_cast<uint64_t*>(dy + rows * row_bytes);
+    float *const logarithm = reinterpret_cast<float*>(drop_keys + rows), *const D = logarithm + rows;
+    const int g = lane() / 4, t = lane() % 4;
+    const int by_rows = piece_at<C>(lane() % 16, lane() / 16), by_columns = piece_at<C>(lane() / 16 * 8 + lane() % 8, lane() / 8 % 2);
+    const bool drops = now->drop_below != 0;
+    const float unit = a.scale * 1.44269504089f;
+    int keys_there = -1, queries_there = -1, head_there = -1;
+    const auto load = [&](int key_tile, int query_tile, int head) {
+        const bool new_keys = key_tile != keys_there, new_queries = query_tile != queries_there || head != head_there;
+        if (!new_keys && !new_queries) return;
+        __syncthreads();
+        if (new_keys) {
+            const int64_t at = (key_row + key_tile * rows) * a.k_stride + kv_column;
+            copy_rows_narrow<C>(k, a.k + at, a.k_stride, rows, keys - key_tile * rows, a.dim);
+            copy_rows_narrow<C>(v, a.v + at, a.k_stride, rows, keys - key_tile * rows, a.dim);
+        }
+        if (new_queries)
+            load_queries_narrow<C>(a, now, q, dy, drop_keys, logarithm, D, row + query_tile * rows, queries - query_tile * rows, head);
+        else copies_arrive();
+        __syncthreads();
+        keys_there = key_tile, queries_there = query_tile, head_there = head;
+    };
+
+    const int first_head = kv_head * group, some_keys = lesser(rows, keys - chunk * rows), key_strips = strips_of(some_keys);
+    for (int pass = 0; pass * strip_warps < key_strips; ++pass) {
+        const int number_of_strip = strip_of(pass, key_strips), first = number_of_strip * strip, from = a.causal ? chunk : 0;
+        const bool works = number_of_strip < key_strips;
+        Strip<holds ? C : strip> key, value;
+        StripSums<C> dk = {}, dv = {};
+        for (int head = first_head; head < first_head + group; ++head)
+            for (int part = from; part * rows < queries; ++part) {
+                load(chunk, part, head);
+                if (!works) continue;
+                if (holds && head == first_head && part == from)
+                    BABYGPT_TIMES (i, steps) {
+                        load_tiles<false>(key[holds ? i : 0], k + first * row_bytes + (by_rows ^ i * 32));
+                        load_tiles<false>(value[holds ? i : 0], v + first * row_bytes + (by_rows ^ i * 32));
+                    }
+                const int some = lesser(rows, queries - part * rows);
+                const bool diagonal = a.causal && part == chunk;
+                for (int i0 = diagonal ? first : 0; i0 < some; i0 += strip) {
+                    float s[2][4] = {}, dp[2][4] = {};
+                    BABYGPT_TIMES (i, steps) {
+                        constexpr int held = holds ? 1 : 0;
+                        if (!holds) {
+                            load_tiles<false>(key[0], k + first * row_bytes + (by_rows ^ i * 32));
+                            load_tiles<false>(value[0], v + first * row_bytes + (by_rows ^ i * 32));
+                        }
+                        uint32_t right[4];
+                        load_tiles<false>(right, q + i0 * row_bytes + (by_columns ^ i * 32));
+                        multiply_tiles(s[0], key[held * i], right[0], right[1]);
+                        multiply_tiles(s[1], key[held * i], right[2], right[3]);
+                        load_tiles<false>(right, dy + i0 * row_bytes + (by_columns ^ i * 32));
+                        multiply_tiles(dp[0], value[held * i], right[0], right[1]);
+                        multiply_tiles(dp[1], value[held * i], right[2], right[3]);
+                    }
+                    if (diagonal && i0 == first)
+                        BABYGPT_TIMES (n, 2)
+                            BABYGPT_TIMES (e, 4) s[n][e] = g + e / 2 * 8 > 8 * n + 2 * t + e % 2 ? -INFINITY : s[n][e];
+                    BABYGPT_TIMES (n, 2) {
+                        const int i = i0 + 8 * n + 2 * t;
+                        const float2 l = *reinterpret_cast<const float2*>(logarithm + i), d = *reinterpret_cast<const float2*>(D + i);
+                        const int j = head * 65536 + chunk * rows + first + g;
+                        if (drops)
+                            BABYGPT_TIMES (e, 4)
+                                score_gradient<true>(s[n][e], dp[n][e], unit, e % 2 ? l.y : l.x, e % 2 ? d.y : d.x, now,
+                                                     drop_keys + i + e % 2, j + e / 2 * 8);
+                        else
+                            BABYGPT_TIMES (e, 4)
+                                score_gradient<false>(s[n][e], dp[n][e], unit, e % 2 ? l.y : l.x, e % 2 ? d.y : d.x, now, nullptr, 0);
+                    }
+                    uint32_t p[4], ds[4];
+                    pack(p, s[0], s[1]);
+                    pack(ds, dp[0], dp[1]);
+                    BABYGPT_TIMES (j, steps) {
+                        uint32_t right[4];
+                        load_tiles<true>(right, dy + i0 * row_bytes + (by_rows ^ j * 32));
+                        multiply_tiles(dv[2 * j], p, right[0], right[1]);
+                        multiply_tiles(dv[2 * j + 1], p, right[2], right[3]);
+                        load_tiles<true>(right, q + i0 * row_bytes + (by_rows ^ j * 32));
+                        multiply_tiles(dk[2 * j], ds, right[0], right[1]);
+                        multiply_tiles(dk[2 * j + 1], ds, right[2], right[3]);
+                    }
+                }
+            }
+        if (!works) continue;
+        const int64_t at = (key_row + chunk * rows + first) * a.k_stride + kv_column;
+        store_strip<C>(a.dk + at, a.k_stride, dk, a.scale, a.scale, some_keys - first, a.dim, a.adds_kv);
+        store_strip<C>(a.dv + at, a.k_stride, dv, 1, 1, some_keys - first, a.dim, a.adds_kv);
+    }
+
+    const int some_queries = lesser(rows, queries - chunk * rows), query_strips = strips_of(some_queries);
+    for (int head = first_head; head < first_head + group; ++head)
+        for (int pass = 0; pass * strip_warps < query_strips; ++pass) {
+            const int number_of_strip = strip_of(pass, query_strips), first = number_of_strip * strip;
+            const bool works = number_of_strip < query_strips;
+            Strip<holds ? C : strip> query, gradient;
+            StripSums<C> dq = {};
+            float l[2] = {}, d[2] = {};
+            for (int part = 0; part * rows < keys && (!a.causal || part <= chunk); ++part) {
+                load(part, chunk, head);
+                if (!works) continue;
+                if (part == 0) {
+                    if (holds)
+                        BABYGPT_TIMES (i, steps) {
+                            load_tiles<false>(query[holds ? i : 0], q + first * row_bytes + (by_rows ^ i * 32));
+                            load_tiles<false>(gradient[holds ? i : 0], dy + first * row_bytes + (by_rows ^ i * 32));
+                        }
+                    BABYGPT_TIMES (half, 2) l[half] = logarithm[first + g + 8 * half], d[half] = D[first + g + 8 * half];
+                }
+                const int some = lesser(rows, keys - part * rows);
+                const bool diagonal = a.causal && part == chunk;
+                const int end = diagonal ? lesser(some, first + strip) : some;
+                for (int k0 = 0; k0 < end; k0 += strip) {
+                    float s[2][4] = {}, dp[2][4] = {};
+                    BABYGPT_TIMES (i, steps) {
+                        constexpr int held = holds ? 1 : 0;
+                        if (!holds) {
+                            load_tiles<false>(query[0], q + first * row_bytes + (by_rows ^ i * 32));
+                            load_tiles<false>(gradient[0], dy + first * row_bytes + (by_rows ^ i * 32));
+                        }
+                        uint32_t right[4];
+                        load_tiles<false>(right, k + k0 * row_bytes + (by_columns ^ i * 32));
+                        multiply_tiles(s[0], query[held * i], right[0], right[1]);
+                        multiply_tiles(s[1], query[held * i], right[2], right[3]);
+                        load_tiles<false>(right, v + k0 * row_bytes + (by_columns ^ i * 32));
+                        multiply_tiles(dp[0], gradient[held * i], right[0], right[1]);
+                        multiply_tiles(dp[1], gradient[held * i], right[2], right[3]);
+                    }
+                    if (k0 + strip > some || (diagonal && k0 == first))
+                        BABYGPT_TIMES (e, 4) {
+                            const int sees = (diagonal ? lesser(some, first + g + e / 2 * 8 + 1) : some) - k0 - 2 * t - e % 2;
+                            BABYGPT_TIMES (n, 2) s[n][e] = 8 * n < sees ? s[n][e] : -INFINITY;
+                        }
+                    BABYGPT_TIMES (n, 2) {
+                        const int j = head * 65536 + part * rows + k0 + 8 * n + 2 * t;
+                        if (drops)
+                            BABYGPT_TIMES (e, 4)
+                                score_gradient<true>(s[n][e], dp[n][e], unit, l[e / 2], d[e / 2], now, drop_keys + first + g + e / 2 * 8,
+                                                     j + e % 2);
+                        else
+                            BABYGPT_TIMES (e, 4) score_gradient<false>(s[n][e], dp[n][e], unit, l[e / 2], d[e / 2], now, nullptr, 0);
+                    }
+                    uint32_t ds[4];
+                    pack(ds, dp[0], dp[1]);
+                    BABYGPT_TIMES (j, steps) {
+                        uint32_t right[4];
+                        load_tiles<true>(right, k + k0 * row_bytes + (by_rows ^ j * 32));
+                        multiply_tiles(dq[2 * j], ds, right[0], right[1]);
+                        multiply_tiles(dq[2 * j + 1], ds, right[2], right[3]);
+                    }
+                }
+            }
+            if (!works) continue;
+            const int64_t at = (row + chunk * rows + first) * a.q_stride + static_cast<int64_t>(head) * a.dim;
+            store_strip<C>(a.dq + at, a.q_stride, dq, a.scale, a.scale, some_queries - first, a.dim, a.adds_q);
         }
 }
 
@@ -1520,10 +1930,14 @@ struct Gpu {
 
     template <class... Wanted, class... Given>
     void launch(void (*kernel)(Wanted...), int64_t blocks, int splits, size_t shared, Given... given) {
+        launch_of(block_threads, kernel, blocks, splits, shared, given...);
+    }
+    template <class... Wanted, class... Given>
+    void launch_of(int threads, void (*kernel)(Wanted...), int64_t blocks, int splits, size_t shared, Given... given) {
         if (!walked_well().ok()) return;  // what comes after a failure would compute from what is not there
         cudaLaunchConfig_t config{};
         config.gridDim = dim3(static_cast<unsigned>(greater<int64_t>(blocks, 1)), static_cast<unsigned>(splits));
-        config.blockDim = dim3(block_threads);
+        config.blockDim = dim3(static_cast<unsigned>(threads));
         config.dynamicSmemBytes = shared;
         config.stream = stream;
         ++launches;
@@ -1708,8 +2122,13 @@ struct Gpu {
     void head(const Op& op, bool learns);
     template <class Real>
     void attention(const Op& op, int number, bool backward);
-    template <int T, bool narrow, class Real>
-    void attention_of(Attend<Real> a, int sequences, bool backward);
+    template <int T, class Real>
+    void attention_of(Attend<Real> a, bool backward);
+    template <int C>
+    void attention_on_tensor_cores(Attend<__nv_bfloat16> a, bool backward);
+    template <class Real>
+    Status allow_shared() const;
+    Status allow_shared_on_tensor_cores() const;
     template <class Real>
     void op_forward(int number, bool learns);
     template <class Real>
@@ -2071,14 +2490,21 @@ void Gpu::head(const Op& op, bool learns) {
     }
     if (learns) launch(add_losses_up, 1, 1, 0, memory.sums, memory.losses, memory.targets, memory.row_weights, memory.now);
 }
-template <int T, bool narrow, class Real>
-void Gpu::attention_of(Attend<Real> a, int sequences, bool backward) {
+template <int T, class Real>
+void Gpu::attention_of(Attend<Real> a, bool backward) {
     a.tiles = static_cast<int>(parts_of(plan.context, T));
-    const int64_t of_queries = static_cast<int64_t>(sequences) * a.heads * a.tiles,
-                  of_keys = static_cast<int64_t>(sequences) * a.kv_heads * a.tiles;
-    if (!backward) return launch(attention_forward<T, narrow, Real>, of_queries, 1, attention_bytes<T, narrow>(a.dim, 4, 1), a, memory.now);
-    launch(attention_backward_queries<T, narrow, Real>, of_queries, 1, attention_bytes<T, narrow>(a.dim, 5, 2), a, memory.now);
-    launch(attention_backward_keys<T, narrow, Real>, of_keys, 1, attention_bytes<T, narrow>(a.dim, 6, 2), a, memory.now);
+    const int64_t of_queries = static_cast<int64_t>(plan.sequences) * a.heads * a.tiles,
+                  of_keys = static_cast<int64_t>(plan.sequences) * a.kv_heads * a.tiles;
+    if (!backward) return launch(attention_forward<T, Real>, of_queries, 1, attention_bytes<T>(a.dim, 4, 1), a, memory.now);
+    launch(attention_backward_queries<T, Real>, of_queries, 1, attention_bytes<T>(a.dim, 5, 2), a, memory.now);
+    launch(attention_backward_keys<T, Real>, of_keys, 1, attention_bytes<T>(a.dim, 6, 2), a, memory.now);
+}
+template <int C>
+void Gpu::attention_on_tensor_cores(Attend<__nv_bfloat16> a, bool backward) {
+    a.rows = tile_rows<C>(plan.context, shared_bytes), a.tiles = static_cast<int>(parts_of(plan.context, a.rows));
+    const int64_t heads = static_cast<int64_t>(plan.sequences) * a.tiles * (backward ? a.kv_heads : a.heads);
+    launch_of(strip_threads, backward ? attention_backward_narrow<C> : attention_forward_narrow<C>, heads, 1,
+              narrow_bytes<C>(a.rows, backward), a, memory.now);
 }
 template <class Real>
 void Gpu::attention(const Op& op, int number, bool backward) {
@@ -2097,10 +2523,35 @@ void Gpu::attention(const Op& op, int number, bool backward) {
         a.dk = other ? gradient<Real>(op.x2) : a.dq + width, a.dv = a.dk + kv_width;
         a.adds_q = op.adds_to_dx, a.adds_kv = other ? op.adds_to_dx2 : op.adds_to_dx;
     }
-    if (tile_of_attention == 32 && is_narrow() && a.dim % 16 == 0) return attention_of<32, true>(a, plan.sequences, backward);
-    if (tile_of_attention == 32) return attention_of<32, false>(a, plan.sequences, backward);
-    if (tile_of_attention == 16) return attention_of<16, false>(a, plan.sequences, backward);
-    attention_of<8, false>(a, plan.sequences, backward);
+    if constexpr (sizeof(Real) == 2)
+        if (a.dim % 8 == 0 && a.dim <= 128 && tile_rows<128>(plan.context, shared_bytes) > 0)
+            return a.dim <= 32   ? attention_on_tensor_cores<32>(a, backward)
+                   : a.dim <= 64 ? attention_on_tensor_cores<64>(a, backward)
+                                 : attention_on_tensor_cores<128>(a, backward);
+    if (tile_of_attention == 32) return attention_of<32>(a, backward);
+    if (tile_of_attention == 16) return attention_of<16>(a, backward);
+    attention_of<8>(a, backward);
+}
+// The kernels may have all of the shared memory there is.
+template <class Real>
+Status Gpu::allow_shared() const {
+    void (*const kernels[])(Attend<Real>, const Now*) = {
+        attention_forward<32, Real>,          attention_forward<16, Real>,          attention_forward<8, Real>,
+        attention_backward_queries<32, Real>, attention_backward_queries<16, Real>, attention_backward_queries<8, Real>,
+        attention_backward_keys<32, Real>,    attention_backward_keys<16, Real>,    attention_backward_keys<8, Real>};
+    for (const auto kernel : kernels) BABYGPT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    return Status();
+}
+Status Gpu::allow_shared_on_tensor_cores() const {
+    void (*const kernels[])(Attend<__nv_bfloat16>, const Now*) = {attention_forward_narrow<32>,  attention_forward_narrow<64>,
+                                                                  attention_forward_narrow<128>, attention_backward_narrow<32>,
+                                                                  attention_backward_narrow<64>, attention_backward_narrow<128>};
+    for (const auto kernel : kernels) {
+        BABYGPT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+        BABYGPT_CUDA(
+            cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));  // %, so that blocks share a processor
+    }
+    return Status();
 }
 
 template <class Real>
@@ -3027,32 +3478,17 @@ Status Gpu::create(const DevicePlan& of) {
     for (const Op& op : plan.ops)
         if (op.kind == OpKind::attention) dim = greater(dim, op.dim());
     const auto fits = [&](size_t wanted) { return wanted <= static_cast<size_t>(shared_bytes); };
-    tile_of_attention = fits(is_narrow() ? attention_bytes<32, true>(dim, 6, 2) : attention_bytes<32>(dim, 6, 2)) ? 32
-                        : fits(attention_bytes<16>(dim, 6, 2))                                                    ? 16
-                                                                                                                  : 8;
+    tile_of_attention = fits(attention_bytes<32>(dim, 6, 2)) ? 32 : fits(attention_bytes<16>(dim, 6, 2)) ? 16 : 8;
     if (!fits(attention_bytes<8>(dim, 6, 2)))
         return refuse(Error::unsupported,
                       "attention's heads have too many columns for this GPU's shared memory: take more heads, or the backend cpu");
-    const auto allow = [&](int bytes_of_block, auto... kernels) {
-        cudaError_t allowed = cudaSuccess;
-        for (const auto kernel : {kernels...})
-            if (allowed == cudaSuccess) allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes_of_block);
-        return allowed;
+    const auto allow = [&](auto kernel) {
+        return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes - fixed_shared);
     };
-    using Narrow = __nv_bfloat16;
-    BABYGPT_CUDA(allow(shared_bytes - fixed_shared, head_loss<float, true>));
-    BABYGPT_CUDA(allow(shared_bytes - fixed_shared, head_loss<Narrow, true>));
-    BABYGPT_CUDA(allow(shared_bytes, attention_forward<32, false, float>, attention_backward_queries<32, false, float>,
-                       attention_backward_keys<32, false, float>, attention_forward<16, false, float>,
-                       attention_backward_queries<16, false, float>, attention_backward_keys<16, false, float>,
-                       attention_forward<8, false, float>, attention_backward_queries<8, false, float>,
-                       attention_backward_keys<8, false, float>));
-    BABYGPT_CUDA(allow(shared_bytes, attention_forward<32, true, Narrow>, attention_backward_queries<32, true, Narrow>,
-                       attention_backward_keys<32, true, Narrow>, attention_forward<32, false, Narrow>,
-                       attention_backward_queries<32, false, Narrow>, attention_backward_keys<32, false, Narrow>,
-                       attention_forward<16, false, Narrow>, attention_backward_queries<16, false, Narrow>,
-                       attention_backward_keys<16, false, Narrow>, attention_forward<8, false, Narrow>,
-                       attention_backward_queries<8, false, Narrow>, attention_backward_keys<8, false, Narrow>));
+    BABYGPT_CUDA(allow(head_loss<float, true>));
+    BABYGPT_CUDA(allow(head_loss<__nv_bfloat16, true>));
+    BABYGPT_CUDA_TRY(is_narrow() ? allow_shared<__nv_bfloat16>() : allow_shared<float>());
+    if (is_narrow()) BABYGPT_CUDA_TRY(allow_shared_on_tensor_cores());
 
     if (on_tensor_cores(plan)) BABYGPT_CUBLAS(cublasLtCreate(&library));
     Plan there;

@@ -274,6 +274,157 @@ TEST(tensor_cores, "products in tf32 or bf16 would learn otherwise than in f32 b
 #endif
 }
 #ifndef ON_A_GPU
+// Attention in bf16 alone: its kernels in the shapes that matter, against the formulas in double.
+struct Shape {
+    const char* name;
+    int dim, heads, kv_heads;
+    std::vector<int> lengths, sources;  // sources: of the keys, where they are another sequence's
+    bool causal = true;
+    double dropout = 0;
+    int shared = 227 << 10;
+    bool adds = false;
+};
+template <class T>
+struct OnDevice {
+    T* there = nullptr;
+    size_t count;
+    explicit OnDevice(const std::vector<T>& from) : count(from.size()) {
+        CHECK(cudaMalloc(reinterpret_cast<void**>(&there), count * sizeof(T)) == cudaSuccess &&
+              cudaMemcpy(there, from.data(), count * sizeof(T), cudaMemcpyHostToDevice) == cudaSuccess);
+    }
+    ~OnDevice() { cudaFree(there); }
+    std::vector<T> read() const {
+        std::vector<T> to(count);
+        CHECK(cudaMemcpy(to.data(), there, count * sizeof(T), cudaMemcpyDeviceToHost) == cudaSuccess);
+        return to;
+    }
+};
+// A block of rows in bf16, and what it should be. Between two sequences is a row that nobody may touch.
+struct Rows {
+    std::vector<cuda::Place> places;
+    int count = 0;
+    explicit Rows(const std::vector<int>& lengths) {
+        for (const int length : lengths) places.push_back({count, length, 0}), count += length + 1;
+    }
+    std::vector<__nv_bfloat16> numbers(int columns, uint64_t key, double size) const {
+        std::vector<__nv_bfloat16> x(static_cast<size_t>(count) * static_cast<size_t>(columns));
+        for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>((uniform(key, i) - 0.5) * size);
+        return x;
+    }
+};
+double worst(const std::vector<__nv_bfloat16>& x, const std::vector<double>& wanted, const Rows& rows, int columns,
+             const std::vector<__nv_bfloat16>& before, bool adds) {
+    double difference = 0, largest = 0;
+    std::vector<bool> used(static_cast<size_t>(rows.count));
+    for (const cuda::Place& p : rows.places)
+        for (int i = 0; i < p.length; ++i) used[static_cast<size_t>(p.row + i)] = true;
+    for (size_t i = 0; i < x.size(); ++i) {
+        if (!used[i / static_cast<size_t>(columns)]) {
+            if (memcmp(&x[i], &before[i], sizeof x[i]) != 0) return 1e9;
+            continue;
+        }
+        const double d = fabs(static_cast<double>(x[i]) - wanted[i] - (adds ? static_cast<double>(before[i]) : 0.0));
+        difference = d <= 1e9 ? fmax(difference, d) : 1e9, largest = fmax(largest, fabs(wanted[i]));
+    }
+    return difference / largest;
+}
+void attend(const Shape& shape) {
+    using namespace cuda;
+    const bool other = !shape.sources.empty();
+    const Rows queries(shape.lengths), keys(other ? shape.sources : shape.lengths);
+    const int dim = shape.dim, width = shape.heads * dim, kv = shape.kv_heads * dim, group = shape.heads / shape.kv_heads;
+    const int q_stride = other ? width : width + 2 * kv, k_stride = other ? 2 * kv : q_stride, k_column = other ? 0 : width;
+    const auto q = queries.numbers(q_stride, 1, 3), k = other ? keys.numbers(k_stride, 2, 3) : q, y = queries.numbers(width, 3, 1),
+               dy = queries.numbers(width, 4, 2), dq = queries.numbers(q_stride, 5, 1), dk = keys.numbers(k_stride, 6, 1);
+    Now now{};
+    now.sequences = static_cast<int>(shape.lengths.size()), now.seed = 77, now.step = 3;
+    now.drop_below = static_cast<uint32_t>(shape.dropout * 0x1p32), now.drop_keep = static_cast<float>(1 / (1 - shape.dropout));
+    now.rows[0] = queries.count, now.first_row[0] = 5;
+
+    // The formulas.
+    std::vector<double> y_wanted(y.size()), dq_wanted(dq.size()), dk_wanted(dk.size());
+    const auto at = [](int row, int stride, int column) {
+        return static_cast<size_t>(row) * static_cast<size_t>(stride) + static_cast<size_t>(column);
+    };
+    for (size_t s = 0; s < shape.lengths.size(); ++s)
+        for (int head = 0; head < shape.heads; ++head)
+            for (int i = 0; i < queries.places[s].length; ++i) {
+                const int row = queries.places[s].row + i, first = keys.places[s].row, k0 = k_column + head / group * dim, v0 = k0 + kv;
+                const int sees = shape.causal ? i + 1 : keys.places[s].length;
+                std::vector<double> p(static_cast<size_t>(sees)), f(p.size(), 1.0), dp(p.size());
+                double sum = 0, D = 0;
+                for (int j = 0; j < sees; ++j) {
+                    double score = 0, d = 0;
+                    for (int c = 0; c < dim; ++c)
+                        score += static_cast<double>(q[at(row, q_stride, head * dim + c)]) *
+                                 static_cast<double>(k[at(first + j, k_stride, k0 + c)]),
+                            d += static_cast<double>(dy[at(row, width, head * dim + c)]) *
+                                 static_cast<double>(k[at(first + j, k_stride, v0 + c)]);
+                    if (shape.dropout > 0)
+                        f[static_cast<size_t>(j)] = static_cast<double>(drop_factor(&now, drop_key(&now, 0, 9, row), head * 65536 + j));
+                    sum += p[static_cast<size_t>(j)] = exp(score / sqrt(dim));
+                    dp[static_cast<size_t>(j)] = d * f[static_cast<size_t>(j)];
+                }
+                for (size_t j = 0; j < p.size(); ++j) p[j] /= sum, D += p[j] * dp[j];
+                for (int j = 0; j < sees; ++j) {
+                    const size_t n = static_cast<size_t>(j);
+                    const double ds = p[n] * (dp[n] - D) / sqrt(dim);
+                    for (int c = 0; c < dim; ++c) {
+                        const size_t in_y = at(row, width, head * dim + c), in_q = at(row, q_stride, head * dim + c);
+                        const size_t in_k = at(first + j, k_stride, k0 + c), in_v = at(first + j, k_stride, v0 + c);
+                        y_wanted[in_y] += p[n] * f[n] * static_cast<double>(k[in_v]);
+                        dq_wanted[in_q] += ds * static_cast<double>(k[in_k]);
+                        (other ? dk_wanted : dq_wanted)[in_k] += ds * static_cast<double>(q[in_q]);
+                        (other ? dk_wanted : dq_wanted)[in_v] += p[n] * f[n] * static_cast<double>(dy[in_y]);
+                    }
+                }
+            }
+
+    const OnDevice<__nv_bfloat16> on_q(q), on_k(k), on_y(y), on_dy(dy), on_dq(dq), on_dk(dk);
+    const OnDevice<float> softmax(std::vector<float>(2 * static_cast<size_t>(queries.count * shape.heads)));
+    const OnDevice<Place> places(queries.places), seen(keys.places);
+    const OnDevice<Now> on_now({now});
+    Attend<__nv_bfloat16> a{};
+    a.q = on_q.there, a.k = (other ? on_k : on_q).there + k_column, a.v = a.k + kv, a.y = on_y.there, a.softmax = softmax.there;
+    a.dy = on_dy.there, a.dq = on_dq.there, a.dk = (other ? on_dk : on_dq).there + k_column, a.dv = a.dk + kv;
+    a.q_stride = q_stride, a.k_stride = k_stride, a.places = places.there, a.seen = seen.there;
+    a.heads = shape.heads, a.kv_heads = shape.kv_heads, a.dim = dim, a.op = 9;
+    a.scale = 1 / sqrtf(static_cast<float>(dim)), a.causal = shape.causal, a.adds_q = a.adds_kv = shape.adds;
+    Gpu gpu;
+    gpu.plan.sequences = static_cast<int>(shape.lengths.size()) + 1, gpu.plan.context = 1;  // more than this run has
+    for (const int length : shape.lengths) gpu.plan.context = greater(gpu.plan.context, length);
+    for (const int length : shape.sources) gpu.plan.context = greater(gpu.plan.context, length);
+    gpu.shared_bytes = shape.shared, gpu.memory.now = on_now.there;
+    CHECK_OK(gpu.allow_shared_on_tensor_cores());
+    for (const bool backward : {false, true})
+        if (dim <= 32) gpu.attention_on_tensor_cores<32>(a, backward);
+        else if (dim <= 64) gpu.attention_on_tensor_cores<64>(a, backward);
+        else gpu.attention_on_tensor_cores<128>(a, backward);
+    CHECK_OK(gpu.walked_well());
+    CHECK(cudaDeviceSynchronize() == cudaSuccess && no_faults());
+    const double errors[] = {worst(on_y.read(), y_wanted, queries, width, y, false),
+                             worst(on_dq.read(), dq_wanted, queries, q_stride, dq, shape.adds),
+                             other ? worst(on_dk.read(), dk_wanted, keys, k_stride, dk, shape.adds) : 0.0};
+    printf("%-34s y off by %.1e, gradients by %.1e and %.1e\n", shape.name, errors[0], errors[1], errors[2]);
+    CHECK(errors[0] < 6e-3 && errors[1] < 8e-3 && errors[2] < 8e-3);
+    fflush(stdout);
+}
+TEST(attention_kernels, "attention in bf16 would not be the formula's in every shape") {
+    attend({"attention: 192 x 64, causal", 64, 1, 1, {192}, {}});
+    attend({"attention: 192 x 64, dropout", 64, 2, 2, {192}, {}, true, 0.2});
+    attend({"attention: ragged, 2 of 4 heads", 64, 4, 2, {1, 37, 96, 130, 17}, {}, true});
+    attend({"attention: 16 columns, all seen", 16, 3, 3, {16, 50, 33}, {}, false, 0.1});
+    attend({"attention: 128 columns, adds", 128, 2, 1, {70, 45}, {}, true, 0, 227 << 10, true});
+    attend({"attention: 40 columns, a source", 40, 2, 2, {31, 5, 100}, {64, 129, 3}, false, 0, 227 << 10, true});
+    attend({"attention: 24 columns, shared keys", 24, 4, 1, {33, 80}, {}, true, 0.1});
+    attend({"attention: 4 tiles of rows", 64, 2, 1, {200, 67, 128}, {}, true, 0.1, 64 * 544});
+    attend({"attention: 3 tiles, all seen", 128, 1, 1, {90, 33}, {}, false, 0, 32 * 1040});
+    attend({"attention: tiles of a source", 32, 2, 1, {20, 70}, {100, 40}, false, 0.1, 32 * 272});
+    attend({"attention: longer than a tile", 32, 1, 1, {250}, {}});
+}
+#endif
+
+#ifndef ON_A_GPU
 TEST(wide_heads, "attention would not work in smaller tiles, where heads are wide or shared memory is small") {
     Case c{"tiles of 16", small("gpt2"), some(2)};
     c.config.heads = 1, c.steps = 1;
