@@ -2812,15 +2812,14 @@ struct TileSums<__nv_bfloat16> {
                 if (k + i < to) b[i] = *reinterpret_cast<const uint4*>(mine + (k + i) * talk_depth);
             for (int i = 0; i < ahead; ++i) {
                 if (k + i >= to) continue;
-                const uint32_t first[2] = {b[i].x, b[i].y}, second[2] = {b[i].z, b[i].w};
                 for (int half = 0; half < 2; ++half) {
                     if (16 * half >= rows) continue;
                     const __nv_bfloat16* const from_row = left + 16 * half * apart + (k + i) * talk_depth;
                     const uint4 upper = *reinterpret_cast<const uint4*>(from_row),
                                 lower = *reinterpret_cast<const uint4*>(from_row + 8 * apart);
                     const uint32_t a[4] = {upper.x, lower.x, upper.y, lower.y}, c[4] = {upper.z, lower.z, upper.w, lower.w};
-                    multiply_tiles(sum[half], a, first);
-                    multiply_tiles(sum[half], c, second);
+                    multiply_tiles(sum[half], a, b[i].x, b[i].y);
+                    multiply_tiles(sum[half], c, b[i].z, b[i].w);
                 }
             }
         }
