@@ -1752,28 +1752,36 @@ __global__ void pool_backward(Real* dx, const Real* dy, const Place* places, con
 // A warp has a row of logits, of a chunk of rows that begins at `first`, or a block has it where the row is long: the loss, the target's rank, and,
 // where it learns, the logits' gradients in their place: dl = softmax(l) - (1-e) [v is the target] - e/V, times the row's weight. Real bytes: 1 to
 // read, 1 again (where a long row has no room in shared memory) and 1 to write.
+template <class Real>
+__device__ __forceinline__ float exp_like(float x) {  // as exact as Real deserves
+    if constexpr (sizeof(Real) == 2) return exp2f(x * 1.44269504f);
+    else return expf(x);
+}
 template <class Real, bool by_block>
 __global__ void __launch_bounds__(block_threads)
     head_loss(Real* logits, int64_t stride, double* losses, int32_t* ranks, const int32_t* targets, const float* row_weights, Extent extent,
               const Now* now, int vocab, bool learns, bool keeps) {
-    struct Sum {
-        float biggest, sum, all;  // sum: of e^(l - biggest)
-        int rank;
-    };
-    BABYGPT_SHARED(float, shared, (4 * block_warps));
+    BABYGPT_SHARED(float, shared, (3 * block_warps));
     BABYGPT_DYNAMIC_SHARED(memory);
-    const auto joined = [](Sum a, const Sum& b) {
-        const float biggest = fmaxf(a.biggest, b.biggest), base = biggest == -INFINITY ? 0.0f : biggest;
-        a.sum = a.sum * expf(a.biggest - base) + b.sum * expf(b.biggest - base);
-        a.biggest = biggest, a.all += b.all, a.rank += b.rank;
-        return a;
-    };
     constexpr int size = 16 / static_cast<int>(sizeof(Real)), lanes = by_block ? block_threads : warp;
     const int rows = extent.now(now), me = by_block ? static_cast<int>(threadIdx.x) : lane();
     const bool aligned = stride % size == 0;
+    const float smoothing = static_cast<float>(now->smoothing);
+    const auto of_all = [&](float x, int place, const auto& join) {  // of all lanes
+        for (int apart = warp / 2; apart > 0; apart /= 2) x = join(x, __shfl_xor_sync(0xffffffffu, x, apart));
+        if (!by_block) return x;
+        float* const of_warps = shared + place * block_warps;
+        if (lane() == 0) of_warps[me / warp] = x;
+        __syncthreads();
+        x = of_warps[0];
+        for (int i = 1; i < block_warps; ++i) x = join(x, of_warps[i]);
+        return x;
+    };
+    const auto plus = [](float a, float b) { return a + b; };
     for (int i = by_block ? static_cast<int>(blockIdx.x) : first_row(); i < rows;
          i += by_block ? static_cast<int>(gridDim.x) : all_warps()) {
         Real* const l = logits + i * stride;
+        Real* const kept = keeps ? reinterpret_cast<Real*>(memory) : l;  // each thread reads again what it has read itself
         const int row = extent.first + i, target = targets[row];
         const float wanted = target < 0 ? 0.0f : static_cast<float>(l[target]);
         const auto over_logits = [&](const auto& f) {
@@ -1783,50 +1791,43 @@ __global__ void __launch_bounds__(block_threads)
             const int rest = aligned ? vocab / size * size : 0;
             for (v = rest + me; v < vocab; v += lanes) f(v, Size<1>());
         };
-        Real* const kept = keeps ? reinterpret_cast<Real*>(memory) : l;  // each thread reads again what it has read itself
-        Sum total{-INFINITY, 0, 0, 0};
+        float biggest = -INFINITY, sum = 0, all = 0, rank = 0;  // sum: of e^(l - biggest)
         over_logits([&](int v, auto count) {
-            float x[count.many], biggest = total.biggest;
+            float x[count.many], most = biggest;
             load(x, l + v);
             if (keeps) store(kept + v, x);
-            for (const float one : x) biggest = fmaxf(biggest, one);
-            const float base = biggest == -INFINITY ? 0.0f : biggest;
-            float sum = total.sum * expf(total.biggest - base);
-            for (int k = 0; k < count.value; ++k) {
-                sum += expf(x[k] - base), total.all += x[k];
-                total.rank += x[k] > wanted || (v + k < target && !(x[k] < wanted));
-            }
-            total.sum = sum, total.biggest = biggest;
+            for (const float one : x) most = fmaxf(most, one);
+            if (most > biggest) sum *= exp_like<Real>(biggest - most), biggest = most;
+            for (const float one : x) sum += exp_like<Real>(one - biggest);
+            if (smoothing > 0)
+                for (const float one : x) all += one;
+            if (!learns)
+                for (int k = 0; k < count.value; ++k) rank += x[k] > wanted || (v + k < target && !(x[k] < wanted)) ? 1.0f : 0.0f;
         });
-        for (int apart = warp / 2; apart > 0; apart /= 2)
-            total = joined(total, Sum{__shfl_xor_sync(0xffffffffu, total.biggest, apart), __shfl_xor_sync(0xffffffffu, total.sum, apart),
-                                      __shfl_xor_sync(0xffffffffu, total.all, apart), __shfl_xor_sync(0xffffffffu, total.rank, apart)});
-        if (by_block) {
-            float* const mine = shared + 4 * (me / warp);
-            if (lane() == 0) mine[0] = total.biggest, mine[1] = total.sum, mine[2] = total.all, mine[3] = __int_as_float(total.rank);
-            __syncthreads();
-            total = Sum{shared[0], shared[1], shared[2], __float_as_int(shared[3])};
-            for (int k = 4; k < 4 * block_warps; k += 4)
-                total = joined(total, Sum{shared[k], shared[k + 1], shared[k + 2], __float_as_int(shared[k + 3])});
-            __syncthreads();
-        }
+        const float most = of_all(biggest, 0, [](float a, float b) { return fmaxf(a, b); });
+        sum = of_all(sum * exp_like<Real>(biggest - (most == -INFINITY ? 0.0f : most)), 1, plus);
+        if (smoothing > 0) all = of_all(all, 2, plus);
+        else if (!learns) rank = of_all(rank, 2, plus);
+        if (smoothing > 0 && !learns) rank = of_all(rank, 0, plus);
         if (me == 0) {
-            double loss = log(static_cast<double>(total.sum)) + static_cast<double>(total.biggest) -
-                          (1 - now->smoothing) * static_cast<double>(wanted);
-            if (now->smoothing > 0) loss -= now->smoothing * static_cast<double>(total.all) / vocab;
-            losses[row] = target < 0 ? 0 : loss, ranks[row] = target < 0 ? 0 : total.rank;
+            double loss = static_cast<double>(logf(sum)) + static_cast<double>(most) - (1 - now->smoothing) * static_cast<double>(wanted);
+            if (smoothing > 0) loss -= now->smoothing * static_cast<double>(all) / vocab;
+            losses[row] = target < 0 ? 0 : loss, ranks[row] = target < 0 ? 0 : static_cast<int32_t>(rank);
         }
-        if (!learns) continue;
-        if (!by_block) __syncwarp();  // all lanes have read what is written over now
-        const float inverse = 1 / total.sum, weight = target < 0 ? 0.0f : row_weights[row];
-        const float each = static_cast<float>(now->smoothing / vocab), more = static_cast<float>(1 - now->smoothing);
-        over_logits([&](int v, auto count) {
-            float x[count.many];
-            load(x, kept + v);
-            for (int k = 0; k < count.value; ++k)
-                x[k] = weight != 0 ? (expf(x[k] - total.biggest) * inverse - each - (v + k == target ? more : 0.0f)) * weight : 0.0f;
-            store(l + v, x);
-        });
+        if (learns) {
+            if (!by_block) __syncwarp();  // all lanes have read what is written over now
+            const float weight = target < 0 ? 0.0f : row_weights[row], factor = weight / sum;
+            const float each = smoothing / static_cast<float>(vocab) * weight, more = (1 - smoothing) * weight;
+            over_logits([&](int v, auto count) {
+                float x[count.many];
+                load(x, kept + v);
+                for (float& one : x) one = weight != 0 ? fmaf(exp_like<Real>(one - most), factor, -each) : 0.0f;
+                if (v <= target && target < v + count.value)
+                    for (int k = 0; k < count.value; ++k) x[k] -= v + k == target ? more : 0.0f;
+                store(l + v, x);
+            });
+        }
+        if (by_block) __syncthreads();  // before `shared` is of another row
     }
 }
 
@@ -1882,10 +1883,9 @@ __global__ void adamw(float* w, __nv_bfloat16* narrow, float* m, float* v, float
     const bool skipped = sums->skipped != 0;
     for (int64_t i = 4 * first_element(); i < n; i += 4 * all_threads()) {  // the block is made of sixteens
         float gradient[4], first[4], second[4], weight[4];
-        load(gradient, g + i);
-        store(g + i, {0, 0, 0, 0});
+        load(gradient, g + i), load(first, m + i), load(second, v + i), load(weight, w + i);
+        store(g + i, {0, 0, 0, 0});  // after the loads: a store between them made this kernel 2.7 times slower
         if (skipped) continue;
-        load(first, m + i), load(second, v + i), load(weight, w + i);
         const float decay = decays[i / 16] ? a.decay : 0.0f;
         for (int k = 0; k < 4; ++k) {
             const float scaled = gradient[k] * scale;
