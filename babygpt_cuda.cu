@@ -1884,8 +1884,10 @@ __global__ void adamw(float* w, __nv_bfloat16* narrow, float* m, float* v, float
     for (int64_t i = 4 * first_element(); i < n; i += 4 * all_threads()) {  // the block is made of sixteens
         float gradient[4], first[4], second[4], weight[4];
         load(gradient, g + i), load(first, m + i), load(second, v + i), load(weight, w + i);
-        store(g + i, {0, 0, 0, 0});  // after the loads: a store between them made this kernel 2.7 times slower
-        if (skipped) continue;
+        if (skipped) {
+            store(g + i, {0, 0, 0, 0});
+            continue;
+        }
         const float decay = decays[i / 16] ? a.decay : 0.0f;
         for (int k = 0; k < 4; ++k) {
             const float scaled = gradient[k] * scale;
@@ -1897,6 +1899,7 @@ __global__ void adamw(float* w, __nv_bfloat16* narrow, float* m, float* v, float
         }
         store(m + i, first), store(v + i, second), store(w + i, weight);
         if (narrow) store(narrow + i, weight);
+        store(g + i, {0, 0, 0, 0});  // last: sooner, while the line is still on its way here, made all of it 2.7 times slower
     }
 }
 
