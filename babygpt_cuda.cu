@@ -1757,24 +1757,26 @@ __device__ __forceinline__ float exp_like(float x) {  // as exact as Real deserv
     if constexpr (sizeof(Real) == 2) return exp2f(x * 1.44269504f);
     else return expf(x);
 }
+constexpr int long_row = 1024, long_row_threads = 512;
 template <class Real, bool by_block>
-__global__ void __launch_bounds__(block_threads)
+__global__ void __launch_bounds__(by_block ? long_row_threads : block_threads)
     head_loss(Real* logits, int64_t stride, double* losses, int32_t* ranks, const int32_t* targets, const float* row_weights, Extent extent,
               const Now* now, int vocab, bool learns, bool keeps) {
-    BABYGPT_SHARED(float, shared, (3 * block_warps));
+    constexpr int warps = long_row_threads / warp;
+    BABYGPT_SHARED(float, shared, (3 * warps));
     BABYGPT_DYNAMIC_SHARED(memory);
-    constexpr int size = 16 / static_cast<int>(sizeof(Real)), lanes = by_block ? block_threads : warp;
+    constexpr int size = 16 / static_cast<int>(sizeof(Real)), lanes = by_block ? long_row_threads : warp;
     const int rows = extent.now(now), me = by_block ? static_cast<int>(threadIdx.x) : lane();
     const bool aligned = stride % size == 0;
     const float smoothing = static_cast<float>(now->smoothing);
     const auto of_all = [&](float x, int place, const auto& join) {  // of all lanes
         for (int apart = warp / 2; apart > 0; apart /= 2) x = join(x, __shfl_xor_sync(0xffffffffu, x, apart));
         if (!by_block) return x;
-        float* const of_warps = shared + place * block_warps;
+        float* const of_warps = shared + place * warps;
         if (lane() == 0) of_warps[me / warp] = x;
         __syncthreads();
         x = of_warps[0];
-        for (int i = 1; i < block_warps; ++i) x = join(x, of_warps[i]);
+        for (int i = 1; i < warps; ++i) x = join(x, of_warps[i]);
         return x;
     };
     const auto plus = [](float a, float b) { return a + b; };
@@ -2434,7 +2436,6 @@ void Gpu::embed_backward(const Op& op) {
 template <class Real>
 void Gpu::head(const Op& op, bool learns) {
     const int side = static_cast<int>(op.side), rows = max_rows(op), chunk = head_chunk(plan, rows);
-    constexpr int long_row = 1024;
     Real *const logits = static_cast<Real*>(memory.logits), *const dx = gradient<Real>(op.x);
     float *const dw = weight_gradient(op.w), *const db = weight_gradient(op.b);
     learns = learns && runs_backward(op);
@@ -2465,9 +2466,9 @@ void Gpu::head(const Op& op, bool learns) {
                 true, true);
         const size_t row_bytes = static_cast<size_t>(stride) * sizeof(Real);
         const bool is_long = op.out > long_row, keeps = is_long && learns && row_bytes <= static_cast<size_t>(shared_bytes - fixed_shared);
-        launch(is_long ? head_loss<Real, true> : head_loss<Real, false>, is_long ? here.size : blocks(here.size, block_warps), 1,
-               keeps ? row_bytes : 0, logits, stride, memory.losses, memory.ranks, memory.targets, memory.row_weights, here, memory.now,
-               op.out, learns, keeps);
+        launch_of(is_long ? long_row_threads : block_threads, is_long ? head_loss<Real, true> : head_loss<Real, false>,
+                  is_long ? here.size : blocks(here.size, block_warps), 1, keeps ? row_bytes : 0, logits, stride, memory.losses,
+                  memory.ranks, memory.targets, memory.row_weights, here, memory.now, op.out, learns, keeps);
         if (!learns) continue;
         Real *const to = dx + from, *const start = op.adds_to_dx ? to : nullptr;
         if (fast)
