@@ -419,7 +419,7 @@ struct Data {
     // end: all other targets are -1. For tokenizers that keep line ends.
     Status create(Runtime& runtime, Corpus& corpus, Part part, const Tokenizer& tokenizer, Text cache = Text(),
                   uint64_t memory_limit = uint64_t(256) << 20, Text answers = Text());
-    Status create(Runtime& runtime, Span<const int32_t> ids);       // the host's own ids, which must live as long
+    Status create(Runtime& runtime, Span<const int32_t> ids);       // the host's own ids, which must live as long, unchanged
     Status create(Runtime& runtime, Span<const Example> examples);  // in the place of windows; they and what they show must live as long
     // Pairs of texts for an encoder-decoder, a line each of a tsv corpus: SOURCE tab TARGET. The source ends with the end-of-text token (E),
     // which the tokenizer must have; ids: E target; targets: target E. Pairs of which one side is longer than `context` are left out. All
@@ -640,9 +640,9 @@ struct Memory {  // exact, in bytes
     uint64_t total() const { return weights + gradients + moments + activations + kv + scratch + records; }
 };
 // What a Trainer takes, or, running, a Session or an Encoder, each with its Model, loaded for that purpose. batch: sequences at once.
-// adapter: where one is trained, or used.
+// adapter: where one is trained, or used. tokens: of the running text that it is trained on (Data::tokens), which a GPU keeps.
 Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, int batch, Memory& memory, double dropout = 0,
-                     const AdapterConfig* adapter = nullptr);
+                     const AdapterConfig* adapter = nullptr, uint64_t tokens = 0);
 
 struct SummaryRow {  // one row of info's table
     char layer[48];
@@ -6196,6 +6196,7 @@ struct Run {
     Stream source;                       // sequences without rows: they were read in a run before
     const int32_t* targets = nullptr;    // of the head's rows, -1: counts for nothing; null: no loss is wanted
     const float* row_weights = nullptr;  // of the head's rows: how many times their gradients count; null: once
+    const int32_t* starts = nullptr;     // where the sequences begin in the text that a device keeps: then ids and targets are that text's
     bool training = false;               // dropout is on and gradients follow
     double dropout = 0;
     double label_smoothing = 0;
@@ -6249,16 +6250,18 @@ struct DevicePlan {
     double epsilon, lora_scale;
     bool output_rows, frozen, training;
     Precision precision;
+    int64_t text;  // ids of a running text that it keeps, at most
 };
-// One update of the weights: the rule with gradients divided by `count`, not clipped yet, and where clipping begins (0: never).
+// One update of the weights: the rule with gradients divided by `count` (0: by the number of targets that count, which the device knows where
+// its text was read), not clipped yet, and where clipping begins (0: never).
 struct DeviceUpdate {
     UpdateRule rule;
     double count, clip;
 };
 // The sums of the runs since the last update, or, after it, of those that it was made from.
 struct DeviceResult {
-    double loss, grad_norm;
-    bool skipped;  // the loss or the norm was not finite, and the weights are as before
+    double loss, targets, grad_norm;  // targets: how many count, whatever their weights
+    bool skipped;                     // the loss or the norm was not finite, and the weights are as before
 };
 enum class DevicePart : int32_t { weights, adapter, gradients, moment1, moment2 };
 
@@ -6277,6 +6280,8 @@ struct DeviceFunctions {
     Status (*run)(Device* device, const Run& run, const DeviceUpdate* update);
     Status (*result)(Device* device, DeviceResult& result);                      // waits
     Status (*losses)(Device* device, int rows, double* losses, int32_t* ranks);  // waits: those of the last run, as in Regions
+    // Ids from place `at` of the text on, as Data keeps them: `only_read` is set where one is no target.
+    Status (*keep_text)(Device* device, int64_t at, const int32_t* ids, int64_t count);
     // Sessions, of decoders. A generator copies what it needs of the plan. One call at a time.
     Status (*create_generator)(const DevicePlan& plan, Generator*& generator);
     void (*destroy_generator)(Generator* generator);
@@ -9689,13 +9694,24 @@ uint64_t Data::windows(int context) const {
     return tokens / state->group_ids * windows_in(state->group_ids, length) + windows_in(tokens % state->group_ids, length);
 }
 
-Status Data::training_window(uint64_t seed, uint64_t n, int context, int32_t* ids, int32_t* targets) {
-    BABYGPT_TRY(need_running_text(*this));
-    const uint64_t count = windows(context);
+namespace {
+
+// Where window number n of training begins.
+Status find_window(const Data& data, uint64_t seed, uint64_t n, int context, uint64_t& start) {
+    BABYGPT_TRY(need_running_text(data));
+    const uint64_t count = data.windows(context);
     if (count == 0)
-        return fail(Error::invalid_argument, "there are ", tokens, " tokens, but a window of context ", context, " needs ",
+        return fail(Error::invalid_argument, "there are ", data.tokens, " tokens, but a window of context ", context, " needs ",
                     int64_t(context) + 1, ": take a smaller context or more text");
-    const uint64_t start = window_start(*state, seed, n / count, n % count, static_cast<uint64_t>(context));
+    start = window_start(*data.state, seed, n / count, n % count, static_cast<uint64_t>(context));
+    return Status();
+}
+
+}  // namespace
+
+Status Data::training_window(uint64_t seed, uint64_t n, int context, int32_t* ids, int32_t* targets) {
+    uint64_t start;
+    BABYGPT_TRY(find_window(*this, seed, n, context, start));
     return fetch_window(*state, start, static_cast<size_t>(context), ids, targets);
 }
 
@@ -10011,6 +10027,7 @@ struct TrainerState {
     const BackendFunctions* backend = nullptr;
     Regions<float> regions;
     int32_t *ids = nullptr, *targets = nullptr, *source_ids = nullptr;  // [batch * context] of one micro-batch
+    const int32_t *run_ids = nullptr, *run_targets = nullptr;           // ids and targets, or the caller's own
     float* row_weights = nullptr;                                       // of the targets
     bool weighted = false;                                              // not all of these are 1
     float* features = nullptr;                                          // [batch * context][Config::features]
@@ -10027,6 +10044,10 @@ struct TrainerState {
     bool newer_moments = false;                     // on the device
     bool newer_here = true;                         // the host's moments: they have been loaded
     uint64_t weights_there = 0, adapter_there = 0;  // versions of the model's and the adapter's; 0: none yet
+    uint64_t text_room = 0;                         // ids of a running text that it has room for,
+    uint64_t text_there = 0, tokens_there = 0;      // the fingerprint of the one that it has, and its length; 0: none yet
+    int32_t* starts = nullptr;                      // [batch] windows in it
+    bool from_text = false;                         // the micro-batch is made of these
     explicit TrainerState(Runtime& runtime) : tape(runtime) {}
     TrainerState(const TrainerState&) = delete;
     TrainerState& operator=(const TrainerState&) = delete;
@@ -10085,7 +10106,32 @@ BABYGPT_RARE Status send(TrainerState& s, const Model& model, const Adapter* ada
     s.newer_here = false;
     return Status();
 }
-BABYGPT_RARE DevicePlan plan_of(const Runtime& runtime, const Tape& t, const Config& config, int sequences) {
+// What a decoder learns from running text lies on the device, four bytes an id; of a batch only the places of its windows are sent. More than
+// 1 GiB would be missed there by weights and activations: then the ids are sent, a batch at a time.
+BABYGPT_RARE uint64_t text_room(const Config& c, const Data* data, uint64_t tokens) {
+    constexpr uint64_t most_text = (uint64_t(1) << 30) / sizeof(int32_t);
+    const bool reads = c.causal && c.encoder_layers == 0 && c.classes == 0 && c.features == 0 && !(data && data->evaluation_example(0));
+    return reads && tokens <= most_text ? tokens : 0;
+}
+inline bool is_there(const TrainerState& s, const Config& c, const Data& data) {
+    return data.tokens <= s.text_room && text_room(c, &data, data.tokens) > 0;
+}
+// The training data's text, where it is not the one that was sent before; all of its ids are looked at, now and never again.
+BABYGPT_RARE Status send_text(TrainerState& s, const Data& data) {
+    int32_t ids[4096];
+    s.tokens_there = 0;
+    for (uint64_t at = 0; at < data.tokens; at += 4096) {
+        const size_t n = static_cast<size_t>(least(data.tokens - at, uint64_t(4096)));
+        BABYGPT_TRY(fetch_ids(*data.state, at, n, ids));
+        for (size_t i = 0; i < n; ++i)
+            if (id_of(ids[i]) >= s.tape.vocab)
+                return fail(Error::invalid_argument, "the id ", id_of(ids[i]), " is none of the model's ", s.tape.vocab);
+        BABYGPT_TRY(s.on->keep_text(s.device, static_cast<int64_t>(at), ids, static_cast<int64_t>(n)));
+    }
+    s.text_there = data.fingerprint, s.tokens_there = data.tokens;
+    return Status();
+}
+BABYGPT_RARE DevicePlan plan_of(const Runtime& runtime, const Tape& t, const Config& config, int sequences, uint64_t text = 0) {
     DevicePlan p{};
     p.tensors = {t.tensors.items, t.tensors.count}, p.ops = {t.ops.items, t.ops.count}, p.weights = {t.weights.items, t.weights.count};
     p.adapter = {t.adapter.items, t.adapter.count}, p.loras = {t.loras.items, t.loras.count}, p.waves = {t.waves.items, t.waves.count};
@@ -10096,6 +10142,7 @@ BABYGPT_RARE DevicePlan plan_of(const Runtime& runtime, const Tape& t, const Con
     p.epsilon = t.epsilon, p.lora_scale = t.lora_scale;
     p.output_rows = t.output_rows, p.frozen = t.frozen, p.training = t.training;
     p.precision = runtime.precision;
+    p.text = static_cast<int64_t>(text);
     return p;
 }
 // A forward pass alone, with its losses.
@@ -10144,6 +10191,7 @@ inline void lay_out(Layout& layout, TrainerState& s, Trainer* trainer, const Con
     s.features = layout.take<float>(rows * config.features);
     s.sequences = layout.take<Sequence>(batch);
     s.sources = layout.take<Sequence>(sources > 0 ? batch : 0);
+    s.starts = layout.take<int32_t>(s.text_room > 0 ? batch : 0);
     if (trainer && !s.on) s.partial = layout.take<double>(square_blocks(tape));
 }
 
@@ -10213,7 +10261,7 @@ Status check_data(const Model& model, const Data& data) {
 
 Status no_trainer() { return fail(Error::invalid_argument, "the trainer is empty: create it first"); }
 
-Status fill(Trainer& trainer, Runtime& from, const Model& of, Adapter* adapter, const TrainConfig& wanted) {
+Status fill(Trainer& trainer, Runtime& from, const Model& of, Adapter* adapter, const TrainConfig& wanted, const Data& data) {
     if (adapter && !adapter->weights) return fail(Error::invalid_argument, "the adapter is empty: create or load it first");
     if (adapter && wanted.optimizer != Optimizer::adamw) return fail(Error::invalid_argument, "an adapter learns by adamw, not by muon");
     if (!of.state) return fail(Error::invalid_argument, "the model is empty: create or load it first");
@@ -10231,6 +10279,7 @@ Status fill(Trainer& trainer, Runtime& from, const Model& of, Adapter* adapter, 
     if (!state) return out_of_memory(sizeof(TrainerState));
     state->backend = backend;
     choose_device(*state, from);
+    state->text_room = state->on ? text_room(of.config, &data, data.tokens) : 0;
     state->tape.frozen = adapter != nullptr;
     BABYGPT_TRY(record(state->tape, of.config, config.batch * of.config.context, true, config.dropout, config.batch,
                        adapter ? &adapter->config : nullptr));
@@ -10241,12 +10290,13 @@ Status fill(Trainer& trainer, Runtime& from, const Model& of, Adapter* adapter, 
     layout = Layout{state->memory.memory, 0};
     lay_out(layout, *state, &trainer, of.config, config.batch, from.thread_count());
     if (state->on && config.optimizer == Optimizer::muon) return fail(Error::unsupported, "the backend cuda learns by adamw, not by muon");
-    return state->on ? state->on->create(plan_of(from, state->tape, of.config, config.batch), state->device) : Status();
+    if (!state->on) return Status();
+    return state->on->create(plan_of(from, state->tape, of.config, config.batch, state->text_room), state->device);
 }
 
 Status start(Trainer& t, Runtime& from, const Model& of, Adapter* adapter, const TrainConfig& wanted, Data& data, Data* held_out) {
     t = Trainer();
-    Status status = fill(t, from, of, adapter, wanted);
+    Status status = fill(t, from, of, adapter, wanted, data);
     if (status.ok()) status = check_data(of, data);
     if (status.ok() && held_out && held_out->evaluation_windows(of.config.context) == 0)
         status = fail(Error::invalid_argument, "the validation data has fewer than two tokens: leave it out or give more text");
@@ -10297,22 +10347,33 @@ inline Run make_run(const TrainerState& state) {
     Run run;
     run.sequences = Span<const Sequence>(state.sequences, static_cast<size_t>(state.count));
     run.rows = state.rows;
-    run.ids = state.ids;
+    run.ids = state.run_ids;
     run.features = state.features;
     if (state.source_rows > 0) {
         run.source.rows = state.source_rows, run.source.ids = state.source_ids;
         run.source.sequences = Span<const Sequence>(state.sources, static_cast<size_t>(state.count));
     }
-    run.targets = state.targets;
+    run.targets = state.run_targets;
     run.row_weights = state.weighted ? state.row_weights : nullptr;
+    run.starts = state.from_text ? state.starts : nullptr;
     return run;
 }
-inline void empty_batch(TrainerState& s) { s.count = s.rows = s.source_rows = s.target_rows = 0, s.weighted = false; }
-// So many targets more.
-inline void add_targets(TrainerState& s, int count, float weight) {
-    s.weighted = s.weighted || weight < 1 || weight > 1;
-    for (const int end = s.target_rows + count; s.target_rows < end;) s.row_weights[s.target_rows++] = weight;
+inline void empty_batch(TrainerState& s) {
+    s.count = s.rows = s.source_rows = s.target_rows = 0, s.weighted = s.from_text = false;
+    s.run_ids = s.ids, s.run_targets = s.targets;
 }
+// So many targets more. A weight is written where it is not 1, or one before was not.
+inline void add_targets(TrainerState& s, int count, float weight) {
+    float* const weights = s.row_weights;
+    const int before = s.target_rows, after = before + count;
+    if (!s.weighted && (weight < 1 || weight > 1)) {
+        for (int i = 0; i < before; ++i) weights[i] = 1;
+        s.weighted = true;
+    }
+    for (int i = before; i < after && s.weighted; ++i) weights[i] = weight;
+    s.target_rows = after;
+}
+inline double row_weight(const TrainerState& s, int row) { return s.weighted ? static_cast<double>(s.row_weights[row]) : 1; }
 // The batch grows by a sequence of running text, whose ids and targets already stand where they belong.
 inline void add_window(TrainerState& s, int length) {
     s.sequences[s.count++] = Sequence{s.rows, length, 0, nullptr};
@@ -10374,28 +10435,85 @@ Status add_example(TrainerState& s, const Config& c, const Example& e) {
     return Status();
 }
 
+BABYGPT_UNHURRIED_END
+
+// Over all ids of a batch, eight at once: so compilers make vectors of it. x - low and high - 1 - x are not negative where x is in [low, high).
+bool any_outside(const int32_t* ids, int count, int32_t low, int32_t high) {
+    uint32_t outside[8] = {};
+    const uint32_t first = static_cast<uint32_t>(low), last = static_cast<uint32_t>(high) - 1;
+    const auto look = [&](int i, int k) { outside[k] |= (static_cast<uint32_t>(ids[i]) - first) | (last - static_cast<uint32_t>(ids[i])); };
+    int i = 0;
+    for (; i + 8 <= count; i += 8)
+        for (int k = 0; k < 8; ++k) look(i + k, k);
+    for (; i < count; ++i) look(i, 0);
+    for (int k = 1; k < 8; ++k) outside[0] |= outside[k];
+    return outside[0] >> 31;
+}
+int count_negative(const int32_t* ids, int count) {
+    uint32_t negative[8] = {};
+    int i = 0;
+    for (; i + 8 <= count; i += 8)
+        for (int k = 0; k < 8; ++k) negative[k] += static_cast<uint32_t>(ids[i + k]) >> 31;
+    for (; i < count; ++i) negative[0] += static_cast<uint32_t>(ids[i]) >> 31;
+    for (int k = 1; k < 8; ++k) negative[0] += negative[k];
+    return static_cast<int>(negative[0]);
+}
+
+BABYGPT_UNHURRIED_BEGIN
+
 Status check_ids(const TrainerState& s) {
     const int vocab = s.tape.vocab, outputs = s.tape.head_out;
-    for (int i = 0; i < s.rows + s.source_rows; ++i) {
-        const int32_t id = i < s.rows ? s.ids[i] : s.source_ids[i - s.rows];
-        if (id < 0 || id >= vocab) return fail(Error::invalid_argument, "the id ", id, " is none of the model's ", vocab);
-    }
-    for (int i = 0; i < s.target_rows; ++i)
-        if (s.targets[i] < -1 || s.targets[i] >= outputs)
-            return fail(Error::invalid_argument, "the target ", s.targets[i], " is none of the model's ", outputs);
-    return Status();
+    const auto check = [](const char* what, const int32_t* ids, int count, int32_t low, int32_t high) {
+        if (!any_outside(ids, count, low, high)) return Status();
+        while (*ids >= low && *ids < high) ++ids;
+        return fail(Error::invalid_argument, "the ", what, " ", *ids, " is none of the model's ", high);
+    };
+    BABYGPT_TRY(check("id", s.run_ids, s.rows, 0, vocab));
+    BABYGPT_TRY(check("id", s.source_ids, s.source_rows, 0, vocab));
+    return check("target", s.run_targets, s.target_rows, -1, outputs);
+}
+// How many targets count, by their weights.
+double weights_sum(const TrainerState& s) {
+    if (!s.weighted) return s.target_rows - count_negative(s.run_targets, s.target_rows);
+    double sum = 0;
+    for (int i = 0; i < s.target_rows; ++i) sum += s.run_targets[i] < 0 ? 0 : static_cast<double>(s.row_weights[i]);
+    return sum;
 }
 // Where a step's batch comes from: the caller's examples, the caller's windows of ids and targets, or, without either, the training data.
 struct Given {
     Span<const Example> examples;
     const int32_t *ids = nullptr, *targets = nullptr;
 };
+// The training data's windows from number n on, whose ids the device has.
+Status fill_from_text(Trainer& t, uint64_t n) {
+    TrainerState& s = *t.state;
+    const Data& data = *t.training;
+    const int context = t.model->config.context;
+    if (s.tokens_there != data.tokens || s.text_there != data.fingerprint) BABYGPT_TRY(send_text(s, data));
+    for (int i = 0; i < t.config.batch; ++i) {
+        uint64_t start;
+        BABYGPT_TRY(find_window(data, t.config.seed, n + static_cast<uint64_t>(i), context, start));
+        s.starts[i] = static_cast<int32_t>(start);
+        s.sequences[i] = Sequence{i * context, context, 0, nullptr};
+    }
+    s.count = t.config.batch, s.rows = s.target_rows = s.count * context;
+    s.from_text = true;
+    return Status();
+}
 Status fill_batch(Trainer& t, const Given& given, int micro) {
     TrainerState& s = *t.state;
     const Config& config = t.model->config;
     const uint64_t batch = static_cast<uint64_t>(t.config.batch), first = static_cast<uint64_t>(micro) * batch;
     const uint64_t before = static_cast<uint64_t>(t.step_count) * batch * static_cast<uint64_t>(t.config.accumulate);
     empty_batch(s);
+    const bool plain = config.encoder_layers == 0 && config.classes == 0 && config.features == 0;
+    if (given.ids && plain) {  // they are read where they are
+        const size_t at = static_cast<size_t>(first) * static_cast<size_t>(config.context);
+        s.run_ids = given.ids + at, s.run_targets = given.targets + at;
+        for (int i = 0; i < t.config.batch; ++i) add_window(s, config.context);
+        return check_ids(s);
+    }
+    if (s.device && !given.ids && given.examples.size == 0 && is_there(s, config, *t.training)) return fill_from_text(t, before + first);
     for (uint64_t n = first; n < first + batch; ++n) {
         const size_t i = static_cast<size_t>(n), context = static_cast<size_t>(config.context);
         const Example* example = given.examples.size > 0 ? &given.examples[i] : nullptr;
@@ -10419,7 +10537,7 @@ Status fill_batch(Trainer& t, const Given& given, int micro) {
 // The sum of the micro-batch's losses, and of their weights.
 inline void add_losses(const TrainerState& s, double& loss, double& weight) {
     for (int i = 0; i < s.target_rows; ++i) {
-        const double counts = s.targets[i] < 0 ? 0 : static_cast<double>(s.row_weights[i]);
+        const double counts = s.run_targets[i] < 0 ? 0 : row_weight(s, i);
         loss += counts * s.regions.losses[i], weight += counts;
     }
 }
@@ -10480,8 +10598,8 @@ Status update(Trainer& t, const Given& given, StepResult& result) {
         }
         run.seconds = s.op_seconds;
         if (s.device) {
-            for (int i = 0; i < s.target_rows; ++i) weight += s.targets[i] < 0 ? 0 : static_cast<double>(s.row_weights[i]);
-            const DeviceUpdate update = {rule, weight > 0 ? weight : 1, t.config.clip};
+            if (!s.from_text) weight += weights_sum(s);
+            const DeviceUpdate update = {rule, s.from_text ? 0 : weight > 0 ? weight : 1, t.config.clip};
             BABYGPT_TRY(s.on->run(s.device, run, micro + 1 == t.config.accumulate ? &update : nullptr));
             continue;
         }
@@ -10492,10 +10610,11 @@ Status update(Trainer& t, const Given& given, StepResult& result) {
         s.regions.ranks = ranks;
         add_losses(s, loss, weight);
     }
+    DeviceResult there{};
+    if (s.device) BABYGPT_TRY(s.on->result(s.device, there));
+    if (s.from_text) weight = there.targets;
     const double count = weight > 0 ? weight : 1;
     if (s.device) {
-        DeviceResult there;
-        BABYGPT_TRY(s.on->result(s.device, there));
         result.loss = there.loss / count, result.grad_norm = there.grad_norm, result.skipped = there.skipped;
         s.newer_moments = true;
         s.lent = t.adapter ? &t.adapter->state->borrowed : &s.trained->state->borrowed;
@@ -10598,7 +10717,7 @@ Status evaluate_windows(Runtime& runtime, TrainerState& s, const Model& model, c
         BABYGPT_TRY(check_ids(s));
         BABYGPT_TRY(forward(runtime, s, make_run(s)));
         for (int i = 0; i < s.target_rows; ++i)
-            if (s.targets[i] >= 0) sums.add(s.regions.losses[i], s.regions.ranks[i], static_cast<double>(s.row_weights[i]));
+            if (s.run_targets[i] >= 0) sums.add(s.regions.losses[i], s.regions.ranks[i], row_weight(s, i));
     }
     if (!(sums.weight > 0)) return nothing_to_evaluate();
     sums.finish(data, result);
@@ -12648,7 +12767,7 @@ Status Session::attention(int layer, Array<float>& probabilities, bool to_source
 // ---- what things take ----------------------------------------------------------------------------------------------------
 
 BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpose purpose, int batch, Memory& memory, double dropout,
-                                  const AdapterConfig* beside) {
+                                  const AdapterConfig* beside, uint64_t tokens) {
     memory = Memory();
     BABYGPT_TRY(check(config));
     BABYGPT_TRY(check_batch(batch, config.context));
@@ -12690,10 +12809,11 @@ BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpos
         Trainer trainer;
         state.backend = backend;
         choose_device(state, runtime);
+        state.text_room = state.on ? text_room(config, nullptr, tokens) : 0;
         state.tape.frozen = adapter != nullptr;
         BABYGPT_TRY(record(state.tape, config, batch * config.context, true, dropout, batch, adapter));
         lay_out(layout, state, &trainer, config, batch, runtime.thread_count());
-        if (state.on) memory.device = state.on->bytes(plan_of(runtime, state.tape, config, batch));
+        if (state.on) memory.device = state.on->bytes(plan_of(runtime, state.tape, config, batch, state.text_room));
         memory.moments = 2 * learnt;
         if (!state.on) {
             memory.gradients = learnt + round_up(static_cast<uint64_t>(state.tape.lookup_block()) * sizeof(float), uint64_t(cache_line));

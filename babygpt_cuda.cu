@@ -3,7 +3,8 @@
 // [CHAPTER 0] Read me
 //
 // What it is.  The same tape (babygpt.h, chapters 4 to 6) on a device: every op forward and backward, the loss, the gradient's norm, clipping,
-// AdamW. Weights, gradients, moments and activations lie there; the host sends the ids of a batch and gets a loss. The checkpoint is the
+// AdamW. Weights, gradients, moments and activations lie there; running text does, too (up to 1 GiB of ids); the
+// host says where a batch's windows begin in it, or sends its ids, and gets a loss. The checkpoint is the
 // same, and so is the result but for rounding: a run may begin on the processor, go on here, and end there.
 //
 // Do this.  Compile this file with nvcc and add it to the program; there is nothing to register, and nothing else changes:
@@ -269,12 +270,13 @@ struct Now {
     int sequences;  // of the text; where there is a source, as many of it
     int targets;    // rows of the head
     int fresh;      // no run's loss has been added up yet
+    int weighted;   // the targets' weights were sent, and are not all 1
     uint32_t drop_below;
     float drop_keep;
     uint64_t seed, step, first_row[3];
     double smoothing;
     AdamW adam;
-    double count, clip;
+    double count, clip;  // count: as in DeviceUpdate
 };
 // Where a row stands.
 struct Where {
@@ -282,10 +284,11 @@ struct Where {
 };
 struct Place {
     int row, length, position;
+    int start;  // in the text that lies here; -1: the ids were sent
 };
 // What the device says after an update.
 struct Sums {
-    double loss, norm;
+    double loss, targets, norm;  // targets: so many count
     float scale;
     int skipped;
 };
@@ -304,10 +307,11 @@ struct Memory {
     float* parts;                   // of sums over rows; embedding_backward's edges
     __nv_bfloat16* narrow_weights;  // Precision::bf16: a copy
     unsigned char* workspace;       // cuBLASLt's, where there are tensor cores
-    // Sent for each run, in one piece that the host has a copy of.
+    int32_t* text;                  // the ids of what it learns from, sent once
+    Where* where[2];
+    // Sent for each run, from a copy that the host has: the first three in one piece, of the others what is used of them.
     Now* now;
     Place* places[2];
-    Where* where[2];
     int32_t *ids[2], *targets;
     float *row_weights, *features;
 };
@@ -372,12 +376,8 @@ inline int64_t learnt_block(const DevicePlan& p) { return p.frozen ? p.adapter_b
 // What is sent for each run.
 inline void plan_input(Plan& plan, const DevicePlan& p, Memory& m) {
     m.now = plan.take<Now>(1);
-    for (int side = 0; side < 2; ++side) {
-        const int64_t rows = p.max_rows[side];
-        m.places[side] = plan.take<Place>(rows > 0 ? p.sequences : 0);
-        m.where[side] = plan.take<Where>(rows);
-        m.ids[side] = plan.take<int32_t>(rows);
-    }
+    for (int side = 0; side < 2; ++side) m.places[side] = plan.take<Place>(p.max_rows[side] > 0 ? p.sequences : 0);
+    for (int side = 0; side < 2; ++side) m.ids[side] = plan.take<int32_t>(p.max_rows[side]);
     m.targets = plan.take<int32_t>(p.max_rows[0]);
     m.row_weights = plan.take<float>(p.max_rows[0]);
     m.features = plan.take<float>(static_cast<int64_t>(p.max_rows[0]) * p.features);
@@ -412,7 +412,7 @@ inline void plan_memory(Plan& plan, const DevicePlan& p, Memory& m) {
     m.waves = plan.take<float>(static_cast<int64_t>(p.waves.size), "waves");
     m.losses = plan.take<double>(p.max_rows[0], "losses");
     m.ranks = plan.take<int32_t>(p.max_rows[0], "ranks");
-    m.partial = plan.take<double>(square_blocks_there, "partial");
+    m.partial = plan.take<double>(2 * square_blocks_there, "partial");
     m.sums = plan.take<Sums>(1, "sums");
     for (int i = 0; i < 2; ++i) {
         m.keys[i] = plan.take<uint32_t>(embeds ? rows : 0, "keys");
@@ -420,6 +420,8 @@ inline void plan_memory(Plan& plan, const DevicePlan& p, Memory& m) {
     }
     m.counts = plan.take<uint32_t>(embeds ? digits * parts_of(rows, sort_block) : 0, "counts");
     m.totals = plan.take<uint32_t>(embeds ? digits : 0, "totals");
+    m.text = plan.take<int32_t>(p.text, "text");
+    for (int side = 0; side < 2; ++side) m.where[side] = plan.take<Where>(p.max_rows[side], "where");
     Plan sent;
     plan_input(sent, p, m);
     sent = Plan{plan.take<char>(static_cast<int64_t>(sent.bytes), "what is sent"), 0};
@@ -441,6 +443,26 @@ struct Extent {
         return left < 0 ? 0 : left < size ? left : size;
     }
 };
+
+// ---- the batch: what follows from the places of its sequences, and is not sent ------------------------------------------------
+
+// Where each row stands; the ids and targets of windows of the text that lies here; weights of 1. A block has a sequence, its threads every
+// 256th row; weights over elements. 12 bytes a row, 20 more of a text.
+__global__ void lay_rows(Memory m) {
+    const Now& now = *m.now;
+    for (int side = 0; side < 2; ++side)
+        for (int i = static_cast<int>(blockIdx.x); i < now.sequences && now.rows[side] > 0; i += static_cast<int>(gridDim.x)) {
+            const Place place = m.places[side][i];
+            for (int j = static_cast<int>(threadIdx.x); j < place.length; j += block_threads) {
+                const int row = place.row + j;
+                m.where[side][row] = Where{place.position + j, i};
+                if (place.start < 0) continue;
+                m.ids[side][row] = m.text[place.start + j] & INT32_MAX;              // without the mark of what is only read,
+                m.targets[row] = greater(m.text[place.start + j + 1], int32_t(-1));  // which is no target
+            }
+        }
+    for (int64_t i = first_element(); i < now.targets && !now.weighted; i += all_threads()) m.row_weights[i] = 1;
+}
 
 // ---- embedding: y = token[id] + position[p]. Over rows. 12 bytes -----------------------------------------------------------
 
@@ -1833,7 +1855,8 @@ __global__ void __launch_bounds__(by_block ? long_row_threads : block_threads)
     }
 }
 
-// Adds the run's losses up, times their weights: one block, each thread every 256th row, then a tree.
+// Adds the run's losses up, times their weights, and counts the targets that count: parts [2][blocks], over elements, then one block. 20 bytes
+// a row.
 __device__ __forceinline__ double block_sum(double x, double* shared) {
     shared[threadIdx.x] = x;
     __syncthreads();
@@ -1843,13 +1866,26 @@ __device__ __forceinline__ double block_sum(double x, double* shared) {
     }
     return shared[0];
 }
-__global__ void add_losses_up(Sums* sums, const double* losses, const int32_t* targets, const float* row_weights, const Now* now) {
+__global__ void loss_parts(double* parts, const double* losses, const int32_t* targets, const float* row_weights, const Now* now) {
     BABYGPT_SHARED(double, shared, block_threads);
-    double loss = 0;
-    for (int i = static_cast<int>(threadIdx.x); i < now->targets; i += block_threads)
-        if (targets[i] >= 0) loss += static_cast<double>(row_weights[i]) * losses[i];
+    double loss = 0, count = 0;
+    for (int64_t i = first_element(); i < now->targets; i += all_threads())
+        if (targets[i] >= 0) loss += static_cast<double>(row_weights[i]) * losses[i], count += 1;
     loss = block_sum(loss, shared);
-    if (threadIdx.x == 0) sums->loss = now->fresh ? loss : sums->loss + loss;
+    __syncthreads();
+    count = block_sum(count, shared);
+    if (threadIdx.x == 0) parts[blockIdx.x] = loss, parts[gridDim.x + blockIdx.x] = count;
+}
+__global__ void add_losses_up(Sums* sums, const double* parts, int blocks, const Now* now) {
+    BABYGPT_SHARED(double, shared, block_threads);
+    double loss = 0, count = 0;
+    for (int i = static_cast<int>(threadIdx.x); i < blocks; i += block_threads) loss += parts[i], count += parts[blocks + i];
+    loss = block_sum(loss, shared);
+    __syncthreads();
+    count = block_sum(count, shared);
+    if (threadIdx.x != 0) return;
+    sums->loss = now->fresh ? loss : sums->loss + loss;
+    sums->targets = now->fresh ? count : sums->targets + count;
 }
 
 // =====================================================================================================================
@@ -1871,10 +1907,10 @@ __global__ void judge(Sums* sums, const double* parts, int count, const Now* now
     for (int i = static_cast<int>(threadIdx.x); i < count; i += block_threads) sum += parts[i];
     sum = block_sum(sum, shared);
     if (threadIdx.x != 0) return;
-    const double norm = sqrt(sum) / now->count;
+    const double targets = now->count > 0 ? now->count : fmax(sums->targets, 1.0), norm = sqrt(sum) / targets;
     sums->norm = norm;
     sums->skipped = !(fabs(norm) <= 1.7e308) || !(fabs(sums->loss) <= 1.7e308);
-    sums->scale = static_cast<float>((now->clip > 0 && norm > now->clip ? now->clip / norm : 1) / now->count);
+    sums->scale = static_cast<float>((now->clip > 0 && norm > now->clip ? now->clip / norm : 1) / targets);
 }
 // The header's adamw; then the gradient becomes zero. Over elements, four at a time. 32 bytes a weight, and 2 where it has a narrow copy.
 __global__ void adamw(float* w, __nv_bfloat16* narrow, float* m, float* v, float* g, const unsigned char* decays, int64_t n,
@@ -1909,7 +1945,8 @@ __global__ void adamw(float* w, __nv_bfloat16* narrow, float* m, float* v, float
 
 // All state. There are three walks of the tape: a forward pass alone, one with a backward pass, and one with an update after it; each for batches
 // that are full, and for those that are not. The first of each launches kernel after kernel, so that the driver loads what it loads only when
-// it is called; the second is captured in a graph. From then on a step is a copy of the batch and one graph launch.
+// it is called; the second is captured in a graph. From then on a step is a copy of the batch
+// (of running text: of where its windows begin) and one graph launch.
 struct Gpu {
     DevicePlan plan;
     Memory memory{};
@@ -2152,7 +2189,14 @@ struct Gpu {
     template <class Real>
     void walk_tape(bool learns, bool marked);
     Status capture(int which, cudaGraphExec_t& to);
-    void write_input(const Run& run, const DeviceUpdate* update);
+    void write_now(const Run& run, const DeviceUpdate* update);
+    Status send(const Run& run, const DeviceUpdate* update);
+    template <class T>
+    cudaError_t send_array(T* to, T* by_way_of, const T* from, int64_t n) {
+        if (n == 0) return cudaSuccess;
+        memcpy(by_way_of, from, static_cast<size_t>(n) * sizeof(T));
+        return cudaMemcpyAsync(to, by_way_of, static_cast<size_t>(n) * sizeof(T), cudaMemcpyHostToDevice, stream);
+    }
     float* part(DevicePart which) const;
     int64_t elements(DevicePart which) const {
         return which == DevicePart::weights ? plan.weight_block : which == DevicePart::adapter ? plan.adapter_block : learnt_block(plan);
@@ -2492,7 +2536,10 @@ void Gpu::head(const Op& op, bool learns) {
         if (dw) weights_gradient<Real>(dw, logits, stride, x, op.in, op.out, op.in, here);
         if (db) sum_over_rows<Real>(db, nullptr, logits, stride, nullptr, nullptr, here, op.out);
     }
-    if (learns) launch(add_losses_up, 1, 1, 0, memory.sums, memory.losses, memory.targets, memory.row_weights, memory.now);
+    if (!learns) return;
+    const int parts = static_cast<int>(lesser<int64_t>(parts_of(rows, block_threads), square_blocks_there));
+    launch(loss_parts, parts, 1, 0, memory.partial, memory.losses, memory.targets, memory.row_weights, memory.now);
+    launch(add_losses_up, 1, 1, 0, memory.sums, memory.partial, parts, memory.now);
 }
 template <int T, class Real>
 void Gpu::attention_of(Attend<Real> a, bool backward) {
@@ -2645,6 +2692,7 @@ void Gpu::op_backward(int number) {
 template <class Real>
 void Gpu::walk_tape(bool learns, bool marked) {
     const int ops = static_cast<int>(plan.ops.size);
+    launch(lay_rows, blocks(plan.sequences, 1), 1, 0, memory);
     mark(0, marked);
     for (int i = 0; i < ops; ++i) op_forward<Real>(i, learns), mark(i + 1, marked);
     for (int i = ops; i-- > 0 && learns;) op_backward<Real>(i), mark(2 * ops - i, marked);
@@ -3549,34 +3597,48 @@ void Gpu::destroy() {
     if (block) (void)cudaFree(block);
 }
 
-// The run's numbers and arrays, where the next copy takes them from.
-void Gpu::write_input(const Run& run, const DeviceUpdate* update) {
+// The run's numbers, where the next copy takes them from.
+void Gpu::write_now(const Run& run, const DeviceUpdate* update) {
     Now& now = *input.now;
-    const int source = static_cast<int>(run.source.rows), ops = static_cast<int>(plan.ops.size);
-    now.rows[0] = run.rows, now.rows[1] = source, now.rows[2] = static_cast<int>(run.sequences.size);
+    const int ops = static_cast<int>(plan.ops.size);
+    now.rows[0] = run.rows, now.rows[1] = run.source.rows, now.rows[2] = static_cast<int>(run.sequences.size);
     now.sequences = now.rows[2];
     now.targets = now.rows[static_cast<int>(plan.ops[static_cast<size_t>(ops - 1)].side)];
     now.fresh = fresh;
+    now.weighted = run.row_weights != nullptr;
     now.drop_below = run.training ? static_cast<uint32_t>(run.dropout * 4294967296.0) : 0;
     now.drop_keep = static_cast<float>(1 / (1 - run.dropout));
     now.seed = run.seed, now.step = run.step, now.smoothing = run.label_smoothing;
     for (int side = 0; side < 3; ++side) now.first_row[side] = run.first_row[side];
     if (update) now.adam = update->rule.adam, now.count = update->count, now.clip = update->clip;
+}
+// Of a window of the text that lies here, 16 bytes; the rest is on the device already, or follows from that there.
+Status Gpu::send(const Run& run, const DeviceUpdate* update) {
+    write_now(run, update);
+    const Now& now = *input.now;
+    const char* end = reinterpret_cast<const char*>(input.now + 1);
     for (int side = 0; side < 2; ++side) {
         const Stream in = side == 0 ? run.on(Side::text) : run.source;
+        Place* to = input.places[side];
         for (size_t i = 0; i < in.sequences.size && in.rows > 0; ++i) {
             const Sequence& s = in.sequences[i];
-            input.places[side][i] = Place{s.row, s.length, s.position};
-            for (int j = 0; j < s.length; ++j) input.where[side][s.row + j] = Where{s.position + j, static_cast<int>(i)};
+            *to++ = Place{s.row, s.length, s.position, run.starts ? run.starts[i] : -1};
+            end = reinterpret_cast<const char*>(to);
         }
-        if (in.rows > 0) memcpy(input.ids[side], in.ids, static_cast<size_t>(in.rows) * sizeof(int32_t));
     }
-    for (int i = 0; i < now.targets; ++i) {
-        input.targets[i] = run.targets ? run.targets[i] : -1;
-        input.row_weights[i] = run.row_weights ? run.row_weights[i] : 1.0f;
+    const size_t first = static_cast<size_t>(end - reinterpret_cast<const char*>(input.now));
+    BABYGPT_CUDA(cudaMemcpyAsync(memory.now, input.now, first, cudaMemcpyHostToDevice, stream));
+    if (!run.starts) {
+        for (int side = 0; side < 2; ++side)
+            BABYGPT_CUDA(send_array(memory.ids[side], input.ids[side], side == 0 ? run.ids : run.source.ids, now.rows[side]));
+        if (run.targets) BABYGPT_CUDA(send_array(memory.targets, input.targets, run.targets, now.targets));
+        else BABYGPT_CUDA(cudaMemsetAsync(memory.targets, 0xff, static_cast<size_t>(now.targets) * sizeof(int32_t), stream));  // -1
+        BABYGPT_CUDA(send_array(memory.row_weights, input.row_weights, run.row_weights, now.weighted ? now.targets : 0));
+        BABYGPT_CUDA(send_array(memory.features, input.features, run.features, static_cast<int64_t>(run.rows) * plan.features));
     }
-    if (plan.features > 0)
-        memcpy(input.features, run.features, static_cast<size_t>(run.rows) * static_cast<size_t>(plan.features) * sizeof(float));
+    BABYGPT_CUDA(cudaEventRecord(sent, stream));
+    sending = true;
+    return Status();
 }
 // Kernel after kernel. `seconds` not null: as in Run.
 Status Gpu::walk_now(int which, double* seconds) {
@@ -3676,10 +3738,7 @@ Status run_device(Device* d, const Run& run, const DeviceUpdate* update) {
         if (run.sequences[i].source != static_cast<int>(i))
             return refuse(Error::unsupported, "the backend cuda wants a source of its own for each sequence");
     if (d->sending) BABYGPT_CUDA(cudaEventSynchronize(d->sent));
-    d->write_input(run, update);
-    BABYGPT_CUDA(cudaMemcpyAsync(d->memory.now, d->input.now, d->input_bytes, cudaMemcpyHostToDevice, d->stream));
-    BABYGPT_CUDA(cudaEventRecord(d->sent, d->stream));
-    d->sending = true;
+    BABYGPT_CUDA_TRY(d->send(run, update));
     const int which = !run.training ? 0 : update ? 2 : 1;
     d->full = true;
     for (int side = 0; side < 3; ++side) d->full = d->full && d->input.now->rows[side] == d->plan.max_rows[side];
@@ -3699,7 +3758,8 @@ Status result_of(Device* d, DeviceResult& result) {
     BABYGPT_CUDA(current.error);
     BABYGPT_CUDA(cudaStreamSynchronize(d->stream));
     d->sending = false;
-    result.loss = d->sums->loss, result.grad_norm = d->sums->norm, result.skipped = d->sums->skipped != 0;
+    result.loss = d->sums->loss, result.targets = d->sums->targets, result.grad_norm = d->sums->norm,
+    result.skipped = d->sums->skipped != 0;
     return Status();
 }
 Status losses_of(Device* d, int rows, double* losses, int32_t* ranks) {
@@ -3708,6 +3768,14 @@ Status losses_of(Device* d, int rows, double* losses, int32_t* ranks) {
     const size_t n = static_cast<size_t>(rows);
     if (n > 0) BABYGPT_CUDA(cudaMemcpyAsync(losses, d->memory.losses, n * sizeof(double), cudaMemcpyDeviceToHost, d->stream));
     if (n > 0 && ranks) BABYGPT_CUDA(cudaMemcpyAsync(ranks, d->memory.ranks, n * sizeof(int32_t), cudaMemcpyDeviceToHost, d->stream));
+    BABYGPT_CUDA(cudaStreamSynchronize(d->stream));
+    return Status();
+}
+Status keep_text(Device* d, int64_t at, const int32_t* ids, int64_t count) {
+    const Current current(d->ordinal);
+    BABYGPT_CUDA(current.error);
+    const size_t bytes = static_cast<size_t>(count) * sizeof(int32_t);
+    BABYGPT_CUDA(cudaMemcpyAsync(d->memory.text + at, ids, bytes, cudaMemcpyHostToDevice, d->stream));
     BABYGPT_CUDA(cudaStreamSynchronize(d->stream));
     return Status();
 }
@@ -3792,9 +3860,9 @@ Status read_device(Generator* g, const Run& run, double* losses) {
 extern "C" const babygpt::records::DeviceFunctions* babygpt_cuda_device() {
     using namespace babygpt::cuda;
     static constexpr DeviceFunctions functions = {
-        device_sizes, &create_device, &destroy_device,   &device_bytes,      &upload,          &download,    &run_device,
-        &result_of,   &losses_of,     &create_generator, &destroy_generator, &generator_bytes, &set_weights, &take_pages,
-        &drop_pages,  &copy_pages,    &read_device,
+        device_sizes,     &create_device, &destroy_device, &device_bytes, &upload,           &download,
+        &run_device,      &result_of,     &losses_of,      &keep_text,    &create_generator, &destroy_generator,
+        &generator_bytes, &set_weights,   &take_pages,     &drop_pages,   &copy_pages,       &read_device,
     };
     return &functions;
 }

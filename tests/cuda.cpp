@@ -304,7 +304,7 @@ struct Rows {
     std::vector<cuda::Place> places;
     int count = 0;
     explicit Rows(const std::vector<int>& lengths) {
-        for (const int length : lengths) places.push_back({count, length, 0}), count += length + 1;
+        for (const int length : lengths) places.push_back({count, length, 0, -1}), count += length + 1;
     }
     std::vector<__nv_bfloat16> numbers(int columns, uint64_t key, double size) const {
         std::vector<__nv_bfloat16> x(static_cast<size_t>(count) * static_cast<size_t>(columns));
@@ -513,6 +513,78 @@ TEST(losses, "a run's losses would leave the processor's") {
         printf("%-5s loss after %d steps %.5f, at most %.1e from the processor's\n", names[way], steps, last, worst);
         fflush(stdout);
     }
+}
+
+#ifdef ON_A_GPU
+long long bytes_sent() { return 0; }
+#else
+long long bytes_sent() { return emulator::counts.sent; }
+#endif
+TEST(batches, "a GPU that has the text itself would make other batches of it than the processor, or of one that is no longer learnt from") {
+    Case c{"", small("gpt2"), some(3)};
+    c.config.vocab = 256, c.how.accumulate = 2, c.how.dropout = 0.1;
+    std::string talk;
+    for (int i = 0; i < 20; ++i)
+        talk += "You: what is it?\nMira: " + std::to_string(i * i) + " boats, or three\nYou: where?\nMira: at sea\n";
+    const std::vector<int32_t> large = text(4000, 256), given = text(200, 250);
+    struct All : Learner {
+        Corpus corpus;
+        Tokenizer bytes;
+        Data answers, groups, too_large, few;
+    } all[2];
+    for (All& l : all) {
+        CHECK_OK(l.corpus.open_memory(l.runtime, Text(talk.data(), talk.size()), CorpusConfig{}));
+        CHECK_OK(l.bytes.create_bytes(l.runtime));
+        CHECK_OK(l.create(&l == all ? Backend::plain : Backend::cuda, c));
+        CHECK_OK(l.answers.create(l.runtime, l.corpus, Part::all, l.bytes, Text(), 1 << 20, "Mira: "));
+        CHECK_OK(l.groups.create(l.runtime, l.corpus, Part::all, l.bytes, Text(), 200));
+        CHECK_OK(l.too_large.create(l.runtime, Span<const int32_t>(large.data(), large.size())));
+        CHECK_OK(l.few.create(l.runtime, Span<const int32_t>(large.data(), 30)));
+        CHECK_OK(l.trainer.create(l.runtime, l.model, c.how, l.answers));
+        CHECK(l.answers.learnt < l.answers.tokens && l.answers.tokens == l.groups.tokens && l.answers.tokens < l.too_large.tokens);
+    }
+    const auto agree = [](const char* what, double a, double b) {
+        if (!CHECK(fabs(a - b) <= usual * a)) printf("  %s: %.9g and %.9g\n", what, a, b);
+    };
+    const auto step = [&](const char* what, Data All::*data, bool gives = false) {
+        StepResult r[2];
+        for (int i = 0; i < 2; ++i) {
+            const size_t n = static_cast<size_t>(c.how.batch * c.how.accumulate * c.config.context);
+            all[i].trainer.training = &(all[i].*data);
+            if (gives) CHECK_OK(all[i].trainer.step(Span<const int32_t>(given.data(), n), Span<const int32_t>(given.data() + 1, n), r[i]));
+            else CHECK_OK(all[i].trainer.step(r[i]));
+        }
+        agree(what, r[0].loss, r[1].loss), agree(what, r[0].grad_norm, r[1].grad_norm);
+    };
+    const auto evaluate = [&] {
+        Evaluation e[2];
+        for (int i = 0; i < 2; ++i) CHECK_OK(all[i].trainer.evaluate(all[i].few, e[i]));
+        agree("evaluation", e[0].loss, e[1].loss);
+        CHECK(e[0].tokens == 29 && e[1].tokens == 29);
+    };
+    for (int i = 0; i < 3; ++i) step("its text", &All::data);
+    evaluate();
+    step("its text after an evaluation", &All::data);
+    step("the caller's batch", &All::data, true);
+    step("its text after the caller's batch", &All::data);
+    step("a shorter text", &All::few);
+    for (int i = 0; i < 3; ++i) step("answers", &All::answers);
+    const long long before = bytes_sent();
+    step("answers", &All::answers);
+    CHECK(bytes_sent() - before < 1000);
+    step("groups", &All::groups);
+    step("a text that it has no room for", &All::too_large);
+    // All ids are looked at before the first of them is used; what was there is no longer used.
+    std::vector<int32_t> wrong = all[1].ids;
+    wrong.back() = 256;
+    Data bad;
+    CHECK_OK(bad.create(all[1].runtime, Span<const int32_t>(wrong.data(), wrong.size())));
+    all[1].trainer.training = &bad;
+    StepResult r;
+    const Status status = all[1].trainer.step(r);
+    CHECK(status.error == Error::invalid_argument && strcmp(status.message, "the id 256 is none of the model's 256") == 0);
+    step("its text after a wrong one", &All::data);
+    CHECK(no_faults());
 }
 
 TEST(hand_over, "a run could not go from the processor to a GPU and back") {
@@ -928,7 +1000,7 @@ TEST(memory, "a trainer would take more of the GPU's memory than was planned") {
         Runtime runtime;
         runtime.backend = Backend::cuda, runtime.precision = Precision::bf16;
         Memory plan;
-        CHECK_OK(memory_needed(runtime, c.config, Purpose::training, batch, plan));
+        CHECK_OK(memory_needed(runtime, c.config, Purpose::training, batch, plan, 0, nullptr, 800));
         size_t before = 0, after = 0, all = 0;
         CHECK(cudaMemGetInfo(&before, &all) == cudaSuccess);
         Learner l;
@@ -955,10 +1027,26 @@ TEST(one_graph, "a step on a GPU would be more than one graph launch, or take me
     for (int i = 0; i < 3; ++i) CHECK_OK(l.trainer.step(r));
     const emulator::Counts& now = emulator::counts;
     CHECK(now.graph_launches - before.graph_launches == 3 && now.launches == before.launches && now.allocations == before.allocations);
-    printf("a step: %ld kernels in %ld graph, %ld synchronisations\n", (now.kernels - before.kernels) / 3,
-           (now.graph_launches - before.graph_launches) / 3, (now.synchronisations - before.synchronisations) / 3);
-    Memory memory;
-    CHECK_OK(memory_needed(l.runtime, c.config, Purpose::training, c.how.batch, memory));
+    const long long sent = (now.sent - before.sent) / 3, rows = int64_t(c.how.batch) * c.config.context;
+    CHECK(now.copies - before.copies == 3 && sent <= 256 + 16 * c.how.batch);  // numbers of the run, and where each window begins
+    printf("a step: %ld kernels in %ld graph, %ld synchronisations, %lld bytes sent\n", (now.kernels - before.kernels) / 3,
+           (now.graph_launches - before.graph_launches) / 3, (now.synchronisations - before.synchronisations) / 3, sent);
+    // Of a batch that the caller gives, the ids and targets, and of an evaluation no more rows than it has.
+    const size_t n = static_cast<size_t>(rows);
+    const long long sent_before = bytes_sent();
+    CHECK_OK(l.trainer.step(Span<const int32_t>(l.ids.data(), n), Span<const int32_t>(l.ids.data() + 1, n), r));
+    CHECK(now.sent - sent_before == sent + 8 * rows);
+    Data few;
+    Evaluation e;
+    CHECK_OK(few.create(l.runtime, Span<const int32_t>(l.ids.data(), 6)));
+    CHECK_OK(l.trainer.evaluate(few, e));
+    const long long evaluated = now.sent;
+    CHECK_OK(l.trainer.evaluate(few, e));
+    CHECK(now.sent - evaluated == sent - 16 * (c.how.batch - 1) + 8 * 5 && e.tokens == 5);
+    Memory memory, without;
+    CHECK_OK(memory_needed(l.runtime, c.config, Purpose::training, c.how.batch, without));
+    CHECK_OK(memory_needed(l.runtime, c.config, Purpose::training, c.how.batch, memory, 0, nullptr, l.data.tokens));
+    CHECK(memory.device >= without.device + 4 * l.data.tokens);
     const size_t all = emulator::settings.memory;
     l.trainer = Trainer();
     emulator::settings.memory = static_cast<size_t>(memory.device);

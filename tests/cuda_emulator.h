@@ -218,6 +218,7 @@ struct Settings {
 inline Settings settings;
 struct Counts {
     long calls = 0, launches = 0, kernels = 0, graph_launches = 0, synchronisations = 0, allocations = 0, copies = 0, products = 0;
+    long long sent = 0;  // bytes that were copied to the device, where no graph does it
 };
 inline Counts counts;
 
@@ -1730,6 +1731,7 @@ inline cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind
     if (!to || !from) return cudaErrorInvalidValue;
     Stream* const s = stream_of(stream);
     const bool recording = s && s->graph;
+    if (!recording && kind == cudaMemcpyHostToDevice) counts.sent += static_cast<long long>(bytes);
     if (!recording && kind == cudaMemcpyHostToDevice && !is_pinned(from)) {  // read now, as a real device does with small ones
         auto bytes_now = std::make_shared<std::vector<unsigned char>>(static_cast<const unsigned char*>(from),
                                                                       static_cast<const unsigned char*>(from) + bytes);

@@ -3615,7 +3615,7 @@ int bench(Arguments& in) {
         Trainer trainer;
         must(trainer.create(runtime, model, learning, data));
         Memory memory;
-        must(memory_needed(runtime, model.config, Purpose::training, batch, memory));
+        must(memory_needed(runtime, model.config, Purpose::training, batch, memory, 0, nullptr, data.tokens));
         device = double(memory.device);
         const size_t tokens = ids.size() - 1;
         const double time = middle_time(seconds, [&] {
