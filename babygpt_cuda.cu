@@ -2779,7 +2779,7 @@ constexpr int talk_threads = 128;
 constexpr int talk_threads = 512;
 #endif
 constexpr int talk_warps = talk_threads / warp, talk_rows = 32, talk_outputs = 8, talk_depth = 32;
-constexpr int rows_at_once = 256;
+constexpr int rows_at_once = device_rows, ahead_steps = 4;
 
 __device__ __forceinline__ void grid_barrier() {
 #ifdef __CUDACC__
@@ -2788,6 +2788,7 @@ __device__ __forceinline__ void grid_barrier() {
     emulator::grid_sync();
 #endif
 }
+constexpr size_t two_steps = (2 * sizeof(Step) + 127) / 128 * 128;
 // Elements between two rows of x in shared memory: eight lanes that read 16 bytes each, of two rows of bf16, meet all banks once.
 template <class T>
 __host__ __device__ constexpr int talk_apart(int depth) {
@@ -2797,7 +2798,7 @@ template <class T>
 size_t talk_bytes(int depth, int dim) {
     const size_t product = sizeof(T) * static_cast<size_t>(talk_rows * talk_apart<T>(depth)) +
                            sizeof(float) * static_cast<size_t>(talk_warps * talk_rows * talk_outputs);
-    return greater(product, sizeof(float) * static_cast<size_t>(talk_warps * (2 * dim + kv_page + 2)));
+    return two_steps + greater(product, sizeof(float) * static_cast<size_t>(talk_warps * (2 * dim + kv_page + 2)));
 }
 
 // to[out][apart] = the matrix, zeros behind it. Over elements. 4 and 2 or 4 bytes.
@@ -2827,12 +2828,40 @@ __device__ void embed_rows(const Step& s, const Reading<T>& r) {
     for (int64_t i = first_element(); i < r.wanted; i += all_threads()) r.wanted_rows[i] = r.sent_wanted[i];
     for (int64_t i = first_element(); i < r.pages; i += all_threads()) r.page[i] = r.sent_pages[i];
 }
+// Four neighbours of a row, of which `left` are there; `whole`: rows are fours, 16 bytes apart.
+struct Four {
+    float of[4];
+};
+__device__ __forceinline__ Four four(const float* x, int left, bool whole) {
+    Four four = {};
+    if (whole && left > 0) {
+        const float4 all = *reinterpret_cast<const float4*>(x);
+        four.of[0] = all.x, four.of[1] = all.y, four.of[2] = all.z, four.of[3] = all.w;
+    } else {
+        for (int i = 0; i < 4; ++i)
+            if (i < left) four.of[i] = x[i];
+    }
+    return four;
+}
+__device__ __forceinline__ void put_four(float* to, const Four& x) {
+    *reinterpret_cast<float4*>(to) = make_float4(x.of[0], x.of[1], x.of[2], x.of[3]);
+}
+__device__ __forceinline__ void put_four(__nv_bfloat16* to, const Four& x) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(two(x.of[0], x.of[1]), two(x.of[2], x.of[3]));
+}
 // The norm's mean and scale of a row, for all lanes.
 __device__ __forceinline__ float2 row_statistics(const float* x, int n, bool centred, float epsilon) {
     float mean = 0, square = 0;
-    for (int c = lane(); c < n && centred; c += warp) mean += x[c];
+    for (int c = lane() * 4; c < n && centred; c += 4 * warp) {
+        const Four some = four(x + c, n - c, n % 4 == 0);
+        mean += some.of[0] + some.of[1] + (some.of[2] + some.of[3]);
+    }
     mean = warp_sum(mean) / static_cast<float>(n);
-    for (int c = lane(); c < n; c += warp) square = fmaf(x[c] - mean, x[c] - mean, square);
+    for (int c = lane() * 4; c < n; c += 4 * warp) {
+        const Four some = four(x + c, n - c, n % 4 == 0);
+        for (int i = 0; i < 4; ++i)
+            if (c + i < n) square = fmaf(some.of[i] - mean, some.of[i] - mean, square);
+    }
     return make_float2(mean, 1 / sqrtf(warp_sum(square) / static_cast<float>(n) + epsilon));
 }
 template <class T>
@@ -2847,6 +2876,26 @@ __device__ void norm_rows(const Step& s, const Reading<T>& r) {
 
 // ---- a product: y = f(x) W^T ----
 
+// How a product is divided: into tasks of as many tiles of outputs as a block's warps make at once, of 32 rows.
+struct Division {
+    int tiles, sharers, each, groups;  // sharers: warps that divide the depth of a tile, so that none is idle
+    int64_t tasks;
+    __device__ Division(const Step& s, int rows) : tiles((s.out + talk_outputs - 1) / talk_outputs), sharers(1) {
+        const int row_tiles = (rows + talk_rows - 1) / talk_rows;
+        while (sharers < talk_warps && 2 * sharers * tiles * row_tiles <= static_cast<int>(gridDim.x) * talk_warps) sharers *= 2;
+        each = talk_warps / sharers, groups = (tiles + each - 1) / each;
+        tasks = static_cast<int64_t>(row_tiles) * groups;
+    }
+    __device__ int64_t first_task(int64_t block) const { return block * tasks / gridDim.x; }
+    __device__ int tile(int64_t task) const {
+        return static_cast<int>(task % groups) * each + static_cast<int>(threadIdx.x) / warp / sharers;
+    }
+};
+// Where this lane's part of a tile's matrix begins.
+template <class T>
+__device__ __forceinline__ const T* outputs_of(const Step& s, int tile_number) {
+    return static_cast<const T*>(s.w) + lesser(tile_number * talk_outputs + lane() / 4, s.out - 1) * s.apart + lane() % 4 * 8;
+}
 // A block makes tiles of 32 rows and 8 outputs, each by one warp or by several that divide the depth. In lane 4 g + t are, of each 32 of
 // the depth, the 8 from 8 t on, of output g, and, in bf16, of rows g, g + 8, ...: tensor cores do not mind in which order a sum's parts
 // come, so that all is read 16 bytes at a time. In floats a lane has sums of all rows.
@@ -2856,13 +2905,16 @@ template <>
 struct TileSums<__nv_bfloat16> {
     float sum[2][4] = {};
     __device__ __forceinline__ void add(const __nv_bfloat16* w, const __nv_bfloat16* x, int apart, int from, int to, int rows) {
-        constexpr int ahead = 4;
-        const __nv_bfloat16 *mine = w + lane() % 4 * 8, *left = x + lane() / 4 * apart + lane() % 4 * 8;
-        for (int k = from; k < to; k += ahead) {
-            uint4 b[ahead];
-            for (int i = 0; i < ahead; ++i)
-                if (k + i < to) b[i] = *reinterpret_cast<const uint4*>(mine + (k + i) * talk_depth);
-            for (int i = 0; i < ahead; ++i) {
+        const __nv_bfloat16* const left = x + lane() / 4 * apart + lane() % 4 * 8;
+        for (int k = from; k < to; k += ahead_steps) {
+            uint4 b[ahead_steps];
+            BABYGPT_UNROLL(4)
+            for (int i = 0; i < ahead_steps; ++i) {
+                if (k + i >= to) continue;
+                b[i] = *reinterpret_cast<const uint4*>(w + (k + i) * talk_depth);
+            }
+            BABYGPT_UNROLL(4)
+            for (int i = 0; i < ahead_steps; ++i) {
                 if (k + i >= to) continue;
                 for (int half = 0; half < 2; ++half) {
                     if (16 * half >= rows) continue;
@@ -2886,10 +2938,10 @@ template <>
 struct TileSums<float> {
     float sum[talk_rows] = {};
     __device__ __forceinline__ void add(const float* w, const float* x, int apart, int from, int to, int rows) {
-        const float *mine = w + lane() % 4 * 8, *left = x + lane() % 4 * 8;
+        const float* const left = x + lane() % 4 * 8;
         for (int k = from; k < to; ++k) {
-            const float4 a = *reinterpret_cast<const float4*>(mine + k * talk_depth),
-                         b = *reinterpret_cast<const float4*>(mine + k * talk_depth + 4);
+            const float4 a = *reinterpret_cast<const float4*>(w + k * talk_depth),
+                         b = *reinterpret_cast<const float4*>(w + k * talk_depth + 4);
             BABYGPT_UNROLL(32)
             for (int row = 0; row < talk_rows; ++row) {
                 if (row >= rows) continue;
@@ -2921,34 +2973,37 @@ __device__ __forceinline__ void load_side(T* to, int apart, const Step& s, const
         const float* const x = s.x + static_cast<int64_t>(row) * s.x_columns;
         float2 of = make_float2(0, 1);
         if (is_row && s.before == Before::norm) of = row_statistics(x, s.in, s.centred, r.epsilon);
-        for (int c = lane(); c < count; c += warp) {
-            const int k = k0 + c;
-            float value = 0;
-            if (!is_row || k >= s.in) value = 0;
-            else if (s.before == Before::norm) value = fmaf((x[k] - of.x) * of.y, s.norm_w[k], s.norm_b ? s.norm_b[k] : 0.0f);
-            else if (s.before == Before::gate) value = activated(x[k], s.activation) * x[s.in + k];
-            else value = x[k];
-            put(to + i * apart + c, value);
+        const bool whole = s.in % 4 == 0;
+        BABYGPT_UNROLL(4)
+        for (int c = lane() * 4; c < count; c += 4 * warp) {
+            const int k = k0 + c, left = is_row ? s.in - k : 0;
+            Four value = four(x + k, left, whole);
+            if (s.before == Before::norm) {
+                const Four w = four(s.norm_w + k, left, whole), b = s.norm_b ? four(s.norm_b + k, left, whole) : Four();
+                for (int e = 0; e < 4; ++e) value.of[e] = e < left ? fmaf((value.of[e] - of.x) * of.y, w.of[e], b.of[e]) : 0.0f;
+            } else if (s.before == Before::gate) {
+                const Four up = four(x + s.in + k, left, whole);
+                for (int e = 0; e < 4; ++e) value.of[e] = activated(value.of[e], s.activation) * up.of[e];
+            }
+            put_four(to + i * apart + c, value);
         }
     }
 }
 template <class T>
 __device__ void multiply_rows(const Step& s, const Reading<T>& r, unsigned char* shared) {
     const int all_rows = s.is_head ? r.head_rows : r.rows, apart = talk_apart<T>(r.depth);
-    const int tiles = (s.out + talk_outputs - 1) / talk_outputs, row_tiles = (all_rows + talk_rows - 1) / talk_rows;
-    int sharers = 1;  // warps that divide the depth of a tile: so that none is idle
-    while (sharers < talk_warps && 2 * sharers * tiles * row_tiles <= static_cast<int>(gridDim.x) * talk_warps) sharers *= 2;
-    const int each = talk_warps / sharers, groups = (tiles + each - 1) / each;
-    const int64_t tasks = static_cast<int64_t>(row_tiles) * groups;
+    const Division division(s, all_rows);
+    const int tiles = division.tiles, sharers = division.sharers, each = division.each, groups = division.groups;
     T* const x = reinterpret_cast<T*>(shared);
     float* const parts = reinterpret_cast<float*>(x + talk_rows * apart);
     const int number = static_cast<int>(threadIdx.x) / warp, part = number % sharers;
     float* const mine = parts + number * talk_rows * talk_outputs;
+    const int64_t begin = division.first_task(blockIdx.x), end = division.first_task(blockIdx.x + int64_t(1));
     int loaded = -1;
-    for (int64_t task = blockIdx.x * tasks / gridDim.x; task < (blockIdx.x + 1) * tasks / gridDim.x; ++task) {
+    for (int64_t task = begin; task < end; ++task) {
         const int first = static_cast<int>(task / groups) * talk_rows, rows = lesser(talk_rows, all_rows - first);
-        const int tile0 = static_cast<int>(task % groups) * each, output_tile = tile0 + number / sharers;
-        const T* const w = static_cast<const T*>(s.w) + lesser(output_tile * talk_outputs + lane() / 4, s.out - 1) * s.apart;
+        const int tile0 = static_cast<int>(task % groups) * each, output_tile = division.tile(task);
+        const T* const w = outputs_of<T>(s, output_tile);
         TileSums<T> sums;
         for (int k0 = 0; k0 < s.apart; k0 += r.depth) {
             const int count = static_cast<int>(lesser<int64_t>(r.depth, s.apart - k0)), steps = count / talk_depth;
@@ -3211,14 +3266,25 @@ __device__ void score_rows(const Reading<T>& r) {
 
 template <class T>
 __global__ void __launch_bounds__(talk_threads) read_rows(Reading<T> r) {
-    BABYGPT_DYNAMIC_SHARED(shared);
+    BABYGPT_DYNAMIC_SHARED(memory);
+    Step* const here = reinterpret_cast<Step*>(memory);  // this one and the next
+    unsigned char* const shared = memory + two_steps;
+    const auto bring = [&](int i) {
+        static_assert(sizeof(Step) % sizeof(uint32_t) == 0 && sizeof(Step) / sizeof(uint32_t) <= talk_threads, "a word for each thread");
+        if (i < r.count && threadIdx.x < sizeof(Step) / sizeof(uint32_t))
+            reinterpret_cast<uint32_t*>(&here[i % 2])[threadIdx.x] = reinterpret_cast<const uint32_t*>(&r.steps[i])[threadIdx.x];
+    };
+    bring(0);
+    __syncthreads();
     for (int i = 0; i < r.count; ++i) {
-        const Step& s = r.steps[i];
-        if (i > 0) grid_barrier();
+        const Step& s = here[i % 2];
+        bring(i + 1);
         if (s.kind == StepKind::embed) embed_rows(s, r);
         else if (s.kind == StepKind::norm) norm_rows(s, r);
         else if (s.kind == StepKind::product) multiply_rows(s, r, shared);
         else attend_rows(s, r, shared);
+        if (i + 1 == r.count) break;
+        grid_barrier();
     }
     if (!r.scores) return;
     grid_barrier();
