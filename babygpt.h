@@ -17554,7 +17554,7 @@ BABYGPT_RARE Status profile(Runtime& runtime, const Config& config, int batch, d
     if (!times.resize(2 * ops) || !rows.resize(2 * ops + 1)) return out_of_memory(ops * 2 * sizeof(ProfileRow));
     const auto step = [&] {
         StepResult result;
-        return trainer.step(Span<const int32_t>(ids.items, tokens), Span<const int32_t>(ids.items + 1, tokens), result);
+        return trainer.step(result);
     };
     BABYGPT_TRY(step());  // touches the memory
     trainer.state->op_seconds = times.items;

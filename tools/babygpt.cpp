@@ -3620,7 +3620,7 @@ int bench(Arguments& in) {
         const size_t tokens = ids.size() - 1;
         const double time = middle_time(seconds, [&] {
             StepResult result;
-            must(trainer.step(Span<const int32_t>(ids.data(), tokens), Span<const int32_t>(ids.data() + 1, tokens), result));
+            must(trainer.step(result));
         });
         report("train", double(tokens), time, 3 * flops_per_token(config));
     }
