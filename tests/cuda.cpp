@@ -60,6 +60,14 @@ Config small(const char* architecture) {
     c.layers = 1, c.heads = 3, c.width = 18, c.hidden = 20, c.context = 11, c.vocab = 37;
     return c;
 }
+#ifdef ON_A_GPU
+Config baby(int vocab) {
+    Config c;
+    CHECK_OK(preset("baby", c));
+    c.vocab = vocab;
+    return c;
+}
+#endif
 TrainConfig some(int batch) {
     TrainConfig how;
     how.batch = batch, how.steps = 10, how.warmup = 0, how.lr = 1e-2;
@@ -446,8 +454,7 @@ void deterministic_in(Precision precision) {
     std::vector<float> first;
     for (unsigned order = 0; order < 2; ++order) {
 #ifdef ON_A_GPU
-        CHECK_OK(preset("baby", c.config));
-        c.config.vocab = 96, c.how.batch = 64;
+        c.config = baby(96), c.how.batch = 64;
 #else
         emulator::settings.order = order;
 #endif
@@ -480,8 +487,7 @@ TEST(losses, "a run's losses would leave the processor's") {
     int steps = 12;
     c.config.vocab = 96;
 #ifdef ON_A_GPU
-    CHECK_OK(preset("baby", c.config));
-    c.config.vocab = 96, c.how.batch = 8;
+    c.config = baby(96), c.how.batch = 8;
     steps = 200;
 #endif
     c.how = TrainConfig(), c.how.batch = 8, c.how.steps = steps;
@@ -977,8 +983,7 @@ TEST(generation_memory,
 #ifdef ON_A_GPU
 TEST(large, "a model of a useful size would learn otherwise on a GPU") {
     Case c{"baby, f32", small("gpt2"), some(8)};
-    CHECK_OK(preset("baby", c.config));
-    c.config.vocab = 96, c.how.epsilon = 1e-3, c.reference = Backend::cpu, c.tolerance = 2e-4, c.steps = 1;
+    c.config = baby(96), c.how.epsilon = 1e-3, c.reference = Backend::cpu, c.tolerance = 2e-4, c.steps = 1;
     compare(c);
     c.name = "baby, tf32", c.precision = Precision::tf32, c.tolerance = 1e-2;
     compare(c);
@@ -995,8 +1000,7 @@ double seconds() {
 TEST(memory, "a trainer would take more of the GPU's memory than was planned") {
     for (const int batch : {64, 512}) {
         Case c{"", small("gpt2"), some(batch)};
-        CHECK_OK(preset("baby", c.config));
-        c.config.vocab = 96, c.precision = Precision::bf16;
+        c.config = baby(96), c.precision = Precision::bf16;
         Runtime runtime;
         runtime.backend = Backend::cuda, runtime.precision = Precision::bf16;
         Memory plan;
