@@ -131,7 +131,7 @@ cuda: $(build)/cuda/babygpt
 $(build)/cuda/babygpt_cuda.o: babygpt_cuda.cu babygpt.h
 	@mkdir -p $(@D)
 	@command -v $(nvcc) > /dev/null || { echo "make cuda needs nvcc, of NVIDIA's CUDA toolkit, which is not here (nvcc=PATH says where)"; exit 1; }
-	$(nvcc) -std=$(standard) -O3 -arch=$(arch) -Xcompiler -Wall,-Wextra $(cuda_include) -c $< -o $@
+	$(nvcc) -t 0 -std=$(standard) -O3 -arch=$(arch) -Xcompiler -Wall,-Wextra $(cuda_include) -c $< -o $@
 $(build)/cuda/babygpt: tools/babygpt.cpp $(build)/babygpt.o $(build)/cuda/babygpt_cuda.o tools/measures.h
 	$(compile) $(filter-out %.h,$^) $(LDFLAGS) $(cuda_libraries) -o $@
 $(build)/cuda/test: tests/cuda.cpp tests/check.h $(build)/babygpt.o $(build)/cuda/babygpt_cuda.o

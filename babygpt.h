@@ -178,7 +178,8 @@ struct [[nodiscard]] Status {
 // cpu: the fast one; plain: chapter 5, slow and readable; cuda: training, evaluation and the sessions of decoders on a GPU, where babygpt_cuda.cu
 // is part of the program, and everything else as cpu: encoders, sessions of an encoder-decoder, and those that use an adapter.
 enum class Backend : int32_t { cpu, plain, cuda };
-enum class Precision : int32_t { f32, tf32, bf16 };  // of what a GPU multiplies; sums, weights, gradients, moments are f32. Processors: f32
+// On a GPU. tf32: of what is multiplied; bf16: of activations and their gradients. Sums, weights and their gradients, moments are f32. Processors: f32
+enum class Precision : int32_t { f32, tf32, bf16 };
 enum class Isa : int32_t { automatic, sse2, avx2, avx512, neon, portable };  // which kernels; for tests. bits are the same
 
 enum class FileMode : int32_t { read, write };  // write: create, or empty what is there

@@ -3,9 +3,9 @@
 // [CHAPTER 0] Read me
 //
 // What it is.  The same tape (babygpt.h, chapters 4 to 6) on a device: every op forward and backward, the loss, the gradient's norm, clipping,
-// AdamW. Weights, gradients, moments and activations lie there; running text does, too (up to 1 GiB of ids); the
-// host says where a batch's windows begin in it, or sends its ids, and gets a loss. The checkpoint is the
-// same, and so is the result but for rounding: a run may begin on the processor, go on here, and end there.
+// AdamW. Weights, gradients, moments and activations lie there, and running text (up to 1 GiB of ids): the host says where a batch's windows
+// begin in it, or sends its ids, and gets a loss. The checkpoint is the same, and so is the result but for rounding: a run may begin on the
+// processor, go on here, and end there.
 //
 // Do this.  Compile this file with nvcc and add it to the program; there is nothing to register, and nothing else changes:
 //
@@ -16,7 +16,7 @@
 //
 // What there is.                                              What there is not.
 //     all architectures, all ops, dropout, LoRA                   sessions with adapters or a source, encoders: on the processor
-//     float32, and tf32 or bf16 in products by cuBLASLt           fp16, for GPUs before 2020
+//     float32; products by cuBLASLt in tf32; all of it in bf16    fp16, for GPUs before 2020
 //     the same random numbers as on the processor                 Muon: refused by name
 //     the same bits from run to run: no atomics                   more than one GPU in a Trainer
 //     one graph launch a step; memory taken once                  Windows: nothing known against it, never tried
@@ -1850,6 +1850,7 @@ __global__ void __launch_bounds__(by_block ? long_row_threads : block_threads)
                     for (int k = 0; k < count.value; ++k) x[k] -= v + k == target ? more : 0.0f;
                 store(l + v, x);
             });
+            for (int64_t v = vocab + me; v < stride; v += lanes) put(l + v, 0.0f);  // cuBLASLt reads two columns at a time
         }
         if (by_block) __syncthreads();  // before `shared` is of another row
     }

@@ -454,7 +454,8 @@ struct Common {
         return {{nullptr, nullptr, "Everywhere"},
                 {"--threads", "N", "how many threads (all cores; the result is the same with any number)", &threads, 1, 1024},
                 {"--backend", "plain|cpu|cuda", "plain: the readable, slow one; cuda: on a GPU (cpu)", &backend},
-                {"--precision", "f32|tf32|bf16", "with cuda: of what is multiplied; bf16 is the fastest (f32)", &precision},
+                {"--precision", "f32|tf32|bf16",
+                 "with cuda: tf32: of what is multiplied; bf16: of what is passed on, too, and the fastest (f32)", &precision},
                 {"--isa", "automatic|sse2|avx2|avx512|neon|portable", nullptr, &isa}};
     }
     void apply() {
