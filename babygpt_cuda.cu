@@ -34,7 +34,14 @@
 //                                                    11  what the header calls; 12  licence
 
 #ifdef __CUDACC__
+#ifdef __clang__  // as a host: of functions in NVIDIA's header that are for the device
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wunused-function"
+#endif
 #include <cooperative_groups.h>
+#ifdef __clang__
+#pragma clang diagnostic pop
+#endif
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
