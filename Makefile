@@ -89,7 +89,8 @@ run: $(build)/babygpt
 # Tests run side by side, as many as there are cores; each keeps its closing line.
 results := $(build)/results
 quick := $(patsubst %,$(results)/%,$(filter-out $(emulated),$(programs)) test_cli.sh)
-side_by_side := $(quick) $(patsubst %,$(results)/%,$(emulated) nvcc.sh platforms.sh damaged)
+# The longest stand first.
+side_by_side := $(patsubst %,$(results)/%,$(emulated) nvcc.sh platforms.sh damaged) $(quick)
 $(programs:%=$(results)/%): $(results)/%: $(build)/tests/% always
 	@sh tests/run.sh $@ $<
 $(results)/%.sh: tests/%.sh $(build)/babygpt always
