@@ -1976,7 +1976,6 @@ struct Gpu {
     cublasStatus_t product_error = CUBLAS_STATUS_SUCCESS;
     cublasLtHandle_t library = nullptr;
     Tensorial* products = nullptr;  // those that have been wanted
-    int64_t launches = 0;           // of kernels, in the graph that was captured last
 
     template <class... Wanted, class... Given>
     void launch(void (*kernel)(Wanted...), int64_t blocks, int splits, size_t shared, Given... given) {
@@ -1990,7 +1989,6 @@ struct Gpu {
         config.blockDim = dim3(static_cast<unsigned>(threads));
         config.dynamicSmemBytes = shared;
         config.stream = stream;
-        ++launches;
         error = cudaLaunchKernelEx(&config, kernel, static_cast<Wanted>(given)...);
     }
     // The two layouts' blocks: for n elements, for n rows. No more than keep the device busy.
@@ -2096,7 +2094,6 @@ struct Gpu {
             status = cublasLtMatmul(library, t->product, &one, m.b, t->b, m.a, t->a, &beta, m.start ? m.start : to, t->c, to, t->c,
                                     &t->choice.algo, memory.workspace, workspace_bytes, stream);
         product_error = status;
-        ++launches;
         if (!t->alone) return;
         const int64_t all = static_cast<int64_t>(m.rows.size) * m.columns;
         if (m.bias && m.wide)
@@ -2706,7 +2703,7 @@ void Gpu::walk_tape(bool learns, bool marked) {
     for (int i = ops; i-- > 0 && learns;) op_backward<Real>(i), mark(2 * ops - i, marked);
 }
 void Gpu::walk(int which, bool marked) {
-    error = cudaSuccess, product_error = CUBLAS_STATUS_SUCCESS, launches = 0;
+    error = cudaSuccess, product_error = CUBLAS_STATUS_SUCCESS;
     if (is_narrow()) walk_tape<__nv_bfloat16>(which > 0, marked);
     else walk_tape<float>(which > 0, marked);
     if (which < 2) return;
@@ -3759,20 +3756,23 @@ struct records::Generator : cuda::Talker {};
 
 namespace cuda {
 
-void destroy_device(Device* device) {
+// A trainer's device, or a model's generator.
+template <class T>
+void destroy_there(T* there) {
     {
-        const Current current(device->ordinal);
-        device->destroy();
+        const Current current(there->ordinal);
+        there->destroy();
     }
-    delete device;
+    delete there;
 }
-Status create_device(const DevicePlan& plan, Device*& made) {
+template <class T>
+Status create_there(const DevicePlan& plan, T*& made) {
     made = nullptr;
-    Device* const device = new (std::nothrow) Device;
-    if (!device) return refuse(Error::out_of_memory, "out of memory");
-    const Status status = device->create(plan);
-    if (status.ok()) made = device;
-    else destroy_device(device);
+    T* const there = new (std::nothrow) T;
+    if (!there) return refuse(Error::out_of_memory, "out of memory");
+    const Status status = there->create(plan);
+    if (status.ok()) made = there;
+    else destroy_there(there);
     return status;
 }
 uint64_t device_bytes(const DevicePlan& plan) {
@@ -3856,22 +3856,6 @@ Status keep_text(Device* d, int64_t at, const int32_t* ids, int64_t count) {
 
 // ---- running ----
 
-void destroy_generator(Generator* generator) {
-    {
-        const Current current(generator->ordinal);
-        generator->destroy();
-    }
-    delete generator;
-}
-Status create_generator(const DevicePlan& plan, Generator*& made) {
-    made = nullptr;
-    Generator* const generator = new (std::nothrow) Generator;
-    if (!generator) return refuse(Error::out_of_memory, "out of memory");
-    const Status status = generator->create(plan);
-    if (status.ok()) made = generator;
-    else destroy_generator(generator);
-    return status;
-}
 uint64_t generator_bytes(const DevicePlan& plan) {
     Talker talker;
     Plan there;
@@ -3934,9 +3918,24 @@ Status read_device(Generator* g, const Run& run, double* losses) {
 extern "C" const babygpt::records::DeviceFunctions* babygpt_cuda_device() {
     using namespace babygpt::cuda;
     static constexpr DeviceFunctions functions = {
-        device_sizes,     &create_device, &destroy_device, &device_bytes, &upload,           &download,
-        &run_device,      &result_of,     &losses_of,      &keep_text,    &create_generator, &destroy_generator,
-        &generator_bytes, &set_weights,   &take_pages,     &drop_pages,   &copy_pages,       &read_device,
+        device_sizes,
+        &create_there<Device>,
+        &destroy_there<Device>,
+        &device_bytes,
+        &upload,
+        &download,
+        &run_device,
+        &result_of,
+        &losses_of,
+        &keep_text,
+        &create_there<Generator>,
+        &destroy_there<Generator>,
+        &generator_bytes,
+        &set_weights,
+        &take_pages,
+        &drop_pages,
+        &copy_pages,
+        &read_device,
     };
     return &functions;
 }
