@@ -684,8 +684,11 @@ struct TrainConfig {
     int64_t patience = 0;        // evaluations without a better one (Progress::best) before it stops; 0: never
 };
 
+// On a GPU: so many steps may be begun before the first one's result is read.
+constexpr int steps_ahead = 8;
+
 struct StepResult {
-    int64_t step = 0;  // steps done so far
+    int64_t step = 0;  // steps done with it
     double loss = 0;   // nats per token, the mean over the step's batch (by the examples' weights)
     double lr = 0;
     double grad_norm = 0;  // before clipping
@@ -715,7 +718,8 @@ struct RunConfig {
     int64_t stop_at = 0;     // saves and ends before step `stop_at` + 1, as an interruption would; 0: no
     int64_t save_every = 0;  // steps between two saves of the resume file; 0: at evaluations
     void* user = nullptr;
-    bool (*progress)(void* user, const Progress& progress) = nullptr;  // after each step; false: save and end
+    // After each step; false: save and end. On a GPU the host hears of a step up to steps_ahead later, but before an evaluation of all.
+    bool (*progress)(void* user, const Progress& progress) = nullptr;
     // While an evaluation goes on, after each batch; done: the share that is made. False: save and end; the next run() begins with it.
     bool (*evaluating)(void* user, double done) = nullptr;
 };
@@ -742,6 +746,7 @@ struct Trainer {
     int64_t best_step = -1;                              // -1: none yet
     int64_t bad_evaluations = 0;                         // in a row
     bool evaluation_due = false;                         // one was interrupted
+    int under_way = 0;                                   // steps that were begun, and whose results have not been read
     float* gradients = nullptr;  // sums over the step's tokens, laid out as Model::weights, or as those of the adapter; cuda: null
     float* moment1 = nullptr;
     float* moment2 = nullptr;
@@ -761,6 +766,10 @@ struct Trainer {
     // The host's own batch: config.batch * config.accumulate rows of config.context ids and their targets (a target of -1 counts for nothing).
     Status step(Span<const int32_t> ids, Span<const int32_t> targets, StepResult& result);
     Status step(Span<const Example> examples, StepResult& result);  // batch * accumulate of them
+    // step() in halves, so that a GPU need not wait for the host: the first returns as soon as the update is under way, the second waits for
+    // the oldest step whose result has not been read. With steps_ahead unread ones begin_step() is an error; step() reads them all.
+    Status begin_step();
+    Status finish_step(StepResult& result);
     Status evaluate(Data& data, Evaluation& result);
     // With Backend::cuda: brings the weights and moments from the GPU, for a host that reads them itself. What is here does so by itself.
     Status fetch();
@@ -6259,9 +6268,10 @@ struct DeviceUpdate {
     UpdateRule rule;
     double count, clip;
 };
-// The sums of the runs since the last update, or, after it, of those that it was made from.
+// What came of an update. Sums are of the runs that it was made from.
 struct DeviceResult {
     double loss, targets, grad_norm;  // targets: how many count, whatever their weights
+    double seconds;                   // from the end of the update before; 0: unknown
     bool skipped;                     // the loss or the norm was not finite, and the weights are as before
 };
 enum class DevicePart : int32_t { weights, adapter, gradients, moment1, moment2 };
@@ -6279,7 +6289,8 @@ struct DeviceFunctions {
     // A forward pass, where run.training is set a backward pass, and then, where `update` is not null, an update. It returns as soon as that
     // is under way; the run's arrays have been read by then.
     Status (*run)(Device* device, const Run& run, const DeviceUpdate* update);
-    Status (*result)(Device* device, DeviceResult& result);                      // waits
+    // Waits: of the update that `later` updates have followed since, fewer than steps_ahead.
+    Status (*result)(Device* device, int later, DeviceResult& result);
     Status (*losses)(Device* device, int rows, double* losses, int32_t* ranks);  // waits: those of the last run, as in Regions
     // Ids from place `at` of the text on, as Data keeps them: `only_read` is set where one is no target.
     Status (*keep_text)(Device* device, int64_t at, const int32_t* ids, int64_t count);
@@ -10020,6 +10031,12 @@ double Trainer::learning_rate(int64_t step) const {
 
 // ---- the trainer's memory ------------------------------------------------------------------------------------------------
 
+// What is known of a step before its result is read.
+struct Begun {
+    StepResult result;
+    double start = 0, rows = 0;  // rows: of text and source
+    double weight = 0;           // what a device's sums are divided by; 0: the number of targets, which it knows
+};
 // Everything that a step needs, or (without gradients and moments) an evaluation alone, in one block.
 struct TrainerState {
     Tape tape;
@@ -10049,6 +10066,7 @@ struct TrainerState {
     uint64_t text_there = 0, tokens_there = 0;      // the fingerprint of the one that it has, and its length; 0: none yet
     int32_t* starts = nullptr;                      // [batch] windows in it
     bool from_text = false;                         // the micro-batch is made of these
+    Begun begun[steps_ahead];                       // step number n's is begun[n % steps_ahead]
     explicit TrainerState(Runtime& runtime) : tape(runtime) {}
     TrainerState(const TrainerState&) = delete;
     TrainerState& operator=(const TrainerState&) = delete;
@@ -10318,7 +10336,7 @@ Trainer& Trainer::operator=(Trainer&& other) noexcept {
     config = other.config, model = other.model, adapter = other.adapter, training = other.training, validation = other.validation;
     step_count = other.step_count;
     best_validation_loss = other.best_validation_loss, best_accuracy = other.best_accuracy, best_step = other.best_step,
-    bad_evaluations = other.bad_evaluations, evaluation_due = other.evaluation_due;
+    bad_evaluations = other.bad_evaluations, evaluation_due = other.evaluation_due, under_way = other.under_way;
     gradients = other.gradients, moment1 = other.moment1, moment2 = other.moment2, runtime = other.runtime, state = other.state;
     other.state = nullptr;
     other.gradients = other.moment1 = other.moment2 = nullptr;
@@ -10572,17 +10590,21 @@ BABYGPT_RARE Status drop_gradients(Trainer& t, const Status& why) {
     return why;
 }
 // One update. Gradients are weighted sums over tokens; they are divided once, here: so micro-batches add up to the bits of the large batch.
-Status update(Trainer& t, const Given& given, StepResult& result) {
+Status begin(Trainer& t, const Given& given) {
     const FloatMode mode;
-    const double start = seconds_now();
     TrainerState& s = *t.state;
+    if (t.under_way == steps_ahead)
+        return fail(Error::invalid_argument, steps_ahead, " steps are under way: read the oldest one's result by finish_step");
+    Begun& begun = s.begun[static_cast<size_t>((t.step_count + 1) % steps_ahead)];
+    StepResult& result = begun.result;
+    begun = Begun();
+    begun.start = seconds_now();
     s.regions.weights = t.model->weights;
     s.regions.adapter = t.adapter ? t.adapter->weights : nullptr;
     uint64_t& version = t.adapter ? t.adapter->version : s.trained->version;
     const int64_t number = t.step_count + 1;
     double loss = 0, weight = 0;
     uint64_t first_row[3] = {};
-    result = StepResult();
     result.lr = t.learning_rate(t.step_count);
     UpdateRule rule = rule_of(t.config, result.lr, number);
     if (s.device) BABYGPT_TRY(send(s, *t.model, t.adapter));
@@ -10611,17 +10633,15 @@ Status update(Trainer& t, const Given& given, StepResult& result) {
         s.regions.ranks = ranks;
         add_losses(s, loss, weight);
     }
-    DeviceResult there{};
-    if (s.device) BABYGPT_TRY(s.on->result(s.device, there));
-    if (s.from_text) weight = there.targets;
-    const double count = weight > 0 ? weight : 1;
+    begun.rows = static_cast<double>(first_row[0] + first_row[1]);
     if (s.device) {
-        result.loss = there.loss / count, result.grad_norm = there.grad_norm, result.skipped = there.skipped;
+        begun.weight = s.from_text ? 0 : weight > 0 ? weight : 1;
         s.newer_moments = true;
         s.lent = t.adapter ? &t.adapter->state->borrowed : &s.trained->state->borrowed;
         s.lent->by = &s, s.home = t.adapter ? t.adapter->weights : s.trained->weights;
-        if (!result.skipped) (t.adapter ? s.adapter_there : s.weights_there) = ++version;
+        (t.adapter ? s.adapter_there : s.weights_there) = ++version;  // also where it will turn out to be skipped
     } else {
+        const double count = weight > 0 ? weight : 1;
         const double norm = root(s.backend->square_sum(*t.runtime, s.tape, s.regions, s.partial)) / count;
         result.loss = loss / count, result.grad_norm = norm, result.skipped = !is_finite(loss) || !is_finite(norm);
         if (result.skipped) memset(t.gradients, 0, static_cast<size_t>(s.tape.learnt_block()) * sizeof(float));
@@ -10632,16 +10652,39 @@ Status update(Trainer& t, const Given& given, StepResult& result) {
             s.backend->update(*t.runtime, s.tape, s.regions, w, t.moment1, t.moment2, rule);
             ++version;
         }
+        result.tokens_per_second = begun.rows / most(seconds_now() - begun.start, 1e-9);
     }
     result.step = t.step_count = number;
-    const double rows = static_cast<double>(first_row[0] + first_row[1]);  // of text and source
-    result.tokens_per_second = rows / most(seconds_now() - start, 1e-9);
+    ++t.under_way;
     return Status();
+}
+// The oldest step's result. A device's steps overlap what the host does: one has taken no longer than since the one before ended.
+Status finish(Trainer& t, StepResult& result) {
+    const FloatMode mode;
+    TrainerState& s = *t.state;
+    if (t.under_way == 0) return fail(Error::invalid_argument, "no step is under way: begin one first");
+    const Begun& begun = s.begun[static_cast<size_t>((t.step_count - --t.under_way) % steps_ahead)];
+    result = begun.result;
+    if (!s.device) return Status();
+    DeviceResult there{};
+    BABYGPT_TRY(s.on->result(s.device, t.under_way, there));
+    const double count = begun.weight > 0 ? begun.weight : there.targets > 0 ? there.targets : 1;
+    result.loss = there.loss / count, result.grad_norm = there.grad_norm, result.skipped = there.skipped;
+    const double seconds = seconds_now() - begun.start;
+    result.tokens_per_second = begun.rows / most(there.seconds > 0 ? least(there.seconds, seconds) : seconds, 1e-9);
+    return Status();
+}
+Status step(Trainer& t, const Given& given, StepResult& result) {
+    while (t.under_way > 0) BABYGPT_TRY(finish(t, result));
+    BABYGPT_TRY(begin(t, given));
+    return finish(t, result);
 }
 
 }  // namespace
 
-Status Trainer::step(StepResult& result) { return state ? update(*this, Given(), result) : no_trainer(); }
+Status Trainer::step(StepResult& result) { return state ? babygpt::step(*this, Given(), result) : no_trainer(); }
+Status Trainer::begin_step() { return state ? begin(*this, Given()) : no_trainer(); }
+Status Trainer::finish_step(StepResult& result) { return state ? finish(*this, result) : no_trainer(); }
 
 Status Trainer::step(Span<const int32_t> ids, Span<const int32_t> targets, StepResult& result) {
     if (!state) return no_trainer();
@@ -10651,7 +10694,7 @@ Status Trainer::step(Span<const int32_t> ids, Span<const int32_t> targets, StepR
         return fail(Error::invalid_argument, "a step needs ", static_cast<uint64_t>(wanted),
                     " ids and targets (batch * accumulate * context), not ", static_cast<uint64_t>(ids.size), " and ",
                     static_cast<uint64_t>(targets.size));
-    return update(*this, Given{{}, ids.data, targets.data}, result);
+    return babygpt::step(*this, Given{{}, ids.data, targets.data}, result);
 }
 
 Status Trainer::step(Span<const Example> examples, StepResult& result) {
@@ -10660,7 +10703,7 @@ Status Trainer::step(Span<const Example> examples, StepResult& result) {
     if (examples.size != wanted)
         return fail(Error::invalid_argument, "a step needs ", uint64_t(wanted), " examples (batch * accumulate), not ",
                     uint64_t(examples.size));
-    return update(*this, Given{examples, nullptr, nullptr}, result);
+    return babygpt::step(*this, Given{examples, nullptr, nullptr}, result);
 }
 
 namespace {
@@ -10819,6 +10862,25 @@ Status Trainer::run(const RunConfig& how, RunResult& result) {
         evaluation_due = how.evaluating && !how.evaluating(how.user, done);
         return !evaluation_due;
     };
+    const auto report = [&](Progress& progress) {
+        progress.steps = config.steps;
+        progress.seconds = seconds_now() - start;
+        const int64_t done = step_count - under_way;
+        progress.seconds_left =
+            progress.seconds / static_cast<double>(most(done - first, int64_t(1))) * static_cast<double>(config.steps - done);
+        if (how.progress && !how.progress(how.user, progress)) result.cancelled = true;
+    };
+    // Of the steps under way, until no more are left than so many.
+    const auto report_steps = [&](int left) {
+        while (under_way > left) {
+            StepResult one;
+            Progress progress;
+            progress.step = &one;
+            BABYGPT_TRY(finish(*this, one));
+            report(progress);
+        }
+        return Status();
+    };
     while (evaluation_due || step_count < config.steps) {
         if (config.patience > 0 && bad_evaluations >= config.patience) {
             result.stopped_early = true;
@@ -10831,11 +10893,16 @@ Status Trainer::run(const RunConfig& how, RunResult& result) {
         StepResult step_result;
         Evaluation evaluation;
         Progress progress;
-        if (!evaluation_due) {
-            BABYGPT_TRY(step(step_result));
+        const bool steps = !evaluation_due;
+        if (steps) BABYGPT_TRY(begin(*this, Given()));
+        const bool scheduled = evaluation_due || step_count % config.evaluate_every == 0 || step_count == config.steps;
+        if (steps && !scheduled) {  // a device has enough to do with half of them
+            BABYGPT_TRY(report_steps(!state->device ? 0 : under_way < steps_ahead ? steps_ahead : steps_ahead / 2));
+        } else if (steps) {
+            BABYGPT_TRY(report_steps(1));
+            BABYGPT_TRY(finish(*this, step_result));
             progress.step = &step_result;
         }
-        const bool scheduled = evaluation_due || step_count % config.evaluate_every == 0 || step_count == config.steps;
         evaluation_due = false;
         if (scheduled && validation) {
             const Status status = evaluate_windows(*runtime, *state, *model, adapter, config.batch, *validation, evaluation, go_on);
@@ -10855,14 +10922,12 @@ Status Trainer::run(const RunConfig& how, RunResult& result) {
             }
         }
         result.stopped_early = config.patience > 0 && bad_evaluations >= config.patience;
-        progress.steps = config.steps;
-        progress.seconds = seconds_now() - start;
-        const double taken = static_cast<double>(most(step_count - first, int64_t(1)));
-        progress.seconds_left = progress.seconds / taken * static_cast<double>(config.steps - step_count);
-        if ((how.progress && !how.progress(how.user, progress)) || evaluation_due) result.cancelled = true;
+        if (scheduled) report(progress);
+        if (evaluation_due) result.cancelled = true;
         if (how.save_every > 0 ? step_count % how.save_every == 0 : scheduled) BABYGPT_TRY(save_all());
         if (result.cancelled || result.stopped_early) break;
     }
+    BABYGPT_TRY(report_steps(0));
     BABYGPT_TRY(save_all());
     result.step = step_count;
     result.best_step = best_step;
@@ -14984,6 +15049,7 @@ Status Trainer::load(Text path) {
     BABYGPT_TRY(bring_all(*state));
     // From here on the trainer changes.
     state->newer_here = true;
+    under_way = 0;
     ++(adapter ? adapter->version : state->trained->version);
     const Span<const Weight> names = adapter ? adapter->names : model->names;
     Status status = read_tensors(*runtime, c, Text(prefix), names, adapter ? adapter->weights : state->trained->weights);

@@ -19,7 +19,7 @@
 //     float32; products by cuBLASLt in tf32; all of it in bf16    fp16, for GPUs before 2020
 //     the same random numbers as on the processor                 Muon: refused by name
 //     the same bits from run to run: no atomics                   more than one GPU in a Trainer
-//     one graph launch a step; memory taken once                  Windows: nothing known against it, never tried
+//     one graph launch a step, no waiting; memory taken once      Windows: nothing known against it, never tried
 //     sessions of decoders: one launch a token, of all            sampling there: the processor does it
 //
 // What it promises.  As the header: nothing throws, prints or exits; every error of CUDA becomes a Status that names the call and the reason.
@@ -278,6 +278,7 @@ struct Now {
     int targets;    // rows of the head
     int fresh;      // no run's loss has been added up yet
     int weighted;   // the targets' weights were sent, and are not all 1
+    int result;     // of an update: where the host reads what came of it
     uint32_t drop_below;
     float drop_keep;
     uint64_t seed, step, first_row[3];
@@ -316,7 +317,7 @@ struct Memory {
     unsigned char* workspace;       // cuBLASLt's, where there are tensor cores
     int32_t* text;                  // the ids of what it learns from, sent once
     Where* where[2];
-    // Sent for each run, from a copy that the host has: the first three in one piece, of the others what is used of them.
+    // Sent for each run, from a copy that the host has.
     Now* now;
     Place* places[2];
     int32_t *ids[2], *targets;
@@ -380,10 +381,14 @@ struct Plan {
 };
 
 inline int64_t learnt_block(const DevicePlan& p) { return p.frozen ? p.adapter_block : p.weight_block; }
-// What is sent for each run.
-inline void plan_input(Plan& plan, const DevicePlan& p, Memory& m) {
+// What is sent for each run: in one piece,
+template <class T>  // Memory, or the host's Slot
+void plan_places(Plan& plan, const DevicePlan& p, T& m) {
     m.now = plan.take<Now>(1);
     for (int side = 0; side < 2; ++side) m.places[side] = plan.take<Place>(p.max_rows[side] > 0 ? p.sequences : 0);
+}
+// and of what does not follow from the text that lies here, what is used.
+inline void plan_arrays(Plan& plan, const DevicePlan& p, Memory& m) {
     for (int side = 0; side < 2; ++side) m.ids[side] = plan.take<int32_t>(p.max_rows[side]);
     m.targets = plan.take<int32_t>(p.max_rows[0]);
     m.row_weights = plan.take<float>(p.max_rows[0]);
@@ -430,9 +435,9 @@ inline void plan_memory(Plan& plan, const DevicePlan& p, Memory& m) {
     m.text = plan.take<int32_t>(p.text, "text");
     for (int side = 0; side < 2; ++side) m.where[side] = plan.take<Where>(p.max_rows[side], "where");
     Plan sent;
-    plan_input(sent, p, m);
+    plan_places(sent, p, m), plan_arrays(sent, p, m);
     sent = Plan{plan.take<char>(static_cast<int64_t>(sent.bytes), "what is sent"), 0};
-    plan_input(sent, p, m);
+    plan_places(sent, p, m), plan_arrays(sent, p, m);
 }
 
 // =====================================================================================================================
@@ -1908,8 +1913,8 @@ __global__ void square_parts(double* parts, const float* g, int64_t n) {
     sum = block_sum(sum, shared);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
-// Then one block: the norm, whether all is finite, and what the gradients are multiplied by.
-__global__ void judge(Sums* sums, const double* parts, int count, const Now* now) {
+// Then one block: the norm, whether all is finite, and what the gradients are multiplied by. `results` are the host's, in pinned memory.
+__global__ void judge(Sums* sums, Sums* results, const double* parts, int count, const Now* now) {
     BABYGPT_SHARED(double, shared, block_threads);
     double sum = 0;
     for (int i = static_cast<int>(threadIdx.x); i < count; i += block_threads) sum += parts[i];
@@ -1919,6 +1924,7 @@ __global__ void judge(Sums* sums, const double* parts, int count, const Now* now
     sums->norm = norm;
     sums->skipped = !(fabs(norm) <= 1.7e308) || !(fabs(sums->loss) <= 1.7e308);
     sums->scale = static_cast<float>((now->clip > 0 && norm > now->clip ? now->clip / norm : 1) / targets);
+    results[now->result] = *sums;
 }
 // The header's adamw; then the gradient becomes zero. Over elements, four at a time. 32 bytes a weight, and 2 where it has a narrow copy.
 __global__ void adamw(float* w, __nv_bfloat16* narrow, float* m, float* v, float* g, const unsigned char* decays, int64_t n,
@@ -1954,14 +1960,25 @@ __global__ void adamw(float* w, __nv_bfloat16* narrow, float* m, float* v, float
 // All state. There are three walks of the tape: a forward pass alone, one with a backward pass, and one with an update after it; each for batches
 // that are full, and for those that are not. The first of each launches kernel after kernel, so that the driver loads what it loads only when
 // it is called; the second is captured in a graph. From then on a step is a copy of the batch
-// (of running text: of where its windows begin) and one graph launch.
+// (of running text: of where its windows begin) and one graph launch, and the host waits for none of it until it reads a result.
+
+// What the host keeps of a run until it has ended: what is copied to the device, in pinned memory, and the event of its end.
+struct Slot {
+    Now* now;
+    Place* places[2];
+    cudaEvent_t ended;
+};
+constexpr int slots_there = 2 * steps_ahead;
 struct Gpu {
     DevicePlan plan;
     Memory memory{};
-    Memory input{};  // the host's copy of what is sent
+    Memory input{};  // the host's copy of the arrays that are sent
+    Slot slots[slots_there] = {};
+    Sums* results = nullptr;                    // of the last updates, pinned: [steps_ahead]
+    uint64_t runs = 0, runs_ended = 0;          // begun; of these the first so many are known to have ended
+    uint64_t updates = 0, run_of[steps_ahead];  // that made each of the last updates
     void *block = nullptr, *input_block = nullptr;
-    uint64_t bytes = 0, input_bytes = 0;
-    Sums* sums = nullptr;  // the host's copy
+    uint64_t bytes = 0;
     int ordinal = 0, processors = 1, shared_bytes = 0, tile_of_attention = 32;
     cudaStream_t stream = nullptr;
     cudaEvent_t sent = nullptr;
@@ -1971,7 +1988,7 @@ struct Gpu {
     cudaEvent_t* marks = nullptr;  // where somebody asks for the times of ops: [2 * ops + 1], before the first and after each
     int marks_made = 0;
     bool fresh = true;                // no run since the last update
-    bool sending = false;             // a copy of the input may be under way
+    bool sending = false;             // a copy of the input's arrays may be under way
     cudaError_t error = cudaSuccess;  // of the first launch that failed
     cublasStatus_t product_error = CUBLAS_STATUS_SUCCESS;
     cublasLtHandle_t library = nullptr;
@@ -2196,6 +2213,9 @@ struct Gpu {
     Status capture(int which, cudaGraphExec_t& to);
     void write_now(const Run& run, const DeviceUpdate* update);
     Status send(const Run& run, const DeviceUpdate* update);
+    Status send_arrays(const Run& run);
+    Slot& slot() { return slots[runs % slots_there]; }
+    Status wait_for(uint64_t run);
     template <class T>
     cudaError_t send_array(T* to, T* by_way_of, const T* from, int64_t n) {
         if (n == 0) return cudaSuccess;
@@ -2710,12 +2730,10 @@ void Gpu::walk(int which, bool marked) {
     const int64_t n = learnt_block(plan);
     const int parts = static_cast<int>(lesser<int64_t>(parts_of(n, block_threads), square_blocks_there));
     launch(square_parts, parts, 1, 0, memory.partial, memory.gradients, n);
-    launch(judge, 1, 1, 0, memory.sums, memory.partial, parts, memory.now);
+    launch(judge, 1, 1, 0, memory.sums, results, memory.partial, parts, memory.now);
     over_elements(adamw, n / 4, plan.frozen ? memory.adapter : memory.weights,
                   plan.frozen || !is_narrow() ? nullptr : memory.narrow_weights, memory.moment1, memory.moment2, memory.gradients,
                   memory.decays, n, memory.sums, memory.now);
-    const cudaError_t copied = cudaMemcpyAsync(sums, memory.sums, sizeof *sums, cudaMemcpyDeviceToHost, stream);
-    if (error == cudaSuccess) error = copied;
 }
 
 // =====================================================================================================================
@@ -3619,15 +3637,18 @@ Status Gpu::create(const DevicePlan& of) {
     BABYGPT_CUDA_TRY(take_block(bytes, block, "take a smaller batch"));
     there = Plan{static_cast<char*>(block), 0};
     plan_memory(there, plan, memory);
-    Plan here;
-    plan_input(here, plan, input);
-    input_bytes = here.bytes;
-    BABYGPT_CUDA(cudaMallocHost(&input_block, input_bytes + sizeof(Sums)));
-    here = Plan{static_cast<char*>(input_block), 0};
-    memset(input_block, 0, input_bytes + sizeof(Sums));
-    plan_input(here, plan, input);
-    sums = reinterpret_cast<Sums*>(static_cast<char*>(input_block) + input_bytes);
+    const auto plan_here = [&](Plan here) {
+        for (Slot& one : slots) plan_places(here, plan, one);
+        plan_arrays(here, plan, input);
+        results = here.take<Sums>(steps_ahead);
+        return static_cast<size_t>(here.bytes);
+    };
+    const size_t here = plan_here(Plan());
+    BABYGPT_CUDA(cudaMallocHost(&input_block, here));
+    memset(input_block, 0, here);
+    (void)plan_here(Plan{static_cast<char*>(input_block), 0});
     BABYGPT_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    for (Slot& one : slots) BABYGPT_CUDA(cudaEventCreate(&one.ended));
     BABYGPT_CUDA(cudaEventCreateWithFlags(&sent, cudaEventDisableTiming));
     if (plan.waves.size > 0)
         BABYGPT_CUDA(cudaMemcpyAsync(memory.waves, plan.waves.data, plan.waves.size * sizeof(float), cudaMemcpyHostToDevice, stream));
@@ -3661,6 +3682,8 @@ void Gpu::destroy() {
     }
     if (library) (void)cublasLtDestroy(library);
     if (sent) (void)cudaEventDestroy(sent);
+    for (const Slot& one : slots)
+        if (one.ended) (void)cudaEventDestroy(one.ended);
     for (int i = 0; i < marks_made; ++i) (void)cudaEventDestroy(marks[i]);
     free(marks);
     if (stream) (void)cudaStreamDestroy(stream);
@@ -3670,13 +3693,14 @@ void Gpu::destroy() {
 
 // The run's numbers, where the next copy takes them from.
 void Gpu::write_now(const Run& run, const DeviceUpdate* update) {
-    Now& now = *input.now;
+    Now& now = *slot().now;
     const int ops = static_cast<int>(plan.ops.size);
     now.rows[0] = run.rows, now.rows[1] = run.source.rows, now.rows[2] = static_cast<int>(run.sequences.size);
     now.sequences = now.rows[2];
     now.targets = now.rows[static_cast<int>(plan.ops[static_cast<size_t>(ops - 1)].side)];
     now.fresh = fresh;
     now.weighted = run.row_weights != nullptr;
+    now.result = static_cast<int>(updates % steps_ahead);
     now.drop_below = run.training ? static_cast<uint32_t>(run.dropout * 4294967296.0) : 0;
     now.drop_keep = static_cast<float>(1 / (1 - run.dropout));
     now.seed = run.seed, now.step = run.step, now.smoothing = run.label_smoothing;
@@ -3686,29 +3710,40 @@ void Gpu::write_now(const Run& run, const DeviceUpdate* update) {
 // Of a window of the text that lies here, 16 bytes; the rest is on the device already, or follows from that there.
 Status Gpu::send(const Run& run, const DeviceUpdate* update) {
     write_now(run, update);
-    const Now& now = *input.now;
-    const char* end = reinterpret_cast<const char*>(input.now + 1);
+    const Slot& from = slot();
+    const char* end = reinterpret_cast<const char*>(from.now + 1);
     for (int side = 0; side < 2; ++side) {
         const Stream in = side == 0 ? run.on(Side::text) : run.source;
-        Place* to = input.places[side];
+        Place* to = from.places[side];
         for (size_t i = 0; i < in.sequences.size && in.rows > 0; ++i) {
             const Sequence& s = in.sequences[i];
             *to++ = Place{s.row, s.length, s.position, run.starts ? run.starts[i] : -1};
             end = reinterpret_cast<const char*>(to);
         }
     }
-    const size_t first = static_cast<size_t>(end - reinterpret_cast<const char*>(input.now));
-    BABYGPT_CUDA(cudaMemcpyAsync(memory.now, input.now, first, cudaMemcpyHostToDevice, stream));
-    if (!run.starts) {
-        for (int side = 0; side < 2; ++side)
-            BABYGPT_CUDA(send_array(memory.ids[side], input.ids[side], side == 0 ? run.ids : run.source.ids, now.rows[side]));
-        if (run.targets) BABYGPT_CUDA(send_array(memory.targets, input.targets, run.targets, now.targets));
-        else BABYGPT_CUDA(cudaMemsetAsync(memory.targets, 0xff, static_cast<size_t>(now.targets) * sizeof(int32_t), stream));  // -1
-        BABYGPT_CUDA(send_array(memory.row_weights, input.row_weights, run.row_weights, now.weighted ? now.targets : 0));
-        BABYGPT_CUDA(send_array(memory.features, input.features, run.features, static_cast<int64_t>(run.rows) * plan.features));
-    }
+    const size_t used = static_cast<size_t>(end - reinterpret_cast<const char*>(from.now));
+    BABYGPT_CUDA(cudaMemcpyAsync(memory.now, from.now, used, cudaMemcpyHostToDevice, stream));
+    return run.starts ? Status() : send_arrays(run);
+}
+// Of the host's own batch. There is one copy of these: it waits until that is on its way no longer.
+Status Gpu::send_arrays(const Run& run) {
+    const Now& now = *slot().now;
+    if (sending) BABYGPT_CUDA(cudaEventSynchronize(sent));
+    for (int side = 0; side < 2; ++side)
+        BABYGPT_CUDA(send_array(memory.ids[side], input.ids[side], side == 0 ? run.ids : run.source.ids, now.rows[side]));
+    if (run.targets) BABYGPT_CUDA(send_array(memory.targets, input.targets, run.targets, now.targets));
+    else BABYGPT_CUDA(cudaMemsetAsync(memory.targets, 0xff, static_cast<size_t>(now.targets) * sizeof(int32_t), stream));  // -1
+    BABYGPT_CUDA(send_array(memory.row_weights, input.row_weights, run.row_weights, now.weighted ? now.targets : 0));
+    BABYGPT_CUDA(send_array(memory.features, input.features, run.features, static_cast<int64_t>(run.rows) * plan.features));
     BABYGPT_CUDA(cudaEventRecord(sent, stream));
     sending = true;
+    return Status();
+}
+// Until a run has ended. Its slot may be a later one's by now, which ends later.
+Status Gpu::wait_for(uint64_t run) {
+    if (run < runs_ended) return Status();
+    BABYGPT_CUDA(cudaEventSynchronize(slots[run % slots_there].ended));
+    runs_ended = run + 1;
     return Status();
 }
 // Kernel after kernel. `seconds` not null: as in Run.
@@ -3811,11 +3846,11 @@ Status run_device(Device* d, const Run& run, const DeviceUpdate* update) {
     for (size_t i = 0; i < run.sequences.size && run.source.rows > 0; ++i)
         if (run.sequences[i].source != static_cast<int>(i))
             return refuse(Error::unsupported, "the backend cuda wants a source of its own for each sequence");
-    if (d->sending) BABYGPT_CUDA(cudaEventSynchronize(d->sent));
+    if (d->runs >= slots_there) BABYGPT_CUDA_TRY(d->wait_for(d->runs - slots_there));
     BABYGPT_CUDA_TRY(d->send(run, update));
     const int which = !run.training ? 0 : update ? 2 : 1;
     d->full = true;
-    for (int side = 0; side < 3; ++side) d->full = d->full && d->input.now->rows[side] == d->plan.max_rows[side];
+    for (int side = 0; side < 3; ++side) d->full = d->full && d->slot().now->rows[side] == d->plan.max_rows[side];
     if (run.seconds || !d->walked[which][d->full]) {
         BABYGPT_CUDA_TRY(d->walk_now(which, run.seconds));
         d->walked[which][d->full] = true;
@@ -3824,16 +3859,26 @@ Status run_device(Device* d, const Run& run, const DeviceUpdate* update) {
         if (!graph) BABYGPT_CUDA_TRY(d->capture(which, graph));
         BABYGPT_CUDA(cudaGraphLaunch(graph, d->stream));
     }
+    BABYGPT_CUDA(cudaEventRecord(d->slot().ended, d->stream));
     if (run.training) d->fresh = update != nullptr;
+    if (update) d->run_of[d->updates++ % steps_ahead] = d->runs;
+    ++d->runs;
     return Status();
 }
-Status result_of(Device* d, DeviceResult& result) {
+// Where it has to wait, it waits for half of the updates that followed, too: so who has many under way waits for several at once.
+Status result_of(Device* d, int later, DeviceResult& result) {
     const Current current(d->ordinal);
     BABYGPT_CUDA(current.error);
-    BABYGPT_CUDA(cudaStreamSynchronize(d->stream));
-    d->sending = false;
-    result.loss = d->sums->loss, result.targets = d->sums->targets, result.grad_norm = d->sums->norm,
-    result.skipped = d->sums->skipped != 0;
+    const uint64_t number = d->updates - 1 - static_cast<uint64_t>(later), run = d->run_of[number % steps_ahead];
+    if (run >= d->runs_ended) BABYGPT_CUDA_TRY(d->wait_for(d->run_of[(number + static_cast<uint64_t>(later) / 2) % steps_ahead]));
+    const Sums& sums = d->results[number % steps_ahead];
+    result.loss = sums.loss, result.targets = sums.targets, result.grad_norm = sums.norm, result.skipped = sums.skipped != 0;
+    result.seconds = 0;
+    const uint64_t before = number > 0 && later + 1 < steps_ahead ? d->run_of[(number - 1) % steps_ahead] : run;
+    if (before == run || d->runs - before > slots_there) return Status();
+    float ms = 0;
+    BABYGPT_CUDA(cudaEventElapsedTime(&ms, d->slots[before % slots_there].ended, d->slots[run % slots_there].ended));
+    result.seconds = 1e-3 * static_cast<double>(ms);
     return Status();
 }
 Status losses_of(Device* d, int rows, double* losses, int32_t* ranks) {

@@ -1062,6 +1062,81 @@ TEST(one_graph, "a step on a GPU would be more than one graph launch, or take me
     emulator::settings.memory = all;
 }
 
+// Calls of a step, without and with those that read the results of others.
+TEST(no_waiting, "the host would wait for a step on a GPU before it begins the next one, or hear of another one's loss") {
+    Case c{"", small("gpt2"), some(1)};
+    c.how.steps = 27, c.how.evaluate_every = 11;
+    c.config.context = 4, c.config.heads = 1, c.config.width = c.config.hidden = 6, c.config.vocab = 13;
+    Learner by_one, ahead, in_a_run;
+    StepResult r;
+    std::vector<double> losses;
+    CHECK_OK(by_one.create(Backend::cuda, c));
+    for (int i = 0; i < 27; ++i) {
+        CHECK_OK(by_one.trainer.step(r));
+        losses.push_back(r.loss);
+    }
+    const auto is_its_own = [&] { return r.step > 0 && r.step <= 27 && memcmp(&r.loss, &losses[static_cast<size_t>(r.step - 1)], 8) == 0; };
+    CHECK_OK(ahead.create(Backend::cuda, c));
+    for (int i = 0; i < 2; ++i) CHECK_OK(ahead.trainer.step(r));  // kernel after kernel; to be captured
+    const emulator::Counts before = emulator::counts;
+    const emulator::Counts& now = emulator::counts;
+    for (int i = 0; i < steps_ahead; ++i) CHECK_OK(ahead.trainer.begin_step());
+    CHECK(now.graph_launches - before.graph_launches == steps_ahead && now.copies - before.copies == steps_ahead);
+    CHECK(now.synchronisations == before.synchronisations && now.launches == before.launches && now.kernels == before.kernels);
+    CHECK(ahead.trainer.begin_step().error == Error::invalid_argument && ahead.trainer.step_count == 2 + steps_ahead);
+    for (int64_t i = 3; i <= 22; ++i) {
+        if (ahead.trainer.under_way > steps_ahead / 2) CHECK(CHECK_OK(ahead.trainer.finish_step(r)) && r.step == i && is_its_own());
+        while (i % 4 == 2 && ahead.trainer.step_count < 22 && ahead.trainer.under_way < steps_ahead) CHECK_OK(ahead.trainer.begin_step());
+    }
+    CHECK(now.graph_launches - before.graph_launches == 20 && now.synchronisations - before.synchronisations == 4);
+    CHECK(now.launches == before.launches && now.allocations == before.allocations);
+    printf("20 steps: 20 graph launches, %ld calls of CUDA's in all, %ld of them waits for a step at least %d before\n",
+           now.calls - before.calls, now.synchronisations - before.synchronisations, steps_ahead / 2);
+    CHECK(CHECK_OK(ahead.trainer.step(r)) && r.step == 23 && is_its_own() && ahead.trainer.under_way == 0);
+    CHECK(ahead.trainer.finish_step(r).error == Error::invalid_argument);
+    // What is saved is the state after the steps that were begun.
+    for (int i = 0; i < 3; ++i) CHECK_OK(ahead.trainer.begin_step());
+    CHECK_OK(ahead.trainer.save("build/test_cuda_ahead.safetensors"));
+    CHECK_OK(in_a_run.create(Backend::cuda, c));
+    CHECK(CHECK_OK(in_a_run.trainer.load("build/test_cuda_ahead.safetensors")) && in_a_run.trainer.step_count == 26);
+    CHECK(CHECK_OK(in_a_run.trainer.step(r)) && is_its_own());
+    CHECK(CHECK_OK(ahead.trainer.finish_step(r)) && r.step == 24 && is_its_own());
+    // A loss that is not finite is told with its step's number.
+    CHECK_OK(ahead.trainer.step(r));
+    CHECK_OK(ahead.trainer.fetch());
+    ahead.model.weights[ahead.model.find("ln_f.weight")->offset] = INFINITY, ++ahead.model.version;
+    for (int i = 0; i < 2; ++i) CHECK_OK(ahead.trainer.begin_step());
+    for (int i = 0; i < 2; ++i) CHECK(CHECK_OK(ahead.trainer.finish_step(r)) && r.skipped && r.step == 28 + i);
+    // In a run: each step once, in order, and all before an evaluation.
+    struct Seen {
+        const std::vector<double>* losses;
+        int64_t steps, stop;
+        int wrong, evaluations;
+    } seen{&losses, 0, 0, 0, 0};
+    RunConfig how;
+    RunResult result;
+    how.user = &seen;
+    how.progress = [](void* user, const Progress& p) {
+        Seen& s = *static_cast<Seen*>(user);
+        s.wrong += p.step->step != ++s.steps || memcmp(&p.step->loss, &(*s.losses)[static_cast<size_t>(s.steps - 1)], 8) != 0;
+        s.wrong += p.step->tokens_per_second <= 0 || (p.evaluation && s.steps % 11 != 0 && s.steps != 27);
+        s.evaluations += p.evaluation != nullptr;
+        return s.steps != s.stop;
+    };
+    Trainer& trainer = in_a_run.trainer;
+    Data few;
+    CHECK_OK(in_a_run.create(Backend::cuda, c));
+    CHECK_OK(few.create(in_a_run.runtime, Span<const int32_t>(in_a_run.ids.data(), 6)));
+    trainer.validation = &few;
+    for (const int64_t stop : {13, 0}) {
+        seen.stop = stop;
+        CHECK_OK(trainer.run(how, result));
+        CHECK(seen.wrong == 0 && seen.steps == trainer.step_count && trainer.under_way == 0 && result.step == seen.steps);
+        CHECK(stop == 0 ? seen.steps == 27 && seen.evaluations == 3 && !result.cancelled : seen.steps < 22 && result.cancelled);
+    }
+    CHECK(no_faults());
+}
+
 TEST(troubles, "an error of CUDA's would not be said, or leave something behind") {
     Case c{"", small("gpt2"), some(1)};
     c.config.context = 4, c.config.heads = 1;
