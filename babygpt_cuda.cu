@@ -1324,7 +1324,7 @@ __device__ __forceinline__ int strip_of(int pass, int strips) {
     return pass == 0 ? lesser(first, strips) : second >= strip_warps ? second : strips;
 }
 // 16 bytes from device to shared memory, or zeros: under way until copies_arrive, and then for the thread that asked.
-__device__ __forceinline__ void copy_piece(unsigned char* to, const __nv_bfloat16* from, bool there) {
+__device__ __forceinline__ void copy_piece(void* to, const void* from, bool there) {
 #if defined(BABYGPT_CUDA_EMULATOR)
     emulator::copy_async_zero16(to, from, there);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -1332,7 +1332,7 @@ __device__ __forceinline__ void copy_piece(unsigned char* to, const __nv_bfloat1
                  "r"(there ? 16 : 0)
                  : "memory");
 #else
-    (void)to, (void)from, (void)there;
+    *static_cast<uint4*>(to) = there ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
 #endif
 }
 __device__ __forceinline__ void copies_arrive() {
@@ -2749,7 +2749,7 @@ void Gpu::walk(int which, bool marked) {
 enum class StepKind : int { embed, norm, product, attend };
 enum class Before : int { nothing, norm, gate };  // a product multiplies
 
-struct Step {
+struct alignas(16) Step {
     StepKind kind;
     Before before;
     Activation activation;  // of a product's sums, or of the gate
@@ -2851,6 +2851,14 @@ __device__ void embed_rows(const Step& s, const Reading<T>& r) {
     for (int64_t i = first_element(); i < r.wanted; i += all_threads()) r.wanted_rows[i] = r.sent_wanted[i];
     for (int64_t i = first_element(); i < r.pages; i += all_threads()) r.page[i] = r.sent_pages[i];
 }
+// The compiler cannot see that a pointer that was read from shared memory is not to shared memory.
+template <class T>
+__device__ __forceinline__ T* global(T* p) {
+#if defined(__CUDA_ARCH__)
+    __builtin_assume(__isGlobal(p));
+#endif
+    return p;
+}
 // Four neighbours of a row, of which `left` are there; `whole`: rows are fours, 16 bytes apart.
 struct Four {
     float of[4];
@@ -2872,23 +2880,27 @@ __device__ __forceinline__ void put_four(float* to, const Four& x) {
 __device__ __forceinline__ void put_four(__nv_bfloat16* to, const Four& x) {
     *reinterpret_cast<uint2*>(to) = make_uint2(two(x.of[0], x.of[1]), two(x.of[2], x.of[3]));
 }
-// The norm's mean and scale of a row, for all lanes.
+// The norm's mean and scale of a row, for all lanes. Four loads are under way before the first is waited for; the second time they come from L1.
 __device__ __forceinline__ float2 row_statistics(const float* x, int n, bool centred, float epsilon) {
+    constexpr int at_once = 4;
     float mean = 0, square = 0;
-    for (int c = lane() * 4; c < n && centred; c += 4 * warp) {
-        const Four some = four(x + c, n - c, n % 4 == 0);
-        mean += some.of[0] + some.of[1] + (some.of[2] + some.of[3]);
-    }
+    const auto over = [&](const auto& f) {
+        for (int c = lane() * 4; c < n; c += at_once * 4 * warp) {
+            Four some[at_once];
+            BABYGPT_TIMES (i, at_once) some[i] = four(x + c + i * 4 * warp, n - c - i * 4 * warp, n % 4 == 0);
+            BABYGPT_TIMES (i, at_once) f(some[i], n - c - i * 4 * warp);
+        }
+    };
+    if (centred) over([&](const Four& some, int) { mean += some.of[0] + some.of[1] + (some.of[2] + some.of[3]); });
     mean = warp_sum(mean) / static_cast<float>(n);
-    for (int c = lane() * 4; c < n; c += 4 * warp) {
-        const Four some = four(x + c, n - c, n % 4 == 0);
+    over([&](const Four& some, int left) {
         for (int i = 0; i < 4; ++i)
-            if (c + i < n) square = fmaf(some.of[i] - mean, some.of[i] - mean, square);
-    }
+            if (i < left) square = fmaf(some.of[i] - mean, some.of[i] - mean, square);
+    });
     return make_float2(mean, 1 / sqrtf(warp_sum(square) / static_cast<float>(n) + epsilon));
 }
-template <class T>
-__device__ void norm_rows(const Step& s, const Reading<T>& r) {
+template <class Rows>
+__device__ void norm_rows(const Step& s, const Rows& r) {
     for (int i = first_row(); i < r.rows; i += all_warps()) {
         const float* x = s.x + static_cast<int64_t>(i) * s.in;
         const float2 of = row_statistics(x, s.in, s.centred, r.epsilon);
@@ -2917,7 +2929,7 @@ struct Division {
 // Where this lane's part of a tile's matrix begins.
 template <class T>
 __device__ __forceinline__ const T* outputs_of(const Step& s, int tile_number) {
-    return static_cast<const T*>(s.w) + lesser(tile_number * talk_outputs + lane() / 4, s.out - 1) * s.apart + lane() % 4 * 8;
+    return global(static_cast<const T*>(s.w)) + lesser(tile_number * talk_outputs + lane() / 4, s.out - 1) * s.apart + lane() % 4 * 8;
 }
 // A block makes tiles of 32 rows and 8 outputs, each by one warp or by several that divide the depth. In lane 4 g + t are, of each 32 of
 // the depth, the 8 from 8 t on, of output g, and, in bf16, of rows g, g + 8, ...: tensor cores do not mind in which order a sum's parts
@@ -2986,6 +2998,20 @@ struct TileSums<float> {
         }
     }
 };
+// Of a row, the four columns from k on, of which `left` are there, as they are multiplied.
+__device__ __forceinline__ Four four_of_side(const Step& s, const float* x, int k, int left, float2 of, const float* norm_w,
+                                             const float* norm_b) {
+    const bool whole = s.in % 4 == 0;
+    Four value = four(x + k, left, whole);
+    if (s.before == Before::norm) {
+        const Four w = four(norm_w + k, left, whole), b = norm_b ? four(norm_b + k, left, whole) : Four();
+        for (int e = 0; e < 4; ++e) value.of[e] = e < left ? fmaf((value.of[e] - of.x) * of.y, w.of[e], b.of[e]) : 0.0f;
+    } else if (s.before == Before::gate) {
+        const Four up = four(x + s.in + k, left, whole);
+        for (int e = 0; e < 4; ++e) value.of[e] = activated(value.of[e], s.activation) * up.of[e];
+    }
+    return value;
+}
 // Rows of x, from `first` on, and so many of their columns from `k0` on, as they are multiplied, to shared memory. A warp has a row.
 template <class T>
 __device__ __forceinline__ void load_side(T* to, int apart, const Step& s, const Reading<T>& r, int first, int rows, int k0, int count) {
@@ -2996,20 +3022,9 @@ __device__ __forceinline__ void load_side(T* to, int apart, const Step& s, const
         const float* const x = s.x + static_cast<int64_t>(row) * s.x_columns;
         float2 of = make_float2(0, 1);
         if (is_row && s.before == Before::norm) of = row_statistics(x, s.in, s.centred, r.epsilon);
-        const bool whole = s.in % 4 == 0;
         BABYGPT_UNROLL(4)
-        for (int c = lane() * 4; c < count; c += 4 * warp) {
-            const int k = k0 + c, left = is_row ? s.in - k : 0;
-            Four value = four(x + k, left, whole);
-            if (s.before == Before::norm) {
-                const Four w = four(s.norm_w + k, left, whole), b = s.norm_b ? four(s.norm_b + k, left, whole) : Four();
-                for (int e = 0; e < 4; ++e) value.of[e] = e < left ? fmaf((value.of[e] - of.x) * of.y, w.of[e], b.of[e]) : 0.0f;
-            } else if (s.before == Before::gate) {
-                const Four up = four(x + s.in + k, left, whole);
-                for (int e = 0; e < 4; ++e) value.of[e] = activated(value.of[e], s.activation) * up.of[e];
-            }
-            put_four(to + i * apart + c, value);
-        }
+        for (int c = lane() * 4; c < count; c += 4 * warp)
+            put_four(to + i * apart + c, four_of_side(s, x, k0 + c, is_row ? s.in - k0 - c : 0, of, s.norm_w, s.norm_b));
     }
 }
 template <class T>
@@ -3059,32 +3074,31 @@ __device__ void multiply_rows(const Step& s, const Reading<T>& r, unsigned char*
 // ---- attention over the pages of a KV cache ----
 
 // Element d of a head of row i, turned where the positions are rotary.
-template <class T>
-__device__ __forceinline__ float turned(const Step& s, const Reading<T>& r, const float* head, int position, int d) {
+__device__ __forceinline__ float turned(const Step& s, const float* waves, const float* head, int position, int d) {
     if (!s.turns) return head[d];
     const int half = s.dim / 2, k = d % half;
-    const float* const wave = r.waves + static_cast<int64_t>(position) * s.dim;
+    const float* const wave = waves + static_cast<int64_t>(position) * s.dim;
     const float a = head[k], b = head[half + k];
     return d < half ? fmaf(a, wave[k], -(b * wave[half + k])) : fmaf(a, wave[half + k], b * wave[k]);
 }
 // Where the keys [dim][page], or the values [page][dim], of a head begin in a page.
 template <class T>
 __device__ __forceinline__ T* keys_of(const Step& s, T* page, int head) {
-    return page + (static_cast<int64_t>(s.layer) * 2 * s.kv_heads + head) * s.dim * kv_page;
+    return global(page) + (static_cast<int64_t>(s.layer) * 2 * s.kv_heads + head) * s.dim * kv_page;
 }
 template <class T>
 __device__ __forceinline__ T* values_of(const Step& s, T* page, int head) {
-    return page + ((static_cast<int64_t>(s.layer) * 2 + 1) * s.kv_heads + head) * s.dim * kv_page;
+    return global(page) + ((static_cast<int64_t>(s.layer) * 2 + 1) * s.kv_heads + head) * s.dim * kv_page;
 }
 // A row's keys and values of a head to its page; a warp does it.
 template <class T>
-__device__ __forceinline__ void store_row(const Step& s, const Reading<T>& r, const RowHere& row, const float* x, int head) {
-    T* const page = r.page[row.pages + row.position / kv_page];
+__device__ __forceinline__ void store_row(const Step& s, const float* waves, T* const* pages, int position, const float* x, int head) {
+    T* const page = pages[position / kv_page];
     T *const keys = keys_of(s, page, head), *const values = values_of(s, page, head);
     const float *k = x + (s.heads + head) * s.dim, *v = k + s.kv_heads * s.dim;
-    const int at = row.position % kv_page;
+    const int at = position % kv_page;
     for (int d = lane(); d < s.dim; d += warp) {
-        put(keys + d * kv_page + at, turned(s, r, k, row.position, d));
+        put(keys + d * kv_page + at, turned(s, waves, k, position, d));
         put(values + at * s.dim + d, v[d]);
     }
 }
@@ -3095,13 +3109,13 @@ struct Seen {
 // s = q . k / sqrt(dim), p = e^(s - the biggest so far), and so on, as in chapter 5, of every so many'th page, of which the first is number `part`.
 // Of a page's keys a lane has one, or, in bf16, two neighbours of half the dimensions; of its values, columns. p: [page].
 template <class T>
-__device__ void see_pages(const Step& s, const Reading<T>& r, int pages, int head, int part, int sharers, int seen, const float* q,
-                          float* out, float* p, Seen& now) {
+__device__ void see_pages(const Step& s, T* const* pages, int head, int part, int sharers, int seen, const float* q, float* out, float* p,
+                          Seen& now) {
     constexpr bool narrow = sizeof(T) == 2;
     const int dim = s.dim;
     for (int begin = part * kv_page; begin < seen; begin += sharers * kv_page) {
         const int count = lesser(kv_page, seen - begin);
-        T* const page = r.page[pages + begin / kv_page];
+        T* const page = pages[begin / kv_page];
         const T *const keys = keys_of(s, page, head), *const values = values_of(s, page, head);
         float score[2] = {0, -INFINITY};
         if constexpr (narrow) {
@@ -3136,9 +3150,10 @@ __device__ void see_pages(const Step& s, const Reading<T>& r, int pages, int hea
     __syncwarp();
 }
 // The same in bf16, 16 bytes at a time, where a head has 8, 16, 32, 64, 128 or 256 dimensions. Lane 4 g + t has every 8th dimension's 8 keys
-// from 8 t on; then dim / 8 lanes have a value, and others the next ones.
-__device__ void see_pages_fast(const Step& s, const Reading<__nv_bfloat16>& r, int pages, int head, int part, int sharers, int seen,
-                               const float* q, float* out, float* p, Seen& now) {
+// from 8 t on; then dim / 8 lanes have a value, and others the next ones: all of a page's of 64 dimensions, on their way while the keys are used.
+constexpr int values_ahead = 8;
+__device__ void see_pages_fast(const Step& s, __nv_bfloat16* const* pages, int head, int part, int sharers, int seen, const float* q,
+                               float* out, float* p, Seen& now) {
     const int dim = s.dim, across = dim / 8, first = lane() / across, column = lane() % across * 8, j0 = lane() % 4 * 8, g = lane() / 4;
     float sum[8];
     for (int e = 0; e < 8; ++e) sum[e] = first == 0 ? out[column + e] : 0.0f;
@@ -3146,7 +3161,7 @@ __device__ void see_pages_fast(const Step& s, const Reading<__nv_bfloat16>& r, i
     const auto high = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
     for (int begin = part * kv_page; begin < seen; begin += sharers * kv_page) {
         const int count = lesser(kv_page, seen - begin);
-        __nv_bfloat16* const page = r.page[pages + begin / kv_page];
+        __nv_bfloat16* const page = pages[begin / kv_page];
         const __nv_bfloat16 *const keys = keys_of(s, page, head), *const values = values_of(s, page, head);
         float score[8] = {};
         if (j0 + 8 <= count) {
@@ -3163,6 +3178,11 @@ __device__ void see_pages_fast(const Step& s, const Reading<__nv_bfloat16>& r, i
             for (int d = g; d < dim; d += 8)
                 for (int e = 0; e < 8; ++e)
                     if (j0 + e < count) score[e] = fmaf(q[d], static_cast<float>(keys[d * kv_page + j0 + e]), score[e]);
+        }
+        uint4 v[values_ahead] = {};
+        BABYGPT_TIMES (i, values_ahead) {
+            const int j = first + i * (warp / across);
+            if (j < count) v[i] = *reinterpret_cast<const uint4*>(values + j * dim + column);
         }
         float biggest = -INFINITY;
         for (int e = 0; e < 8; ++e) {
@@ -3185,15 +3205,18 @@ __device__ void see_pages_fast(const Step& s, const Reading<__nv_bfloat16>& r, i
         now.total = fmaf(now.total, factor, all);
         __syncwarp();
         for (int e = 0; e < 8; ++e) sum[e] *= factor;
-        BABYGPT_UNROLL(4)
-        for (int j = first; j < count; j += warp / across) {
-            const uint4 v = *reinterpret_cast<const uint4*>(values + j * dim + column);
-            const float x = p[j];
-            sum[0] = fmaf(x, low(v.x), sum[0]), sum[1] = fmaf(x, high(v.x), sum[1]);
-            sum[2] = fmaf(x, low(v.y), sum[2]), sum[3] = fmaf(x, high(v.y), sum[3]);
-            sum[4] = fmaf(x, low(v.z), sum[4]), sum[5] = fmaf(x, high(v.z), sum[5]);
-            sum[6] = fmaf(x, low(v.w), sum[6]), sum[7] = fmaf(x, high(v.w), sum[7]);
+        const auto add = [&](float x, const uint4& of) {
+            sum[0] = fmaf(x, low(of.x), sum[0]), sum[1] = fmaf(x, high(of.x), sum[1]);
+            sum[2] = fmaf(x, low(of.y), sum[2]), sum[3] = fmaf(x, high(of.y), sum[3]);
+            sum[4] = fmaf(x, low(of.z), sum[4]), sum[5] = fmaf(x, high(of.z), sum[5]);
+            sum[6] = fmaf(x, low(of.w), sum[6]), sum[7] = fmaf(x, high(of.w), sum[7]);
+        };
+        BABYGPT_TIMES (i, values_ahead) {
+            const int j = first + i * (warp / across);
+            if (j < count) add(p[j], v[i]);
         }
+        for (int j = first + values_ahead * (warp / across); j < count; j += warp / across)
+            add(p[j], *reinterpret_cast<const uint4*>(values + j * dim + column));
     }
     for (int e = 0; e < 8; ++e) {
         for (int apart = across; apart < warp; apart *= 2) sum[e] += __shfl_xor_sync(0xffffffffu, sum[e], apart);
@@ -3201,69 +3224,89 @@ __device__ void see_pages_fast(const Step& s, const Reading<__nv_bfloat16>& r, i
     }
     __syncwarp();
 }
-// A head of a row is one warp's, or several that share its pages, whose parts are put together at the end. A row that is alone in its sequence has
-// its own key from x, since nobody has stored it before.
+// Where a warp keeps what it works on, of a head: its query, its part of the sum, and the probabilities of a page.
+template <int warps>
+struct HeadSpace {
+    float *q, *outs, *p, *mosts, *totals;
+    __device__ HeadSpace(unsigned char* shared, int dim)
+        : q(reinterpret_cast<float*>(shared)),
+          outs(q + warps * dim),
+          p(outs + warps * dim),
+          mosts(p + warps * kv_page),
+          totals(mosts + warps) {}
+    static constexpr size_t bytes(int dim) { return sizeof(float) * static_cast<size_t>(warps * (2 * dim + kv_page + 2)); }
+};
+// The part of a warp, number `part` of `sharers`, in a head of a row, which sees `seen` positions of the pages and, where it `owns` it, its own,
+// which nobody has stored before: then this warp stores it, too.
+template <class T, int warps>
+__device__ void see_head(const Step& s, const float* waves, T* const* pages, const float* x, int position, int seen, int head, int part,
+                         int sharers, bool owns, const HeadSpace<warps>& space) {
+    constexpr bool narrow = sizeof(T) == 2;
+    const int dim = s.dim, number = static_cast<int>(threadIdx.x) / warp, group = s.heads / s.kv_heads, kv_head = head / group;
+    float *const q = space.q + number * dim, *const out = space.outs + number * dim, *const p = space.p + number * kv_page;
+    const float scale = 1 / sqrtf(static_cast<float>(dim));
+    Seen now{-INFINITY, 0};
+    for (int d = lane(); d < dim; d += warp) q[d] = turned(s, waves, x + head * dim, position, d) * scale, out[d] = 0;
+    __syncwarp();
+    if (owns) {
+        const float *k = x + (s.heads + kv_head) * dim, *v = k + s.kv_heads * dim;
+        float score = 0;
+        T rounded;
+        for (int d = lane(); d < dim; d += warp) {
+            put(&rounded, turned(s, waves, k, position, d));
+            score = fmaf(q[d], static_cast<float>(rounded), score);
+            put(&rounded, v[d]);
+            out[d] = static_cast<float>(rounded);
+        }
+        now.most = warp_sum(score), now.total = 1;
+        if (head % group == 0) store_row(s, waves, pages, position, x, kv_head);
+    }
+    __syncwarp();
+    if constexpr (narrow) {
+        if (dim % 8 == 0 && dim <= 8 * warp && warp % (dim / 8) == 0)
+            see_pages_fast(s, pages, kv_head, part, sharers, seen, q, out, p, now);
+        else see_pages(s, pages, kv_head, part, sharers, seen, q, out, p, now);
+    } else see_pages(s, pages, kv_head, part, sharers, seen, q, out, p, now);
+    if (lane() == 0) space.mosts[number] = now.most, space.totals[number] = now.total;
+}
+// Element d of y, from what the warps from `first` on have found out.
+template <int warps>
+__device__ __forceinline__ float all_seen(const HeadSpace<warps>& space, int first, int sharers, int dim, int d) {
+    float most = space.mosts[first], total = 0, sum = 0;
+    for (int i = 1; i < sharers; ++i) most = fmaxf(most, space.mosts[first + i]);
+    for (int i = 0; i < sharers; ++i) {
+        const float factor = expf(space.mosts[first + i] - most);
+        total = fmaf(space.totals[first + i], factor, total);
+        sum = fmaf(space.outs[(first + i) * dim + d], factor, sum);
+    }
+    return sum / total;
+}
+// A head of a row is one warp's, or several that share its pages, whose parts are put together at the end.
 template <class T>
 __device__ void attend_rows(const Step& s, const Reading<T>& r, unsigned char* shared) {
-    constexpr bool narrow = sizeof(T) == 2;
     const int dim = s.dim, tasks = r.rows * s.heads, number = static_cast<int>(threadIdx.x) / warp;
+    const auto x_of = [&](int row) { return s.x + static_cast<int64_t>(row) * s.x_columns; };
     if (!r.alone) {
-        for (int i = first_row(); i < r.rows * s.kv_heads; i += all_warps())
-            store_row(s, r, r.row[i / s.kv_heads], s.x + static_cast<int64_t>(i / s.kv_heads) * s.x_columns, i % s.kv_heads);
+        for (int i = first_row(); i < r.rows * s.kv_heads; i += all_warps()) {
+            const RowHere row = r.row[i / s.kv_heads];
+            store_row(s, r.waves, r.page + row.pages, row.position, x_of(i / s.kv_heads), i % s.kv_heads);
+        }
         grid_barrier();
     }
     int sharers = 1;
     while (sharers < talk_warps && 2 * sharers * tasks <= static_cast<int>(gridDim.x) * talk_warps) sharers *= 2;
     const int each = talk_warps / sharers, part = number % sharers;
-    float* const all = reinterpret_cast<float*>(shared);
-    float *const q = all + number * dim, *const outs = all + talk_warps * dim, *const out = outs + number * dim,
-                 *const p = outs + talk_warps * dim + number * kv_page, *const mosts = outs + talk_warps * (dim + kv_page),
-                 *const totals = mosts + talk_warps;
-    const float scale = 1 / sqrtf(static_cast<float>(dim));
+    const HeadSpace<talk_warps> space(shared, dim);
     for (int first = static_cast<int>(blockIdx.x) * each; first < tasks; first += static_cast<int>(gridDim.x) * each) {
-        const int task = first + number / sharers, head = task % s.heads, kv_head = head / (s.heads / s.kv_heads);
+        const int task = first + number / sharers;
         if (task < tasks) {
             const RowHere row = r.row[task / s.heads];
-            const float* const x = s.x + static_cast<int64_t>(task / s.heads) * s.x_columns;
-            const int seen = r.alone ? row.position : row.position + 1;
-            float most = -INFINITY, total = 0;
-            for (int d = lane(); d < dim; d += warp) q[d] = turned(s, r, x + head * dim, row.position, d) * scale, out[d] = 0;
-            __syncwarp();
-            if (r.alone && part == row.position / kv_page % sharers) {
-                const float *k = x + (s.heads + kv_head) * dim, *v = k + s.kv_heads * dim;
-                float score = 0;
-                T rounded;
-                for (int d = lane(); d < dim; d += warp) {
-                    put(&rounded, turned(s, r, k, row.position, d));
-                    score = fmaf(q[d], static_cast<float>(rounded), score);
-                    put(&rounded, v[d]);
-                    out[d] = static_cast<float>(rounded);
-                }
-                most = warp_sum(score), total = 1;
-                if (head % (s.heads / s.kv_heads) == 0) store_row(s, r, row, x, kv_head);
-            }
-            Seen now{most, total};
-            __syncwarp();
-            if constexpr (narrow) {
-                if (dim % 8 == 0 && dim <= 8 * warp && warp % (dim / 8) == 0)
-                    see_pages_fast(s, r, row.pages, kv_head, part, sharers, seen, q, out, p, now);
-                else see_pages(s, r, row.pages, kv_head, part, sharers, seen, q, out, p, now);
-            } else see_pages(s, r, row.pages, kv_head, part, sharers, seen, q, out, p, now);
-            if (lane() == 0) mosts[number] = now.most, totals[number] = now.total;
+            see_head(s, r.waves, r.page + row.pages, x_of(task / s.heads), row.position, r.alone ? row.position : row.position + 1,
+                     task % s.heads, part, sharers, r.alone && part == row.position / kv_page % sharers, space);
         }
         __syncthreads();
-        for (int e = static_cast<int>(threadIdx.x); e < each * dim; e += talk_threads) {
-            const int which = e / dim, d = e % dim, here = first + which;
-            if (here >= tasks) continue;
-            float most = mosts[which * sharers], total = 0, sum = 0;
-            for (int i = 1; i < sharers; ++i) most = fmaxf(most, mosts[which * sharers + i]);
-            for (int i = 0; i < sharers; ++i) {
-                const float factor = expf(mosts[which * sharers + i] - most);
-                total = fmaf(totals[which * sharers + i], factor, total);
-                sum = fmaf(outs[(which * sharers + i) * dim + d], factor, sum);
-            }
-            s.y[static_cast<int64_t>(here) * dim + d] = sum / total;
-        }
+        for (int e = static_cast<int>(threadIdx.x); e < each * dim && first + e / dim < tasks; e += talk_threads)
+            s.y[static_cast<int64_t>(first) * dim + e] = all_seen(space, e / dim * sharers, sharers, dim, e % dim);
         __syncthreads();
     }
 }
@@ -3314,6 +3357,313 @@ __global__ void __launch_bounds__(talk_threads) read_rows(Reading<T> r) {
     score_rows(r);
 }
 
+// ---- few rows: one cluster -------------------------------------------------------------------------------------------
+
+// A token of one session, or of up to `few_rows`, is a chain of some thirty steps, each far shorter than what a barrier of the whole device costs.
+// Where blocks form clusters (sm_90 and later) the kernel is therefore one cluster of 16 blocks: its barrier is the hardware's, and 16
+// multiprocessors read 1.2 TB/s from the cache, or more. Elsewhere it is a cooperative grid; the division of a sum does not depend on which, nor do
+// the bits of the result.
+//
+// What does not depend on activations is not waited for: while the blocks meet, each has 9 pieces of 16 bytes a thread of the next product's weights
+// under way (72 KiB a block, all that it needs of baby's in bf16), and its norm and bias. What then follows the barrier is one trip to the cache for a
+// row of x, the norm, the multiplications, and the sum over warps.
+//
+// What is predicted of baby in bf16 (6 layers, width 384, 192 positions seen), not measured, in microseconds:
+//     25 products: barrier 0.3, x 0.4, norm 0.2, multiplications 0.1, sums and activation 0.2, their way to memory 0.3:    1.5 each    38
+//     6 attentions: the same, but keys and values of 32 positions a warp, 48 KiB a block, in place of weights:             1.9 each    11
+//     21 MB of weights at 64 bytes a clock for each of 16 multiprocessors: 12, of which all but 2 is behind the above                   2
+//     embedding, launch, and the host's waiting:                                                                                        8
+// What would lower it further: activations that go from shared memory to shared memory, not by way of the cache.
+
+constexpr int few_rows = 8;       // of 16 that tensor cores multiply at once
+constexpr int most_cluster = 16;  // blocks; more than 8 where the device allows it
+constexpr int few_steps = 3;      // of 32 of the depth: a warp's part of a tile, where all warps can share it
+template <class T>
+constexpr int few_rounds = sizeof(T) == 2 ? 3 : 2;  // tiles of a warp whose weights are under way at once
+
+// A run, as the kernel gets it.
+template <class T>
+struct Few {
+    const Step* steps;
+    int count, rows, head_rows, pages, depth, vocab;
+    bool cluster;
+    float epsilon;
+    T* const* sent_pages;
+    const float* waves;
+    float* logits;  // the host's: [head_rows][vocab]
+    RowHere row[few_rows];
+    int wanted[few_rows];
+};
+// What a block has in shared memory.
+template <class T>
+struct FewSpace {
+    Step* steps;
+    T** pages;
+    float *norm_w, *norm_b;  // of the next product
+    unsigned char* rest;
+    T* x;          // [rows][talk_apart]
+    float* parts;  // [tile][part][rows][8]
+    __host__ __device__ static constexpr size_t fixed(int steps, int pages, int depth) {
+        return (sizeof(Step) * static_cast<size_t>(steps) + sizeof(T*) * static_cast<size_t>(pages) + 127) / 128 * 128 +
+               2 * sizeof(float) * static_cast<size_t>(depth);
+    }
+    static size_t bytes(int steps, int context, int depth, int dim, int rows) {
+        const size_t product = sizeof(T) * static_cast<size_t>(rows * talk_apart<T>(depth)) +
+                               sizeof(float) * static_cast<size_t>(few_rounds<T> * talk_warps * rows * talk_outputs);
+        return fixed(steps, rows * ((context + kv_page - 1) / kv_page), depth) + greater(product, HeadSpace<talk_warps>::bytes(dim));
+    }
+    __device__ FewSpace(unsigned char* memory, const Few<T>& r)
+        : steps(reinterpret_cast<Step*>(memory)),
+          pages(reinterpret_cast<T**>(steps + r.count)),
+          rest(memory + fixed(r.count, r.pages, r.depth)),
+          x(reinterpret_cast<T*>(rest)) {
+        norm_b = reinterpret_cast<float*>(rest) - r.depth, norm_w = norm_b - r.depth;
+        parts = reinterpret_cast<float*>(x + r.rows * talk_apart<T>(r.depth));
+    }
+};
+// A barrier of all blocks, in two halves: who has waited sees what all have written before they arrived, but not what they write between.
+__device__ __forceinline__ void arrive(bool cluster) {
+#if defined(BABYGPT_CUDA_EMULATOR)
+    if (cluster) emulator::cluster_arrive();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (cluster) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+    (void)cluster;
+}
+__device__ __forceinline__ void wait(bool cluster) {
+#if defined(BABYGPT_CUDA_EMULATOR)
+    if (cluster) return emulator::cluster_wait();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (cluster) {
+        asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+        return;
+    }
+#endif
+    (void)cluster;
+    grid_barrier();
+}
+// Of a product: a block has neighbouring tiles of 8 outputs, goes through `each` of them in a round, and divides a tile's depth into `parts`, each
+// a warp's. The parts follow from the depth alone.
+struct Share {
+    int steps, parts, each, first, end;
+    int tile, part, begin, stop;  // this warp's: which tile of a round, and its steps of the depth
+    __device__ explicit Share(const Step& s) {
+        const int tiles = (s.out + talk_outputs - 1) / talk_outputs, blocks = static_cast<int>(gridDim.x),
+                  block = static_cast<int>(blockIdx.x);
+        steps = static_cast<int>(s.apart) / talk_depth, parts = lesser(talk_warps, (steps + few_steps - 1) / few_steps),
+        each = talk_warps / parts;
+        first = static_cast<int>(static_cast<int64_t>(tiles) * block / blocks);
+        end = static_cast<int>(static_cast<int64_t>(tiles) * (block + 1) / blocks);
+        const int number = static_cast<int>(threadIdx.x) / warp;
+        tile = number / parts, part = number % parts, begin = part * steps / parts, stop = (part + 1) * steps / parts;
+    }
+    // That of this warp in a round that begins at `from`, or -1.
+    __device__ int tile_of(int from, int round) const {
+        const int mine = from + round * each + tile;
+        return tile < each && mine < end ? mine : -1;
+    }
+};
+// Eight neighbours of a row of a matrix.
+template <class T>
+struct Eight {
+    uint4 of[sizeof(T) / 2];
+    __device__ __forceinline__ void bring(const T* from) {
+        for (size_t i = 0; i < sizeof(T) / 2; ++i) of[i] = reinterpret_cast<const uint4*>(from)[i];
+    }
+};
+// Weights under way, of as many rounds and steps as fit.
+template <class T>
+struct Ahead {
+    Eight<T> of[few_rounds<T>][few_steps];
+    float bias;  // of the output that this thread writes first
+    __device__ __forceinline__ void bring(const Step& s, const Share& share, int from, int begin) {
+        BABYGPT_TIMES (round, few_rounds<T>) {
+            const int here = share.tile_of(from, round);
+            if (here < 0) continue;
+            const T* const w = outputs_of<T>(s, here) + begin * talk_depth;
+            BABYGPT_TIMES (i, few_steps)
+                if (begin + i < share.stop) of[round][i].bring(w + i * talk_depth);
+        }
+    }
+    __device__ __forceinline__ void bring_bias(const Step& s, int from, int rows) {
+        const int output =
+            (from + static_cast<int>(threadIdx.x) / (rows * talk_outputs)) * talk_outputs + static_cast<int>(threadIdx.x) % talk_outputs;
+        bias = s.bias && output < s.out ? global(s.bias)[output] : 0.0f;
+    }
+};
+// A tile's sums, or a part's, of few rows; in a warp's lanes as in TileSums.
+template <class T>
+struct FewSums;
+template <>
+struct FewSums<__nv_bfloat16> {
+    float even[4] = {}, odd[4] = {};  // two chains of products, so that one does not wait for the other
+    __device__ __forceinline__ void add(const Eight<__nv_bfloat16>& w, const __nv_bfloat16* x, int apart, int rows) {
+        const uint4 b = w.of[0];
+        uint4 a = make_uint4(0, 0, 0, 0);
+        if (lane() / 4 < rows) a = *reinterpret_cast<const uint4*>(x + lane() / 4 * apart + lane() % 4 * 8);
+        const uint32_t left[4] = {a.x, 0, a.y, 0}, right[4] = {a.z, 0, a.w, 0};
+        multiply_tiles(even, left, b.x, b.y);
+        multiply_tiles(odd, right, b.z, b.w);
+    }
+    __device__ __forceinline__ void leave(float* to, int rows) const {
+        for (int i = 0; i < 2; ++i)
+            if (lane() / 4 < rows) to[lane() / 4 * talk_outputs + lane() % 4 * 2 + i] = even[i] + odd[i];
+    }
+};
+template <>
+struct FewSums<float> {
+    float sum[few_rows] = {};
+    __device__ __forceinline__ void add(const Eight<float>& w, const float* x, int apart, int rows) {
+        const uint4 a = w.of[0], b = w.of[1];
+        BABYGPT_TIMES (row, few_rows) {
+            if (row >= rows) continue;
+            const float4 *const from = reinterpret_cast<const float4*>(x + row * apart + lane() % 4 * 8), c = from[0], d = from[1];
+            const float upper = fmaf(__uint_as_float(a.w), c.w,
+                                     fmaf(__uint_as_float(a.z), c.z, fmaf(__uint_as_float(a.y), c.y, __uint_as_float(a.x) * c.x)));
+            sum[row] += fmaf(__uint_as_float(b.w), d.w,
+                             fmaf(__uint_as_float(b.z), d.z, fmaf(__uint_as_float(b.y), d.y, fmaf(__uint_as_float(b.x), d.x, upper))));
+        }
+    }
+    __device__ __forceinline__ void leave(float* to, int rows) const {
+        BABYGPT_TIMES (row, few_rows) {
+            if (row >= rows) continue;
+            float all = sum[row];
+            all += __shfl_xor_sync(0xffffffffu, all, 1);
+            all += __shfl_xor_sync(0xffffffffu, all, 2);
+            if (lane() % 4 == 0) to[row * talk_outputs + lane() / 4] = all;
+        }
+    }
+};
+template <class T>
+__device__ __forceinline__ int rows_of(const Step& s, const Few<T>& r) {
+    return s.is_head ? r.head_rows : r.rows;
+}
+// All that a product needs and no activation decides.
+template <class T>
+__device__ __forceinline__ void bring_ahead(const Step& s, const Few<T>& r, const FewSpace<T>& space, Ahead<T>& ahead) {
+    for (int c = 4 * static_cast<int>(threadIdx.x); c < s.in && s.before == Before::norm; c += 4 * talk_threads) {
+        copy_piece(space.norm_w + c, s.norm_w + c, true);
+        if (s.norm_b) copy_piece(space.norm_b + c, s.norm_b + c, true);
+    }
+    const Share share(s);
+    ahead.bring_bias(s, share.first, rows_of(s, r));
+    ahead.bring(s, share, share.first, share.begin);
+}
+// Its rows of x to shared memory. A row is a warp's where a norm wants its sum, else several warps'.
+template <class T>
+__device__ __forceinline__ void load_few(const Step& s, const Few<T>& r, const FewSpace<T>& space, int rows) {
+    const int number = static_cast<int>(threadIdx.x) / warp, team = s.before == Before::norm ? 1 : greater(1, talk_warps / rows),
+              teams = talk_warps / team;
+    for (int i = number / team; i < rows && number < teams * team; i += teams) {
+        const float* const x = global(s.x) + static_cast<int64_t>(s.is_head ? r.wanted[i] : i) * s.x_columns;
+        const float2 of = s.before == Before::norm ? row_statistics(x, s.in, s.centred, r.epsilon) : make_float2(0, 1);
+        BABYGPT_UNROLL(4)
+        for (int c = (number % team * warp + lane()) * 4; c < static_cast<int>(s.apart); c += 4 * warp * team)
+            put_four(space.x + i * talk_apart<T>(r.depth) + c,
+                     four_of_side(s, x, c, s.in - c, of, space.norm_w, s.norm_b ? space.norm_b : nullptr));
+    }
+}
+template <class T>
+__device__ void multiply_few(const Step& s, const Few<T>& r, const FewSpace<T>& space, Ahead<T>& ahead) {
+    const int rows = rows_of(s, r), apart = talk_apart<T>(r.depth), of_tile = rows * talk_outputs, thread = static_cast<int>(threadIdx.x);
+    const Share share(s);
+    const auto place_of = [&](int from, int e) {  // in y, or -1
+        const int output = (from + e / of_tile) * talk_outputs + e % talk_outputs;
+        return output < s.out ? static_cast<int64_t>(e % of_tile / talk_outputs) * s.out + output : int64_t(-1);
+    };
+    for (int from = share.first; from < share.end;) {
+        const int tiles = lesser(few_rounds<T> * share.each, share.end - from), next = from + tiles;
+        float addend = 0;  // of the output that this thread writes first: on its way with x
+        if (s.addend && thread < tiles * of_tile && place_of(from, thread) >= 0) addend = global(s.addend)[place_of(from, thread)];
+        if (from == share.first) {
+            load_few(s, r, space, rows);
+            __syncthreads();
+        }
+        FewSums<T> sums[few_rounds<T>];
+        for (int begin = share.begin; begin < share.stop; begin += few_steps) {
+            if (begin > share.begin) ahead.bring(s, share, from, begin);
+            BABYGPT_TIMES (i, few_steps)
+                BABYGPT_TIMES (round, few_rounds<T>)
+                    if (begin + i < share.stop && share.tile_of(from, round) >= 0)
+                        sums[round].add(ahead.of[round][i], space.x + (begin + i) * talk_depth, apart, rows);
+        }
+        BABYGPT_TIMES (round, few_rounds<T>)
+            if (share.tile_of(from, round) >= 0)
+                sums[round].leave(space.parts + ((round * share.each + share.tile) * share.parts + share.part) * of_tile, rows);
+        const float bias = ahead.bias;
+        if (next < share.end) ahead.bring_bias(s, next, rows), ahead.bring(s, share, next, share.begin);
+        __syncthreads();
+        for (int e = thread; e < tiles * of_tile; e += talk_threads) {
+            const int64_t place = place_of(from, e);
+            if (place < 0) continue;
+            const float* const parts = space.parts + e / of_tile * share.parts * of_tile + e % of_tile;
+            float sum = 0;
+            for (int i = 0; i < share.parts; ++i) sum += parts[i * of_tile];
+            sum += e == thread ? bias : s.bias ? s.bias[place % s.out] : 0.0f;
+            if (s.before != Before::gate) sum = activated(sum, s.activation);
+            if (s.addend) sum += e == thread ? addend : s.addend[place];
+            global(s.is_head ? r.logits : s.y)[place] = sum;
+        }
+        from = next;
+        if (from < share.end) __syncthreads();
+    }
+}
+// x = token[id] + position[p]. Over elements.
+template <class T>
+__device__ void embed_few(const Step& s, const Few<T>& r) {
+    const float factor = sqrtf(static_cast<float>(s.out));
+    for (int64_t i = first_element(); i < static_cast<int64_t>(r.rows) * s.out; i += all_threads()) {
+        const RowHere& row = r.row[i / s.out];
+        const int64_t c = i % s.out, p = static_cast<int64_t>(row.position) * s.out + c;
+        const float x = s.table[static_cast<int64_t>(row.id) * s.out + c] + (s.positions ? s.positions[p] : 0.0f);
+        s.y[i] = s.waves ? fmaf(x, factor, r.waves[p]) : x;
+    }
+}
+// A block has a head of a row, whose pages its warps share; the last of them its own position.
+template <class T>
+__device__ void attend_few(const Step& s, const Few<T>& r, const FewSpace<T>& space) {
+    const HeadSpace<talk_warps> seen(space.rest, s.dim);
+    const int number = static_cast<int>(threadIdx.x) / warp;
+    for (int task = static_cast<int>(blockIdx.x); task < r.rows * s.heads; task += static_cast<int>(gridDim.x)) {
+        const RowHere& row = r.row[task / s.heads];
+        see_head(s, r.waves, space.pages + row.pages, global(s.x) + static_cast<int64_t>(task / s.heads) * s.x_columns, row.position,
+                 row.position, task % s.heads, number, talk_warps, number == talk_warps - 1, seen);
+        __syncthreads();
+        for (int d = static_cast<int>(threadIdx.x); d < s.dim; d += talk_threads)
+            s.y[static_cast<int64_t>(task) * s.dim + d] = all_seen(seen, 0, talk_warps, s.dim, d);
+        __syncthreads();
+    }
+}
+template <class T>
+__global__ void __launch_bounds__(talk_threads) read_few(const __grid_constant__ Few<T> r) {
+    BABYGPT_DYNAMIC_SHARED(memory);
+    const FewSpace<T> space(memory, r);
+    Ahead<T> ahead;
+    const auto bring_after = [&](int i) {
+        do ++i;
+        while (i < r.count && space.steps[i].kind != StepKind::product);
+        if (i < r.count) bring_ahead(space.steps[i], r, space, ahead);
+    };
+    static_assert(sizeof(Step) % sizeof(uint4) == 0, "steps are copied by sixteens of bytes");
+    for (int i = static_cast<int>(threadIdx.x); i < r.count * static_cast<int>(sizeof(Step) / sizeof(uint4)); i += talk_threads)
+        reinterpret_cast<uint4*>(space.steps)[i] = reinterpret_cast<const uint4*>(r.steps)[i];
+    for (int i = static_cast<int>(threadIdx.x); i < r.pages; i += talk_threads) space.pages[i] = r.sent_pages[i];
+    __syncthreads();
+    bring_after(-1);
+    for (int i = 0; i < r.count; ++i) {
+        const Step& s = space.steps[i];
+        if (s.kind == StepKind::embed) embed_few(s, r);
+        else if (s.kind == StepKind::norm) norm_rows(s, r);
+        else if (s.kind == StepKind::product) multiply_few(s, r, space, ahead);
+        else attend_few(s, r, space);
+        if (i + 1 == r.count) break;
+        arrive(r.cluster);
+        if (s.kind == StepKind::product) bring_after(i);
+        copies_arrive();
+        wait(r.cluster);
+    }
+}
+
 // ---- the host's side ----
 
 // Everything on the device, in one block, and what host and device both see.
@@ -3335,8 +3685,10 @@ struct TalkInput {
 struct Talker {
     bool narrow = false;
     int ordinal = 0, processors = 1, steps_there = 0, copies_there = 0, depth = 0, vocab = 0, context = 0;
+    int few = 0, deepest = 0;  // read_few takes so many rows at most, and products of such a depth
+    int cluster = 0;           // its blocks, where these are a cluster
     float epsilon = 0;
-    size_t shared_bytes = 0;
+    size_t shared_bytes = 0, few_bytes = 0;
     int64_t weight_block = 0;
     Step* steps = nullptr;
     Copied* copies = nullptr;
@@ -3351,6 +3703,12 @@ struct Talker {
     void destroy();
     template <class T>
     Status read(const Run& run, double* losses);
+    template <class T>
+    Status read_few_rows(const Run& run);
+    template <class T>
+    Status plan_few(int dim, int optin, int generation);
+    cudaLaunchConfig_t few_launch(cudaLaunchAttribute& attribute) const;
+    void give_logits(const Run& run) const;
     void plan_input(Plan& here);
 };
 inline int talk_pages(int context) { return (context + kv_page - 1) / kv_page; }
@@ -3502,13 +3860,13 @@ Status Talker::create(const DevicePlan& plan) {
     BABYGPT_CUDA(cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, ordinal));
     if (narrow && generation < 8)
         return refuse(Error::unsupported, "this GPU does not multiply bf16 (those from 2020 on do): choose the precision f32");
-    int dim = 1, deepest = 1;
+    int dim = 1;
     for (const Op& op : plan.ops) {
         if (op.kind == OpKind::attention) dim = greater(dim, op.dim());
         if (op.kind == OpKind::linear || op.kind == OpKind::head) deepest = greater(deepest, op.in);
     }
     const auto bytes_of = [&](int of) { return narrow ? talk_bytes<__nv_bfloat16>(of, dim) : talk_bytes<float>(of, dim); };
-    depth = static_cast<int>(parts_of(deepest, talk_depth)) * talk_depth;
+    depth = deepest = static_cast<int>(parts_of(deepest, talk_depth)) * talk_depth;
     while (depth > talk_depth && bytes_of(depth) > static_cast<size_t>(optin)) depth -= talk_depth;
     shared_bytes = bytes_of(depth);
     if (shared_bytes > static_cast<size_t>(optin))
@@ -3520,6 +3878,7 @@ Status Talker::create(const DevicePlan& plan) {
     else BABYGPT_CUDA(cudaFuncSetAttribute(read_rows<float>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
     Plan there;
     BABYGPT_CUDA_TRY(plan_steps(plan, there));
+    BABYGPT_CUDA_TRY(narrow ? plan_few<__nv_bfloat16>(dim, optin, generation) : plan_few<float>(dim, optin, generation));
     BABYGPT_CUDA_TRY(take_block(there.bytes, block, "take a smaller model, or the backend cpu"));
     there = Plan{static_cast<char*>(block), 0};
     BABYGPT_CUDA_TRY(plan_steps(plan, there));
@@ -3542,8 +3901,71 @@ void Talker::destroy() {
     if (block) (void)cudaFree(block);
     free(steps), free(copies);
 }
+// Where read_few fits, and on what. A step of the cluster's saves some 2 us of a whole device's barrier; but 16 multiprocessors take some
+// 0.5 us longer than all for each megabyte.
+template <class T>
+Status Talker::plan_few(int dim, int optin, int generation) {
+    constexpr int64_t much = int64_t(4) << 20;
+    for (few = few_rows; few > 0; --few) {
+        few_bytes = FewSpace<T>::bytes(steps_there, context, deepest, dim, few);
+        if (few_bytes <= static_cast<size_t>(optin)) break;
+    }
+    if (few == 0) return Status();
+    BABYGPT_CUDA(cudaFuncSetAttribute(read_few<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(few_bytes)));
+    int64_t bytes = 0;
+    for (int i = 0; i < steps_there; ++i)
+        if (steps[i].kind == StepKind::product) bytes += steps[i].out * steps[i].apart * static_cast<int64_t>(sizeof(T));
+    cudaFuncAttributes compiled{};
+    BABYGPT_CUDA(cudaFuncGetAttributes(&compiled, read_few<T>));
+    if (generation < 9 || compiled.ptxVersion < 90 || bytes > much * steps_there) return Status();
+    BABYGPT_CUDA(cudaFuncSetAttribute(read_few<T>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    for (cluster = most_cluster; cluster > 1; cluster /= 2) {
+        int fit = 0;
+        cudaLaunchAttribute attribute;
+        const cudaLaunchConfig_t config = few_launch(attribute);
+        if (cudaOccupancyMaxActiveClusters(&fit, read_few<T>, &config) == cudaSuccess && fit > 0) return Status();
+        (void)cudaGetLastError();  // smaller, then
+    }
+    cluster = 0;
+    return Status();
+}
+cudaLaunchConfig_t Talker::few_launch(cudaLaunchAttribute& attribute) const {
+    cudaLaunchConfig_t config{};
+    attribute = cudaLaunchAttribute{};
+    config.gridDim = dim3(static_cast<unsigned>(cluster > 0 ? cluster : processors)), config.blockDim = dim3(talk_threads);
+    config.dynamicSmemBytes = few_bytes, config.stream = stream;
+    if (cluster > 0) attribute.id = cudaLaunchAttributeClusterDimension, attribute.val.clusterDim = {config.gridDim.x, 1, 1};
+    else attribute.id = cudaLaunchAttributeCooperative, attribute.val.cooperative = 1;
+    config.attrs = &attribute, config.numAttrs = 1;
+    return config;
+}
+// Sequences of one row each.
+template <class T>
+Status Talker::read_few_rows(const Run& run) {
+    Few<T> r{};
+    r.steps = memory.steps, r.count = steps_there, r.rows = run.rows, r.depth = deepest, r.vocab = vocab, r.epsilon = epsilon;
+    r.cluster = cluster > 0, r.sent_pages = reinterpret_cast<T* const*>(input.pages), r.waves = memory.waves, r.logits = input.logits;
+    for (const Sequence& s : run.sequences) {
+        r.row[s.row] = RowHere{run.ids[s.row], s.position, r.pages, -1};
+        for (int k = 0; k < talk_pages(s.position + 1); ++k) input.pages[r.pages++] = s.pages[k];
+        if (s.logits) r.wanted[r.head_rows++] = s.row;
+    }
+    if (r.head_rows == 0) --r.count;  // the head, which is the last step
+    cudaLaunchAttribute attribute;
+    const cudaLaunchConfig_t config = few_launch(attribute);
+    BABYGPT_CUDA(cudaLaunchKernelEx(&config, read_few<T>, r));
+    BABYGPT_CUDA(cudaStreamSynchronize(stream));
+    give_logits(run);
+    return Status();
+}
+void Talker::give_logits(const Run& run) const {
+    const float* from = input.logits;
+    for (const Sequence& s : run.sequences)
+        if (s.logits) memcpy(s.logits, from, static_cast<size_t>(vocab) * sizeof(float)), from += vocab;
+}
 template <class T>
 Status Talker::read(const Run& run, double* losses) {
+    if (!losses && run.rows <= few && run.sequences.size == static_cast<size_t>(run.rows)) return read_few_rows<T>(run);
     Reading<T> r{};
     r.steps = memory.steps, r.count = steps_there, r.rows = run.rows, r.scores = losses != nullptr;
     r.sent_rows = input.rows, r.sent_wanted = input.wanted, r.sent_pages = reinterpret_cast<T* const*>(input.pages);
@@ -3570,9 +3992,7 @@ Status Talker::read(const Run& run, double* losses) {
     BABYGPT_CUDA(cudaLaunchKernelEx(&config, read_rows<T>, r));
     BABYGPT_CUDA(cudaStreamSynchronize(stream));
     if (losses) memcpy(losses, input.losses, static_cast<size_t>(r.rows) * sizeof(double));
-    const float* from = input.logits;
-    for (const Sequence& s : run.sequences)
-        if (s.logits) memcpy(s.logits, from, static_cast<size_t>(vocab) * sizeof(float)), from += vocab;
+    give_logits(run);
     return Status();
 }
 

@@ -888,6 +888,48 @@ TEST(generation_adapter, "a session on a GPU would not go on with an adapter, or
         CHECK(distance(two.sessions[0].logits(), two.sessions[1].logits()) <= usual);
     }
 }
+#ifndef ON_A_GPU
+TEST(generation_cluster, "few sessions would get other bits on a GPU with clusters than on one without, or another's beside them") {
+    Config configs[] = {speaker("gpt2"), speaker("llama"), speaker("gpt2")};
+    configs[1].kv_heads = 1, configs[1].context = 140;
+    configs[2].width = 64, configs[2].heads = 2, configs[2].vocab = 300, configs[2].context = 140;
+    for (const Config& c : configs) {
+        for (const Precision precision : {Precision::f32, Precision::bf16}) {
+            std::vector<float> found[3];  // by a cluster, by a grid, and by a cluster each session alone
+            for (int side = 0; side < 3; ++side) {
+                emulator::settings.major = side == 1 ? 8 : 9;
+                Speakers two;
+                if (!CHECK_OK(two.create(c, precision))) return;
+                constexpr size_t count = 4;
+                Session sessions[count];
+                Session* all[count];
+                SampleConfig how;
+                how.temperature = 0;
+                const long clusters = emulator::counts.clusters, launches = emulator::counts.launches;
+                for (size_t i = 0; i < count; ++i) {
+                    all[i] = &sessions[i];
+                    CHECK_OK(sessions[i].create(two.runtimes[1], two.models[1]));
+                    const std::vector<int32_t> ids = text(i == 2 ? static_cast<size_t>(c.context) - 4 : 1 + 12 * i, c.vocab);
+                    CHECK_OK(sessions[i].feed(Span<const int32_t>(ids)));
+                }
+                int32_t ids[count];
+                for (int round = 0; round < 3; ++round) {
+                    if (side < 2) CHECK_OK(next(Span<Session* const>(all, count), Span<const SampleConfig>(&how, 1), ids));
+                    for (size_t i = 0; i < count && side == 2; ++i) CHECK_OK(all[i]->next(how, ids[i]));
+                    for (Session* s : all) found[side].insert(found[side].end(), s->logits().begin(), s->logits().end());
+                }
+                CHECK(side == 1 ? emulator::counts.clusters == clusters : emulator::counts.clusters - clusters >= 3);
+                CHECK(emulator::counts.launches > launches && no_faults());
+            }
+            CHECK(found[0].size() == 12 * static_cast<size_t>(c.vocab));
+            for (int side = 1; side < 3; ++side)
+                CHECK(found[side].size() == found[0].size() &&
+                      memcmp(found[side].data(), found[0].data(), found[0].size() * sizeof(float)) == 0);
+        }
+    }
+    emulator::settings.major = 9;
+}
+#endif
 TEST(generation_learnt, "a session would run with weights that a GPU has changed since") {
     Case c{"", small("gpt2"), some(3)};
     Learner l;

@@ -149,7 +149,11 @@ typedef cudaError cudaError_t;
 enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive, cudaStreamCaptureStatusInvalidated };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+    cudaFuncAttributePreferredSharedMemoryCarveout = 9,
+    cudaFuncAttributeNonPortableClusterSizeAllowed = 14
+};
 enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice, cudaMemoryTypeManaged };
 enum cudaDeviceAttr {
     cudaDevAttrMaxThreadsPerBlock = 1,
@@ -187,11 +191,15 @@ struct cudaPointerAttributes {
 enum cudaLaunchAttributeID {
     cudaLaunchAttributeIgnore = 0,
     cudaLaunchAttributeCooperative = 2,
+    cudaLaunchAttributeClusterDimension = 4,
     cudaLaunchAttributeProgrammaticStreamSerialization = 6
 };
 union cudaLaunchAttributeValue {
     char pad[64];
     int cooperative, programmaticStreamSerializationAllowed;
+    struct {
+        unsigned x, y, z;
+    } clusterDim;
 };
 struct cudaLaunchAttribute {
     cudaLaunchAttributeID id;
@@ -203,7 +211,7 @@ namespace emulator {
 
 struct Settings {
     bool no_device = false;
-    int major = 9, minor = 0, processors = 4;
+    int major = 9, minor = 0, processors = 4, cluster = 4;  // blocks of the largest cluster
     size_t memory = size_t(4) << 30, shared = 48 << 10, shared_optin = 227 << 10;
     long fail_call = 0;        // the call of this number from now (1 = the next one) fails
     long fail_allocation = 0;  // the same for allocations of device or pinned memory
@@ -217,7 +225,8 @@ struct Settings {
 };
 inline Settings settings;
 struct Counts {
-    long calls = 0, launches = 0, kernels = 0, graph_launches = 0, synchronisations = 0, allocations = 0, copies = 0, products = 0;
+    long calls = 0, launches = 0, kernels = 0, graph_launches = 0, clusters = 0, synchronisations = 0, allocations = 0, copies = 0,
+         products = 0;
     long long sent = 0;  // bytes that were copied to the device, where no graph does it
 };
 inline Counts counts;
@@ -282,6 +291,7 @@ struct Thread {
     Block* block = nullptr;
     std::vector<Copy> copies;
     int group = 0;
+    bool arrived = false;  // at the cluster's barrier
 };
 struct SharedArray {
     const void* key;
@@ -306,6 +316,7 @@ struct Launch {
     dim3 grid, block;
     size_t dynamic = 0;
     bool cooperative = false;
+    unsigned cluster = 0;  // blocks
     std::function<void()> body, check;
     const void* arguments = nullptr;
     size_t arguments_size = 0;
@@ -324,6 +335,7 @@ struct State {
     std::map<uintptr_t, Allocation> allocations;
     size_t used = 0, peak = 0;
     std::map<const void*, int> dynamic_limit;
+    std::set<const void*> large_clusters;  // kernels that may have more than 8 blocks in one
     std::set<Stream*> streams;
     std::set<const void*> handles;
     int capturing = 0;
@@ -804,6 +816,8 @@ EMULATOR_PLAIN inline void watch(const void* at, size_t bytes, bool write, const
         return watch_cells(arena_cells, static_cast<size_t>(p - arenas), bytes,
                            {self(), b.start_time, b.barrier_time, write, atomic, at, pc});
     if (in_device(p)) {
+        if (write && now->arrived)
+            return report(pc, "writes device memory between its arrival at a barrier and its wait: others might not see it");
         if (p < known_from || p + bytes > known_to) {
             const std::string wrong = wrong_device_range(at, bytes);
             if (!wrong.empty()) return report(pc, (write ? "writes " : "reads ") + wrong);
@@ -1036,7 +1050,7 @@ inline bool try_grid() {
             if (t->wait != Wait::grid) return false;
     grid_time = ++clock_time;
     for (Block& b : resident)
-        for (Thread* t : b.threads) t->wait = Wait::ready;
+        for (Thread* t : b.threads) t->wait = Wait::ready, t->arrived = false;
     return true;
 }
 // Nobody can go on: says who waits for whom.
@@ -1110,7 +1124,7 @@ inline void start_block(Block& b, uint32_t number, size_t slot) {
         prepare(t, slot * 1024 + i);
         const unsigned n = static_cast<unsigned>(i);
         t.index = {n % l.block.x, n / l.block.x % l.block.y, n / l.block.x / l.block.y};
-        t.number = n, t.block = &b, t.wait = Wait::ready, t.group = 0;
+        t.number = n, t.block = &b, t.wait = Wait::ready, t.group = 0, t.arrived = false;
         t.copies.clear();
         b.threads[i] = &t;
     }
@@ -1135,7 +1149,7 @@ EMULATOR_PLAIN inline void run_resident() {
             for (const Thread* t : b.threads) all_done = all_done && t->wait == Wait::done;
         }
         if (all_done) return;
-        if (!bad && launch->cooperative && try_grid()) progress = true;
+        if (!bad && (launch->cooperative || launch->cluster > 0) && try_grid()) progress = true;
         if (bad || !progress) {
             if (!bad) explain();
             stopped = true;
@@ -1156,7 +1170,7 @@ inline void run(const Launch& l) {
     releases.clear();
     l.check();
     const uint32_t blocks = l.grid.x * l.grid.y * l.grid.z;
-    const size_t together = l.cooperative ? blocks : 1;
+    const size_t together = l.cooperative || l.cluster > 0 ? blocks : 1;
     resident.resize(together);
     const std::vector<uint32_t> order = order_of(blocks, 17, 2);
     for (uint32_t first = 0; first < blocks && !stopped && state.sticky == cudaSuccess; first += static_cast<uint32_t>(together)) {
@@ -1203,6 +1217,23 @@ inline void grid_sync(EMULATOR_SITE) {
     const Inside mark;
     if (!launch->cooperative) {
         fault(format("%s:%d: a barrier of the grid in a launch that is not cooperative", short_name(site.file), site.line));
+        stop();
+    }
+    suspend(Wait::grid, Kind::sync, 0, site);
+}
+inline void cluster_arrive(EMULATOR_SITE) {
+    const Inside mark;
+    if (launch->cluster == 0 || now->arrived) {
+        fault(format("%s:%d: arrives at a cluster's barrier %s", short_name(site.file), site.line,
+                     now->arrived ? "twice" : "without a cluster"));
+        stop();
+    }
+    now->arrived = true;
+}
+inline void cluster_wait(EMULATOR_SITE) {
+    const Inside mark;
+    if (!now->arrived) {
+        fault(format("%s:%d: waits at a cluster's barrier without having arrived", short_name(site.file), site.line));
         stop();
     }
     suspend(Wait::grid, Kind::sync, 0, site);
@@ -1778,6 +1809,10 @@ inline std::string wrong_launch(const Launch& l) {
     if (l.dynamic > most) return format("%zu bytes of dynamic shared memory, where %zu are allowed", l.dynamic, most);
     return "";
 }
+// 8 blocks everywhere, more where it has been allowed.
+inline bool cluster_fits(unsigned blocks, const void* kernel) {
+    return settings.major >= 9 && blocks <= static_cast<unsigned>(settings.cluster) && (blocks <= 8 || state.large_clusters.count(kernel));
+}
 }  // namespace emulator
 typedef emulator::Stream* cudaStream_t;
 typedef emulator::Event* cudaEvent_t;
@@ -1804,14 +1839,20 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     l.grid = config->gridDim, l.block = config->blockDim, l.dynamic = config->dynamicSmemBytes;
     for (unsigned i = 0; i < config->numAttrs; ++i)
         if (config->attrs[i].id == cudaLaunchAttributeCooperative && config->attrs[i].val.cooperative) l.cooperative = true;
+        else if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) l.cluster = config->attrs[i].val.clusterDim.x;
     const std::string wrong = emulator::wrong_launch(l);
     if (!wrong.empty()) {
         emulator::fault("kernel " + emulator::symbol(l.kernel, true) + ": launched with " + wrong);
         return emulator::keep(cudaErrorInvalidConfiguration);
     }
     const size_t blocks = static_cast<size_t>(l.grid.x) * l.grid.y * l.grid.z;
+    if (l.cluster > 0 && (l.cluster != blocks || !emulator::cluster_fits(l.cluster, l.kernel))) {
+        emulator::fault("kernel " + emulator::symbol(l.kernel, true) + ": a cluster that is not the whole grid, or too large");
+        return emulator::keep(cudaErrorInvalidConfiguration);
+    }
     if (l.cooperative && (blocks > emulator::most_resident || blocks > static_cast<size_t>(emulator::settings.processors) * 2))
         return emulator::keep(cudaErrorCooperativeLaunchTooLarge);
+    emulator::counts.clusters += l.cluster > 0;
     const auto kept = std::make_shared<Arguments>(std::forward<A>(arguments)...);
     l.arguments = kept.get(), l.arguments_size = sizeof(Arguments);
     const auto watched = [kernel](P... values) {
@@ -2255,6 +2296,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 template <class... P>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {
     EMULATOR_CALL;
+    if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed && value)
+        emulator::state.large_clusters.insert(reinterpret_cast<const void*>(kernel));
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
     if (value < 0 || static_cast<size_t>(value) > emulator::settings.shared_optin) return emulator::keep(cudaErrorInvalidValue);
     emulator::state.dynamic_limit[reinterpret_cast<const void*>(kernel)] = value;
@@ -2273,6 +2316,16 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(
     EMULATOR_CALL;
     const size_t by_shared = emulator::settings.shared_optin / (dynamic + 1024);
     *blocks = threads > 1024 ? 0 : by_shared < 2 ? static_cast<int>(by_shared) : 2;
+    return cudaSuccess;
+}
+
+template <class... P>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(P...), const cudaLaunchConfig_t* config) {
+    EMULATOR_CALL;
+    *clusters = 0;
+    for (unsigned i = 0; i < config->numAttrs; ++i)
+        if (config->attrs[i].id == cudaLaunchAttributeClusterDimension)
+            *clusters = emulator::cluster_fits(config->attrs[i].val.clusterDim.x, reinterpret_cast<const void*>(kernel));
     return cudaSuccess;
 }
 

@@ -242,6 +242,50 @@ TEST(barrier_of_the_grid, "a cooperative launch does not run its blocks together
     CHECK(d.finds("not cooperative", 2, 1, grid_turns, d.data, true));
     if (watched) CHECK(d.finds("nothing between", 4, 1, grid_turns, d.data, false));
 }
+enum class Turn { right, no_arrival, two_arrivals, late };
+__global__ void cluster_turns(float* out, Turn turn) {
+    const unsigned next = (blockIdx.x + 1) % gridDim.x;
+    if (turn != Turn::late) out[blockIdx.x] = 1;
+    if (turn != Turn::no_arrival) emulator::cluster_arrive();
+    if (turn == Turn::two_arrivals) emulator::cluster_arrive();
+    if (turn == Turn::late) out[blockIdx.x] = 1;
+    emulator::cluster_wait();
+    out[8 + blockIdx.x] = out[next];
+}
+TEST(barrier_of_a_cluster,
+     "a cluster does not run its blocks together, is larger than it may be, or its barrier's two halves can be mistaken") {
+    Device d;
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension, attribute.val.clusterDim = {4, 1, 1};
+    cudaLaunchConfig_t c = d.shape(4, 1);
+    c.attrs = &attribute, c.numAttrs = 1;
+    const auto run = [&](Turn turn) {
+        emulator::settings.quiet = turn != Turn::right;
+        const cudaError_t launched = cudaLaunchKernelEx(&c, cluster_turns, d.data, turn);
+        return launched == cudaSuccess ? cudaStreamSynchronize(d.stream) : launched;
+    };
+    CHECK(run(Turn::right) == cudaSuccess && silent());
+    CHECK(d.read(1, d.data + 8)[0] == 1);
+    const auto finds = [&](const char* text, Turn turn) {
+        (void)run(turn);
+        const bool found = emulator::found(text);
+        emulator::forget();
+        return found;
+    };
+    CHECK(finds("without having arrived", Turn::no_arrival));
+    CHECK(finds("barrier twice", Turn::two_arrivals));
+    if (watched) CHECK(finds("between its arrival at a barrier and its wait", Turn::late));
+    int fit = -1;
+    CHECK(cudaOccupancyMaxActiveClusters(&fit, cluster_turns, &c) == cudaSuccess && fit == 1);
+    emulator::settings.major = 8;
+    CHECK(cudaOccupancyMaxActiveClusters(&fit, cluster_turns, &c) == cudaSuccess && fit == 0);
+    emulator::settings.major = 9, emulator::settings.cluster = 16;
+    c.gridDim = 16, attribute.val.clusterDim.x = 16;
+    CHECK(finds("too large", Turn::no_arrival));
+    CHECK(cudaFuncSetAttribute(cluster_turns, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess);
+    CHECK(cudaOccupancyMaxActiveClusters(&fit, cluster_turns, &c) == cudaSuccess && fit == 1);
+    emulator::settings.cluster = 4;
+}
 
 // ---- memory ----------------------------------------------------------------------------------------------------------
 __global__ void unwritten_shared(float* out) {
