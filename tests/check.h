@@ -67,10 +67,21 @@ inline int& thoroughness() {
     return times;
 }
 
+inline bool has_test(const char* word) {
+    for (const Test* test = first_test(); test; test = test->next)
+        if (strstr(test->name, word)) return true;
+    return false;
+}
 // With a word as argument: only the tests whose name holds it; with a number after it: so many times as many damaged files.
 inline int run_tests(int count = 0, char** words = nullptr) {
     const char* only = count > 1 ? words[1] : nullptr;
     if (count > 2) thoroughness() = atoi(words[2]);
+    if (only && !has_test(only)) {
+        printf("no test's name holds '%s'; there are:\n", only);
+        for (const Test* test = first_test(); test; test = test->next) printf("  %s\n", test->name);
+        printf("0 passed, 1 failed\n");
+        return 1;
+    }
     int passed = 0, failed = 0, left_out = 0;
     for (Test* test = first_test(); test; test = test->next) {
         if (only && !strstr(test->name, only)) continue;

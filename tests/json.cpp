@@ -23,6 +23,10 @@ static bool parses(const string& text) {
     return json.finish("text").ok();
 }
 
+TEST(names, "a test program told to run a test that it has not would say that all is well") {
+    CHECK(has_test("names") && has_test("umber") && !has_test("numbers "));
+}
+
 TEST(numbers, "a number is not read as the nearest double, or not written so that it reads back") {
     Runtime runtime;
     const auto same = [&](const string& text) {
