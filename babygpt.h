@@ -6156,6 +6156,8 @@ struct Op {
     bool adds_to_dx2 = false;
     int lora = nothing, loras = 0;  // linear: the first of those beside it in Tape::loras, and how many they are
     int low = nothing;              // of these, in training: [rank * loras], x A^T times the scale
+    int sum = nothing;              // linear, add: each other, where a device's product also makes the sum whose second summand is its y
+    int bias_sum = nothing;  // linear, norm: each other, where the norm's backward pass there also sums up the gradient of the bias b
     int dim() const { return in / (sight == Sight::source ? heads : heads + 2 * kv_heads); }  // attention, rope: columns of a head
 };
 
@@ -6306,6 +6308,7 @@ struct DeviceFunctions {
     Status (*read)(Generator* generator, const Run& run, double* losses);
 };
 constexpr int device_rows = 256;
+constexpr int device_norm_columns = 1024;  // of a row of which a norm's backward pass makes sums at once, where four divide it: at most
 constexpr size_t device_sizes[7] = {sizeof(DeviceFunctions), sizeof(Tensor),      sizeof(Op), sizeof(WeightPlan), sizeof(Run),
                                     sizeof(DevicePlan),      sizeof(DeviceUpdate)};
 
@@ -6387,6 +6390,7 @@ struct Tape {
     bool frozen = false;                     // training: the adapter's weights are learnt, and no others
     bool training = false;                   // plan gradients, and keep what backward reads
     bool on_device = false, halves = false;  // a device runs it; there the activations' numbers have 16 bits
+    bool makes_sums = false;                 // its products can add a sum's other summand
     double dropout = 0;
     double epsilon = 1e-5;  // of the norms
     double rope_base = 10000;
@@ -6601,6 +6605,7 @@ struct Tape {
         for (int i = 0; i < n; ++i) {
             Op& op = ops[static_cast<size_t>(i)];
             const int back = 2 * n - 1 - i;
+            op.sum = op.bias_sum = nothing;
             touch(op.x, i), touch(op.x2, i), touch(op.y, i), touch(op.aux, i), touch(op.low, i);
             if (!training && op.sight == Sight::source) touch(op.x2, 0), touch(op.x2, n);
             if (!runs_backward(op)) continue;
@@ -6635,6 +6640,7 @@ struct Tape {
         }
         for (Tensor& t : tensors)
             if (t.shares != nothing) t.gradient = at(t.shares).gradient;
+        if (on_device) merge_bias_sums();
         for (const WeightPlan& plan : learnt())  // Muon works there once the activations are not needed any more
             if (training && plan.matrices) activation_block = most(activation_block, muon_space(plan));
         return Status();
@@ -6770,20 +6776,37 @@ struct Tape {
         t.gradient_born = least(t.gradient_born, time), t.gradient_dies = most(t.gradient_dies, time);
     }
 
-    // Does the op before make the second summand, so that a device can add the first at once?
-    bool sums_at_once(size_t i) const { return i > 0 && ops[i].kind == OpKind::add && ops[i - 1].y == ops[i].x2; }
-    // On a device. A sum's summands have its gradient: where nothing else has been added to it when they want it, they have its place, too.
+    int readers(int tensor_index) const {
+        int count = 0;
+        for (const Op& op : ops) count += op.x == tensor_index || op.x2 == tensor_index;
+        return count;
+    }
+    // On a device. A product whose result only the next op reads, as a sum's second summand, makes that sum: it is written one op sooner. A sum's
+    // summands have its gradient: where nothing else has been added to it when they want it, they have its place, too.
     void merge_sums() {
         const int n = static_cast<int>(ops.count);
         for (int i = 1; i < n; ++i) {
-            const Op &op = ops[static_cast<size_t>(i)], &before = ops[static_cast<size_t>(i - 1)];
-            if (!sums_at_once(static_cast<size_t>(i))) continue;
-            touch(op.y, i - 1);
-            const bool keeps = before.kind == OpKind::dropout || (before.kind == OpKind::linear && before.activation == Activation::none);
+            Op &op = ops[static_cast<size_t>(i)], &before = ops[static_cast<size_t>(i - 1)];
+            if (op.kind != OpKind::add || before.y != op.x2) continue;
+            const bool is_bare = before.kind == OpKind::linear && before.activation == Activation::none;
+            if (makes_sums && is_bare && before.loras == 0 && op.x != op.x2 && readers(op.x2) == 1)
+                op.sum = i - 1, before.sum = i, touch(op.y, i - 1);
+            const bool keeps = before.kind == OpKind::dropout || is_bare;
             if (!runs_backward(op) || op.adds_to_dx || op.adds_to_dx2 || !keeps || at(op.x).fixed || at(op.x2).fixed) continue;
             const int place = at(op.x).shares != nothing ? at(op.x).shares : op.x;
             touch_gradient(op.y, 2 * n - i);  // when that op reads it
             share_gradient(op.y, place), share_gradient(op.x2, place);
+        }
+    }
+    // There, a norm's dx is the gradient of a product with a bias, which made x's last summand, where both have one place.
+    void merge_bias_sums() {
+        for (size_t i = 2; training && !frozen && i < ops.count; ++i) {
+            Op &norm = ops[i], &maker = ops[i - 2];
+            const Op& sum = ops[i - 1];
+            const bool makes = norm.kind == OpKind::norm && sum.kind == OpKind::add && sum.y == norm.x && maker.kind == OpKind::linear &&
+                               maker.y == sum.x2 && maker.b != nothing;
+            if (makes && at(maker.y).gradient == at(norm.x).gradient && norm.in % 4 == 0 && norm.in <= device_norm_columns)
+                norm.bias_sum = static_cast<int>(i - 2), maker.bias_sum = static_cast<int>(i);
         }
     }
     void share_gradient(int tensor_index, int with) {
@@ -6793,14 +6816,13 @@ struct Tape {
     }
     // The norm, gate, or linear op with an activation function, whose result this is, where one op reads it; nothing: it has to be kept.
     int cheap_maker(int tensor_index) const {
-        int maker = nothing, readers = 0;
+        int maker = nothing;
         for (size_t i = 0; i < ops.count; ++i) {
             const Op& op = ops[i];
-            readers += op.x == tensor_index || op.x2 == tensor_index;
             const bool cheap = op.kind == OpKind::norm || op.activation != Activation::none;
             if (op.y == tensor_index && cheap) maker = static_cast<int>(i);
         }
-        return readers == 1 ? maker : nothing;
+        return readers(tensor_index) == 1 ? maker : nothing;
     }
     // The lowest place that no tensor placed before it needs at the same time.
     int64_t place(size_t index, bool gradient, int born, int dies, int again) {
@@ -10087,6 +10109,7 @@ inline void choose_device(TrainerState& s, const Runtime& runtime) {
     s.on = find_device(runtime);
     s.tape.on_device = s.on != nullptr;
     s.tape.halves = s.on && runtime.precision == Precision::bf16;
+    s.tape.makes_sums = s.on && runtime.precision != Precision::f32;
 }
 // Nothing is copied before somebody looks: then the weights come back.
 BABYGPT_RARE Status give_back(const Borrowed& borrowed) {

@@ -2049,22 +2049,7 @@ struct Gpu {
         for (const Op& op : plan.ops) readers += (op.x == tensor) + (op.x2 == tensor);
         return readers == 1;
     }
-    // A norm's backward pass may sum the rows of its dx at once, where that is then the gradient of a product with a bias, which made x's last summand.
-    static constexpr int kept_columns = 4 * warp * 8;
-    const Op* biased_before(const Op& norm) const {
-        if (norm.kind != OpKind::norm || &norm - plan.ops.begin() < 2 || norm.in % 4 != 0 || norm.in > kept_columns) return nullptr;
-        const Op &sum = *(&norm - 1), &maker = *(&norm - 2);
-        const bool makes = sum.kind == OpKind::add && sum.y == norm.x && maker.kind == OpKind::linear && maker.y == sum.x2;
-        return makes && weight_gradient(maker.b) && at(maker.y).gradient == at(norm.x).gradient ? &maker : nullptr;
-    }
-    // What cuBLASLt does with a product at once. The sum whose second summand this op makes:
-    const Op* sum_after(const Op& op) const {
-        const Op* const next = &op + 1;
-        const bool makes = on_tensor_cores(plan) && op.kind == OpKind::linear && op.loras == 0 && op.activation == Activation::none &&
-                           next != plan.ops.end() && next->kind == OpKind::add && next->x2 == op.y && next->x != op.y;
-        return makes && read_once(op.y) ? next : nullptr;
-    }
-    // and, backward, the slope of the activation function that made its x.
+    // What cuBLASLt does with a product at once, backward: the slope of the activation function that made its x.
     const Op* activation_before(const Op& op) const {
         if (&op == plan.ops.begin() || !on_tensor_cores(plan) || op.kind != OpKind::linear || op.loras > 0 || op.adds_to_dx) return nullptr;
         const Op* const maker = &op - 1;
@@ -2328,7 +2313,7 @@ void Gpu::linear_forward(const Op& op) {
     const bool late = op.activation != Activation::none && (op.loras > 0 || (fast && !gelu));
     Real* const to = late && aux ? aux : y;
     if (fast) {
-        const Op* const sum = sum_after(op);
+        const Op* const sum = op.sum == nothing ? nullptr : &plan.ops[static_cast<size_t>(op.sum)];
         Matmul m{to,    op.out,         nullptr, side_of(x, all, op.in),    side_of_weight<Real>(op.w),
                  op.in, w_stride,       true,    plan.output_rows,          false,
                  all,   {op.in, -1, 0}, op.out,  bias_of<Real>(op.b, false)};
@@ -2395,8 +2380,7 @@ void Gpu::linear_backward(const Op& op) {
     if (op.activation != Activation::none && !taken)
         over_elements(activate_backward<Real>, static_cast<int64_t>(rows) * op.out, dy, values<Real>(op.aux), memory.now, side, op.out,
                       op.activation);
-    const bool has_norm = plan.ops.end() - &op > 2 && biased_before(*(&op + 2)) == &op;
-    if (db && !has_norm) sum_over_rows<Real>(db, nullptr, dy, op.out, nullptr, nullptr, all, op.out);
+    if (db && op.bias_sum == nothing) sum_over_rows<Real>(db, nullptr, dy, op.out, nullptr, nullptr, all, op.out);
     const bool fast = on_tensor_cores(plan);
     if (fast && (dw || dx)) (void)side_of(dy, all, op.out);
     if (fast && dw) (void)side_of(x, all, op.in);
@@ -2466,11 +2450,12 @@ void Gpu::norm_back(const Op& op) {
     const Real *const x = values<Real>(op.x), *const dy = gradient<Real>(op.y);
     float *const dw = weight_gradient(op.w), *const db = weight_gradient(op.b);
     Real* const dx = gradient<Real>(op.x);
-    if (!dw || n % 4 != 0 || n > kept_columns) {
+    if (!dw || n % 4 != 0 || n > device_norm_columns) {
         if (dw) sum_over_rows<Real>(db, dw, dy, n, x, aux, {rows, side, 0}, n);
         return over_rows(norm_backward<Real>, rows, dx, dy, x, aux, w, memory.now, side, n, op.centred, op.adds_to_dx);
     }
-    const Op* const biased = biased_before(op);
+    static_assert(device_norm_columns <= 4 * warp * 8);
+    const Op* const biased = op.bias_sum == nothing ? nullptr : &plan.ops[static_cast<size_t>(op.bias_sum)];
     const int count = lesser(parts_of_rows(rows), 3 * processors);
     launch(n <= 4 * warp * 3 ? norm_backward_summing<Real, 3> : norm_backward_summing<Real, 8>, count, 1, 0, dx, memory.parts, dy, x, aux,
            w, memory.now, side, n, op.centred, op.adds_to_dx);
@@ -2658,7 +2643,7 @@ void Gpu::op_forward(int number, bool learns) {
         case OpKind::attention:
             return attention<Real>(op, number, false);
         case OpKind::add:
-            if (number > 0 && sum_after(plan.ops[static_cast<size_t>(number - 1)]) == &op) return;  // the product has done it
+            if (op.sum != nothing) return;  // the product has done it
             return over_elements(add_forward<Real>, size, y, x, values<Real>(op.x2), memory.now, side, op.in);
         case OpKind::dropout:
             return over_rows(dropout<Real>, rows, y, x, memory.now, side, number, op.in, false);
