@@ -496,7 +496,7 @@ __global__ void embedding_forward(Real* y, const float* token, const float* posi
 
 // dtoken[id] += the sum of dy over the rows with this id. The rows are sorted by id first, by digits of 8 bits, the lowest first, each pass in three
 // kernels; equal ids keep their order, so that the sums have one, too.
-//   sort_count: a block has 256 rows, thread d counts digit d among them.   sort_places: a block has a digit; how many of it are in the blocks
+//   sort_count: a block has 256 rows, thread d counts digit d among them.   sort_places: a warp has a digit; how many of it are in the blocks
 //   before each, and in all.   sort_move: a thread has a row; before it stand the smaller digits, the blocks before, and the equal in its own.
 __global__ void sort_count(uint32_t* counts, const uint32_t* keys, const int32_t* ids, const Now* now, int side, int shift) {
     BABYGPT_SHARED(uint32_t, digit, sort_block);
@@ -522,17 +522,26 @@ __device__ __forceinline__ uint32_t sum_before(uint32_t mine, uint32_t* sums) {
     return sums[me] - mine;
 }
 __global__ void sort_places(uint32_t* counts, uint32_t* totals, int blocks) {
-    BABYGPT_SHARED(uint32_t, sums, block_threads);
+    const int digit = first_row();
+    if (digit >= digits) return;
+    uint32_t* const of_digit = counts + static_cast<int64_t>(digit) * blocks;
     uint32_t before = 0;
-    for (int first = 0; first < blocks; first += block_threads) {
-        const int i = first + static_cast<int>(threadIdx.x);
-        uint32_t* const count = counts + static_cast<int64_t>(blockIdx.x) * blocks + i;
-        const uint32_t mine = i < blocks ? *count : 0, sum = sum_before(mine, sums);
-        if (i < blocks) *count = before + sum;
-        before += sums[block_threads - 1];
-        __syncthreads();
+    for (int first = 4 * lane(); first - 4 * lane() < blocks; first += 4 * warp) {
+        uint32_t own[4], sum = 0;
+        for (int i = 0; i < 4; ++i) own[i] = first + i < blocks ? of_digit[first + i] : 0, sum += own[i];
+        uint32_t place = before - sum;
+        for (unsigned apart = 1; apart < warp; apart *= 2) {
+            const uint32_t other = __shfl_up_sync(0xffffffffu, sum, apart);
+            if (lane() >= static_cast<int>(apart)) sum += other;
+        }
+        place += sum;
+        before += __shfl_sync(0xffffffffu, sum, warp - 1);
+        for (int i = 0; i < 4; ++i) {
+            if (first + i < blocks) of_digit[first + i] = place;
+            place += own[i];
+        }
     }
-    if (threadIdx.x == 0) totals[blockIdx.x] = before;
+    if (lane() == 0) totals[digit] = before;
 }
 __global__ void sort_move(uint32_t* to_keys, int32_t* to_rows, const uint32_t* places, const uint32_t* totals, const uint32_t* keys,
                           const int32_t* sorted, const int32_t* ids, const Now* now, int side, int shift) {
@@ -575,19 +584,39 @@ __global__ void embedding_backward(float* dtoken, float* edges, const Real* dy, 
         }
     }
 }
-// Then the warp whose 64 rows such a sum begins in adds its parts.
+// Then the block whose 64 rows such a sum begins in adds its parts, which may be a fifth of all: warp i of it every 8th, `size` columns a lane, then
+// their sums, in an order that never changes.
+template <int size>
 __global__ void embedding_edges(float* dtoken, const float* edges, const uint32_t* keys, const Now* now, int side, int n) {
-    const int rows = now->rows[side], across = (n + warp - 1) / warp;
-    for (int number = first_row(); number / across * edge_rows < rows; number += all_warps()) {
-        const int part = number / across, from = part * edge_rows, to = from + edge_rows, c = number % across * warp + lane();
+    constexpr size_t many = size;
+    BABYGPT_SHARED(float, sums, (block_threads * size));
+    const int rows = now->rows[side], parts = (rows + edge_rows - 1) / edge_rows, across = (n + size * warp - 1) / (size * warp);
+    const int me = static_cast<int>(threadIdx.x);
+    for (int number = static_cast<int>(blockIdx.x); number < parts * across; number += static_cast<int>(gridDim.x)) {
+        const int part = number / across, from = part * edge_rows, to = from + edge_rows, c = (number % across * warp + lane()) * size;
         if (to >= rows || keys[to] != keys[to - 1]) continue;                                  // nothing goes on
         if (from > 0 && keys[from - 1] == keys[from] && keys[from] == keys[to - 1]) continue;  // it began before
-        if (c >= n) continue;
         const uint32_t id = keys[to - 1];
-        float sum = edges[(2 * static_cast<int64_t>(part) + 1) * n + c];
-        for (int next = part + 1; next * edge_rows < rows && keys[next * edge_rows] == id; ++next)
-            sum += edges[2 * static_cast<int64_t>(next) * n + c];
-        dtoken[static_cast<int64_t>(id) * n + c] += sum;
+        int last = part + 1, beyond = parts;  // the last part whose first row is of this id
+        while (beyond - last > 1) {
+            const int middle = (last + beyond) / 2;
+            (keys[middle * edge_rows] == id ? last : beyond) = middle;
+        }
+        float sum[many] = {};
+        BABYGPT_UNROLL(8)
+        for (int next = part + me / warp; next <= last; next += block_warps) {
+            if (c >= n) continue;
+            float d[many];
+            load(d, edges + (2 * static_cast<int64_t>(next) + (next == part ? 1 : 0)) * n + c);
+            for (int j = 0; j < size; ++j) sum[j] += d[j];
+        }
+        for (int j = 0; j < size; ++j) sums[j * block_threads + me] = sum[j];
+        __syncthreads();
+        for (int j = 0; j < size && me < warp && c < n; ++j) {
+            for (int i = 1; i < block_warps; ++i) sum[j] += sums[j * block_threads + i * warp + me];
+            dtoken[static_cast<int64_t>(id) * n + c + j] += sum[j];
+        }
+        __syncthreads();
     }
 }
 // dposition[p] += the sum of dy over the sequences that reach p. A block has a position and `size` columns a lane, warp i of it every 8th sequence.
@@ -2470,7 +2499,7 @@ void Gpu::embed_backward(const Op& op) {
     int to = 0;
     for (int shift = 0; shift == 0 || (shift < 32 && (plan.vocab - 1) >> shift != 0); shift += 8, to = 1 - to) {
         launch(sort_count, parts, 1, 0, memory.counts, keys, ids, memory.now, side, shift);
-        launch(sort_places, digits, 1, 0, memory.counts, memory.totals, static_cast<int>(parts));
+        launch(sort_places, digits / block_warps, 1, 0, memory.counts, memory.totals, static_cast<int>(parts));
         launch(sort_move, parts, 1, 0, memory.keys[to], memory.sorted_rows[to], memory.counts, memory.totals, keys, sorted, ids, memory.now,
                side, shift);
         keys = memory.keys[to], sorted = memory.sorted_rows[to];
@@ -2478,12 +2507,12 @@ void Gpu::embed_backward(const Op& op) {
     float *const dtoken = weight_gradient(op.w), *const dposition = weight_gradient(op.b);
     const Real* const dy = gradient<Real>(op.y);
     const bool fours = n % 4 == 0;
-    const int64_t across = parts_of(n, warp), across_fours = parts_of(n, fours ? 4 * warp : warp), blocks = parts_of(rows, edge_rows);
-    over_rows(fours ? embedding_backward<4, Real> : embedding_backward<1, Real>, blocks * across_fours, dtoken, memory.parts, dy, keys,
-              sorted, memory.now, side, n);
-    over_rows(embedding_edges, blocks * across, dtoken, memory.parts, keys, memory.now, side, n);
+    const int64_t across = parts_of(n, fours ? 4 * warp : warp), edges = parts_of(rows, edge_rows) * across;
+    over_rows(fours ? embedding_backward<4, Real> : embedding_backward<1, Real>, edges, dtoken, memory.parts, dy, keys, sorted, memory.now,
+              side, n);
+    launch(fours ? embedding_edges<4> : embedding_edges<1>, blocks(edges, 1), 1, 0, dtoken, memory.parts, keys, memory.now, side, n);
     if (dposition)
-        launch(fours ? position_backward<4, Real> : position_backward<1, Real>, plan.context * across_fours, 1, 0, dposition, dy,
+        launch(fours ? position_backward<4, Real> : position_backward<1, Real>, plan.context * across, 1, 0, dposition, dy,
                memory.places[side], memory.now, n);
 }
 // Forward, and, where it learns, backward at once: chunk of rows after chunk, so that no more logits than these are ever there.

@@ -433,6 +433,49 @@ TEST(attention_kernels, "attention in bf16 would not be the formula's in every s
 #endif
 
 #ifndef ON_A_GPU
+TEST(frequent_ids, "the gradient of an id that is a fifth of a text would miss some of its rows, or be other bits from run to run") {
+    using namespace cuda;
+    for (const int n : {8, 5}) {
+        // 1100 sorted rows: an id that ends where 64 of them do, one that has 700, one of 64 exactly, one that goes on into the last few.
+        const int ends[] = {64, 130, 830, 832, 896, 1040, 1100};
+        std::vector<uint32_t> keys;
+        std::vector<int32_t> sorted;
+        for (int row = 0, id = 0; row < 1100; ++row) {
+            id += row == ends[id];
+            keys.push_back(static_cast<uint32_t>(id)), sorted.push_back(1099 - row);
+        }
+        std::vector<float> dy(1100 * static_cast<size_t>(n)), zeros(8 * static_cast<size_t>(n)), first;
+        for (size_t i = 0; i < dy.size(); ++i) dy[i] = static_cast<float>(uniform(4, i) - 0.3);
+        Now now{};
+        now.rows[0] = 1100;
+        const OnDevice<Now> on_now(std::vector<Now>{now});
+        const OnDevice<uint32_t> on_keys(keys);
+        const OnDevice<int32_t> on_sorted(sorted);
+        const OnDevice<float> on_dy(dy), edges(std::vector<float>(2 * 18 * static_cast<size_t>(n)));
+        for (const int processors : {4, 1}) {
+            const OnDevice<float> dtoken(zeros);
+            Gpu gpu;
+            gpu.processors = processors;
+            gpu.over_rows(n == 8 ? embedding_backward<4, float> : embedding_backward<1, float>, 18, dtoken.there, edges.there, on_dy.there,
+                          on_keys.there, on_sorted.there, on_now.there, 0, n);
+            gpu.launch(n == 8 ? embedding_edges<4> : embedding_edges<1>, processors, 1, 0, dtoken.there, edges.there, on_keys.there,
+                       on_now.there, 0, n);
+            CHECK_OK(gpu.walked_well());
+            const std::vector<float> sums = dtoken.read();
+            if (first.empty()) first = sums;
+            CHECK(memcmp(first.data(), sums.data(), sums.size() * sizeof(float)) == 0);
+            double off = 0;
+            for (size_t i = 0; i < sums.size(); ++i) {
+                double wanted = 0;
+                const size_t columns = static_cast<size_t>(n), id = i / columns;
+                for (size_t row = 0; row < 1100; ++row)
+                    if (keys[row] == id) wanted += static_cast<double>(dy[(1099 - row) * columns + i % columns]);
+                off = fmax(off, fabs(static_cast<double>(sums[i]) - wanted));
+            }
+            CHECK(off < 1e-4 && no_faults());
+        }
+    }
+}
 TEST(wide_heads, "attention would not work in smaller tiles, where heads are wide or shared memory is small") {
     Case c{"tiles of 16", small("gpt2"), some(2)};
     c.config.heads = 1, c.steps = 1;
