@@ -178,7 +178,10 @@ struct [[nodiscard]] Status {
 // cpu: the fast one; plain: chapter 5, slow and readable; cuda: training, evaluation and the sessions of decoders on a GPU, where babygpt_cuda.cu
 // is part of the program, and everything else as cpu: encoders, sessions of an encoder-decoder, and those that use an adapter.
 enum class Backend : int32_t { cpu, plain, cuda };
-// On a GPU. tf32: of what is multiplied; bf16: of activations and their gradients. Sums, weights and their gradients, moments are f32. Processors: f32
+// Of the numbers in a computation; sums, weights and their gradients, moments are f32. On a GPU: tf32: of what is multiplied; bf16: of activations and
+// their gradients, too. On a processor (Backend::cpu) all is f32, but bf16: in training, of what is multiplied with weights and into their gradients.
+// That is several times as fast with AMX and twice with AMD's avx512_bf16 (which only GCC's kernels use), and no faster elsewhere; the bits are the
+// same for any number of threads, but not on another kind of processor.
 enum class Precision : int32_t { f32, tf32, bf16 };
 enum class Isa : int32_t { automatic, sse2, avx2, avx512, neon, portable };  // which kernels; for tests. bits are the same
 
@@ -996,7 +999,7 @@ struct Encoder {
 
 // ---- Measuring and checking -------------------------------------------------------------------------------------------
 
-double fma_ceiling(Runtime& runtime, int threads);  // GFLOP/s of a register-only FMA loop with this machine's kernels
+double fma_ceiling(Runtime& runtime, int threads);  // GFLOP/s of a register-only loop of what this machine's kernels train with
 
 struct ProfileRow {  // one op in a training step, forward or backward
     char op[48];
@@ -6391,6 +6394,7 @@ struct Tape {
     bool training = false;                   // plan gradients, and keep what backward reads
     bool on_device = false, halves = false;  // a device runs it; there the activations' numbers have 16 bits
     bool makes_sums = false;                 // its products can add a sum's other summand
+    bool rounds = false;                     // a processor runs it, in Precision::bf16
     double dropout = 0;
     double epsilon = 1e-5;  // of the norms
     double rope_base = 10000;
@@ -10110,6 +10114,7 @@ inline void choose_device(TrainerState& s, const Runtime& runtime) {
     s.tape.on_device = s.on != nullptr;
     s.tape.halves = s.on && runtime.precision == Precision::bf16;
     s.tape.makes_sums = s.on && runtime.precision != Precision::f32;
+    s.tape.rounds = runtime.backend == Backend::cpu && runtime.precision == Precision::bf16;
 }
 // Nothing is copied before somebody looks: then the weights come back.
 BABYGPT_RARE Status give_back(const Borrowed& borrowed) {
@@ -15182,8 +15187,21 @@ namespace {
 #define BABYGPT_WIDE 0
 #endif
 
+// Processors with a matrix unit, and those that multiply pairs of bf16: instructions that older assemblers do not know, and Clang not in
+// vectors of 512 bits.
+#if BABYGPT_WIDE && defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define BABYGPT_TILES 1
+#else
+#define BABYGPT_TILES 0
+#endif
+#if BABYGPT_WIDE && !defined(__clang__) && __GNUC__ >= 11
+#define BABYGPT_PAIRS 1
+#else
+#define BABYGPT_PAIRS 0
+#endif
+
 // V: floats; U: as many unsigned integers; M: what comparing them gives, for `m ? a : b`; D: as many doubles; L: as many 64-bit integers;
-// Loose: V at any address.
+// Loose: V at any address; Couples: pairs of 32-bit integers, as half as many of 64 bits; Words: half as many of 32.
 template <int W>
 struct VectorTypes {
 #if BABYGPT_VECTORS
@@ -15195,6 +15213,8 @@ struct VectorTypes {
     typedef uint64_t L __attribute__((vector_size(8 * W)));
     typedef uint16_t Half __attribute__((vector_size(2 * W)));
     typedef uint8_t Quarter __attribute__((vector_size(W)));
+    typedef uint64_t Couples __attribute__((vector_size(4 * W)));
+    typedef uint32_t Words __attribute__((vector_size(2 * W)));
 #endif
 };
 template <>
@@ -15235,6 +15255,9 @@ struct Simd : VectorTypes<width_> {
     static constexpr int registers = width_ == 16 || (fused == 4 && width_ == 4) ? 32 : 16;
     static constexpr bool is_narrow = fused == width_ && fused >= 8;  // it can load bf16 and int8; other sets keep packed weights as floats
     static constexpr bool calls = BABYGPT_VECTORS && fused == 0;      // each multiply-add is a call: little code is worth more than speed
+    static constexpr int tile_rows = calls ? 2 : registers == 32 ? 12 : 6;
+    static constexpr int depth_unit = 1;  // a panel has a multiple of so many words for each row or column
+    static constexpr bool pairs = false;  // a word is two numbers in bf16, not a float
     typedef float Lanes[static_cast<size_t>(width_)];
     using typename VectorTypes<width_>::V;
     using typename VectorTypes<width_>::Loose;
@@ -15298,6 +15321,13 @@ struct Simd : VectorTypes<width_> {
                     : "m"(bytes[0]), "m"(bytes[1]));
     }
 #endif
+    // Rounds floats to bf16: the upper halves are the result, the nearest (a tie: the even one). What is not finite stays so.
+    static BABYGPT_INLINE void to_bf16(U& bits) {
+        U half, infinite, low;
+        splat(half, 0x7fffu), splat(infinite, 0x7f800000u), splat(low, 1u);
+        const U size = bits & 0x7fffffffu, nearest = bits + half + (bits >> 16 & low);
+        bits = size > infinite ? bits | 0x10000u : nearest;
+    }
     // The first n elements; the others are 0.
     static BABYGPT_INLINE void load_part(V& v, const float* p, int n) {
         Lanes part = {};
@@ -15617,7 +15647,7 @@ template <class Set>
 struct Products {
     using V = typename Set::V;
     using U = typename Set::U;
-    static constexpr int tile_rows = Set::calls ? 2 : Set::registers == 32 ? 12 : 6;
+    static constexpr int tile_rows = Set::tile_rows;
     static constexpr int tile_columns = 2 * Set::width;
 
     // Copies elements (k, j), k < depth, j < count, into a panel [k][size]; what is missing up to `size` becomes 0.
@@ -15804,11 +15834,12 @@ struct Products {
         const int rows = least(row_block, p.rows - row);
         int rest = rows;
         while (rest >= rows_of_tile(rest) && !a) rest -= rows_of_tile(rest);
-        const int blocks = (p.depth + depth_block - 1) / depth_block, step = (p.depth + blocks - 1) / blocks;
-        float last_rows[static_cast<size_t>(tile_rows * depth_block)];  // of A that do not fill a tile, and rows of zeros
+        const int blocks = (p.depth + depth_block - 1) / depth_block;
+        const int step = round_up((p.depth + blocks - 1) / blocks, Set::depth_unit);
+        float last_rows[static_cast<size_t>(Set::pairs ? 1 : tile_rows * depth_block)];  // of A that do not fill a tile, and rows of zeros
         for (int k0 = 0; k0 < p.depth; k0 += step) {
             const int depth = least(step, p.depth - k0);
-            if (!a && rest) {
+            if (!a && rest && !Set::pairs) {
                 copy_rows(last_rows, depth, p.a.element(k0, row + rows - rest), p.a.stride, rest, depth, depth);
                 memset(last_rows + rest * depth, 0, static_cast<size_t>((tile_rows - rest) * depth) * sizeof(float));
             }
@@ -15840,9 +15871,11 @@ struct Products {
                     const Next next = {rows < row_block ? panel + apart : nullptr, r * depth / rows * tile_columns,
                                        most(1, height * tile_columns / rows)};
                     if (a) panel_tile<tile_rows, down, float>(to, c_row, start, start_row, from, tile_rows, panel, next, k0, depth);
-                    else if (tall == tile_rows)
-                        panel_tile<tile_rows>(p.dtype, to, c_row, start, start_row, from, a_row, panel, next, k0, depth);
-                    else panel_tile<low_rows>(p.dtype, to, c_row, start, start_row, from, a_row, panel, next, k0, depth);
+                    else if constexpr (!Set::pairs) {
+                        if (tall == tile_rows)
+                            panel_tile<tile_rows>(p.dtype, to, c_row, start, start_row, from, a_row, panel, next, k0, depth);
+                        else panel_tile<low_rows>(p.dtype, to, c_row, start, start_row, from, a_row, panel, next, k0, depth);
+                    }
                     for (int i = 0; i < height && !is_whole; ++i)
                         memcpy(c + i * p.c_stride, edge + i * tile_columns, static_cast<size_t>(columns) * sizeof(float));
                 }
@@ -15911,14 +15944,297 @@ struct Products {
         for (int i = 0; i < chains; ++i) Set::splat(sum[i], static_cast<float>(i));
         for (int64_t n = 0; n < rounds; ++n) {
             BABYGPT_UNROLL
-            for (int i = 0; i < chains; ++i) Set::fma(sum[i], sum[i], x, y);
+            for (int i = 0; i < chains; ++i) Set::fma(sum[i], x, y);
         }
         BABYGPT_UNROLL
         for (int i = 1; i < chains; ++i) sum[0] = sum[0] + sum[i];
         *result = Set::biggest(sum[0]);
-        return static_cast<double>(rounds) * chains * Set::width;
+        return static_cast<double>(rounds) * chains * Set::width * (Set::pairs ? 2 : 1);
     }
 };
+
+// ---- products of numbers in bf16 -----------------------------------------------------------------------------------------
+// Precision::bf16: the factors are rounded to bf16 on their way into the panels, sums are floats as ever. There are three ways, and all of
+// them are the scheme above:
+//   rounded  Panels of floats that have been rounded. Works anywhere, and gains nothing.
+//   pairs    A word of a panel is two neighbours along the depth, and a multiply-add of words adds both their products: twice as fast on
+//            AMD's processors since Zen 4 (vdpbf16ps; on Intel's it takes four times as long as two of floats).
+//   tiles    Such words, multiplied by Intel's matrix unit (AMX): 16 x 16 sums at a time, 16 words deep.
+
+template <class Set>
+struct Rounded {
+    using P = Products<Set>;
+    static BABYGPT_INLINE void round_panel(float* panel, int64_t n) {
+        typename Set::V v;
+        typename Set::U bits;
+        for (int64_t i = 0; i < n; i += Set::width) {
+            const int left = static_cast<int>(least(n - i, static_cast<int64_t>(Set::width)));
+            if (left == Set::width) Set::load(v, panel + i);
+            else Set::load_part(v, panel + i, left);
+            Set::bits(bits, v);
+            Set::to_bf16(bits);
+            bits = bits & 0xffff0000u;
+            Set::from_bits(v, bits);
+            if (left == Set::width) Set::store(panel + i, v);
+            else Set::store_part(panel + i, v, left);
+        }
+    }
+    static BABYGPT_INLINE void pack_a(float* to, const Factor& a, int row, int depth, int rows) {
+        P::pack_a(to, a, row, depth, rows);
+        round_panel(to, static_cast<int64_t>(depth) * P::tile_rows);
+    }
+    static BABYGPT_INLINE void pack_b(float* to, const Factor& b, int column, int depth, int columns) {
+        P::pack_b(to, b, column, depth, columns, Dtype::f32);
+        round_panel(to, static_cast<int64_t>(depth) * P::tile_columns);
+    }
+};
+
+#if BABYGPT_VECTORS
+// 32 x 32 of C: four registers of sums, of two by two of factors. a: [depth][32 rows][16 words], b: [16 words][32 columns].
+template <class Unit>
+BABYGPT_INLINE void tile_product(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a, const float* b,
+                                 int depth) {
+    if (start) {
+        Unit::template load<0>(start, start_row), Unit::template load<1>(start + 16, start_row);
+        Unit::template load<2>(start + 16 * start_row, start_row), Unit::template load<3>(start + 16 * start_row + 16, start_row);
+    } else Unit::template zero<0>(), Unit::template zero<1>(), Unit::template zero<2>(), Unit::template zero<3>();
+    for (int k = 0; k < depth; k += 16, a += 16 * 32, b += 16 * 32) {
+        Unit::template load<4>(a, 16), Unit::template load<6>(b, 32);
+        Unit::template multiply<0, 4, 6>();
+        Unit::template load<7>(b + 16, 32);
+        Unit::template multiply<1, 4, 7>();
+        Unit::template load<5>(a + 16 * 16, 16);
+        Unit::template multiply<2, 5, 6>(), Unit::template multiply<3, 5, 7>();
+    }
+    Unit::template store<0>(c, c_row), Unit::template store<1>(c + 16, c_row);
+    Unit::template store<2>(c + 16 * c_row, c_row), Unit::template store<3>(c + 16 * c_row + 16, c_row);
+}
+
+template <class Set>
+struct Pairs {
+    using P = Products<Set>;
+    static constexpr int W = Set::width;
+    static BABYGPT_INLINE int words(int depth) { return round_up((depth + 1) / 2, Set::depth_unit); }
+
+    // Words of neighbours: word t of from[2t] and from[2t + 1], t < count (a multiple of W / 2); from `depth` on there are zeros.
+    static BABYGPT_INLINE void along_depth(float* to, const float* from, int depth, int count) {
+        typename Set::V v;
+        typename Set::U bits;
+        for (int t = 0; t < count; t += W / 2) {
+            if (depth - 2 * t >= W) Set::load(v, from + 2 * t);
+            else Set::load_part(v, from + 2 * t, most(depth - 2 * t, 0));
+            Set::bits(bits, v);
+            Set::to_bf16(bits);
+            typename Set::Couples two;
+            memcpy(&two, &bits, sizeof two);  // the first number in the lower half
+            two = (two >> 16 & 0xffffu) | (two >> 32 & 0xffff0000u);
+            const typename Set::Words one = __builtin_convertvector(two, typename Set::Words);
+            memcpy(to + t, &one, sizeof one);
+        }
+    }
+    // Words of two rows: word j of even[j] and odd[j], j < count.
+    static BABYGPT_INLINE void across_depth(float* to, const float* even, const float* odd, int count) {
+        int j = 0;
+        for (; j + W <= count; j += W) two_rows<Set>(to + j, even + j, odd + j, W);
+        for (; j < count; j += 4) two_rows<Simd<4, 0>>(to + j, even + j, odd + j, least(4, count - j));
+    }
+    template <class S>
+    static BABYGPT_INLINE void two_rows(float* to, const float* even, const float* odd, int count) {
+        typename S::V v[2];
+        typename S::U bits[2];
+        BABYGPT_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            if (count == S::width) S::load(v[i], i ? odd : even);
+            else S::load_part(v[i], i ? odd : even, count);
+            S::bits(bits[i], v[i]);
+            S::to_bf16(bits[i]);
+        }
+        bits[0] = (bits[0] >> 16) | (bits[1] & 0xffff0000u);
+        S::from_bits(v[0], bits[0]);
+        if (count == S::width) S::store(to, v[0]);
+        else S::store_part(to, v[0], count);
+    }
+    // Words t0 to t0 + n, depth running down: [n][size], of `count` columns; what is missing becomes 0.
+    static BABYGPT_INLINE void rows_of_words(float* to, int size, const float* from, int64_t stride, int depth, int count, int t0, int n) {
+        const float zeros[static_cast<size_t>(P::tile_columns)] = {};
+        for (int t = t0; t < t0 + n; ++t, to += size) {
+            const float* even = from + 2 * t * stride;
+            across_depth(to, 2 * t < depth ? even : zeros, 2 * t + 1 < depth ? even + stride : zeros, count);
+            for (int j = count; j < size; ++j) to[j] = 0;
+        }
+    }
+
+    // Into a panel [words][size].
+    template <int size>
+    static BABYGPT_INLINE void pack(float* to, const float* from, int64_t stride, Depth runs, int depth, int count) {
+        if (runs == down) return rows_of_words(to, size, from, stride, depth, count, 0, words(depth));
+        constexpr int some = 64;
+        float rows[static_cast<size_t>(size * some)];
+        for (int t = 0; t < words(depth); t += some) {
+            const int n = least(some, words(depth) - t);
+            for (int j = 0; j < count; ++j) along_depth(rows + j * some, from + j * stride + 2 * t, depth - 2 * t, n);
+            memset(rows + count * some, 0, static_cast<size_t>((size - count) * some) * sizeof(float));
+            P::template pack<size>(to + t * size, rows, some, along, n, size);
+        }
+    }
+    // As the matrix unit reads them: 16 words of each row, then the next 16 of each.
+    static BABYGPT_INLINE void pack_for_tiles(float* to, const float* from, int64_t stride, Depth runs, int depth, int count) {
+        constexpr int size = P::tile_rows;
+        for (int t = 0; t < words(depth); t += 16, to += 16 * size) {
+            if (runs == down) {
+                float across[static_cast<size_t>(16 * size)];
+                rows_of_words(across, size, from, stride, depth, count, t, 16);
+                transpose(to, 16, across, size, 16, size);
+            } else {
+                for (int r = 0; r < count; ++r) along_depth(to + 16 * r, from + r * stride + 2 * t, depth - 2 * t, 16);
+                memset(to + 16 * count, 0, static_cast<size_t>(16 * (size - count)) * sizeof(float));
+            }
+        }
+    }
+    static BABYGPT_INLINE void pack_a(float* to, const Factor& a, int row, int depth, int rows) {
+        const int count = least(P::tile_rows, rows - row);
+        if constexpr (Set::tiles) pack_for_tiles(to, a.element(0, row), a.stride, a.runs, depth, count);
+        else pack<P::tile_rows>(to, a.element(0, row), a.stride, a.runs, depth, count);
+    }
+    static BABYGPT_INLINE void pack_b(float* to, const Factor& b, int column, int depth, int columns) {
+        pack<P::tile_columns>(to, b.element(0, column), b.stride, b.runs, depth, least(P::tile_columns, columns - column));
+    }
+
+    template <int rows>
+    static BABYGPT_INLINE void tile(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a, const float* b,
+                                    int depth, const float* next, int64_t next_step) {
+        if constexpr (Set::tiles) tile_product<typename Set::Unit>(c, c_row, start, start_row, a, b, depth);
+        else
+            P::template tile<rows, P::tile_columns, P::template unroll<rows>>(c, c_row, start, start_row, a, 1, rows, b, P::tile_columns,
+                                                                              depth, static_cast<const float*>(nullptr), next, next_step);
+    }
+    static BABYGPT_INLINE void block(const Product& p, const float* a, const float* b, int row, int column, int end) {
+        if constexpr (Set::tiles) Set::Unit::configure();
+        P::block(p, a, b, row, column, end);
+        if constexpr (Set::tiles) Set::Unit::release();
+    }
+    static BABYGPT_INLINE double ceiling(int64_t rounds, float* result) {
+        if constexpr (Set::tiles) return Set::Unit::ceiling(rounds, result);
+        else return P::ceiling(rounds, result);
+    }
+};
+
+// What is in a word, times what is in another: both products are added to the sum, the second number's first, each rounded once. (As
+// vdpbf16ps does it, but for subnormal numbers, which that takes for zeros.)
+template <class Base>
+struct PairsOf : Base {
+    static constexpr bool pairs = true, is_narrow = false, tiles = false;
+    static constexpr int depth_unit = Base::width / 2;
+    using typename Base::U;
+    using typename Base::V;
+    static BABYGPT_INLINE void fma(V& sum, const V& a, const V& b) {
+        U left, right;
+        Base::bits(left, a), Base::bits(right, b);
+        BABYGPT_UNROLL
+        for (int second = 1; second >= 0; --second) {
+            const U x = second ? left & 0xffff0000u : left << 16, y = second ? right & 0xffff0000u : right << 16;
+            V v, w;
+            Base::from_bits(v, x), Base::from_bits(w, y);
+            Base::fma(sum, v, w);
+        }
+    }
+};
+
+// Eight registers, each of 16 rows of 16 words (the matrix unit of BABYGPT_TILES, or a test's).
+template <class Base, class Unit_>
+struct TilesOf : Base {
+    using Unit = Unit_;
+    static constexpr bool pairs = true, is_narrow = false, tiles = true;
+    static constexpr int tile_rows = 32, depth_unit = 16;
+};
+#endif
+
+#if BABYGPT_WIDE && defined(BABYGPT_TEST_WIDE)
+// The matrix unit of a machine that lacks it, for tests.
+struct SoftwareTiles {
+    static float* tile(int t) {
+        static thread_local float tiles[8][256];
+        return tiles[t];
+    }
+    static void configure() { release(); }
+    static void release() {
+        for (int t = 0; t < 8; ++t) memset(tile(t), 0x7f, 256 * sizeof(float));
+    }
+    template <int t>
+    static void zero() {
+        memset(tile(t), 0, 256 * sizeof(float));
+    }
+    template <int t>
+    static void load(const float* from, int64_t row) {
+        for (int r = 0; r < 16; ++r) memcpy(tile(t) + 16 * r, from + r * row, 16 * sizeof(float));
+    }
+    template <int t>
+    static void store(float* to, int64_t row) {
+        for (int r = 0; r < 16; ++r) memcpy(to + r * row, tile(t) + 16 * r, 16 * sizeof(float));
+    }
+    template <int sum, int a, int b>
+    static void multiply() {
+        for (int i = 0; i < 16; ++i)
+            for (int j = 0; j < 16; ++j)
+                for (int k = 0; k < 16; ++k) {
+                    const uint32_t x = bits_as<uint32_t>(tile(a)[16 * i + k]), y = bits_as<uint32_t>(tile(b)[16 * k + j]);
+                    float& c = tile(sum)[16 * i + j];
+                    c = madd(bits_as<float>(x << 16), bits_as<float>(y << 16), c);
+                    c = madd(bits_as<float>(x & 0xffff0000u), bits_as<float>(y & 0xffff0000u), c);
+                }
+    }
+    static double ceiling(int64_t rounds, float* result) { return *result = 0, static_cast<double>(rounds); }
+};
+#endif
+#if BABYGPT_TILES
+// AMX (Intel, "Architecture Instruction Set Extensions Programming Reference", chapter 3). Register names are part of an instruction.
+struct MatrixUnit {
+    static BABYGPT_INLINE void configure() {
+        struct {
+            uint8_t palette, start_row, reserved[14];
+            uint16_t row_bytes[16];
+            uint8_t rows[16];
+        } tiles = {};
+        tiles.palette = 1;
+        for (int t = 0; t < 8; ++t) tiles.row_bytes[t] = 64, tiles.rows[t] = 16;
+        __asm__ volatile("ldtilecfg %0" : : "m"(tiles));
+    }
+    static BABYGPT_INLINE void release() { __asm__ volatile("tilerelease"); }
+    template <int t>
+    static BABYGPT_INLINE void zero() {
+        __asm__ volatile("tilezero {%%|}tmm%c0" : : "i"(t));
+    }
+    template <int t>
+    static BABYGPT_INLINE void load(const float* from, int64_t row) {
+        __asm__ volatile("tileloadd {(%0,%1,4), %%tmm%c2|tmm%c2, [%0+%1*4]}" : : "r"(from), "r"(row), "i"(t) : "memory");
+    }
+    template <int t>
+    static BABYGPT_INLINE void store(float* to, int64_t row) {
+        __asm__ volatile("tilestored {%%tmm%c2, (%0,%1,4)|[%0+%1*4], tmm%c2}" : : "r"(to), "r"(row), "i"(t) : "memory");
+    }
+    template <int sum, int a, int b>
+    static BABYGPT_INLINE void multiply() {
+        __asm__ volatile("tdpbf16ps {%%tmm%c2, %%tmm%c1, %%tmm%c0|tmm%c0, tmm%c1, tmm%c2}" : : "i"(sum), "i"(a), "i"(b));
+    }
+    // Multiply-adds in registers.
+    static BABYGPT_INLINE double ceiling(int64_t rounds, float* result) {
+        configure();
+        zero<0>(), zero<1>(), zero<2>(), zero<3>(), zero<4>(), zero<5>(), zero<6>(), zero<7>();
+        for (int64_t n = 0; n < rounds; ++n) multiply<0, 4, 6>(), multiply<1, 4, 7>(), multiply<2, 5, 6>(), multiply<3, 5, 7>();
+        release();
+        *result = 0;
+        return static_cast<double>(rounds) * 4 * 16 * 16 * 32;
+    }
+};
+using Tiles = TilesOf<Avx512, MatrixUnit>;
+#endif
+#if BABYGPT_PAIRS
+struct FastPairs : PairsOf<Avx512> {
+    static BABYGPT_INLINE void fma(V& sum, const V& a, const V& b) {
+        __asm__("vdpbf16ps {%2, %1, %0|%0, %1, %2}" : "+v"(sum) : "v"(a), "v"(b));
+    }
+};
+#endif
 
 }  // namespace
 }  // namespace babygpt
@@ -17010,14 +17326,23 @@ BABYGPT_INLINE void update_part(const Update& u, int from, int to) {
 
 // ---- one table of kernels for each instruction set -----------------------------------------------------------------------
 
+// A way to multiply matrices. The depth of a panel, and of the products that `block` gets, is counted in words: of one number, or of two.
+struct ProductKernels {
+    const char* name;
+    int tile_rows, tile_columns, numbers, depth_unit;
+    bool packs_a;  // always, not only where its depth runs down
+    void (*pack_a)(float* to, const Factor& a, int row, int depth, int rows);
+    void (*pack_b)(float* to, const Factor& b, int column, int depth, int columns);
+    void (*block)(const Product& p, const float* a, const float* b, int row, int column, int end);
+    double (*ceiling)(int64_t rounds, float* result);
+    int words(int depth) const { return round_up((depth + numbers - 1) / numbers, depth_unit); }
+};
 struct Kernels {
     const char* name;
-    int tile_rows, tile_columns;
+    ProductKernels exact, rounded;
     int64_t (*attention_scratch)(int keys, int dim, bool training);
-    void (*pack_a)(float* to, const Factor& a, int row, int depth, int rows);
     int64_t (*panel_floats)(Dtype dtype, int depth);
-    void (*pack_b)(float* to, const Factor& b, int column, int depth, int columns, Dtype dtype);
-    void (*block)(const Product& p, const float* a, const float* b, int row, int column, int end);
+    void (*pack_weights)(float* to, const Factor& b, int column, int depth, int columns, Dtype dtype);
     void (*single_row)(const Product& p, const float* b, int column, int end);
     void (*forward)(const Work& work, int from, int to);
     void (*backward)(const Work& work, int from, int to);
@@ -17025,7 +17350,6 @@ struct Kernels {
     void (*update)(const Update& u, int from, int to);
     float (*biggest)(const float* x, int n);
     float (*exponentials)(float* to, const float* x, int n, float biggest, float factor);
-    double (*ceiling)(int64_t rounds, float* result);
 };
 
 #define BABYGPT_KERNELS(set, Set, name, target)                                                                                            \
@@ -17051,9 +17375,18 @@ struct Kernels {
         target static void pack_a(float* to, const Factor& a, int row, int depth, int rows) {                                              \
             Products<Set>::pack_a(to, a, row, depth, rows);                                                                                \
         }                                                                                                                                  \
+        target static void pack_rounded_a(float* to, const Factor& a, int row, int depth, int rows) {                                      \
+            Rounded<Set>::pack_a(to, a, row, depth, rows);                                                                                 \
+        }                                                                                                                                  \
         static int64_t panel_floats(Dtype dtype, int depth) { return Products<Set>::panel_floats(dtype, depth); }                          \
-        target static void pack_b(float* to, const Factor& b, int column, int depth, int columns, Dtype dtype) {                           \
+        target static void pack_weights(float* to, const Factor& b, int column, int depth, int columns, Dtype dtype) {                     \
             Products<Set>::pack_b(to, b, column, depth, columns, dtype);                                                                   \
+        }                                                                                                                                  \
+        static void pack_b(float* to, const Factor& b, int column, int depth, int columns) {                                               \
+            pack_weights(to, b, column, depth, columns, Dtype::f32);                                                                       \
+        }                                                                                                                                  \
+        target static void pack_rounded_b(float* to, const Factor& b, int column, int depth, int columns) {                                \
+            Rounded<Set>::pack_b(to, b, column, depth, columns);                                                                           \
         }                                                                                                                                  \
         target static void block(const Product& p, const float* a, const float* b, int row, int column, int end) {                         \
             Products<Set>::block(p, a, b, row, column, end);                                                                               \
@@ -17072,22 +17405,20 @@ struct Kernels {
             return Rows<Set>::exponentials(to, x, n, biggest, factor);                                                                     \
         }                                                                                                                                  \
         target static double ceiling(int64_t rounds, float* result) { return Products<Set>::ceiling(rounds, result); }                     \
+        static constexpr int height = Products<Set>::tile_rows, width = Products<Set>::tile_columns;                                       \
         static constexpr Kernels table = {name,                                                                                            \
-                                          Products<Set>::tile_rows,                                                                        \
-                                          Products<Set>::tile_columns,                                                                     \
+                                          {name, height, width, 1, 1, false, &pack_a, &pack_b, &block, &ceiling},                          \
+                                          {name, height, width, 1, 1, true, &pack_rounded_a, &pack_rounded_b, &block, &ceiling},           \
                                           &Rows<Set>::attention_scratch,                                                                   \
-                                          &pack_a,                                                                                         \
                                           &panel_floats,                                                                                   \
-                                          &pack_b,                                                                                         \
-                                          &block,                                                                                          \
+                                          &pack_weights,                                                                                   \
                                           &single_row,                                                                                     \
                                           &forward,                                                                                        \
                                           &backward,                                                                                       \
                                           &attention,                                                                                      \
                                           &update,                                                                                         \
                                           &biggest,                                                                                        \
-                                          &exponentials,                                                                                   \
-                                          &ceiling};                                                                                       \
+                                          &exponentials};                                                                                  \
     };
 
 #if defined(__ARM_NEON) && BABYGPT_VECTORS
@@ -17113,7 +17444,76 @@ BABYGPT_UNHURRIED_END
 #endif
 #endif
 
+// Products of pairs.
+#define BABYGPT_PAIR_PRODUCTS(set, Set, name, target)                                                                                \
+    template <>                                                                                                                      \
+    struct Called<Set> {                                                                                                             \
+        template <int rows, Depth a_runs, class E>                                                                                   \
+        target static BABYGPT_CALL void panel_tile(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a,   \
+                                                   int64_t, const E* b, int depth, const E*, const E* next, int64_t next_step) {     \
+            Pairs<Set>::template tile<rows>(c, c_row, start, start_row, a, b, depth, next, next_step);                               \
+        }                                                                                                                            \
+    };                                                                                                                               \
+    struct set {                                                                                                                     \
+        target static void pack_a(float* to, const Factor& a, int row, int depth, int rows) {                                        \
+            Pairs<Set>::pack_a(to, a, row, depth, rows);                                                                             \
+        }                                                                                                                            \
+        target static void pack_b(float* to, const Factor& b, int column, int depth, int columns) {                                  \
+            Pairs<Set>::pack_b(to, b, column, depth, columns);                                                                       \
+        }                                                                                                                            \
+        target static void block(const Product& p, const float* a, const float* b, int row, int column, int end) {                   \
+            Pairs<Set>::block(p, a, b, row, column, end);                                                                            \
+        }                                                                                                                            \
+        target static double ceiling(int64_t rounds, float* result) { return Pairs<Set>::ceiling(rounds, result); }                  \
+        static constexpr int height = Products<Set>::tile_rows, width = Products<Set>::tile_columns;                                 \
+        static constexpr ProductKernels table = {name, height, width, 2, Set::depth_unit, true, &pack_a, &pack_b, &block, &ceiling}; \
+    };
+
+#if BABYGPT_TILES
+#if defined(__clang__)
+BABYGPT_PAIR_PRODUCTS(TileProducts, Tiles, "avx512 and amx_bf16",
+                      __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16"), min_vector_width(512))))
+#else
+BABYGPT_PAIR_PRODUCTS(TileProducts, Tiles, "avx512 and amx_bf16",
+                      __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16"))))
+#endif
+#endif
+#if BABYGPT_PAIRS
+BABYGPT_PAIR_PRODUCTS(PairProducts, FastPairs, "avx512 and avx512_bf16", __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))))
+#endif
+#ifdef BABYGPT_TEST_WIDE
+#if BABYGPT_WIDE
 BABYGPT_UNHURRIED_BEGIN
+using TestPairs = PairsOf<Avx2Wide>;
+BABYGPT_PAIR_PRODUCTS(TestPairProducts, TestPairs, "pairs, in software", __attribute__((target("avx2,fma"))))
+using TestTiles = TilesOf<Avx2Wide, SoftwareTiles>;
+BABYGPT_PAIR_PRODUCTS(TestTileProducts, TestTiles, "tiles, in software", __attribute__((target("avx2,fma"))))
+BABYGPT_UNHURRIED_END
+#endif
+#endif
+
+BABYGPT_UNHURRIED_BEGIN
+
+#if BABYGPT_TILES
+// Whether there is a matrix unit, and Linux lets this process use it (Documentation/arch/x86/xstate.rst).
+BABYGPT_RARE inline bool has_tiles() {
+    uint32_t a = 7, b = 0, c = 0, d = 0;
+    __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    constexpr uint32_t bf16 = 1u << 22, tiles = 1u << 24;
+    constexpr long ask_permission = 0x1023, tile_data = 18, arch_prctl = 158;
+    return (d & bf16) && (d & tiles) && syscall(arch_prctl, ask_permission, tile_data) == 0;
+}
+#endif
+// The fastest way to multiply factors in bf16. By the kind of processor, not by measuring, so that it is the same every time.
+BABYGPT_RARE inline const ProductKernels& rounding_products(const Kernels& kernels) {
+#if BABYGPT_TILES
+    if (&kernels == &KernelsAvx512::table && has_tiles()) return TileProducts::table;
+#endif
+#if BABYGPT_PAIRS
+    if (&kernels == &KernelsAvx512::table && __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16")) return PairProducts::table;
+#endif
+    return kernels.rounded;
+}
 
 // ---- walking the tape ----------------------------------------------------------------------------------------------------
 
@@ -17132,7 +17532,7 @@ struct Scratch {
         chunk = static_cast<int>(least<int64_t>(round_up<int64_t>(even, 12), all));
         logits = round_up<int64_t>(chunk * wide, 16);
         // In training little enough for a shared cache; running, the weights are packed before.
-        panels = tape.training ? most(1 << 20, 512 * tape.width) : 2 * depth_block * kernels.tile_columns;
+        panels = tape.training ? most(1 << 20, 512 * tape.width) : 2 * depth_block * kernels.exact.tile_columns;
         a_panels = tape.training ? 1 << 19 : 0;
         slot = 16;
         for (const Op& op : tape.ops)
@@ -17148,6 +17548,7 @@ struct Walk {
     const Regions<float>& r;
     const Run& run;
     const Scratch scratch;
+    const ProductKernels& learning;  // of the products with weights that are not packed
     const int threads;
     float *a_panels, *panels, *logits, *slots;
 
@@ -17158,6 +17559,7 @@ struct Walk {
           r(r_),
           run(run_),
           scratch(kernels_, tape_),
+          learning(tape_.rounds && tape_.training ? rounding_products(kernels_) : kernels_.exact),
           threads(r_.threads > 0 ? r_.threads : runtime_.thread_count()),
           a_panels(r_.scratch),
           panels(a_panels + scratch.a_panels),
@@ -17203,8 +17605,8 @@ struct Walk {
     // ---- products ----
 
     // With B in panels, and A where `a` is not null. diagonal: what is to be added to a row to make it the column on the whole product's diagonal.
-    void multiply(const Product& p, const float* a, const float* b, int diagonal = 0) const {
-        const int columns = kernels.tile_columns;
+    void multiply(const ProductKernels& by, const Product& p, const float* a, const float* b, int diagonal = 0) const {
+        const int columns = by.tile_columns;
         const int all_panels = (p.columns + columns - 1) / columns;
         if (p.rows < 4 && !a && !p.is_symmetric) {  // memory sets the speed: best if each thread reads the same weights for every token
             const int units = (all_panels + 3) / 4, unit = 4 * columns;
@@ -17230,25 +17632,27 @@ struct Walk {
             const int row = i / groups * row_block, left = p.is_symmetric ? most(row + diagonal, 0) / columns : 0;
             const int from = most(left, static_cast<int>(group * all_panels / groups)),
                       to = static_cast<int>((group + 1) * all_panels / groups);
-            if (from < to) kernels.block(p, a, b, row, from * columns, least(to * columns, p.columns));
+            if (from < to) by.block(p, a, b, row, from * columns, least(to * columns, p.columns));
         });
     }
     // The factors are packed here, in pieces that fit: all columns at a time where they are not too many, then as deep as there is room.
-    void product(const Product& all) const {
-        const int height = kernels.tile_rows, width = kernels.tile_columns;
-        const bool packs_a = all.a.runs == down && all.rows > 1;
-        const int64_t deep = least(all.depth, 2 * depth_block);
+    void product(const Product& all) const { product(kernels.exact, all); }
+    void product(const ProductKernels& by, const Product& all) const {
+        const int height = by.tile_rows, width = by.tile_columns, words = by.words(all.depth);
+        const bool packs_a = by.packs_a || (all.a.runs == down && all.rows > 1);
+        const int64_t deep = least(words, 2 * depth_block);
         const int wide = static_cast<int>(least<int64_t>(round_up(all.columns, width), scratch.panels / deep / width * width));
         const int tall =
             static_cast<int>(packs_a ? least<int64_t>(round_up(all.rows, height), scratch.a_panels / deep / height * height) : all.rows);
         const int64_t room = least(scratch.panels / wide, packs_a ? scratch.a_panels / tall : static_cast<int64_t>(INT64_MAX));
-        const int pieces = static_cast<int>((all.depth + room - 1) / room), depth = (all.depth + pieces - 1) / pieces;
+        const int64_t whole = room / by.depth_unit * by.depth_unit, pieces = (words + whole - 1) / whole;
+        const int piece = round_up(static_cast<int>((words + pieces - 1) / pieces), by.depth_unit), depth = piece * by.numbers;
         Product p = all;
         for (int column = 0; column < all.columns; column += wide)
             for (int k = 0; k < all.depth; k += depth)
                 for (int row = 0; row < all.rows; row += tall) {
-                    p.rows = least(tall, all.rows - row), p.columns = least(wide, all.columns - column),
-                    p.depth = least(depth, all.depth - k);
+                    const int deepness = least(depth, all.depth - k);
+                    p.rows = least(tall, all.rows - row), p.columns = least(wide, all.columns - column), p.depth = by.words(deepness);
                     p.c = all.c + row * all.c_stride + column;
                     p.start = k ? p.c : all.start ? all.start + row * all.start_stride + column : nullptr;
                     p.start_stride = k ? all.c_stride : all.start_stride;
@@ -17258,13 +17662,11 @@ struct Walk {
                     share(a_units + b_units, static_cast<int64_t>(p.depth) * width, [&](int from, int to, float*) {
                         for (int i = from; i < to; ++i) {
                             const int a_row = i * height, b_column = (i - a_units) * width;
-                            if (i < a_units) kernels.pack_a(a_panels + static_cast<int64_t>(a_row) * p.depth, p.a, a_row, p.depth, p.rows);
-                            else
-                                kernels.pack_b(panels + static_cast<int64_t>(b_column) * p.depth, p.b, b_column, p.depth, p.columns,
-                                               Dtype::f32);
+                            if (i < a_units) by.pack_a(a_panels + static_cast<int64_t>(a_row) * p.depth, p.a, a_row, deepness, p.rows);
+                            else by.pack_b(panels + static_cast<int64_t>(b_column) * p.depth, p.b, b_column, deepness, p.columns);
                         }
                     });
-                    multiply(p, packs_a ? a_panels : nullptr, panels, row - column);
+                    multiply(by, p, packs_a ? a_panels : nullptr, panels, row - column);
                 }
     }
 
@@ -17280,7 +17682,7 @@ struct Walk {
     int64_t packed_size(const Op& op) const { return packed_size(kernels, tape.dtype, op); }
     static int64_t packed_size(const Kernels& kernels, Dtype dtype, const Op& op) {
         if (op.kind != OpKind::linear && op.kind != OpKind::head) return 0;
-        return (op.out + kernels.tile_columns - 1) / kernels.tile_columns * kernels.panel_floats(dtype, op.in);
+        return (op.out + kernels.exact.tile_columns - 1) / kernels.exact.tile_columns * kernels.panel_floats(dtype, op.in);
     }
 
     // The matrix of a linear op or a head as the right factor of x W, and of dy W^T; `from`: of the weights or a copy of them.
@@ -17306,9 +17708,9 @@ struct Walk {
     // With the weights packed before, or here.
     void multiply_weights(int number, Product p) const {
         const float* ready = packed(number);
-        if (!ready) return product(p);
+        if (!ready) return product(learning, p);
         p.dtype = tape.dtype;
-        multiply(p, nullptr, ready);
+        multiply(kernels.exact, p, nullptr, ready);
     }
 
     void forward(int number) const {
@@ -17403,8 +17805,8 @@ struct Walk {
             columns.by_columns = true;
             if (b && dw) share_backward(columns, (out + column_group - 1) / column_group, static_cast<int64_t>(rows) * column_group);
             const float* there = op.adds_to_dx ? dx + at : nullptr;
-            product(Product{dx + at, in, there, in, Factor{logits, wide, along}, Factor{w, in, down}, rows, in, out});
-            if (dw) product(Product{dw, in, dw, in, Factor{logits, wide, down}, Factor{x + at, in, down}, out, in, rows});
+            product(learning, Product{dx + at, in, there, in, Factor{logits, wide, along}, Factor{w, in, down}, rows, in, out});
+            if (dw) product(learning, Product{dw, in, dw, in, Factor{logits, wide, down}, Factor{x + at, in, down}, out, in, rows});
         }
         // The rows whose logits are wanted: those that stand beneath each other are done together.
         const size_t all = run.sequences.size, at_once = static_cast<size_t>(scratch.chunk);
@@ -17443,11 +17845,11 @@ struct Walk {
                 if (op.b != nothing && dw) share_backward(columns, groups, static_cast<int64_t>(rows) * column_group);
                 const Factor from_x{x, op.in, down}, from_dy{dy, op.out, down};
                 if (dw)
-                    product(tape.output_rows ? Product{dw, op.in, dw, op.in, from_dy, from_x, op.out, op.in, rows}
-                                             : Product{dw, op.out, dw, op.out, from_x, from_dy, op.in, op.out, rows});
+                    product(learning, tape.output_rows ? Product{dw, op.in, dw, op.in, from_dy, from_x, op.out, op.in, rows}
+                                                       : Product{dw, op.out, dw, op.out, from_x, from_dy, op.in, op.out, rows});
                 if (dx)
-                    product(Product{dx, op.in, op.adds_to_dx ? dx : nullptr, op.in, Factor{dy, op.out, along}, backward_factor(op, w), rows,
-                                    op.in, op.out});
+                    product(learning, Product{dx, op.in, op.adds_to_dx ? dx : nullptr, op.in, Factor{dy, op.out, along},
+                                              backward_factor(op, w), rows, op.in, op.out});
                 if (op.loras > 0) lora_backward(op, dx, dy, x, rows);
                 return;
             }
@@ -17482,10 +17884,10 @@ struct Walk {
         return s.a_panels + s.panels + s.logits + threads * s.slot;
     }
     BABYGPT_CALL static void pack(const Kernels& kernels, Runtime& runtime, const Tape& tape, const Op& op, const float* w, float* to) {
-        const int columns = kernels.tile_columns;
+        const int columns = kernels.exact.tile_columns;
         const Factor factor = forward_factor(tape, op, w);
         parallel(runtime, (op.out + columns - 1) / columns, [&](int i) {
-            kernels.pack_b(to + i * kernels.panel_floats(tape.dtype, op.in), factor, i * columns, op.in, op.out, tape.dtype);
+            kernels.pack_weights(to + i * kernels.panel_floats(tape.dtype, op.in), factor, i * columns, op.in, op.out, tape.dtype);
         });
     }
     BABYGPT_CALL void forward() const {
@@ -17576,6 +17978,12 @@ inline Choice choose(Isa wanted) {
     return {&KernelsPortable::table, &Fast<KernelsPortable::table>::functions};
 }
 
+// Those of training.
+inline const ProductKernels& products_of(const Runtime& runtime) {
+    const Kernels& kernels = *choose(runtime.isa).kernels;
+    return runtime.backend == Backend::cpu && runtime.precision == Precision::bf16 ? rounding_products(kernels) : kernels.exact;
+}
+
 const BackendFunctions* find_backend(const Runtime& runtime) {
     if (runtime.backend == Backend::cuda && !find_device(runtime)) return nullptr;
     return runtime.backend == Backend::plain ? plain_backend() : choose(runtime.isa).functions;
@@ -17583,10 +17991,10 @@ const BackendFunctions* find_backend(const Runtime& runtime) {
 
 }  // namespace
 
-const char* Runtime::isa_name() const { return backend == Backend::plain ? "plain" : choose(isa).kernels->name; }
+const char* Runtime::isa_name() const { return backend == Backend::plain ? "plain" : products_of(*this).name; }
 
 double fma_ceiling(Runtime& runtime, int threads) {
-    const Kernels& kernels = *choose(runtime.isa).kernels;
+    const ProductKernels& products = products_of(runtime);
     start_pool(runtime);
     const int tasks = least(most(threads, 1), max_threads);
     constexpr int64_t rounds = 1 << 20;
@@ -17597,7 +18005,7 @@ double fma_ceiling(Runtime& runtime, int threads) {
         const double start = seconds_now();
         parallel(runtime, tasks, [&](int) {
             float result;
-            done.fetch_add(static_cast<int64_t>(kernels.ceiling(rounds, &result)) + (result > 1e30f));
+            done.fetch_add(static_cast<int64_t>(products.ceiling(rounds, &result)) + (result > 1e30f));
         });
         best = most(best, 2e-9 * static_cast<double>(done.exchange(0)) / (seconds_now() - start));
     }
@@ -17679,7 +18087,10 @@ BABYGPT_RARE Status profile(Runtime& runtime, const Config& config, int batch, d
 #pragma GCC diagnostic pop
 #endif
 #undef BABYGPT_KERNELS
+#undef BABYGPT_PAIR_PRODUCTS
+#undef BABYGPT_PAIRS
 #undef BABYGPT_SHUFFLES
+#undef BABYGPT_TILES
 #undef BABYGPT_UNROLL
 #undef BABYGPT_VECTORS
 #undef BABYGPT_WIDE

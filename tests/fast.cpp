@@ -258,21 +258,105 @@ TEST(products, "a product of matrices is wrong, or adds in another order") {
                                 depth,
                                 false,
                                 dtype};
-                for (int j = 0; j < columns; j += kernels.tile_columns)
-                    kernels.pack_b(panels.items + j / kernels.tile_columns * kernels.panel_floats(dtype, depth), fb, j, depth, columns,
-                                   dtype);
+                for (int j = 0; j < columns; j += kernels.exact.tile_columns)
+                    kernels.pack_weights(panels.items + j / kernels.exact.tile_columns * kernels.panel_floats(dtype, depth), fb, j, depth,
+                                         columns, dtype);
                 if (rows == 1 && a_across) kernels.single_row(p, panels.items, 0, columns);
                 else
                     for (int row = 0; row < rows; row += row_block) {
-                        for (int i = row; i < least(row + row_block, rows) && !a_across; i += kernels.tile_rows)
-                            kernels.pack_a(a_panels.items + i * depth, fa, i, depth, rows);
-                        kernels.block(p, a_across ? nullptr : a_panels.items, panels.items, row, 0, columns);
+                        for (int i = row; i < least(row + row_block, rows) && !a_across; i += kernels.exact.tile_rows)
+                            kernels.exact.pack_a(a_panels.items + i * depth, fa, i, depth, rows);
+                        kernels.exact.block(p, a_across ? nullptr : a_panels.items, panels.items, row, 0, columns);
                     }
                 if (!CHECK(same("product", want, have)))
                     printf("  %s: %d x %d, depth %d, form %d (the last of three dozens: int8)\n", kernels.name, rows, columns, depth, form);
             }
         }
     }
+}
+
+// The ways to multiply factors in bf16 that can run here.
+int rounding_ways(const ProductKernels* ways[8], const Set* sets, int count) {
+    int n = 0;
+    for (int i = 0; i < count; ++i) ways[n++] = &sets[i].kernels->rounded;
+#if defined(__x86_64__) || defined(__i386__)
+    if (choose(Isa::avx2).kernels == &KernelsAvx2::table) ways[n++] = &TestPairProducts::table, ways[n++] = &TestTileProducts::table;
+    const ProductKernels& best = rounding_products(*choose(Isa::automatic).kernels);
+    if (best.numbers > 1) ways[n++] = &best;
+#endif
+    return n;
+}
+
+TEST(rounded_products, "training in bf16 would multiply other numbers than the rounded ones, or leave some out") {
+    constexpr int sizes[][3] = {{1, 1, 1},      {3, 7, 3},    {2, 17, 5},  {5, 96, 257}, {33, 48, 300},
+                                {192, 65, 600}, {7, 200, 31}, {97, 33, 3}, {40, 64, 64}, {1030, 5, 1040}};
+    Set sets[4];
+    const int count = instruction_sets(sets);
+    const ProductKernels* ways[8];
+    const int all_ways = rounding_ways(ways, sets, count);
+    Runtime runtime;
+    Config config;
+    config.layers = config.heads = 1, config.width = 8, config.context = 8, config.vocab = 8;
+    Bench<float> bench(config, 1, 8, true, 1, 0, 0, sets[0].backend);  // for its scratch
+    for (const auto& size : sizes) {
+        const int rows = size[0], columns = size[1], depth = size[2];
+        Array<float> a(runtime), b(runtime), bias(runtime), want(runtime), have(runtime), again(runtime);
+        const size_t n = static_cast<size_t>(rows * columns);
+        CHECK(a.resize(static_cast<size_t>(rows * depth)) && b.resize(static_cast<size_t>(depth * columns)) &&
+              bias.resize(static_cast<size_t>(columns)) && want.resize(n) && have.resize(n) && again.resize(n));
+        for (size_t i = 0; i < a.count; ++i) a[i] = small_number(1, static_cast<int64_t>(i));
+        for (size_t i = 0; i < b.count; ++i) b[i] = small_number(2, static_cast<int64_t>(i));
+        for (size_t i = 0; i < bias.count; ++i) bias[i] = small_number(3, static_cast<int64_t>(i));
+        for (int form = 0; form < (rows > 1000 ? 2 : 12); ++form) {  // many rows: A does not fit in its panels at once
+            const bool a_across = form & 1, b_across = form & 2;
+            const int starts = form / 4;  // 0: nothing, 1: a bias, 2: what is there
+            const Factor fa{a.items, a_across ? depth : rows, a_across ? along : down},
+                fb{b.items, b_across ? depth : columns, b_across ? along : down};
+            for (int i = 0; i < rows; ++i)
+                for (int j = 0; j < columns; ++j) {
+                    float s = starts == 0 ? 0.0f : bias[static_cast<size_t>(j)];
+                    for (int k = 0; k < depth; ++k) s = madd(bf16_of(*fa.element(k, i)), bf16_of(*fb.element(k, j)), s);
+                    want[static_cast<size_t>(i * columns + j)] = s;
+                }
+            for (int way = 0; way < all_ways; ++way) {
+                const ProductKernels& by = *ways[way];
+                for (const int threads : {1, 3}) {
+                    runtime.threads = threads;
+                    Array<float>& to = threads == 1 ? have : again;
+                    for (int i = 0; i < rows * columns; ++i)
+                        to[static_cast<size_t>(i)] = starts == 2 ? bias[static_cast<size_t>(i % columns)] : 99.0f;
+                    const float* start = starts == 0 ? nullptr : starts == 1 ? bias.items : to.items;
+                    const Product p{to.items, columns, start, starts == 2 ? columns : 0, fa, fb, rows, columns, depth};
+                    Walk(*sets[0].kernels, runtime, bench.tape, bench.r, bench.run).product(by, p);
+                }
+                bool good = same("with 3 threads", have, again);
+                if (by.numbers == 1) good = good && same("rounded product", want, have);
+                double worst = 0;
+                for (size_t i = 0; i < n; ++i)
+                    worst = most(worst, fabs(static_cast<double>(have[i]) - static_cast<double>(want[i])) / (1 + 0.01 * depth));
+                if (!CHECK(good && worst <= 1e-6))
+                    printf("  %s: %d x %d, depth %d, form %d: off by %g\n", by.name, rows, columns, depth, form, worst);
+            }
+        }
+    }
+}
+
+TEST(not_finite, "an overflow in training with bf16 would look like a number") {
+    Set sets[4];
+    const int count = instruction_sets(sets);
+    const ProductKernels* ways[8];
+    const int all_ways = rounding_ways(ways, sets, count);
+    for (int way = 0; way < all_ways; ++way)
+        for (const uint32_t bits : {0x7f800000u, 0xff800000u, 0x7fc00000u, 0xffffffffu, 0x7f800001u, 0x7f7fffffu}) {
+            float from[64], panel[32 * 64 + 16];
+            for (int i = 0; i < 64; ++i) from[i] = bits_as<float>(bits);
+            const ProductKernels& by = *ways[way];
+            by.pack_b(panel, Factor{from, 1, along}, 0, 1, by.tile_columns);
+            const uint32_t word = bits_as<uint32_t>(panel[0]), half = by.numbers == 1 ? word : word << 16;
+            CHECK((half & 0x7f800000u) == 0x7f800000u && (half & 0xffffu) == 0);
+            const bool is_number = (bits & 0x7fffffu) == 0 || bits == 0x7f7fffffu;
+            CHECK(((half & 0x7fffffu) == 0) == is_number);
+        }
 }
 
 TEST(bf16, "a number would be rounded to another one than the nearest, or a finite one to infinity") {
@@ -302,6 +386,61 @@ TEST(whole_steps, "training gives other bits on another processor, with another 
             for (const int threads : thread_counts)
                 if (set == 1 || threads == 3)
                     CHECK(same_step(config, s.batch, s.length, s.dropout, s.smoothing, sets[set], threads, plain));
+    }
+}
+
+#if defined(__x86_64__) || defined(__i386__)
+constexpr Kernels with_rounding(const ProductKernels& products) {
+    Kernels kernels = KernelsAvx2Wide::table;
+    kernels.rounded = products;
+    return kernels;
+}
+static constexpr Kernels kernels_of_pairs = with_rounding(TestPairProducts::table),
+                         kernels_of_tiles = with_rounding(TestTileProducts::table);
+#endif
+
+TEST(whole_steps_in_bf16, "training in bf16 gives other bits with another number of threads, or goes astray") {
+    Set sets[6];
+    int count = 0;
+    {
+        Set some[4];
+        for (const int n = instruction_sets(some); count < n; ++count) sets[count] = some[count];
+    }
+#if defined(__x86_64__) || defined(__i386__)
+    if (count > 1) {
+        sets[count++] = {&kernels_of_pairs, &Fast<kernels_of_pairs>::functions};
+        sets[count++] = {&kernels_of_tiles, &Fast<kernels_of_tiles>::functions};
+    }
+#endif
+    for (const Shape& s : shapes) {
+        const Config config = config_of(s);
+        const auto run = [&](const Set& set, bool rounds, int threads, Array<float>& gradients) {
+            Bench<float> b(config, s.batch, s.length, true, threads, s.dropout, s.smoothing, set.backend);
+            b.tape.rounds = rounds;
+            step(b, *set.backend);
+            gradients = static_cast<Array<float>&&>(b.gradients);
+        };
+        Runtime runtime;
+        Array<float> exact(runtime), rounded(runtime);
+        run(sets[0], false, 1, exact), run(sets[0], true, 1, rounded);
+        double biggest = 0;
+        for (const float g : exact) biggest = most(biggest, fabs(static_cast<double>(g)));
+        const auto apart = [&](const Array<float>& a, const Array<float>& b) {
+            double worst = 0;
+            for (size_t i = 0; i < a.count; ++i) worst = most(worst, fabs(static_cast<double>(a[i]) - static_cast<double>(b[i])) / biggest);
+            return worst;
+        };
+        const double by_rounding = apart(exact, rounded);
+        if (!CHECK(by_rounding < 0.08 && (by_rounding > 1e-5 || config.width < 16)))
+            printf("  %g, batch %d x %d, width %d, vocab %d\n", by_rounding, s.batch, s.length, config.width, config.vocab);
+        for (int i = 0; i < count; ++i) {
+            Array<float> one(runtime), three(runtime);
+            run(sets[i], true, 1, one), run(sets[i], true, 3, three);
+            CHECK(same("gradients with 3 threads", one, three));
+            const ProductKernels& by = rounding_products(*sets[i].kernels);
+            if (!CHECK(by.numbers == 1 ? same("gradients", rounded, one) : apart(rounded, one) <= by_rounding))
+                printf("  %s, batch %d x %d, width %d, vocab %d\n", by.name, s.batch, s.length, config.width, config.vocab);
+        }
     }
 }
 
@@ -453,11 +592,11 @@ TEST(speed, "a compiler no longer makes vectors of the kernels") {
     const Kernels& kernels = *choose(Isa::automatic).kernels;
     if (&kernels == &KernelsPortable::table) SKIP("this machine has only the portable kernels");
     const Product p{c.items, size, nullptr, 0, Factor{a.items, size, along}, Factor{b.items, size, down}, rows, size, size};
-    for (int j = 0; j < size; j += kernels.tile_columns) kernels.pack_b(panels.items + j * size, p.b, j, size, size, Dtype::f32);
+    for (int j = 0; j < size; j += kernels.exact.tile_columns) kernels.exact.pack_b(panels.items + j * size, p.b, j, size, size);
     double best = 0;
     for (int i = 0; i < 20; ++i) {
         const double start = seconds_now();
-        for (int row = 0; row < rows; row += row_block) kernels.block(p, nullptr, panels.items, row, 0, size);
+        for (int row = 0; row < rows; row += row_block) kernels.exact.block(p, nullptr, panels.items, row, 0, size);
         best = most(best, 2e-9 * rows * size * size / (seconds_now() - start));
     }
     const double ceiling = fma_ceiling(runtime, 1);

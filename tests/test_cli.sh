@@ -68,6 +68,8 @@ run 1 train a.txt --out x --log b.txt --steps 3; says 'b.txt'
 run 1 train a.txt --out x --log /dev/null --steps 3; says 'no ordinary file'
 run 1 train a.txt --out /dev/null --overwrite --steps 3; says 'no ordinary file'
 run 2 train a.txt --out x --lr 0 --steps 3; says 'lr is 0'
+run 2 train a.txt --out x --precision tf32 --steps 3; says 'precision tf32 needs --backend cuda'
+run 2 eval none --precision bf16 a.txt;     says 'precision bf16 is for training on a processor'
 run 2 tokenizer a.txt --vocab 300 --out my-vocab.json; says 'vocab.json'
 run 1 info --preset gpt2-xl --batch 1000000 --context 65536; says 'batch is 1000000'
 run 1 train a.txt --out x --plot no/p.svg --steps 3; says 'no/p.svg'
@@ -136,6 +138,12 @@ run 1 train a.txt --out m.safetensors --resume --plain-words; says '--plain-word
 run 1 train a.txt --out m.safetensors --resume --validation-fraction 0.3; says 'training data.*--validation-fraction'
 run 1 train a.txt --out m.safetensors --resume --tokenizer byte; says '--tokenizer byte contradicts.*char'
 run 1 train b.txt --out m.safetensors --resume; says data
+# What bf16 rounds is little, but something; and the same with any number of threads.
+run 0 train a.txt --out f32.safetensors $tiny --steps 4
+run 0 train a.txt --out bf16.safetensors $tiny --steps 4 --precision bf16
+run 0 train a.txt --out bf16-3.safetensors $tiny --steps 4 --precision bf16 --threads 3
+run 0 compare bf16.safetensors bf16-3.safetensors
+run 1 compare f32.safetensors bf16.safetensors
 run 0 train a.txt --out wp.safetensors $tiny --tokenizer wordpiece:90 --steps 4
 run 0 train a.txt --out wp.safetensors --resume --tokenizer wordpiece:90
 run 1 train a.txt --out wp.safetensors --resume --tokenizer wordpiece:80; says '--tokenizer wordpiece:80 contradicts'

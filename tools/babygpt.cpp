@@ -455,15 +455,19 @@ struct Common {
                 {"--threads", "N", "how many threads (all cores; the result is the same with any number)", &threads, 1, 1024},
                 {"--backend", "plain|cpu|cuda", "plain: the readable, slow one; cuda: on a GPU (cpu)", &backend},
                 {"--precision", "f32|tf32|bf16",
-                 "with cuda: tf32: of what is multiplied; bf16: of what is passed on, too, and the fastest (f32)", &precision},
+                 "cuda: tf32: of what is multiplied; bf16: of what is passed on, too, and the fastest. cpu: bf16: of what train "
+                 "multiplies; faster with AMX, or AMD's avx512_bf16 (f32)",
+                 &precision},
                 {"--isa", "automatic|sse2|avx2|avx512|neon|portable", nullptr, &isa}};
     }
-    void apply() {
+    void apply(bool command_trains) {
         runtime.threads = threads;
         runtime.backend = backend == "plain" ? Backend::plain : backend == "cuda" ? Backend::cuda : Backend::cpu;
         runtime.precision = precision == "bf16" ? Precision::bf16 : precision == "tf32" ? Precision::tf32 : Precision::f32;
-        if (runtime.precision != Precision::f32 && runtime.backend != Backend::cuda)
-            usage("--precision " + precision + " needs --backend cuda");
+        const bool trains = runtime.backend == Backend::cpu && runtime.precision == Precision::bf16 && command_trains;
+        if (runtime.backend != Backend::cuda && runtime.precision != Precision::f32 && !trains)
+            usage("--precision " + precision + (precision == "bf16" ? " is for training on a processor, or needs" : " needs") +
+                  " --backend cuda");
         const char* names[] = {"automatic", "sse2", "avx2", "avx512", "neon", "portable"};
         for (int i = 0; i < 6; ++i)
             if (isa == names[i]) runtime.isa = Isa(i);
@@ -624,7 +628,7 @@ void Arguments::parse(Common& common, vector<Option> options, size_t least, size
     }
     if (operands.size() < least) usage(format("%s needs %s (see babygpt %s --help)", command.name, command.operands, command.name));
     if (operands.size() > most) usage(format("%s: '%s' is one argument too many", command.name, operands[most].c_str()));
-    common.apply();
+    common.apply(command.name == string("train") || command.name == string("bench") || command.name == string("info"));
 }
 
 // =====================================================================================================================
@@ -3530,7 +3534,7 @@ int bench(Arguments& in) {
               {"--batch", "N", "sequences a training step (8)", &batch, 1, 1e6},
               {"--sessions", "N", "that generate at once in decode, token by token (1)", &several, 1, 1000},
               {"--seconds", "X", "how long each is measured (5)", &seconds, 0.01, 1e6},
-              {"--dtype", "f32|bf16|int8", "of the matrices in prefill and decode; training is in f32 (the model's own)", &dtype},
+              {"--dtype", "f32|bf16|int8", "of the matrices in prefill and decode; training has --precision (the model's own)", &dtype},
               {"--profile", nullptr, "where the time of a training step goes, op by op", &profiled},
               {"--json", nullptr, "one JSON object each", &json}},
              0, 1);

@@ -174,6 +174,18 @@ def characters(count):
 FMA = ("fma128", "fma256", "fma512")
 
 
+def processor():
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return file.read().split("\n\n")[0].split()
+    except OSError:
+        return []
+
+
+AMX = "amx_bf16" in processor()  # with which babygpt multiplies bf16: its bars are other ones there
+PAIRS = "avx512_bf16" in processor() and "AuthenticAMD" in processor()
+
+
 class Bar:
     """ratio and share: the lower of the two is enough. floor: a ratio below which it must never fall. most: of babygpt's own figure."""
 
@@ -282,6 +294,10 @@ def works(threads, cores):
             add(f"train-{vocab}" + ("-1" if n < threads else ""), f"training f32, V={vocab}, {many if n > 1 else '1 thread'}",
                 speed("train", "--vocab", vocab, threads=n), bound=fma_bound(3 * forward_flops(vocab), n), bar=bar, peers=["PyTorch"],
                 needs="torch", peer=lambda m, _, v=vocab, n=n: m.torch("--vocab", v, threads=n).json()["tokens_per_second"])
+    for vocab, bar in ((96, Bar(2.2) if AMX else Bar(1.4, 0.65) if PAIRS else Bar()), (50257, Bar(2 if AMX else 1.2))):
+        add(f"train-{vocab}-bf16", f"training bf16, V={vocab}, {many}", speed("train", "--precision", "bf16", "--vocab", vocab),
+            bound=fma_bound(3 * forward_flops(vocab), names=("amx_bf16",) if AMX else ("bf16",) if PAIRS else FMA), bar=bar, peers=["PyTorch"],
+            needs="torch", peer=lambda m, _, v=vocab: m.torch("--vocab", v, "--dtype", "bf16").json()["tokens_per_second"])
     add("train-256", f"training f32, V=96, {many}, 256-bit kernels", speed("train", "--isa", "avx2"),
         bound=fma_bound(3 * forward_flops(96), names=("fma256",)), bar=Bar(share=0.72))
     for dtype, names in (("f32", FMA), ("bf16", FMA + ("bf16", "amx_bf16"))):
