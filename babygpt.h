@@ -179,10 +179,10 @@ struct [[nodiscard]] Status {
 // is part of the program, and everything else as cpu: encoders, sessions of an encoder-decoder, and those that use an adapter.
 enum class Backend : int32_t { cpu, plain, cuda };
 // Of the numbers in a computation; sums, weights and their gradients, moments are f32. On a GPU: tf32: of what is multiplied; bf16: of activations and
-// their gradients, too. On a processor (Backend::cpu) all is f32, but bf16: in training, of what is multiplied with weights and into their gradients.
+// their gradients, too; fp16, for GPUs before 2020: so, too, where a model is trained (sessions run in f32). On a processor (Backend::cpu) all is f32, but bf16: in training, of what is multiplied with weights and into their gradients.
 // That is several times as fast with AMX and twice with AMD's avx512_bf16 (which only GCC's kernels use), and no faster elsewhere; the bits are the
 // same for any number of threads, but not on another kind of processor.
-enum class Precision : int32_t { f32, tf32, bf16 };
+enum class Precision : int32_t { f32, tf32, bf16, fp16 };
 enum class Isa : int32_t { automatic, sse2, avx2, avx512, neon, portable };  // which kernels; for tests. bits are the same
 
 enum class FileMode : int32_t { read, write };  // write: create, or empty what is there
@@ -750,7 +750,10 @@ struct Trainer {
     int64_t bad_evaluations = 0;                         // in a row
     bool evaluation_due = false;                         // one was interrupted
     int under_way = 0;                                   // steps that were begun, and whose results have not been read
-    float* gradients = nullptr;  // sums over the step's tokens, laid out as Model::weights, or as those of the adapter; cuda: null
+    // Precision::fp16: what losses are multiplied by, so that no gradient is too small for it, and how many steps it has been good for. Not finite
+    // gradients halve it, 2000 good steps double it. Others' losses are means: their 2^16 of 4096 tokens is 16 here.
+    float* loss_scale = nullptr;  // [2]
+    float* gradients = nullptr;   // sums over the step's tokens, laid out as Model::weights, or as those of the adapter; cuda: null
     float* moment1 = nullptr;
     float* moment2 = nullptr;
     Runtime* runtime = nullptr;
@@ -6279,7 +6282,7 @@ struct DeviceResult {
     double seconds;                   // from the end of the update before; 0: unknown
     bool skipped;                     // the loss or the norm was not finite, and the weights are as before
 };
-enum class DevicePart : int32_t { weights, adapter, gradients, moment1, moment2 };
+enum class DevicePart : int32_t { weights, adapter, gradients, moment1, moment2, loss_scale };  // loss_scale: Trainer's
 
 struct Device;     // all that a trainer keeps there
 struct Generator;  // all that a model's sessions share there: weights, and space for one run at a time
@@ -10085,6 +10088,7 @@ struct TrainerState {
     Borrowed* lent = nullptr;                       // by whom, where the device's weights are newer,
     float* home = nullptr;                          // and where they belong
     float *moment1 = nullptr, *moment2 = nullptr;   // the trainer's
+    float loss_scale[2] = {256, 0};                 // the trainer's
     bool newer_moments = false;                     // on the device
     bool newer_here = true;                         // the host's moments: they have been loaded
     uint64_t weights_there = 0, adapter_there = 0;  // versions of the model's and the adapter's; 0: none yet
@@ -10112,7 +10116,7 @@ namespace {
 inline void choose_device(TrainerState& s, const Runtime& runtime) {
     s.on = find_device(runtime);
     s.tape.on_device = s.on != nullptr;
-    s.tape.halves = s.on && runtime.precision == Precision::bf16;
+    s.tape.halves = s.on && (runtime.precision == Precision::bf16 || runtime.precision == Precision::fp16);
     s.tape.makes_sums = s.on && runtime.precision != Precision::f32;
     s.tape.rounds = runtime.backend == Backend::cpu && runtime.precision == Precision::bf16;
 }
@@ -10128,6 +10132,7 @@ BABYGPT_RARE Status bring_moments(TrainerState& s) {
     if (!s.newer_moments) return Status();
     BABYGPT_TRY(s.on->download(s.device, DevicePart::moment1, s.moment1));
     BABYGPT_TRY(s.on->download(s.device, DevicePart::moment2, s.moment2));
+    BABYGPT_TRY(s.on->download(s.device, DevicePart::loss_scale, s.loss_scale));
     s.newer_moments = false;
     return Status();
 }
@@ -10150,6 +10155,7 @@ BABYGPT_RARE Status send(TrainerState& s, const Model& model, const Adapter* ada
     if (!s.newer_here || !s.moment1) return Status();
     BABYGPT_TRY(s.on->upload(s.device, DevicePart::moment1, s.moment1));
     BABYGPT_TRY(s.on->upload(s.device, DevicePart::moment2, s.moment2));
+    BABYGPT_TRY(s.on->upload(s.device, DevicePart::loss_scale, s.loss_scale));
     s.newer_here = false;
     return Status();
 }
@@ -10324,6 +10330,7 @@ Status fill(Trainer& trainer, Runtime& from, const Model& of, Adapter* adapter, 
     trainer.runtime = &from;
     TrainerState* const state = trainer.state = create<TrainerState>(from, from);
     if (!state) return out_of_memory(sizeof(TrainerState));
+    trainer.loss_scale = state->loss_scale;
     state->backend = backend;
     choose_device(*state, from);
     state->text_room = state->on ? text_room(of.config, &data, data.tokens) : 0;
@@ -10365,9 +10372,10 @@ Trainer& Trainer::operator=(Trainer&& other) noexcept {
     step_count = other.step_count;
     best_validation_loss = other.best_validation_loss, best_accuracy = other.best_accuracy, best_step = other.best_step,
     bad_evaluations = other.bad_evaluations, evaluation_due = other.evaluation_due, under_way = other.under_way;
-    gradients = other.gradients, moment1 = other.moment1, moment2 = other.moment2, runtime = other.runtime, state = other.state;
+    gradients = other.gradients, moment1 = other.moment1, moment2 = other.moment2, loss_scale = other.loss_scale, runtime = other.runtime,
+    state = other.state;
     other.state = nullptr;
-    other.gradients = other.moment1 = other.moment2 = nullptr;
+    other.gradients = other.moment1 = other.moment2 = other.loss_scale = nullptr;
     return *this;
 }
 Trainer::~Trainer() {
@@ -13243,6 +13251,7 @@ void each_field(const TrainConfig*, const F& f) {
 struct TrainingState {
     int64_t step_count, best_step, bad_evaluations;
     double best_validation_loss, best_accuracy;
+    double loss_scale, loss_scale_steps;
     bool evaluation_due;
     uint64_t training_tokens, training_fingerprint, validation_tokens, validation_fingerprint;
 };
@@ -13259,6 +13268,8 @@ void each_field(const TrainingState*, const F& f) {
     own("validation_fingerprint", &TrainingState::validation_fingerprint);
     own("best_accuracy", &TrainingState::best_accuracy);
     own("evaluation_due", &TrainingState::evaluation_due);
+    own("loss_scale", &TrainingState::loss_scale);
+    own("loss_scale_steps", &TrainingState::loss_scale_steps);
 }
 
 template <class Record>
@@ -13297,7 +13308,8 @@ constexpr const char* beyond_decoders[] = {"encoder_layers", "causal", "classes"
 inline bool is_optional(const char* key) {
     static constexpr const char* names[] = {
         "position_embedding_type", "dtype",      "optimizer",          "muon_lr",      "model_type",    "tie_word_embeddings", "bias",
-        "attention_bias",          "hidden_act", "layer_norm_epsilon", "rms_norm_eps", "best_accuracy", "evaluation_due"};
+        "attention_bias",          "hidden_act", "layer_norm_epsilon", "rms_norm_eps", "best_accuracy", "evaluation_due",      "loss_scale",
+        "loss_scale_steps"};
     return is_one_of(key, names) || is_one_of(key, beyond_gpt2) || is_one_of(key, beyond_decoders);
 }
 template <class Record>
@@ -14784,6 +14796,7 @@ TrainingState state_of(const Trainer& t) {
     TrainingState state{};
     state.step_count = t.step_count, state.best_step = t.best_step, state.bad_evaluations = t.bad_evaluations;
     state.best_validation_loss = t.best_validation_loss, state.best_accuracy = t.best_accuracy, state.evaluation_due = t.evaluation_due;
+    state.loss_scale = static_cast<double>(t.loss_scale[0]), state.loss_scale_steps = static_cast<double>(t.loss_scale[1]);
     if (t.training) state.training_tokens = t.training->tokens, state.training_fingerprint = t.training->fingerprint;
     if (t.validation) state.validation_tokens = t.validation->tokens, state.validation_fingerprint = t.validation->fingerprint;
     return state;
@@ -14796,6 +14809,7 @@ Status parse_training(Runtime& runtime, const Checkpoint& c, TrainConfig& config
     if (text.count == 0) return c.bad(" holds no state of training to resume from: that is in the .resume.safetensors beside the model");
     uint64_t in_config = 0, in_state = 0;
     state.best_accuracy = 0, state.evaluation_due = false;  // where an older version wrote the file
+    state.loss_scale = 256, state.loss_scale_steps = 0;
     Json json(runtime, view(text));
     for (json.enter_object(); json.next_key();) {
         if (json.key_is("config"))
@@ -14809,7 +14823,8 @@ Status parse_training(Runtime& runtime, const Checkpoint& c, TrainConfig& config
     BABYGPT_TRY(all_seen(state, in_state, where));
     const int64_t steps = state.step_count;
     const bool possible = steps >= 0 && steps >> 53 == 0 && state.best_step >= -1 && state.best_step <= steps &&
-                          state.bad_evaluations >= 0 && state.bad_evaluations <= steps;
+                          state.bad_evaluations >= 0 && state.bad_evaluations <= steps && state.loss_scale > 0 && state.loss_scale < 1e38 &&
+                          state.loss_scale_steps >= 0 && state.loss_scale_steps < 1e6;
     return possible ? Status()
                     : fail(Error::bad_file, "'", Text(where), "' cannot be: ", steps, " steps, the best of them number ", state.best_step,
                            ", and ", state.bad_evaluations, " evaluations that were worse");
@@ -15086,6 +15101,7 @@ Status Trainer::load(Text path) {
     if (!status.ok()) return fail(status.error, Text(status.message), "; the model is now half loaded: load again before it is used");
     step_count = stored.step_count, best_step = stored.best_step, bad_evaluations = stored.bad_evaluations;
     best_validation_loss = stored.best_validation_loss, best_accuracy = stored.best_accuracy, evaluation_due = stored.evaluation_due;
+    loss_scale[0] = static_cast<float>(stored.loss_scale), loss_scale[1] = static_cast<float>(stored.loss_scale_steps);
     return Status();
 }
 

@@ -16,7 +16,8 @@
 //
 // What there is.                                              What there is not.
 //     all architectures, all ops, dropout, LoRA                   sessions with adapters or a source, encoders: on the processor
-//     float32; products by cuBLASLt in tf32; all of it in bf16    fp16, for GPUs before 2020
+//     float32; products by cuBLASLt in tf32; all of it in bf16;   sessions in fp16: they run in float32
+//     or in fp16 with a loss's scale, also on GPUs before 2020
 //     the same random numbers as on the processor                 Muon: refused by name
 //     the same bits from run to run: no atomics                   more than one GPU in a Trainer
 //     one graph launch a step, no waiting; memory taken once      Windows: nothing known against it, never tried
@@ -44,6 +45,7 @@
 #endif
 #include <cublasLt.h>
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define BABYGPT_SHARED(T, name, count) __shared__ T name[count]
 #define BABYGPT_DYNAMIC_SHARED(name)                                   \
@@ -187,15 +189,36 @@ __device__ __forceinline__ float warp_most(float x) {
     return x;
 }
 
-// What activations and their gradients are in memory is called Real: float, or, with Precision::bf16, __nv_bfloat16. They are computed with as float.
+// What activations and their gradients are in memory is called Real: float, or, with Precision::bf16, __nv_bfloat16, or, with Precision::fp16,
+// __half. They are computed with as float.
+template <class Real>
+constexpr bool is_half = false;
+template <>
+inline constexpr bool is_half<__half> = true;
 __device__ __forceinline__ void put(float* to, float x) { *to = x; }
 __device__ __forceinline__ void put(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void put(__half* to, float x) { *to = __float2half_rn(x); }
+// Two of 16 bits in a register, the first in its lower half.
+template <class Real = __nv_bfloat16>
 __device__ __forceinline__ uint32_t two(float low, float high) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    return static_cast<uint32_t>(__bfloat16_as_ushort(both.y)) << 16 | __bfloat16_as_ushort(both.x);
+    if constexpr (is_half<Real>) {
+        const __half2 both = __floats2half2_rn(low, high);
+        return static_cast<uint32_t>(__half_as_ushort(both.y)) << 16 | __half_as_ushort(both.x);
+    } else {
+        const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+        return static_cast<uint32_t>(__bfloat16_as_ushort(both.y)) << 16 | __bfloat16_as_ushort(both.x);
+    }
 }
-__device__ __forceinline__ float low_of(uint32_t both) { return __uint_as_float(both << 16); }
-__device__ __forceinline__ float high_of(uint32_t both) { return __uint_as_float(both & 0xffff0000u); }
+template <class Real = __nv_bfloat16>
+__device__ __forceinline__ float low_of(uint32_t both) {
+    if constexpr (is_half<Real>) return __half2float(__ushort_as_half(static_cast<unsigned short>(both & 0xffffu)));
+    else return __uint_as_float(both << 16);
+}
+template <class Real = __nv_bfloat16>
+__device__ __forceinline__ float high_of(uint32_t both) {
+    if constexpr (is_half<Real>) return __half2float(__ushort_as_half(static_cast<unsigned short>(both >> 16)));
+    else return __uint_as_float(both & 0xffff0000u);
+}
 // `size` of them beside each other, by one access: at places that are a multiple of it.
 template <class T, size_t size>
 struct alignas(sizeof(T) * size) Pack {
@@ -206,12 +229,12 @@ __device__ __forceinline__ void load(float (&to)[size], const float* from) {
     const auto pack = *reinterpret_cast<const Pack<float, size>*>(from);
     for (size_t i = 0; i < size; ++i) to[i] = pack.at[i];
 }
-template <size_t size>
-__device__ __forceinline__ void load(float (&to)[size], const __nv_bfloat16* from) {
+template <size_t size, class Narrow>
+__device__ __forceinline__ void load(float (&to)[size], const Narrow* from) {
     if constexpr (size == 1) to[0] = static_cast<float>(*from);
     else {
         const auto pack = *reinterpret_cast<const Pack<uint32_t, size / 2>*>(from);
-        for (size_t i = 0; i < size / 2; ++i) to[2 * i] = low_of(pack.at[i]), to[2 * i + 1] = high_of(pack.at[i]);
+        for (size_t i = 0; i < size / 2; ++i) to[2 * i] = low_of<Narrow>(pack.at[i]), to[2 * i + 1] = high_of<Narrow>(pack.at[i]);
     }
 }
 template <size_t size>
@@ -220,12 +243,12 @@ __device__ __forceinline__ void store(float* to, const float (&from)[size]) {
     for (size_t i = 0; i < size; ++i) pack.at[i] = from[i];
     *reinterpret_cast<Pack<float, size>*>(to) = pack;
 }
-template <size_t size>
-__device__ __forceinline__ void store(__nv_bfloat16* to, const float (&from)[size]) {
+template <size_t size, class Narrow>
+__device__ __forceinline__ void store(Narrow* to, const float (&from)[size]) {
     if constexpr (size == 1) put(to, from[0]);
     else {
         Pack<uint32_t, size / 2> pack;
-        for (size_t i = 0; i < size / 2; ++i) pack.at[i] = two(from[2 * i], from[2 * i + 1]);
+        for (size_t i = 0; i < size / 2; ++i) pack.at[i] = two<Narrow>(from[2 * i], from[2 * i + 1]);
         *reinterpret_cast<Pack<uint32_t, size / 2>*>(to) = pack;
     }
 }
@@ -311,11 +334,12 @@ struct Memory {
     Sums* sums;
     uint32_t *keys[2], *counts;  // sorting: an id and its row, twice; how often each digit is in each block
     int32_t* sorted_rows[2];
-    uint32_t* totals;               // of each digit
-    float* parts;                   // of sums over rows; embedding_backward's edges
-    __nv_bfloat16* narrow_weights;  // Precision::bf16: a copy
-    unsigned char* workspace;       // cuBLASLt's, where there are tensor cores
-    int32_t* text;                  // the ids of what it learns from, sent once
+    uint32_t* totals;          // of each digit
+    float* parts;              // of sums over rows; embedding_backward's edges
+    void* narrow_weights;      // a copy, of Real, where that has 16 bits
+    float* loss_scale;         // Precision::fp16: by how much gradients are too large, and how many updates it has been good for
+    unsigned char* workspace;  // cuBLASLt's, where there are tensor cores
+    int32_t* text;             // the ids of what it learns from, sent once
     Where* where[2];
     // Sent for each run, from a copy that the host has.
     Now* now;
@@ -348,7 +372,8 @@ inline int splits_of(int64_t rows, int64_t in, int64_t out) {
     return static_cast<int>(lesser<int64_t>(most, parts_of(busy, parts_of(in, tile) * parts_of(out, tile))));
 }
 inline bool on_tensor_cores(const DevicePlan& plan) { return plan.precision != Precision::f32; }
-inline int64_t real_bytes(const DevicePlan& plan) { return plan.precision == Precision::bf16 ? 2 : 4; }
+inline bool is_narrow(const DevicePlan& plan) { return plan.precision == Precision::bf16 || plan.precision == Precision::fp16; }
+inline int64_t real_bytes(const DevicePlan& plan) { return is_narrow(plan) ? 2 : 4; }
 // Between two rows of logits: tensor cores want 16 bytes at a time.
 inline int64_t logits_stride(const DevicePlan& plan) {
     return on_tensor_cores(plan) ? parts_of(plan.head_out, 8) * 8 : static_cast<int64_t>(plan.head_out);
@@ -419,7 +444,9 @@ inline void plan_memory(Plan& plan, const DevicePlan& p, Memory& m) {
     const int64_t head_rows = p.ops.size ? p.max_rows[static_cast<int>(p.ops[p.ops.size - 1].side)] : 0;
     m.logits = plan.take<char>(greater<int64_t>(head_chunk(p, head_rows) * logits_stride(p), 1) * real_bytes(p), "logits");
     m.parts = plan.take<float>(greater(parts, embeds ? 2 * parts_of(rows, edge_rows) * p.width : 0), "parts");
-    m.narrow_weights = plan.take<__nv_bfloat16>(p.precision == Precision::bf16 ? p.weight_block : 0, "narrow_weights");
+    m.narrow_weights = plan.take<uint16_t>(is_narrow(p) ? p.weight_block : 0, "narrow_weights");
+    m.loss_scale = plan.take<float>(p.precision == Precision::fp16 ? 2 : 0, "loss_scale");
+    if (p.precision != Precision::fp16) m.loss_scale = nullptr;
     m.workspace = plan.take<unsigned char>(on_tensor_cores(p) ? static_cast<int64_t>(workspace_bytes) : 0, "workspace");
     m.waves = plan.take<float>(static_cast<int64_t>(p.waves.size), "waves");
     m.losses = plan.take<double>(p.max_rows[0], "losses");
@@ -1030,7 +1057,8 @@ __global__ void __launch_bounds__(block_threads) product(Product<A, B, C> p, con
 
 // They are cuBLASLt's, from numbers in bf16 or tf32 and with sums in float. The library multiplies as many rows as there might be: where a run has
 // fewer, the others are made zeros. What follows is beside the products: over elements; 6, 0 and 2 Real bytes.
-__global__ void narrow_copy(__nv_bfloat16* to, const float* from, int64_t n) {
+template <class Narrow>
+__global__ void narrow_copy(Narrow* to, const float* from, int64_t n) {
     for (int64_t i = first_element(); i < n; i += all_threads()) put(to + i, from[i]);
 }
 template <class Real>
@@ -1320,7 +1348,7 @@ __global__ void __launch_bounds__(block_threads) attention_backward_keys(Attend<
 
 // ---- attention on tensor cores -----------------------------------------------------------------------------------------------
 
-// Of bf16, in heads of C columns (fewer: zeros beyond), sums in float. Shared memory holds tiles of a.rows rows x C columns: all of a sequence, where
+// Of numbers of 16 bits, in heads of C columns (fewer: zeros beyond), sums in float. Shared memory holds tiles of a.rows rows x C columns: all of a sequence, where
 // it is not too long, so that each number is read once. A row's pieces of 16 bytes change places, so that those of 8 rows at one column lie in
 // different banks. A warp has strips of 16 rows of its block's tile; what it multiplies and sums up for a strip stays in registers, and it waits for
 // others only where a tile is loaded. The strips at both ends go to one warp, as a causal strip's work grows with its number.
@@ -1373,9 +1401,8 @@ __device__ __forceinline__ void copies_arrive() {
 #endif
 }
 // `count` rows of a head, of `rows`. A thread has one piece of every (strip_threads / pieces)th row.
-template <int C>
-__device__ __forceinline__ void copy_rows_narrow(unsigned char* to, const __nv_bfloat16* from, int64_t stride, int rows, int count,
-                                                 int dim) {
+template <int C, class Real>
+__device__ __forceinline__ void copy_rows_narrow(unsigned char* to, const Real* from, int64_t stride, int rows, int count, int dim) {
     constexpr int pieces = C / 8, step = strip_threads / pieces;
     const int piece = static_cast<int>(threadIdx.x) % pieces;
     const bool has = piece * 8 < dim;
@@ -1390,7 +1417,7 @@ __device__ __forceinline__ void load_tiles(uint32_t (&to)[4], const unsigned cha
 #if defined(BABYGPT_CUDA_EMULATOR)
     if constexpr (across) emulator::ldmatrix_x4_trans(to, row);
     else emulator::ldmatrix_x4(to, row);
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#elif defined(__CUDA_ARCH__)
     const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
     if constexpr (across)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -1406,15 +1433,33 @@ __device__ __forceinline__ void load_tiles(uint32_t (&to)[4], const unsigned cha
 }
 // d += a b, on tiles of 16 x 16 and 16 x 8. In lane 4 g + t are: of a, rows g and g + 8, columns 2 t, 2 t + 1 and those 8 further; of b, rows 2 t,
 // 2 t + 1 and those 8 further, column g; of d, rows g and g + 8, columns 2 t and 2 t + 1.
+template <class Real = __nv_bfloat16>
 __device__ __forceinline__ void multiply_tiles(float (&d)[4], const uint32_t (&a)[4], uint32_t upper, uint32_t lower) {
 #if defined(BABYGPT_CUDA_EMULATOR)
-    emulator::mma_m16n8k16(d, a, {upper, lower}, __nv_bfloat16());
+    if (is_half<Real> && emulator::settings.major < 8) {
+        emulator::mma_m16n8k8(d, {a[0], a[1]}, {upper}, __half());
+        emulator::mma_m16n8k8(d, {a[2], a[3]}, {lower}, __half());
+    } else emulator::mma_m16n8k16(d, a, {upper, lower}, Real());
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(upper), "r"(lower));
+    if constexpr (is_half<Real>)
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(upper), "r"(lower));
+    else
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(upper), "r"(lower));
+#elif defined(__CUDA_ARCH__)  // before 2020: fp16 alone, and half as deep; Gpu::create has refused bf16
+    if constexpr (is_half<Real>) {
+        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(upper));
+        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[2]), "r"(a[3]), "r"(lower));
+    } else (void)d, (void)a, (void)upper, (void)lower;
 #else
-    (void)d, (void)a, (void)upper, (void)lower;  // Gpu::create has refused such a GPU
+    (void)d, (void)a, (void)upper, (void)lower;
 #endif
 }
 __device__ __forceinline__ float power_of_2(float x) {
@@ -1427,20 +1472,22 @@ __device__ __forceinline__ float power_of_2(float x) {
 #endif
 }
 // Two sums of 16 x 8 that lie beside each other as the a of the next product.
+template <class Real>
 __device__ __forceinline__ void pack(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
-    a[0] = two(left[0], left[1]), a[1] = two(left[2], left[3]), a[2] = two(right[0], right[1]), a[3] = two(right[2], right[3]);
+    a[0] = two<Real>(left[0], left[1]), a[1] = two<Real>(left[2], left[3]);
+    a[2] = two<Real>(right[0], right[1]), a[3] = two<Real>(right[2], right[3]);
 }
 // A strip's sums, times a factor for its rows g and another for g + 8, to `count` rows in device memory, or added to them. The lanes of a row exchange
 // theirs, so that each has 16 bytes side by side.
-template <int C>
-__device__ __forceinline__ void store_strip(__nv_bfloat16* to, int64_t stride, const StripSums<C>& sum, float upper, float lower, int count,
-                                            int dim, bool adds) {
+template <int C, class Real>
+__device__ __forceinline__ void store_strip(Real* to, int64_t stride, const StripSums<C>& sum, float upper, float lower, int count, int dim,
+                                            bool adds) {
     const int g = lane() / 4, t = lane() % 4;
     BABYGPT_TIMES (half, 2)
         BABYGPT_TIMES (j, C / 32) {
             const float factor = half ? lower : upper;
             uint32_t w[4];
-            BABYGPT_TIMES (i, 4) w[i] = two(sum[4 * j + i][2 * half] * factor, sum[4 * j + i][2 * half + 1] * factor);
+            BABYGPT_TIMES (i, 4) w[i] = two<Real>(sum[4 * j + i][2 * half] * factor, sum[4 * j + i][2 * half + 1] * factor);
             BABYGPT_TIMES (i, 2) {
                 const uint32_t other = __shfl_xor_sync(0xffffffffu, t % 2 ? w[2 * i] : w[2 * i + 1], 1);
                 if (t % 2) w[2 * i] = other;
@@ -1457,7 +1504,7 @@ __device__ __forceinline__ void store_strip(__nv_bfloat16* to, int64_t stride, c
             if (adds) {
                 const uint4 before = *place;
                 const uint32_t b[4] = {before.x, before.y, before.z, before.w};
-                BABYGPT_TIMES (i, 4) w[i] = two(low_of(b[i]) + low_of(w[i]), high_of(b[i]) + high_of(w[i]));
+                BABYGPT_TIMES (i, 4) w[i] = two<Real>(low_of<Real>(b[i]) + low_of<Real>(w[i]), high_of<Real>(b[i]) + high_of<Real>(w[i]));
             }
             *place = make_uint4(w[0], w[1], w[2], w[3]);
         }
@@ -1466,8 +1513,8 @@ __device__ __forceinline__ void store_strip(__nv_bfloat16* to, int64_t stride, c
 // A block has a tile of a head's queries, and goes through the keys that they see, 32 at a time: maximum, sum and y so far are put right when a
 // greater maximum comes (Milakov & Gimelshein 2018). 8 bytes for each element of y; where there are several tiles, keys and values again for
 // each, from the cache.
-template <int C>
-__global__ void __launch_bounds__(strip_threads, C > 64 ? 2 : 3) attention_forward_narrow(Attend<__nv_bfloat16> a, const Now* now) {
+template <int C, class Real>
+__global__ void __launch_bounds__(strip_threads, C > 64 ? 2 : 3) attention_forward_narrow(Attend<Real> a, const Now* now) {
     BABYGPT_DYNAMIC_SHARED(memory);
     constexpr int steps = C / 16, row_bytes = 2 * C;
     const int rows = a.rows, number = static_cast<int>(blockIdx.x) / a.tiles / a.heads,
@@ -1514,8 +1561,8 @@ __global__ void __launch_bounds__(strip_threads, C > 64 ? 2 : 3) attention_forwa
                     BABYGPT_TIMES (n, 2) {
                         uint32_t right[4];
                         load_tiles<false>(right, k + (k0 + 16 * n) * row_bytes + (by_columns ^ i * 32));
-                        multiply_tiles(s[2 * n], left[i], right[0], right[1]);
-                        multiply_tiles(s[2 * n + 1], left[i], right[2], right[3]);
+                        multiply_tiles<Real>(s[2 * n], left[i], right[0], right[1]);
+                        multiply_tiles<Real>(s[2 * n + 1], left[i], right[2], right[3]);
                     }
                 if (k0 + 32 > end || (diagonal && k0 + 31 > first))
                     BABYGPT_TIMES (e, 4) {
@@ -1544,12 +1591,12 @@ __global__ void __launch_bounds__(strip_threads, C > 64 ? 2 : 3) attention_forwa
                                 drop_factor(now, drop_keys[first + g + e / 2 * 8], head * 65536 + part * rows + k0 + 8 * n + 2 * t + e % 2);
                 BABYGPT_TIMES (n, 2) {
                     uint32_t p[4];
-                    pack(p, s[2 * n], s[2 * n + 1]);
+                    pack<Real>(p, s[2 * n], s[2 * n + 1]);
                     BABYGPT_TIMES (j, steps) {
                         uint32_t right[4];
                         load_tiles<true>(right, v + (k0 + 16 * n) * row_bytes + (by_rows ^ j * 32));
-                        multiply_tiles(sum[2 * j], p, right[0], right[1]);
-                        multiply_tiles(sum[2 * j + 1], p, right[2], right[3]);
+                        multiply_tiles<Real>(sum[2 * j], p, right[0], right[1]);
+                        multiply_tiles<Real>(sum[2 * j + 1], p, right[2], right[3]);
                     }
                 }
             }
@@ -1569,8 +1616,8 @@ __global__ void __launch_bounds__(strip_threads, C > 64 ? 2 : 3) attention_forwa
 
 // Q and dY of `rows` queries, of which `count` are there, and what is known of each: the dropout's key; the logarithm of what its powers of 2 are
 // divided by, which is endless for those that are not there, so that their p is 0; D = dy . y. A thread's pieces are copy_rows_narrow's.
-template <int C>
-__device__ __forceinline__ void load_queries_narrow(const Attend<__nv_bfloat16>& a, const Now* now, unsigned char* q, unsigned char* dy,
+template <int C, class Real>
+__device__ __forceinline__ void load_queries_narrow(const Attend<Real>& a, const Now* now, unsigned char* q, unsigned char* dy,
                                                     uint64_t* drop_keys, float* logarithm, float* D, int row, int count, int head) {
     constexpr int pieces = C / 8, step = strip_threads / pieces;
     constexpr unsigned each = most_tile_rows / step;
@@ -1578,7 +1625,7 @@ __device__ __forceinline__ void load_queries_narrow(const Attend<__nv_bfloat16>&
     const int64_t width = static_cast<int64_t>(a.heads) * a.dim, column = static_cast<int64_t>(head) * a.dim;
     copy_rows_narrow<C>(q, a.q + row * a.q_stride + column, a.q_stride, a.rows, count, a.dim);
     copy_rows_narrow<C>(dy, a.dy + row * width + column, width, a.rows, count, a.dim);
-    const __nv_bfloat16* const y = a.y + row * width + column + piece * 8;
+    const Real* const y = a.y + row * width + column + piece * 8;
     uint4 own[each];
     BABYGPT_TIMES (n, each) {
         const int i = i0 + n * step;
@@ -1595,7 +1642,7 @@ __device__ __forceinline__ void load_queries_narrow(const Attend<__nv_bfloat16>&
         const uint4 other = i < a.rows ? *reinterpret_cast<const uint4*>(dy + piece_at<C>(i, piece)) : make_uint4(0, 0, 0, 0);
         const uint32_t x[4] = {own[n].x, own[n].y, own[n].z, own[n].w}, z[4] = {other.x, other.y, other.z, other.w};
         float sum = 0;
-        BABYGPT_TIMES (e, 4) sum = fmaf(low_of(x[e]), low_of(z[e]), fmaf(high_of(x[e]), high_of(z[e]), sum));
+        BABYGPT_TIMES (e, 4) sum = fmaf(low_of<Real>(x[e]), low_of<Real>(z[e]), fmaf(high_of<Real>(x[e]), high_of<Real>(z[e]), sum));
         for (int apart = pieces / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
         if (piece == 0 && i < a.rows) D[i] = sum;
     }
@@ -1611,8 +1658,8 @@ __device__ __forceinline__ void score_gradient(float& s, float& dp, float unit, 
 // First dk = sum over the queries of ds q, and dv = sum of f p dy: a block has a tile of a kv head's keys, and goes through the queries that see them, 16
 // at a time, head after head of those that share it. Then dq = sum over the keys of ds k: it has the tile of queries with the same number, and goes
 // through the keys that they see. A tile that is there already is not loaded again. 16 bytes for each element of q where one tile is all.
-template <int C>
-__global__ void __launch_bounds__(strip_threads, C > 64 ? 1 : 2) attention_backward_narrow(Attend<__nv_bfloat16> a, const Now* now) {
+template <int C, class Real>
+__global__ void __launch_bounds__(strip_threads, C > 64 ? 1 : 2) attention_backward_narrow(Attend<Real> a, const Now* now) {
     BABYGPT_DYNAMIC_SHARED(memory);
     constexpr int steps = C / 16, row_bytes = 2 * C;
     constexpr bool holds = C <= 64;  // a strip in registers; otherwise it is loaded for each product
@@ -1674,11 +1721,11 @@ __global__ void __launch_bounds__(strip_threads, C > 64 ? 1 : 2) attention_backw
                         }
                         uint32_t right[4];
                         load_tiles<false>(right, q + i0 * row_bytes + (by_columns ^ i * 32));
-                        multiply_tiles(s[0], key[held * i], right[0], right[1]);
-                        multiply_tiles(s[1], key[held * i], right[2], right[3]);
+                        multiply_tiles<Real>(s[0], key[held * i], right[0], right[1]);
+                        multiply_tiles<Real>(s[1], key[held * i], right[2], right[3]);
                         load_tiles<false>(right, dy + i0 * row_bytes + (by_columns ^ i * 32));
-                        multiply_tiles(dp[0], value[held * i], right[0], right[1]);
-                        multiply_tiles(dp[1], value[held * i], right[2], right[3]);
+                        multiply_tiles<Real>(dp[0], value[held * i], right[0], right[1]);
+                        multiply_tiles<Real>(dp[1], value[held * i], right[2], right[3]);
                     }
                     if (diagonal && i0 == first)
                         BABYGPT_TIMES (n, 2)
@@ -1696,16 +1743,16 @@ __global__ void __launch_bounds__(strip_threads, C > 64 ? 1 : 2) attention_backw
                                 score_gradient<false>(s[n][e], dp[n][e], unit, e % 2 ? l.y : l.x, e % 2 ? d.y : d.x, now, nullptr, 0);
                     }
                     uint32_t p[4], ds[4];
-                    pack(p, s[0], s[1]);
-                    pack(ds, dp[0], dp[1]);
+                    pack<Real>(p, s[0], s[1]);
+                    pack<Real>(ds, dp[0], dp[1]);
                     BABYGPT_TIMES (j, steps) {
                         uint32_t right[4];
                         load_tiles<true>(right, dy + i0 * row_bytes + (by_rows ^ j * 32));
-                        multiply_tiles(dv[2 * j], p, right[0], right[1]);
-                        multiply_tiles(dv[2 * j + 1], p, right[2], right[3]);
+                        multiply_tiles<Real>(dv[2 * j], p, right[0], right[1]);
+                        multiply_tiles<Real>(dv[2 * j + 1], p, right[2], right[3]);
                         load_tiles<true>(right, q + i0 * row_bytes + (by_rows ^ j * 32));
-                        multiply_tiles(dk[2 * j], ds, right[0], right[1]);
-                        multiply_tiles(dk[2 * j + 1], ds, right[2], right[3]);
+                        multiply_tiles<Real>(dk[2 * j], ds, right[0], right[1]);
+                        multiply_tiles<Real>(dk[2 * j + 1], ds, right[2], right[3]);
                     }
                 }
             }
@@ -1747,11 +1794,11 @@ __global__ void __launch_bounds__(strip_threads, C > 64 ? 1 : 2) attention_backw
                         }
                         uint32_t right[4];
                         load_tiles<false>(right, k + k0 * row_bytes + (by_columns ^ i * 32));
-                        multiply_tiles(s[0], query[held * i], right[0], right[1]);
-                        multiply_tiles(s[1], query[held * i], right[2], right[3]);
+                        multiply_tiles<Real>(s[0], query[held * i], right[0], right[1]);
+                        multiply_tiles<Real>(s[1], query[held * i], right[2], right[3]);
                         load_tiles<false>(right, v + k0 * row_bytes + (by_columns ^ i * 32));
-                        multiply_tiles(dp[0], gradient[held * i], right[0], right[1]);
-                        multiply_tiles(dp[1], gradient[held * i], right[2], right[3]);
+                        multiply_tiles<Real>(dp[0], gradient[held * i], right[0], right[1]);
+                        multiply_tiles<Real>(dp[1], gradient[held * i], right[2], right[3]);
                     }
                     if (k0 + strip > some || (diagonal && k0 == first))
                         BABYGPT_TIMES (e, 4) {
@@ -1768,12 +1815,12 @@ __global__ void __launch_bounds__(strip_threads, C > 64 ? 1 : 2) attention_backw
                             BABYGPT_TIMES (e, 4) score_gradient<false>(s[n][e], dp[n][e], unit, l[e / 2], d[e / 2], now, nullptr, 0);
                     }
                     uint32_t ds[4];
-                    pack(ds, dp[0], dp[1]);
+                    pack<Real>(ds, dp[0], dp[1]);
                     BABYGPT_TIMES (j, steps) {
                         uint32_t right[4];
                         load_tiles<true>(right, k + k0 * row_bytes + (by_rows ^ j * 32));
-                        multiply_tiles(dq[2 * j], ds, right[0], right[1]);
-                        multiply_tiles(dq[2 * j + 1], ds, right[2], right[3]);
+                        multiply_tiles<Real>(dq[2 * j], ds, right[0], right[1]);
+                        multiply_tiles<Real>(dq[2 * j + 1], ds, right[2], right[3]);
                     }
                 }
             }
@@ -1813,7 +1860,7 @@ __global__ void pool_backward(Real* dx, const Real* dy, const Place* places, con
 // ---- output head with softmax cross-entropy ------------------------------------------------------------------------------
 
 // A warp has a row of logits, of a chunk of rows that begins at `first`, or a block has it where the row is long: the loss, the target's rank, and,
-// where it learns, the logits' gradients in their place: dl = softmax(l) - (1-e) [v is the target] - e/V, times the row's weight. Real bytes: 1 to
+// where it learns, the logits' gradients in their place: dl = softmax(l) - (1-e) [v is the target] - e/V, times the row's weight and the loss's scale. Real bytes: 1 to
 // read, 1 again (where a long row has no room in shared memory) and 1 to write.
 template <class Real>
 __device__ __forceinline__ float exp_like(float x) {  // as exact as Real deserves
@@ -1823,8 +1870,8 @@ __device__ __forceinline__ float exp_like(float x) {  // as exact as Real deserv
 constexpr int long_row = 1024, long_row_threads = 512;
 template <class Real, bool by_block>
 __global__ void __launch_bounds__(by_block ? long_row_threads : block_threads)
-    head_loss(Real* logits, int64_t stride, double* losses, int32_t* ranks, const int32_t* targets, const float* row_weights, Extent extent,
-              const Now* now, int vocab, bool learns, bool keeps) {
+    head_loss(Real* logits, int64_t stride, double* losses, int32_t* ranks, const int32_t* targets, const float* row_weights,
+              const float* loss_scale, Extent extent, const Now* now, int vocab, bool learns, bool keeps) {
     constexpr int warps = long_row_threads / warp;
     BABYGPT_SHARED(float, shared, (3 * warps));
     BABYGPT_DYNAMIC_SHARED(memory);
@@ -1881,7 +1928,7 @@ __global__ void __launch_bounds__(by_block ? long_row_threads : block_threads)
         }
         if (learns) {
             if (!by_block) __syncwarp();  // all lanes have read what is written over now
-            const float weight = target < 0 ? 0.0f : row_weights[row], factor = weight / sum;
+            const float weight = target < 0 ? 0.0f : row_weights[row] * (loss_scale ? *loss_scale : 1.0f), factor = weight / sum;
             const float each = smoothing / static_cast<float>(vocab) * weight, more = (1 - smoothing) * weight;
             over_logits([&](int v, auto count) {
                 float x[count.many];
@@ -1943,21 +1990,30 @@ __global__ void square_parts(double* parts, const float* g, int64_t n) {
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
 // Then one block: the norm, whether all is finite, and what the gradients are multiplied by. `results` are the host's, in pinned memory.
-__global__ void judge(Sums* sums, Sums* results, const double* parts, int count, const Now* now) {
+// The loss's scale (Micikevicius et al. 2018) is halved where something is not finite, and doubled after so many updates.
+constexpr int updates_to_double = 2000;
+__global__ void judge(Sums* sums, Sums* results, float* loss_scale, const double* parts, int count, const Now* now) {
     BABYGPT_SHARED(double, shared, block_threads);
     double sum = 0;
     for (int i = static_cast<int>(threadIdx.x); i < count; i += block_threads) sum += parts[i];
     sum = block_sum(sum, shared);
     if (threadIdx.x != 0) return;
-    const double targets = now->count > 0 ? now->count : fmax(sums->targets, 1.0), norm = sqrt(sum) / targets;
+    const double targets = now->count > 0 ? now->count : fmax(sums->targets, 1.0);
+    const double divisor = loss_scale ? targets * static_cast<double>(*loss_scale) : targets, norm = sqrt(sum) / divisor;
     sums->norm = norm;
     sums->skipped = !(fabs(norm) <= 1.7e308) || !(fabs(sums->loss) <= 1.7e308);
-    sums->scale = static_cast<float>((now->clip > 0 && norm > now->clip ? now->clip / norm : 1) / targets);
+    sums->scale = static_cast<float>((now->clip > 0 && norm > now->clip ? now->clip / norm : 1) / divisor);
     results[now->result] = *sums;
+    if (!loss_scale) return;
+    const bool doubles = !sums->skipped && loss_scale[1] + 1 >= updates_to_double;
+    if (sums->skipped) loss_scale[0] *= 0.5f;
+    if (doubles) loss_scale[0] *= 2;
+    loss_scale[1] = sums->skipped || doubles ? 0 : loss_scale[1] + 1;
 }
 // The header's adamw; then the gradient becomes zero. Over elements, four at a time. 32 bytes a weight, and 2 where it has a narrow copy.
-__global__ void adamw(float* w, __nv_bfloat16* narrow, float* m, float* v, float* g, const unsigned char* decays, int64_t n,
-                      const Sums* sums, const Now* now) {
+template <class Real>
+__global__ void adamw(float* w, Real* narrow, float* m, float* v, float* g, const unsigned char* decays, int64_t n, const Sums* sums,
+                      const Now* now) {
     constexpr float tiny = 1e-30f;
     const AdamW a = now->adam;
     const float scale = sums->scale;
@@ -2089,7 +2145,13 @@ struct Gpu {
 
     // ---- products ----
 
-    bool is_narrow() const { return plan.precision == Precision::bf16; }
+    // f of a number of the type that Real is.
+    template <class F>
+    auto with_real(const F& f) const {
+        if (plan.precision == Precision::bf16) return f(__nv_bfloat16());
+        if (plan.precision == Precision::fp16) return f(__half());
+        return f(float());
+    }
     // Rows of an activation or a gradient that cuBLASLt is about to multiply.
     template <class Real>
     const Real* side_of(Real* x, Extent rows, int64_t n) {
@@ -2099,7 +2161,7 @@ struct Gpu {
     template <class Real>
     const Real* side_of_weight(int index) const {
         const int64_t offset = plan.weights[static_cast<size_t>(index)].weight.offset;
-        if constexpr (sizeof(Real) == 2) return memory.narrow_weights + offset;
+        if constexpr (sizeof(Real) == 2) return static_cast<const Real*>(memory.narrow_weights) + offset;
         else return memory.weights + offset;
     }
     template <class Real>
@@ -2202,10 +2264,11 @@ struct Gpu {
     void attention(const Op& op, int number, bool backward);
     template <int T, class Real>
     void attention_of(Attend<Real> a, bool backward);
-    template <int C>
-    void attention_on_tensor_cores(Attend<__nv_bfloat16> a, bool backward);
+    template <int C, class Real>
+    void attention_on_tensor_cores(Attend<Real> a, bool backward);
     template <class Real>
     Status allow_shared() const;
+    template <class Real = __nv_bfloat16>
     Status allow_shared_on_tensor_cores() const;
     template <class Real>
     void op_forward(int number, bool learns);
@@ -2238,7 +2301,16 @@ struct Gpu {
     }
     float* part(DevicePart which) const;
     int64_t elements(DevicePart which) const {
-        return which == DevicePart::weights ? plan.weight_block : which == DevicePart::adapter ? plan.adapter_block : learnt_block(plan);
+        switch (which) {
+            case DevicePart::weights:
+                return plan.weight_block;
+            case DevicePart::adapter:
+                return plan.adapter_block;
+            case DevicePart::loss_scale:
+                return memory.loss_scale ? 2 : 0;
+            default:
+                return learnt_block(plan);
+        }
     }
 };
 
@@ -2248,7 +2320,10 @@ struct Gpu {
 
 cublasStatus_t Gpu::plan_product(Tensorial& t) const {
     const Matmul& m = t.of;
-    const cudaDataType_t type = is_narrow() ? CUDA_R_16BF : CUDA_R_32F, type_of_c = m.wide ? CUDA_R_32F : type;
+    const cudaDataType_t type = plan.precision == Precision::bf16   ? CUDA_R_16BF
+                                : plan.precision == Precision::fp16 ? CUDA_R_16F
+                                                                    : CUDA_R_32F,
+                         type_of_c = m.wide ? CUDA_R_32F : type;
     const bool biased = m.bias && !t.alone;
     const Then then = t.alone ? Then::nothing : m.then;
     const int32_t across_b = m.b_along ? CUBLAS_OP_T : CUBLAS_OP_N, across_a = m.a_along ? CUBLAS_OP_N : CUBLAS_OP_T,
@@ -2273,7 +2348,7 @@ cublasStatus_t Gpu::plan_product(Tensorial& t) const {
     const auto ask = [&](cublasLtMatmulPreferenceAttributes_t which, const void* value, size_t size) {
         if (status == CUBLAS_STATUS_SUCCESS) status = cublasLtMatmulPreferenceSetAttribute(wish, which, value, size);
     };
-    after(cublasLtMatmulDescCreate(&t.product, is_narrow() ? CUBLAS_COMPUTE_32F : CUBLAS_COMPUTE_32F_FAST_TF32, CUDA_R_32F));
+    after(cublasLtMatmulDescCreate(&t.product, is_narrow(plan) ? CUBLAS_COMPUTE_32F : CUBLAS_COMPUTE_32F_FAST_TF32, CUDA_R_32F));
     set(CUBLASLT_MATMUL_DESC_TRANSA, &across_b, sizeof across_b);
     set(CUBLASLT_MATMUL_DESC_TRANSB, &across_a, sizeof across_a);
     set(CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
@@ -2551,7 +2626,7 @@ void Gpu::head(const Op& op, bool learns) {
         const bool is_long = op.out > long_row, keeps = is_long && learns && row_bytes <= static_cast<size_t>(shared_bytes - fixed_shared);
         launch_of(is_long ? long_row_threads : block_threads, is_long ? head_loss<Real, true> : head_loss<Real, false>,
                   is_long ? here.size : blocks(here.size, block_warps), 1, keeps ? row_bytes : 0, logits, stride, memory.losses,
-                  memory.ranks, memory.targets, memory.row_weights, here, memory.now, op.out, learns, keeps);
+                  memory.ranks, memory.targets, memory.row_weights, memory.loss_scale, here, memory.now, op.out, learns, keeps);
         if (!learns) continue;
         Real *const to = dx + from, *const start = op.adds_to_dx ? to : nullptr;
         if (fast)
@@ -2589,11 +2664,11 @@ void Gpu::attention_of(Attend<Real> a, bool backward) {
     launch(attention_backward_queries<T, Real>, of_queries, 1, attention_bytes<T>(a.dim, 5, 2), a, memory.now);
     launch(attention_backward_keys<T, Real>, of_keys, 1, attention_bytes<T>(a.dim, 6, 2), a, memory.now);
 }
-template <int C>
-void Gpu::attention_on_tensor_cores(Attend<__nv_bfloat16> a, bool backward) {
+template <int C, class Real>
+void Gpu::attention_on_tensor_cores(Attend<Real> a, bool backward) {
     a.rows = tile_rows<C>(plan.context, shared_bytes), a.tiles = static_cast<int>(parts_of(plan.context, a.rows));
     const int64_t heads = static_cast<int64_t>(plan.sequences) * a.tiles * (backward ? a.kv_heads : a.heads);
-    launch_of(strip_threads, backward ? attention_backward_narrow<C> : attention_forward_narrow<C>, heads, 1,
+    launch_of(strip_threads, backward ? attention_backward_narrow<C, Real> : attention_forward_narrow<C, Real>, heads, 1,
               narrow_bytes<C>(a.rows, backward), a, memory.now);
 }
 template <class Real>
@@ -2630,12 +2705,15 @@ Status Gpu::allow_shared() const {
         attention_backward_queries<32, Real>, attention_backward_queries<16, Real>, attention_backward_queries<8, Real>,
         attention_backward_keys<32, Real>,    attention_backward_keys<16, Real>,    attention_backward_keys<8, Real>};
     for (const auto kernel : kernels) BABYGPT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-    return Status();
+    BABYGPT_CUDA(cudaFuncSetAttribute(head_loss<Real, true>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes - fixed_shared));
+    if constexpr (sizeof(Real) == 2) return allow_shared_on_tensor_cores<Real>();
+    else return Status();
 }
+template <class Real>
 Status Gpu::allow_shared_on_tensor_cores() const {
-    void (*const kernels[])(Attend<__nv_bfloat16>, const Now*) = {attention_forward_narrow<32>,  attention_forward_narrow<64>,
-                                                                  attention_forward_narrow<128>, attention_backward_narrow<32>,
-                                                                  attention_backward_narrow<64>, attention_backward_narrow<128>};
+    void (*const kernels[])(Attend<Real>, const Now*) = {attention_forward_narrow<32, Real>,  attention_forward_narrow<64, Real>,
+                                                         attention_forward_narrow<128, Real>, attention_backward_narrow<32, Real>,
+                                                         attention_backward_narrow<64, Real>, attention_backward_narrow<128, Real>};
     for (const auto kernel : kernels) {
         BABYGPT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
         BABYGPT_CUDA(
@@ -2738,16 +2816,18 @@ void Gpu::walk_tape(bool learns, bool marked) {
 }
 void Gpu::walk(int which, bool marked) {
     error = cudaSuccess, product_error = CUBLAS_STATUS_SUCCESS;
-    if (is_narrow()) walk_tape<__nv_bfloat16>(which > 0, marked);
-    else walk_tape<float>(which > 0, marked);
+    with_real([&](auto real) { walk_tape<decltype(real)>(which > 0, marked); });
     if (which < 2) return;
     const int64_t n = learnt_block(plan);
     const int parts = static_cast<int>(lesser<int64_t>(parts_of(n, block_threads), square_blocks_there));
     launch(square_parts, parts, 1, 0, memory.partial, memory.gradients, n);
-    launch(judge, 1, 1, 0, memory.sums, results, memory.partial, parts, memory.now);
-    over_elements(adamw, n / 4, plan.frozen ? memory.adapter : memory.weights,
-                  plan.frozen || !is_narrow() ? nullptr : memory.narrow_weights, memory.moment1, memory.moment2, memory.gradients,
-                  memory.decays, n, memory.sums, memory.now);
+    launch(judge, 1, 1, 0, memory.sums, results, memory.loss_scale, memory.partial, parts, memory.now);
+    with_real([&](auto real) {
+        using Real = decltype(real);
+        Real* const narrow = plan.frozen || !is_narrow(plan) ? nullptr : static_cast<Real*>(memory.narrow_weights);
+        over_elements(adamw<Real>, n / 4, plan.frozen ? memory.adapter : memory.weights, narrow, memory.moment1, memory.moment2,
+                      memory.gradients, memory.decays, n, memory.sums, memory.now);
+    });
 }
 
 // =====================================================================================================================
@@ -4026,6 +4106,8 @@ float* Gpu::part(DevicePart which) const {
             return memory.moment1;
         case DevicePart::moment2:
             return memory.moment2;
+        case DevicePart::loss_scale:
+            return memory.loss_scale;
     }
     return nullptr;
 }
@@ -4046,8 +4128,9 @@ Status Gpu::create(const DevicePlan& of) {
     BABYGPT_CUDA(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal));
     int generation = 0;
     BABYGPT_CUDA(cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, ordinal));
-    if (on_tensor_cores(plan) && generation < 8)
-        return refuse(Error::unsupported, "this GPU multiplies neither tf32 nor bf16 (those from 2020 on do): choose the precision f32");
+    if ((plan.precision == Precision::tf32 || plan.precision == Precision::bf16) && generation < 8)
+        return refuse(Error::unsupported,
+                      "this GPU multiplies neither tf32 nor bf16 (those from 2020 on do): choose the precision fp16, or f32");
     int dim = 1;
     for (const Op& op : plan.ops)
         if (op.kind == OpKind::attention) dim = greater(dim, op.dim());
@@ -4056,13 +4139,7 @@ Status Gpu::create(const DevicePlan& of) {
     if (!fits(attention_bytes<8>(dim, 6, 2)))
         return refuse(Error::unsupported,
                       "attention's heads have too many columns for this GPU's shared memory: take more heads, or the backend cpu");
-    const auto allow = [&](auto kernel) {
-        return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes - fixed_shared);
-    };
-    BABYGPT_CUDA(allow(head_loss<float, true>));
-    BABYGPT_CUDA(allow(head_loss<__nv_bfloat16, true>));
-    BABYGPT_CUDA_TRY(is_narrow() ? allow_shared<__nv_bfloat16>() : allow_shared<float>());
-    if (is_narrow()) BABYGPT_CUDA_TRY(allow_shared_on_tensor_cores());
+    BABYGPT_CUDA_TRY(with_real([&](auto real) { return allow_shared<decltype(real)>(); }));
 
     if (on_tensor_cores(plan)) BABYGPT_CUBLAS(cublasLtCreate(&library));
     Plan there;
@@ -4258,9 +4335,12 @@ Status upload(Device* d, DevicePart which, const float* from) {
     if (bytes == 0) return Status();
     if (from) BABYGPT_CUDA(cudaMemcpyAsync(d->part(which), from, bytes, cudaMemcpyHostToDevice, d->stream));
     else BABYGPT_CUDA(cudaMemsetAsync(d->part(which), 0, bytes, d->stream));
-    if (which == DevicePart::weights && d->is_narrow()) {
+    if (which == DevicePart::weights && is_narrow(d->plan)) {
         d->error = cudaSuccess, d->product_error = CUBLAS_STATUS_SUCCESS;
-        d->over_elements(narrow_copy, d->plan.weight_block, d->memory.narrow_weights, d->memory.weights, d->plan.weight_block);
+        d->with_real([&](auto real) {
+            d->over_elements(narrow_copy<decltype(real)>, d->plan.weight_block, static_cast<decltype(real)*>(d->memory.narrow_weights),
+                             d->memory.weights, d->plan.weight_block);
+        });
         if (d->error != cudaSuccess) return trouble("cudaLaunchKernelEx", d->error);
     }
     BABYGPT_CUDA(cudaStreamSynchronize(d->stream));

@@ -281,6 +281,64 @@ TEST(tensor_cores, "products in tf32 or bf16 would learn otherwise than in f32 b
     emulator::settings.major = 9;
 #endif
 }
+TEST(fp16, "fp16 would learn otherwise than f32 but for rounding, or its loss's scale would not follow the gradients") {
+    Case c{"fp16: gpt2, dropout, 2 parts", small("gpt2"), some(3)};
+    c.precision = Precision::fp16, c.tolerance = 6e-3, c.how.dropout = 0.2, c.how.accumulate = 2;
+    compare(c);
+    c.name = "fp16: transformer, ragged", c.config = small("transformer"), c.examples = true, c.how = some(3);
+    c.config.encoder_layers = 1, c.config.activation = Activation::gelu;
+    compare(c);
+    c.name = "fp16: LoRA", c.config = small("llama"), c.examples = false, c.lora = true, c.targets = "q_proj,v_proj,up_proj";
+    compare(c);
+    c = Case{"fp16: attention in heads of 16", small("gpt2"), some(2)};
+    c.precision = Precision::fp16, c.tolerance = 6e-3, c.how.dropout = 0.1;
+    c.config.heads = 2, c.config.width = 32, c.config.context = 40;
+    compare(c);
+#ifndef ON_A_GPU
+    c.name = "fp16: the same before 2020", emulator::settings.major = 7, emulator::settings.shared_optin = 64 << 10;
+    compare(c);
+    c.precision = Precision::bf16;
+    Learner none;
+    const Status status = none.create(Backend::cuda, c);
+    CHECK(status.error == Error::unsupported && strstr(status.message, "fp16"));
+    emulator::settings.major = 9, emulator::settings.shared_optin = 227 << 10;
+    c.config = small("gpt2");
+#endif
+    // A gradient that is too large for it leaves the weights as they are, and halves the scale; after 2000 good steps it doubles.
+    c.precision = Precision::fp16, c.how = some(2);
+    Learner l, other;
+    StepResult r;
+    CHECK_OK(l.create(Backend::cuda, c));
+    const std::vector<float> before(l.model.weights, l.model.weights + l.model.block);
+    const auto scale_is = [&](float scale, float good) {
+        return CHECK_OK(l.trainer.fetch()) && memcmp(l.trainer.loss_scale, std::vector<float>{scale, good}.data(), 2 * sizeof(float)) == 0;
+    };
+    l.trainer.loss_scale[0] = 1048576, l.trainer.loss_scale[1] = 7;
+    CHECK(CHECK_OK(l.trainer.step(r)) && r.skipped && isfinite(r.loss) && scale_is(524288, 0));
+    CHECK(memcmp(before.data(), l.model.weights, before.size() * sizeof(float)) == 0);
+    CHECK_OK(l.create(Backend::cuda, c));
+    l.trainer.loss_scale[0] = 64, l.trainer.loss_scale[1] = 1998;
+    const double expected[][2] = {{64, 1999}, {128, 0}, {128, 1}};
+    for (const auto& wanted : expected)
+        CHECK(CHECK_OK(l.trainer.step(r)) && !r.skipped && scale_is(static_cast<float>(wanted[0]), static_cast<float>(wanted[1])));
+    // It is part of what a run goes on with, to the bit, also where it has been on the processor.
+    CHECK_OK(l.trainer.save("build/test_cuda_half.safetensors"));
+    CHECK_OK(l.trainer.step(r));
+    for (const Backend where : {Backend::plain, Backend::cuda}) {
+        CHECK_OK(other.create(where, c, 77));
+        CHECK_OK(other.trainer.load("build/test_cuda_half.safetensors"));
+        CHECK(other.trainer.loss_scale[0] <= 128 && other.trainer.loss_scale[0] >= 128);
+        if (where == Backend::plain) CHECK_OK(other.trainer.save("build/test_cuda_half.safetensors"));
+    }
+    StepResult s;
+    CHECK(CHECK_OK(other.trainer.step(s)) && memcmp(&r.loss, &s.loss, sizeof r.loss) == 0);
+    CHECK_OK(l.trainer.fetch());
+    CHECK_OK(other.trainer.fetch());
+    CHECK(memcmp(l.model.weights, other.model.weights, before.size() * sizeof(float)) == 0 && other.trainer.loss_scale[1] >= 2);
+    CHECK(CHECK_OK(l.create(Backend::cpu, c, 77)) && CHECK_OK(other.trainer.save("build/test_cuda_half.safetensors")));
+    CHECK(CHECK_OK(l.trainer.load("build/test_cuda_half.safetensors")) && CHECK_OK(l.trainer.step(r)) && CHECK_OK(other.trainer.step(s)));
+    CHECK(fabs(r.loss - s.loss) < 1e-3 * r.loss && no_faults());
+}
 #ifndef ON_A_GPU
 // Attention in bf16 alone: its kernels in the shapes that matter, against the formulas in double.
 struct Shape {
@@ -514,7 +572,7 @@ void deterministic_in(Precision precision) {
 #endif
 }
 TEST(deterministic, "a GPU would compute other bits from run to run") {
-    for (const Precision precision : {Precision::f32, Precision::tf32, Precision::bf16}) deterministic_in(precision);
+    for (const Precision precision : {Precision::f32, Precision::tf32, Precision::bf16, Precision::fp16}) deterministic_in(precision);
 }
 
 // What is in a text that comes with the library: 96 characters.
@@ -537,9 +595,9 @@ TEST(losses, "a run's losses would leave the processor's") {
     const std::vector<int32_t> ids = village();
     CHECK(ids.size() > 10000);
     std::vector<double> reference;
-    for (int way = 0; way < 4; ++way) {
-        constexpr const char* names[] = {"cpu", "f32", "tf32", "bf16"};
-        constexpr double bars[] = {0, 1e-4, 2e-2, 2e-2};
+    for (int way = 0; way < 5; ++way) {
+        constexpr const char* names[] = {"cpu", "f32", "tf32", "bf16", "fp16"};
+        constexpr double bars[] = {0, 1e-4, 2e-2, 2e-2, 2e-2};
         Runtime runtime;
         runtime.backend = way > 0 ? Backend::cuda : Backend::cpu;
         runtime.precision = way > 1 ? static_cast<Precision>(way - 1) : Precision::f32;

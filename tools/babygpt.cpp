@@ -454,8 +454,9 @@ struct Common {
         return {{nullptr, nullptr, "Everywhere"},
                 {"--threads", "N", "how many threads (all cores; the result is the same with any number)", &threads, 1, 1024},
                 {"--backend", "plain|cpu|cuda", "plain: the readable, slow one; cuda: on a GPU (cpu)", &backend},
-                {"--precision", "f32|tf32|bf16",
-                 "cuda: tf32: of what is multiplied; bf16: of what is passed on, too, and the fastest. cpu: bf16: of what train "
+                {"--precision", "f32|tf32|bf16|fp16",
+                 "cuda: tf32: of what is multiplied; bf16: of what is passed on, too, and the fastest; fp16: so, too, when "
+                 "training, also on GPUs before 2020. cpu: bf16: of what train "
                  "multiplies; faster with AMX, or AMD's avx512_bf16 (f32)",
                  &precision},
                 {"--isa", "automatic|sse2|avx2|avx512|neon|portable", nullptr, &isa}};
@@ -463,7 +464,10 @@ struct Common {
     void apply(bool command_trains) {
         runtime.threads = threads;
         runtime.backend = backend == "plain" ? Backend::plain : backend == "cuda" ? Backend::cuda : Backend::cpu;
-        runtime.precision = precision == "bf16" ? Precision::bf16 : precision == "tf32" ? Precision::tf32 : Precision::f32;
+        runtime.precision = precision == "bf16"   ? Precision::bf16
+                            : precision == "tf32" ? Precision::tf32
+                            : precision == "fp16" ? Precision::fp16
+                                                  : Precision::f32;
         const bool trains = runtime.backend == Backend::cpu && runtime.precision == Precision::bf16 && command_trains;
         if (runtime.backend != Backend::cuda && runtime.precision != Precision::f32 && !trains)
             usage("--precision " + precision + (precision == "bf16" ? " is for training on a processor, or needs" : " needs") +
