@@ -2833,12 +2833,35 @@ void Gpu::walk(int which, bool marked) {
 // =====================================================================================================================
 // [CHAPTER 8] Running a model
 // =====================================================================================================================
-// A session's run is one launch: as many blocks as the device holds at once walk through a list of steps, and meet between two of them at a barrier of
-// the whole grid. That costs some 1.3 us, less than a launch, and a token has no more than five steps a layer, since what stands before and after
-// a product is part of its step: norm or gate where a block brings rows of x to shared memory, bias, activation and addition where it writes y.
-// A step's bytes are its weights, read once for each 32 rows, mostly from the cache; attention's are the keys and values.
+// A session's run is one launch of one kernel, which walks through a list of steps: a token has no more than five a layer, since what stands before
+// and after a product is part of its step: norm or gate where a block brings rows of x to shared memory, bias, activation and addition where it
+// writes y. Rows are divided into tiles of at most 32, and each tile has a group of blocks, which meet at a barrier between two steps.
 //
-// Activations are floats. Matrices are [out][depth], whole or in bf16 as the runtime says, and so are keys and values; sums are floats.
+// Sessions that each read one token have nothing to do with each other. So a group is a thread-block cluster (sm_90 and later): up to 16 blocks with a
+// barrier of the hardware's, beside seven others that it never waits for, and each with so many of the sessions. Where rows see each other's keys,
+// in a prompt, and on other devices, the groups are parts of a cooperative grid, with one barrier for all. How a sum is divided depends on neither,
+// so that a session's bits are the same alone, beside others, and on either kind of device.
+//
+// What does not depend on activations is not waited for: while blocks meet, each has 9 pieces of 16 bytes a thread of the next product's weights
+// under way (72 KiB a block, all that it needs of baby's in bf16), and the norm's. What then follows the barrier is one trip to the cache for rows
+// of x, the norm, the multiplications, and the sum over warps.
+//
+// Activations are floats, or, between two products that nothing stands between, what is multiplied. Matrices are [out][depth], whole or in bf16 as the
+// runtime says, and so are keys and values; sums are floats.
+//
+// What is predicted of baby in bf16 (6 layers, 6 heads, width 384) on an H200 (132 multiprocessors at 1.7 GHz, 64 bytes a clock each from the cache,
+// 5.5 TB/s together), in microseconds; nothing of it has been measured yet:
+//   one session, 192 positions seen                                                                                              about 60
+//     25 products: barrier 0.3, x 0.4, norm 0.2, multiplications 0.1, sums and activation 0.2, their way to the cache 0.3: 1.5 each    38
+//     6 attentions: the same, but 32 positions a warp, 48 KiB a block, in place of weights: 1.9 each                                   11
+//     21 MB of weights, of 16 multiprocessors 12, of which all but 2 is behind the above                                                2
+//     launch, the rows' way from the host, embedding, the host's waiting                                                               10
+//   256 sessions as 8 clusters of 32 rows, 96 positions seen                                                                    about 190
+//     25 products and 6 attentions, as above, but with 32 rows' norms and sums: 2 each                                                 62
+//     weights from the cache, eight times 21 MB                                                                                        31
+//     x from the cache, by each block: of a layer 6.3 MB twice where it is normed, else in bf16 3.1 and 12.6                            31
+//     keys and values from memory, 226 MB at 4.3 TB/s                                                                                  53
+//     launch, embedding, logits to the host                                                                                            14
 
 enum class StepKind : int { embed, norm, product, attend };
 enum class Before : int { nothing, norm, gate };  // a product multiplies
@@ -2854,9 +2877,10 @@ struct alignas(16) Step {
     float *x, *y;
     const float* addend;  // y = addend + what is computed
     int64_t apart;
-    int in, out, x_columns;
+    int in, out;
     int layer, heads, kv_heads, dim;  // attend
     bool centred, turns, waves, is_head;
+    bool narrow_x, narrow_y;  // bf16, which is what is multiplied
 };
 // A matrix that is not read as it came.
 struct Copied {
@@ -2866,37 +2890,107 @@ struct Copied {
     void* to;
     bool across;  // it came as [columns][rows]
 };
-struct RowHere {
-    int id, position, pages, target;  // pages: where the list of its sequence's begins
+// What the host says of a tile: this, its rows, and the lists of pages of their sequences.
+struct TileHere {
+    int first, rows;    // of all
+    int heads, logits;  // so many of its rows want logits; theirs are those from number `logits` on
 };
-// A run, as the kernel gets it: what the host has written, and where it shall be.
+struct RowHere {
+    int id, position, pages;  // pages: where the list of its sequence's begins
+    int wanted;               // in the i-th row: which is the i-th that wants logits
+};
+// A run, as the kernel gets it.
 template <class T>
 struct Reading {
     const Step* steps;
-    int count, rows, head_rows, wanted, pages;
-    bool alone;   // each row is a sequence's only one
-    bool scores;  // the head says all rows' losses
-    const RowHere* sent_rows;
-    const int* sent_wanted;
-    T* const* sent_pages;
-    RowHere* row;
-    int* wanted_rows;
-    T** page;
+    const unsigned char* sent;  // of each tile `room` bytes, the first `used` of which are to be read
+    int room, used;
+    int count, rows, tiles, groups, blocks;  // blocks: of a group
+    bool cluster;                            // a group is one
+    bool alone;                              // each row is a sequence's only one
+    bool scores;                             // the head says all rows' losses
+    int wanted;                              // scores: rows that want logits besides: the host's `wanted_rows`
+    const int *wanted_rows, *targets;
     const float* waves;
-    float* logits;      // the host's: [wanted][vocab]
+    float* logits;      // the host's, [wanted][vocab]
     float* all_logits;  // scores: [rows][vocab]
     double* losses;     // the host's
-    int depth, vocab;   // depth: of a product at once
+    int64_t stride;     // of floats, between two rows of activations
+    int depth, vocab;   // depth: of the deepest product
     float epsilon;
 };
 
 #ifdef BABYGPT_CUDA_EMULATOR
-constexpr int talk_threads = 128;
+constexpr int talk_threads = 128, cluster_sizes[] = {4, 2};
 #else
-constexpr int talk_threads = 512;
+constexpr int talk_threads = 512, cluster_sizes[] = {16, 8};  // more than 8: where a device allows it
 #endif
 constexpr int talk_warps = talk_threads / warp, talk_rows = 32, talk_outputs = 8, talk_depth = 32;
-constexpr int rows_at_once = device_rows, ahead_steps = 4;
+constexpr int rows_at_once = device_rows;
+constexpr int part_steps = 3;                      // of 32 of the depth: a warp's part of a tile, where all warps can share it
+constexpr int head_warps = lesser(8, talk_warps);  // that share a head of a row
+template <class T>
+constexpr int talk_rounds = sizeof(T) == 2 ? 3 : 2;  // tiles of a warp whose weights are under way at once
+
+// Elements between two rows of x in shared memory: eight lanes that read 16 bytes each, of two rows of bf16, meet all banks once.
+template <class T>
+__host__ __device__ constexpr int talk_apart(int depth) {
+    return sizeof(T) == 2 && depth % 64 == 0 ? depth + 32 : depth;
+}
+inline int talk_pages(int context) { return (context + kv_page - 1) / kv_page; }
+// Where warps keep what they work on, of a head: its query, their part of the sum, and the probabilities of a page.
+struct HeadSpace {
+    float *q, *outs, *p, *mosts, *totals;
+    __device__ HeadSpace(unsigned char* shared, int dim)
+        : q(reinterpret_cast<float*>(shared)),
+          outs(q + talk_warps * dim),
+          p(outs + talk_warps * dim),
+          mosts(p + talk_warps * kv_page),
+          totals(mosts + talk_warps) {}
+    static constexpr size_t bytes(int dim) { return sizeof(float) * static_cast<size_t>(talk_warps * (2 * dim + kv_page + 2)); }
+};
+// What a block has in shared memory, and which it is of its group.
+template <class T>
+struct Space {
+    static constexpr int most_outputs = talk_rounds<T> * talk_warps * talk_outputs;
+    int block, blocks;
+    Step* steps;
+    TileHere* tile;
+    RowHere* row;
+    float *norm_w, *norm_b;  // of the next product
+    float* bias;             // of the outputs in work
+    unsigned char* rest;     // attention's, or
+    T* x;                    // [rows][talk_apart]
+    float* parts;            // and [tile][part][rows][8]
+    __host__ __device__ static constexpr size_t fixed(int steps, int of_tile, int depth) {
+        return (sizeof(Step) * static_cast<size_t>(steps) + static_cast<size_t>(of_tile) + 127) / 128 * 128 +
+               sizeof(float) * static_cast<size_t>(2 * depth + most_outputs);
+    }
+    static int tile_bytes(int rows, int context) {
+        return static_cast<int>(parts_of(
+                   static_cast<int64_t>(sizeof(TileHere) + static_cast<size_t>(rows) *
+                                                               (sizeof(RowHere) + sizeof(T*) * static_cast<size_t>(talk_pages(context)))),
+                   16)) *
+               16;
+    }
+    static size_t bytes(int steps, int context, int depth, int dim, int rows) {
+        const size_t product =
+            sizeof(T) * static_cast<size_t>(rows * talk_apart<T>(depth)) + sizeof(float) * static_cast<size_t>(most_outputs * rows);
+        return fixed(steps, tile_bytes(rows, context), depth) + greater(product, HeadSpace::bytes(dim));
+    }
+    __device__ Space(unsigned char* memory, const Reading<T>& r)
+        : block(static_cast<int>(blockIdx.x) % r.blocks),
+          blocks(r.blocks),
+          steps(reinterpret_cast<Step*>(memory)),
+          tile(reinterpret_cast<TileHere*>(steps + r.count)),
+          row(reinterpret_cast<RowHere*>(tile + 1)),
+          rest(memory + fixed(r.count, r.used, r.depth)),
+          x(reinterpret_cast<T*>(rest)) {
+        bias = reinterpret_cast<float*>(rest) - most_outputs, norm_b = bias - r.depth, norm_w = norm_b - r.depth;
+    }
+    __device__ T* const* pages(int i) const { return reinterpret_cast<T* const*>(row + tile->rows) + row[i].pages; }
+    __device__ int first_warp() const { return block * talk_warps + static_cast<int>(threadIdx.x) / warp; }
+};
 
 __device__ __forceinline__ void grid_barrier() {
 #ifdef __CUDACC__
@@ -2905,17 +2999,26 @@ __device__ __forceinline__ void grid_barrier() {
     emulator::grid_sync();
 #endif
 }
-constexpr size_t two_steps = (2 * sizeof(Step) + 127) / 128 * 128;
-// Elements between two rows of x in shared memory: eight lanes that read 16 bytes each, of two rows of bf16, meet all banks once.
-template <class T>
-__host__ __device__ constexpr int talk_apart(int depth) {
-    return sizeof(T) == 2 && depth % 64 == 0 ? depth + 32 : depth;
+// A barrier of a group's blocks, in two halves: who has waited sees what all have written before they arrived, but not what they write between.
+__device__ __forceinline__ void arrive(bool cluster) {
+#if defined(BABYGPT_CUDA_EMULATOR)
+    if (cluster) emulator::cluster_arrive();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (cluster) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+    (void)cluster;
 }
-template <class T>
-size_t talk_bytes(int depth, int dim) {
-    const size_t product = sizeof(T) * static_cast<size_t>(talk_rows * talk_apart<T>(depth)) +
-                           sizeof(float) * static_cast<size_t>(talk_warps * talk_rows * talk_outputs);
-    return two_steps + greater(product, sizeof(float) * static_cast<size_t>(talk_warps * (2 * dim + kv_page + 2)));
+__device__ __forceinline__ void wait(bool cluster) {
+#if defined(BABYGPT_CUDA_EMULATOR)
+    if (cluster) return emulator::cluster_wait();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (cluster) {
+        asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+        return;
+    }
+#endif
+    (void)cluster;
+    grid_barrier();
 }
 
 // to[out][apart] = the matrix, zeros behind it. Over elements. 4 and 2 or 4 bytes.
@@ -2928,23 +3031,6 @@ __global__ void copy_matrix(T* to, const float* from, int rows, int columns, int
     }
 }
 
-// x = token[id] + position[p]; and what the host has written comes to the device. A warp has a row.
-template <class T>
-__device__ void embed_rows(const Step& s, const Reading<T>& r) {
-    for (int i = first_row(); i < r.rows; i += all_warps()) {
-        const RowHere row = r.sent_rows[i];
-        if (lane() == 0) r.row[i] = row;
-        const float *token = s.table + static_cast<int64_t>(row.id) * s.out, *waves = r.waves + static_cast<int64_t>(row.position) * s.out;
-        const float* p = s.positions ? s.positions + static_cast<int64_t>(row.position) * s.out : nullptr;
-        const float factor = sqrtf(static_cast<float>(s.out));
-        for (int c = lane(); c < s.out; c += warp) {
-            const float x = token[c] + (p ? p[c] : 0.0f);
-            s.y[static_cast<int64_t>(i) * s.out + c] = s.waves ? fmaf(x, factor, waves[c]) : x;
-        }
-    }
-    for (int64_t i = first_element(); i < r.wanted; i += all_threads()) r.wanted_rows[i] = r.sent_wanted[i];
-    for (int64_t i = first_element(); i < r.pages; i += all_threads()) r.page[i] = r.sent_pages[i];
-}
 // The compiler cannot see that a pointer that was read from shared memory is not to shared memory.
 template <class T>
 __device__ __forceinline__ T* global(T* p) {
@@ -2952,6 +3038,19 @@ __device__ __forceinline__ T* global(T* p) {
     __builtin_assume(__isGlobal(p));
 #endif
     return p;
+}
+// x = token[id] + position[p]. A thread has an element.
+template <class T>
+__device__ void embed_rows(const Step& s, const Reading<T>& r, const Space<T>& space) {
+    const float factor = sqrtf(static_cast<float>(s.out));
+    const int first = space.tile->first;
+    for (int i = space.block * talk_threads + static_cast<int>(threadIdx.x); i < space.tile->rows * s.out;
+         i += space.blocks * talk_threads) {
+        const RowHere row = space.row[i / s.out];
+        const int64_t c = i % s.out, p = static_cast<int64_t>(row.position) * s.out + c;
+        const float x = global(s.table)[static_cast<int64_t>(row.id) * s.out + c] + (s.positions ? global(s.positions)[p] : 0.0f);
+        s.y[(first + i / s.out) * r.stride + c] = s.waves ? fmaf(x, factor, r.waves[p]) : x;
+    }
 }
 // Four neighbours of a row, of which `left` are there; `whole`: rows are fours, 16 bytes apart.
 struct Four {
@@ -2993,98 +3092,103 @@ __device__ __forceinline__ float2 row_statistics(const float* x, int n, bool cen
     });
     return make_float2(mean, 1 / sqrtf(warp_sum(square) / static_cast<float>(n) + epsilon));
 }
-template <class Rows>
-__device__ void norm_rows(const Step& s, const Rows& r) {
-    for (int i = first_row(); i < r.rows; i += all_warps()) {
-        const float* x = s.x + static_cast<int64_t>(i) * s.in;
-        const float2 of = row_statistics(x, s.in, s.centred, r.epsilon);
+template <class T>
+__device__ void norm_rows(const Step& s, const Reading<T>& r, const Space<T>& space) {
+    for (int i = space.first_warp(); i < space.tile->rows; i += space.blocks * talk_warps) {
+        const int64_t place = (space.tile->first + i) * r.stride;
+        const float2 of = row_statistics(s.x + place, s.in, s.centred, r.epsilon);
         for (int c = lane(); c < s.in; c += warp)
-            s.y[static_cast<int64_t>(i) * s.in + c] = fmaf((x[c] - of.x) * of.y, s.norm_w[c], s.norm_b ? s.norm_b[c] : 0.0f);
+            s.y[place + c] = fmaf((s.x[place + c] - of.x) * of.y, s.norm_w[c], s.norm_b ? s.norm_b[c] : 0.0f);
     }
 }
 
 // ---- a product: y = f(x) W^T ----
 
-// How a product is divided: into tasks of as many tiles of outputs as a block's warps make at once, of 32 rows.
-struct Division {
-    int tiles, sharers, each, groups;  // sharers: warps that divide the depth of a tile, so that none is idle
-    int64_t tasks;
-    __device__ Division(const Step& s, int rows) : tiles((s.out + talk_outputs - 1) / talk_outputs), sharers(1) {
-        const int row_tiles = (rows + talk_rows - 1) / talk_rows;
-        while (sharers < talk_warps && 2 * sharers * tiles * row_tiles <= static_cast<int>(gridDim.x) * talk_warps) sharers *= 2;
-        each = talk_warps / sharers, groups = (tiles + each - 1) / each;
-        tasks = static_cast<int64_t>(row_tiles) * groups;
+// A block has neighbouring tiles of 8 outputs, goes through `each` of them in a round, and divides a tile's depth into `parts`, each a warp's. The parts
+// follow from the depth alone.
+struct Share {
+    int steps, parts, each, first, end;
+    int tile, part, begin, stop;  // this warp's: which tile of a round, and its steps of the depth
+    __device__ Share(const Step& s, int block, int blocks) {
+        const int64_t tiles = (s.out + talk_outputs - 1) / talk_outputs;
+        steps = static_cast<int>(s.apart) / talk_depth, parts = lesser(talk_warps, (steps + part_steps - 1) / part_steps);
+        each = talk_warps / parts;
+        first = static_cast<int>(tiles * block / blocks), end = static_cast<int>(tiles * (block + 1) / blocks);
+        const int number = static_cast<int>(threadIdx.x) / warp;
+        tile = number / parts, part = number % parts, begin = part * steps / parts, stop = (part + 1) * steps / parts;
     }
-    __device__ int64_t first_task(int64_t block) const { return block * tasks / gridDim.x; }
-    __device__ int tile(int64_t task) const {
-        return static_cast<int>(task % groups) * each + static_cast<int>(threadIdx.x) / warp / sharers;
+    // That of this warp in a round of those that begin at `from`, or -1.
+    __device__ int tile_of(int from, int round) const {
+        const int mine = from + round * each + tile;
+        return tile < each && mine < end ? mine : -1;
     }
 };
-// Where this lane's part of a tile's matrix begins.
+// Eight neighbours of a row of a matrix.
 template <class T>
-__device__ __forceinline__ const T* outputs_of(const Step& s, int tile_number) {
-    return global(static_cast<const T*>(s.w)) + lesser(tile_number * talk_outputs + lane() / 4, s.out - 1) * s.apart + lane() % 4 * 8;
-}
-// A block makes tiles of 32 rows and 8 outputs, each by one warp or by several that divide the depth. In lane 4 g + t are, of each 32 of
-// the depth, the 8 from 8 t on, of output g, and, in bf16, of rows g, g + 8, ...: tensor cores do not mind in which order a sum's parts
-// come, so that all is read 16 bytes at a time. In floats a lane has sums of all rows.
+struct Eight {
+    uint4 of[sizeof(T) / 2];
+    __device__ __forceinline__ void bring(const T* from) {
+        for (size_t i = 0; i < sizeof(T) / 2; ++i) of[i] = reinterpret_cast<const uint4*>(from)[i];
+    }
+};
+// Weights under way, of as many rounds and steps as fit. Lane 4 g + t has, of each 32 of the depth, the 8 from 8 t on, of output g.
+template <class T>
+struct Ahead {
+    Eight<T> of[talk_rounds<T>][part_steps];
+    __device__ __forceinline__ void bring(const Step& s, const Share& share, int from, int begin) {
+        BABYGPT_TIMES (round, talk_rounds<T>) {
+            const int here = share.tile_of(from, round);
+            if (here < 0) continue;
+            const T* const w = global(static_cast<const T*>(s.w)) + lesser(here * talk_outputs + lane() / 4, s.out - 1) * s.apart +
+                               begin * talk_depth + lane() % 4 * 8;
+            BABYGPT_TIMES (i, part_steps)
+                if (begin + i < share.stop) of[round][i].bring(w + i * talk_depth);
+        }
+    }
+};
+// A tile's sums, or a part's, of so many rows. On tensor cores lane 4 g + t also has rows g and g + 8 of x: they do not mind in which order a sum's
+// parts come, so that all is read 16 bytes at a time. In floats a lane has sums of all rows.
 template <class T>
 struct TileSums;
 template <>
 struct TileSums<__nv_bfloat16> {
-    float sum[2][4] = {};
-    __device__ __forceinline__ void add(const __nv_bfloat16* w, const __nv_bfloat16* x, int apart, int from, int to, int rows) {
+    static constexpr int rows = 16;
+    float even[4] = {}, odd[4] = {};  // two chains of products, so that one does not wait for the other
+    __device__ __forceinline__ void add(const Eight<__nv_bfloat16>& w, const __nv_bfloat16* x, int apart, int there) {
+        const uint4 b = w.of[0];
         const __nv_bfloat16* const left = x + lane() / 4 * apart + lane() % 4 * 8;
-        for (int k = from; k < to; k += ahead_steps) {
-            uint4 b[ahead_steps];
-            BABYGPT_UNROLL(4)
-            for (int i = 0; i < ahead_steps; ++i) {
-                if (k + i >= to) continue;
-                b[i] = *reinterpret_cast<const uint4*>(w + (k + i) * talk_depth);
-            }
-            BABYGPT_UNROLL(4)
-            for (int i = 0; i < ahead_steps; ++i) {
-                if (k + i >= to) continue;
-                for (int half = 0; half < 2; ++half) {
-                    if (16 * half >= rows) continue;
-                    const __nv_bfloat16* const from_row = left + 16 * half * apart + (k + i) * talk_depth;
-                    const uint4 upper = *reinterpret_cast<const uint4*>(from_row),
-                                lower = *reinterpret_cast<const uint4*>(from_row + 8 * apart);
-                    const uint32_t a[4] = {upper.x, lower.x, upper.y, lower.y}, c[4] = {upper.z, lower.z, upper.w, lower.w};
-                    multiply_tiles(sum[half], a, b[i].x, b[i].y);
-                    multiply_tiles(sum[half], c, b[i].z, b[i].w);
-                }
-            }
-        }
+        uint4 upper = make_uint4(0, 0, 0, 0), lower = upper;
+        if (lane() / 4 < there) upper = *reinterpret_cast<const uint4*>(left);
+        if (lane() / 4 + 8 < there) lower = *reinterpret_cast<const uint4*>(left + 8 * apart);
+        const uint32_t a[4] = {upper.x, lower.x, upper.y, lower.y}, c[4] = {upper.z, lower.z, upper.w, lower.w};
+        multiply_tiles(even, a, b.x, b.y);
+        multiply_tiles(odd, c, b.z, b.w);
     }
-    __device__ __forceinline__ void leave(float* to, int rows) const {
+    __device__ __forceinline__ void leave(float* to, int there) const {
         for (int half = 0; half < 2; ++half)
-            for (int i = 0; i < 4; ++i)
-                if (16 * half < rows) to[(16 * half + lane() / 4 + i / 2 * 8) * talk_outputs + lane() % 4 * 2 + i % 2] = sum[half][i];
+            if (lane() / 4 + 8 * half < there)
+                *reinterpret_cast<float2*>(to + (lane() / 4 + 8 * half) * talk_outputs + lane() % 4 * 2) =
+                    make_float2(even[2 * half] + odd[2 * half], even[2 * half + 1] + odd[2 * half + 1]);
     }
 };
 template <>
 struct TileSums<float> {
-    float sum[talk_rows] = {};
-    __device__ __forceinline__ void add(const float* w, const float* x, int apart, int from, int to, int rows) {
-        const float* const left = x + lane() % 4 * 8;
-        for (int k = from; k < to; ++k) {
-            const float4 a = *reinterpret_cast<const float4*>(w + k * talk_depth),
-                         b = *reinterpret_cast<const float4*>(w + k * talk_depth + 4);
-            BABYGPT_UNROLL(32)
-            for (int row = 0; row < talk_rows; ++row) {
-                if (row >= rows) continue;
-                const float4 c = *reinterpret_cast<const float4*>(left + row * apart + k * talk_depth),
-                             d = *reinterpret_cast<const float4*>(left + row * apart + k * talk_depth + 4);
-                const float upper = fmaf(a.w, c.w, fmaf(a.z, c.z, fmaf(a.y, c.y, a.x * c.x)));
-                sum[row] += fmaf(b.w, d.w, fmaf(b.z, d.z, fmaf(b.y, d.y, fmaf(b.x, d.x, upper))));
-            }
+    static constexpr int rows = 8;
+    float sum[rows] = {};
+    __device__ __forceinline__ void add(const Eight<float>& w, const float* x, int apart, int there) {
+        float4 a, b;
+        a = make_float4(__uint_as_float(w.of[0].x), __uint_as_float(w.of[0].y), __uint_as_float(w.of[0].z), __uint_as_float(w.of[0].w));
+        b = make_float4(__uint_as_float(w.of[1].x), __uint_as_float(w.of[1].y), __uint_as_float(w.of[1].z), __uint_as_float(w.of[1].w));
+        BABYGPT_TIMES (row, rows) {
+            if (row >= there) continue;
+            const float4 *const from = reinterpret_cast<const float4*>(x + row * apart + lane() % 4 * 8), c = from[0], d = from[1];
+            const float upper = fmaf(a.w, c.w, fmaf(a.z, c.z, fmaf(a.y, c.y, a.x * c.x)));
+            sum[row] += fmaf(b.w, d.w, fmaf(b.z, d.z, fmaf(b.y, d.y, fmaf(b.x, d.x, upper))));
         }
     }
-    __device__ __forceinline__ void leave(float* to, int rows) const {
-        BABYGPT_UNROLL(32)
-        for (int row = 0; row < talk_rows; ++row) {
-            if (row >= rows) continue;
+    __device__ __forceinline__ void leave(float* to, int there) const {
+        BABYGPT_TIMES (row, rows) {
+            if (row >= there) continue;
             float all = sum[row];
             all += __shfl_xor_sync(0xffffffffu, all, 1);
             all += __shfl_xor_sync(0xffffffffu, all, 2);
@@ -3092,6 +3196,16 @@ struct TileSums<float> {
         }
     }
 };
+// All that a product needs and no activation decides.
+template <class T>
+__device__ __forceinline__ void bring_ahead(const Step& s, const Space<T>& space, Ahead<T>& ahead) {
+    for (int c = 4 * static_cast<int>(threadIdx.x); c < s.in && s.before == Before::norm; c += 4 * talk_threads) {
+        copy_piece(space.norm_w + c, s.norm_w + c, true);
+        if (s.norm_b) copy_piece(space.norm_b + c, s.norm_b + c, true);
+    }
+    const Share share(s, space.block, space.blocks);
+    ahead.bring(s, share, share.first, share.begin);
+}
 // Of a row, the four columns from k on, of which `left` are there, as they are multiplied.
 __device__ __forceinline__ Four four_of_side(const Step& s, const float* x, int k, int left, float2 of, const float* norm_w,
                                              const float* norm_b) {
@@ -3106,62 +3220,83 @@ __device__ __forceinline__ Four four_of_side(const Step& s, const float* x, int 
     }
     return value;
 }
-// Rows of x, from `first` on, and so many of their columns from `k0` on, as they are multiplied, to shared memory. A warp has a row.
+// The tile's rows of x to shared memory. A row is a warp's where a norm wants its sum, else several warps'.
 template <class T>
-__device__ __forceinline__ void load_side(T* to, int apart, const Step& s, const Reading<T>& r, int first, int rows, int k0, int count) {
-    const int there = sizeof(T) == 2 ? (rows + 15) / 16 * 16 : rows;  // tensor cores take 16
-    for (int i = static_cast<int>(threadIdx.x) / warp; i < there; i += talk_warps) {
-        const bool is_row = i < rows;
-        const int row = !is_row ? 0 : s.is_head && !r.scores ? r.wanted_rows[first + i] : first + i;
-        const float* const x = s.x + static_cast<int64_t>(row) * s.x_columns;
-        float2 of = make_float2(0, 1);
-        if (is_row && s.before == Before::norm) of = row_statistics(x, s.in, s.centred, r.epsilon);
+__device__ __forceinline__ void load_side(const Step& s, const Reading<T>& r, const Space<T>& space, int rows) {
+    const int number = static_cast<int>(threadIdx.x) / warp, team = s.before == Before::norm ? 1 : greater(1, talk_warps / rows),
+              teams = talk_warps / team, apart = talk_apart<T>(r.depth);
+    for (int i = number / team; i < rows && number < teams * team; i += teams) {
+        const float* const x = global(s.x) + (space.tile->first + (s.is_head ? space.row[i].wanted : i)) * r.stride;
+        if (s.narrow_x) {
+            const T* const narrow_x = reinterpret_cast<const T*>(x);
+            for (int c = (number % team * warp + lane()) * 8; c < static_cast<int>(s.apart); c += 8 * warp * team)
+                copy_piece(space.x + i * apart + c, narrow_x + c, c < s.in);
+            continue;
+        }
+        const float2 of = s.before == Before::norm ? row_statistics(x, s.in, s.centred, r.epsilon) : make_float2(0, 1);
         BABYGPT_UNROLL(4)
-        for (int c = lane() * 4; c < count; c += 4 * warp)
-            put_four(to + i * apart + c, four_of_side(s, x, k0 + c, is_row ? s.in - k0 - c : 0, of, s.norm_w, s.norm_b));
+        for (int c = (number % team * warp + lane()) * 4; c < static_cast<int>(s.apart); c += 4 * warp * team)
+            put_four(space.x + i * apart + c, four_of_side(s, x, c, s.in - c, of, space.norm_w, s.norm_b ? space.norm_b : nullptr));
     }
 }
 template <class T>
-__device__ void multiply_rows(const Step& s, const Reading<T>& r, unsigned char* shared) {
-    const int all_rows = s.is_head ? r.head_rows : r.rows, apart = talk_apart<T>(r.depth);
-    const Division division(s, all_rows);
-    const int tiles = division.tiles, sharers = division.sharers, each = division.each, groups = division.groups;
-    T* const x = reinterpret_cast<T*>(shared);
-    float* const parts = reinterpret_cast<float*>(x + talk_rows * apart);
-    const int number = static_cast<int>(threadIdx.x) / warp, part = number % sharers;
-    float* const mine = parts + number * talk_rows * talk_outputs;
-    const int64_t begin = division.first_task(blockIdx.x), end = division.first_task(blockIdx.x + int64_t(1));
-    int loaded = -1;
-    for (int64_t task = begin; task < end; ++task) {
-        const int first = static_cast<int>(task / groups) * talk_rows, rows = lesser(talk_rows, all_rows - first);
-        const int tile0 = static_cast<int>(task % groups) * each, output_tile = division.tile(task);
-        const T* const w = outputs_of<T>(s, output_tile);
-        TileSums<T> sums;
-        for (int k0 = 0; k0 < s.apart; k0 += r.depth) {
-            const int count = static_cast<int>(lesser<int64_t>(r.depth, s.apart - k0)), steps = count / talk_depth;
-            if (loaded != first || s.apart > r.depth) {
-                __syncthreads();
-                load_side(x, apart, s, r, first, rows, k0, count);
-                __syncthreads();
-                loaded = first;
+__device__ void multiply_rows(const Step& s, const Reading<T>& r, const Space<T>& space, Ahead<T>& ahead) {
+    constexpr int rounds = talk_rounds<T>;
+    const TileHere& here = *space.tile;
+    const int rows = s.is_head ? here.heads : here.rows, of_tile = rows * talk_outputs, apart = talk_apart<T>(r.depth),
+              thread = static_cast<int>(threadIdx.x);
+    if (rows == 0) return;
+    float *const parts = reinterpret_cast<float*>(space.x + rows * apart), *const logits = r.scores ? r.all_logits : r.logits;
+    const Share share(s, space.block, space.blocks);
+    for (int from = share.first; from < share.end;) {
+        const int tiles = lesser(rounds * share.each, share.end - from), next = from + tiles, outputs = tiles * of_tile;
+        const auto row_of = [&](int e) { return e % of_tile / talk_outputs; };
+        const auto output_of = [&](int e) { return e < outputs ? (from + e / of_tile) * talk_outputs + e % talk_outputs : s.out; };
+        const auto addend_of = [&](int e) {
+            return s.addend && output_of(e) < s.out ? global(s.addend)[(here.first + row_of(e)) * r.stride + output_of(e)] : 0.0f;
+        };
+        // On their way with x: of this thread's first outputs, and the bias.
+        const float first_addend = addend_of(thread), second_addend = addend_of(thread + talk_threads);
+        for (int i = 4 * thread; s.bias && i < tiles * talk_outputs; i += 4 * talk_threads)
+            copy_piece(space.bias + i, s.bias + from * talk_outputs + i, from * talk_outputs + i < s.out);
+        if (from == share.first) {
+            load_side(s, r, space, rows);
+            copies_arrive();
+            __syncthreads();
+        }
+        for (int row = 0; row < rows; row += TileSums<T>::rows) {
+            TileSums<T> sums[static_cast<size_t>(rounds)];
+            for (int begin = share.begin; begin < share.stop; begin += part_steps) {
+                if (begin > share.begin || (row > 0 && share.stop - share.begin > part_steps)) ahead.bring(s, share, from, begin);
+                BABYGPT_TIMES (i, part_steps)
+                    BABYGPT_TIMES (round, rounds)
+                        if (begin + i < share.stop && share.tile_of(from, round) >= 0)
+                            sums[round].add(ahead.of[round][i], space.x + row * apart + (begin + i) * talk_depth, apart, rows - row);
             }
-            if (output_tile < tiles) sums.add(w + k0, x, apart, part * steps / sharers, (part + 1) * steps / sharers, rows);
+            BABYGPT_TIMES (round, rounds)
+                if (share.tile_of(from, round) >= 0)
+                    sums[round].leave(parts + ((round * share.each + share.tile) * share.parts + share.part) * of_tile + row * talk_outputs,
+                                      rows - row);
         }
-        if (output_tile < tiles) sums.leave(mine, rows);
+        if (next < share.end) ahead.bring(s, share, next, share.begin);
+        copies_arrive();
         __syncthreads();
-        for (int e = static_cast<int>(threadIdx.x); e < each * rows * talk_outputs; e += talk_threads) {
-            const int which = e / (rows * talk_outputs), at = e % (rows * talk_outputs), row = first + at / talk_outputs;
-            const int output = (tile0 + which) * talk_outputs + at % talk_outputs;
+        for (int e = thread; e < outputs; e += talk_threads) {
+            const int output = output_of(e);
             if (output >= s.out) continue;
+            const float* const mine = parts + e / of_tile * share.parts * of_tile + e % of_tile;
             float sum = 0;
-            for (int i = 0; i < sharers; ++i) sum += parts[(which * sharers + i) * talk_rows * talk_outputs + at];
-            if (s.bias) sum += s.bias[output];
+            for (int i = 0; i < share.parts; ++i) sum += mine[i * of_tile];
+            if (s.bias) sum += space.bias[e / of_tile * talk_outputs + e % talk_outputs];
             if (s.before != Before::gate) sum = activated(sum, s.activation);
-            const int64_t place = static_cast<int64_t>(row) * s.out + output;
-            if (s.addend) sum += s.addend[place];
-            (!s.is_head ? s.y : r.scores ? r.all_logits : r.logits)[place] = sum;
+            if (s.addend) sum += e == thread ? first_addend : e == thread + talk_threads ? second_addend : addend_of(e);
+            float* const y = global(s.is_head ? logits + static_cast<int64_t>(here.logits + row_of(e)) * s.out
+                                              : s.y + (here.first + row_of(e)) * r.stride);
+            if (s.narrow_y) put(reinterpret_cast<T*>(y) + output, sum);
+            else y[output] = sum;
         }
-        __syncthreads();
+        from = next;
+        if (from < share.end) __syncthreads();
     }
 }
 
@@ -3200,14 +3335,13 @@ __device__ __forceinline__ void store_row(const Step& s, const float* waves, T* 
 struct Seen {
     float most, total;
 };
-// s = q . k / sqrt(dim), p = e^(s - the biggest so far), and so on, as in chapter 5, of every so many'th page, of which the first is number `part`.
+// s = q . k / sqrt(dim), p = e^(s - the biggest so far), and so on, as in chapter 5, of every `head_warps`th page, of which the first is number `part`.
 // Of a page's keys a lane has one, or, in bf16, two neighbours of half the dimensions; of its values, columns. p: [page].
 template <class T>
-__device__ void see_pages(const Step& s, T* const* pages, int head, int part, int sharers, int seen, const float* q, float* out, float* p,
-                          Seen& now) {
+__device__ void see_pages(const Step& s, T* const* pages, int head, int part, int seen, const float* q, float* out, float* p, Seen& now) {
     constexpr bool narrow = sizeof(T) == 2;
     const int dim = s.dim;
-    for (int begin = part * kv_page; begin < seen; begin += sharers * kv_page) {
+    for (int begin = part * kv_page; begin < seen; begin += head_warps * kv_page) {
         const int count = lesser(kv_page, seen - begin);
         T* const page = pages[begin / kv_page];
         const T *const keys = keys_of(s, page, head), *const values = values_of(s, page, head);
@@ -3246,14 +3380,14 @@ __device__ void see_pages(const Step& s, T* const* pages, int head, int part, in
 // The same in bf16, 16 bytes at a time, where a head has 8, 16, 32, 64, 128 or 256 dimensions. Lane 4 g + t has every 8th dimension's 8 keys
 // from 8 t on; then dim / 8 lanes have a value, and others the next ones: all of a page's of 64 dimensions, on their way while the keys are used.
 constexpr int values_ahead = 8;
-__device__ void see_pages_fast(const Step& s, __nv_bfloat16* const* pages, int head, int part, int sharers, int seen, const float* q,
-                               float* out, float* p, Seen& now) {
+__device__ void see_pages_fast(const Step& s, __nv_bfloat16* const* pages, int head, int part, int seen, const float* q, float* out,
+                               float* p, Seen& now) {
     const int dim = s.dim, across = dim / 8, first = lane() / across, column = lane() % across * 8, j0 = lane() % 4 * 8, g = lane() / 4;
     float sum[8];
     for (int e = 0; e < 8; ++e) sum[e] = first == 0 ? out[column + e] : 0.0f;
     const auto low = [](uint32_t pair) { return __uint_as_float(pair << 16); };
     const auto high = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
-    for (int begin = part * kv_page; begin < seen; begin += sharers * kv_page) {
+    for (int begin = part * kv_page; begin < seen; begin += head_warps * kv_page) {
         const int count = lesser(kv_page, seen - begin);
         __nv_bfloat16* const page = pages[begin / kv_page];
         const __nv_bfloat16 *const keys = keys_of(s, page, head), *const values = values_of(s, page, head);
@@ -3318,23 +3452,11 @@ __device__ void see_pages_fast(const Step& s, __nv_bfloat16* const* pages, int h
     }
     __syncwarp();
 }
-// Where a warp keeps what it works on, of a head: its query, its part of the sum, and the probabilities of a page.
-template <int warps>
-struct HeadSpace {
-    float *q, *outs, *p, *mosts, *totals;
-    __device__ HeadSpace(unsigned char* shared, int dim)
-        : q(reinterpret_cast<float*>(shared)),
-          outs(q + warps * dim),
-          p(outs + warps * dim),
-          mosts(p + warps * kv_page),
-          totals(mosts + warps) {}
-    static constexpr size_t bytes(int dim) { return sizeof(float) * static_cast<size_t>(warps * (2 * dim + kv_page + 2)); }
-};
-// The part of a warp, number `part` of `sharers`, in a head of a row, which sees `seen` positions of the pages and, where it `owns` it, its own,
+// The part of a warp, number `part` of `head_warps`, in a head of a row, which sees `seen` positions of the pages and, where it `owns` it, its own,
 // which nobody has stored before: then this warp stores it, too.
-template <class T, int warps>
+template <class T>
 __device__ void see_head(const Step& s, const float* waves, T* const* pages, const float* x, int position, int seen, int head, int part,
-                         int sharers, bool owns, const HeadSpace<warps>& space) {
+                         bool owns, const HeadSpace& space) {
     constexpr bool narrow = sizeof(T) == 2;
     const int dim = s.dim, number = static_cast<int>(threadIdx.x) / warp, group = s.heads / s.kv_heads, kv_head = head / group;
     float *const q = space.q + number * dim, *const out = space.outs + number * dim, *const p = space.p + number * kv_page;
@@ -3357,50 +3479,52 @@ __device__ void see_head(const Step& s, const float* waves, T* const* pages, con
     }
     __syncwarp();
     if constexpr (narrow) {
-        if (dim % 8 == 0 && dim <= 8 * warp && warp % (dim / 8) == 0)
-            see_pages_fast(s, pages, kv_head, part, sharers, seen, q, out, p, now);
-        else see_pages(s, pages, kv_head, part, sharers, seen, q, out, p, now);
-    } else see_pages(s, pages, kv_head, part, sharers, seen, q, out, p, now);
+        if (dim % 8 == 0 && dim <= 8 * warp && warp % (dim / 8) == 0) see_pages_fast(s, pages, kv_head, part, seen, q, out, p, now);
+        else see_pages(s, pages, kv_head, part, seen, q, out, p, now);
+    } else see_pages(s, pages, kv_head, part, seen, q, out, p, now);
     if (lane() == 0) space.mosts[number] = now.most, space.totals[number] = now.total;
 }
 // Element d of y, from what the warps from `first` on have found out.
-template <int warps>
-__device__ __forceinline__ float all_seen(const HeadSpace<warps>& space, int first, int sharers, int dim, int d) {
+__device__ __forceinline__ float all_seen(const HeadSpace& space, int first, int dim, int d) {
     float most = space.mosts[first], total = 0, sum = 0;
-    for (int i = 1; i < sharers; ++i) most = fmaxf(most, space.mosts[first + i]);
-    for (int i = 0; i < sharers; ++i) {
+    for (int i = 1; i < head_warps; ++i) most = fmaxf(most, space.mosts[first + i]);
+    for (int i = 0; i < head_warps; ++i) {
         const float factor = expf(space.mosts[first + i] - most);
         total = fmaf(space.totals[first + i], factor, total);
         sum = fmaf(space.outs[(first + i) * dim + d], factor, sum);
     }
     return sum / total;
 }
-// A head of a row is one warp's, or several that share its pages, whose parts are put together at the end.
+// Where rows see each other's, before any is looked for.
 template <class T>
-__device__ void attend_rows(const Step& s, const Reading<T>& r, unsigned char* shared) {
-    const int dim = s.dim, tasks = r.rows * s.heads, number = static_cast<int>(threadIdx.x) / warp;
-    const auto x_of = [&](int row) { return s.x + static_cast<int64_t>(row) * s.x_columns; };
-    if (!r.alone) {
-        for (int i = first_row(); i < r.rows * s.kv_heads; i += all_warps()) {
-            const RowHere row = r.row[i / s.kv_heads];
-            store_row(s, r.waves, r.page + row.pages, row.position, x_of(i / s.kv_heads), i % s.kv_heads);
-        }
-        grid_barrier();
+__device__ void store_rows(const Step& s, const Reading<T>& r, const Space<T>& space) {
+    for (int i = space.first_warp(); i < space.tile->rows * s.kv_heads; i += space.blocks * talk_warps) {
+        const int row = i / s.kv_heads;
+        store_row(s, r.waves, space.pages(row), space.row[row].position, s.x + (space.tile->first + row) * r.stride, i % s.kv_heads);
     }
-    int sharers = 1;
-    while (sharers < talk_warps && 2 * sharers * tasks <= static_cast<int>(gridDim.x) * talk_warps) sharers *= 2;
-    const int each = talk_warps / sharers, part = number % sharers;
-    const HeadSpace<talk_warps> space(shared, dim);
-    for (int first = static_cast<int>(blockIdx.x) * each; first < tasks; first += static_cast<int>(gridDim.x) * each) {
-        const int task = first + number / sharers;
+}
+// A head of a row is shared by `head_warps` warps, whose parts are put together at the end. The last has a row's own position, if it is alone.
+template <class T>
+__device__ void attend_rows(const Step& s, const Reading<T>& r, const Space<T>& space) {
+    constexpr int each = talk_warps / head_warps;
+    const HeadSpace seen(space.rest, s.dim);
+    const int tasks = space.tile->rows * s.heads, number = static_cast<int>(threadIdx.x) / warp, part = number % head_warps;
+    for (int first = space.block * each; first < tasks; first += space.blocks * each) {
+        const int task = first + number / head_warps, row = task / s.heads;
         if (task < tasks) {
-            const RowHere row = r.row[task / s.heads];
-            see_head(s, r.waves, r.page + row.pages, x_of(task / s.heads), row.position, r.alone ? row.position : row.position + 1,
-                     task % s.heads, part, sharers, r.alone && part == row.position / kv_page % sharers, space);
+            const int position = space.row[row].position;
+            see_head(s, r.waves, space.pages(row), global(s.x) + (space.tile->first + row) * r.stride, position,
+                     r.alone ? position : position + 1, task % s.heads, part, r.alone && part == head_warps - 1, seen);
         }
         __syncthreads();
-        for (int e = static_cast<int>(threadIdx.x); e < each * dim && first + e / dim < tasks; e += talk_threads)
-            s.y[static_cast<int64_t>(first) * dim + e] = all_seen(space, e / dim * sharers, sharers, dim, e % dim);
+        for (int e = static_cast<int>(threadIdx.x); e < each * s.dim && first + e / s.dim < tasks; e += talk_threads) {
+            const float y = all_seen(seen, e / s.dim * head_warps, s.dim, e % s.dim);
+            const int to = first + e / s.dim;
+            float* const to_row = global(s.y) + (space.tile->first + to / s.heads) * r.stride;
+            const int column = to % s.heads * s.dim + e % s.dim;
+            if (s.narrow_y) put(reinterpret_cast<T*>(to_row) + column, y);
+            else to_row[column] = y;
+        }
         __syncthreads();
     }
 }
@@ -3416,7 +3540,7 @@ __device__ void score_rows(const Reading<T>& r) {
         double sum = 0;
         for (int c = lane(); c < r.vocab; c += warp) sum += static_cast<double>(expf(logits[c] - most));
         sum = warp_sum(sum);
-        const int target = r.row[i].target;
+        const int target = r.targets[i];
         if (lane() == 0) r.losses[i] = target < 0 ? 0.0 : log(sum) + static_cast<double>(most) - static_cast<double>(logits[target]);
     }
     for (int i = first_row(); i < r.wanted; i += all_warps())
@@ -3425,337 +3549,62 @@ __device__ void score_rows(const Reading<T>& r) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(talk_threads) read_rows(Reading<T> r) {
+__global__ void __launch_bounds__(talk_threads) read_rows(const __grid_constant__ Reading<T> r) {
     BABYGPT_DYNAMIC_SHARED(memory);
-    Step* const here = reinterpret_cast<Step*>(memory);  // this one and the next
-    unsigned char* const shared = memory + two_steps;
-    const auto bring = [&](int i) {
-        static_assert(sizeof(Step) % sizeof(uint32_t) == 0 && sizeof(Step) / sizeof(uint32_t) <= talk_threads, "a word for each thread");
-        if (i < r.count && threadIdx.x < sizeof(Step) / sizeof(uint32_t))
-            reinterpret_cast<uint32_t*>(&here[i % 2])[threadIdx.x] = reinterpret_cast<const uint32_t*>(&r.steps[i])[threadIdx.x];
-    };
-    bring(0);
-    __syncthreads();
-    for (int i = 0; i < r.count; ++i) {
-        const Step& s = here[i % 2];
-        bring(i + 1);
-        if (s.kind == StepKind::embed) embed_rows(s, r);
-        else if (s.kind == StepKind::norm) norm_rows(s, r);
-        else if (s.kind == StepKind::product) multiply_rows(s, r, shared);
-        else attend_rows(s, r, shared);
-        if (i + 1 == r.count) break;
-        grid_barrier();
-    }
-    if (!r.scores) return;
-    grid_barrier();
-    score_rows(r);
-}
-
-// ---- few rows: one cluster -------------------------------------------------------------------------------------------
-
-// A token of one session, or of up to `few_rows`, is a chain of some thirty steps, each far shorter than what a barrier of the whole device costs.
-// Where blocks form clusters (sm_90 and later) the kernel is therefore one cluster of 16 blocks: its barrier is the hardware's, and 16
-// multiprocessors read 1.2 TB/s from the cache, or more. Elsewhere it is a cooperative grid; the division of a sum does not depend on which, nor do
-// the bits of the result.
-//
-// What does not depend on activations is not waited for: while the blocks meet, each has 9 pieces of 16 bytes a thread of the next product's weights
-// under way (72 KiB a block, all that it needs of baby's in bf16), and its norm and bias. What then follows the barrier is one trip to the cache for a
-// row of x, the norm, the multiplications, and the sum over warps.
-//
-// What is predicted of baby in bf16 (6 layers, width 384, 192 positions seen), not measured, in microseconds:
-//     25 products: barrier 0.3, x 0.4, norm 0.2, multiplications 0.1, sums and activation 0.2, their way to memory 0.3:    1.5 each    38
-//     6 attentions: the same, but keys and values of 32 positions a warp, 48 KiB a block, in place of weights:             1.9 each    11
-//     21 MB of weights at 64 bytes a clock for each of 16 multiprocessors: 12, of which all but 2 is behind the above                   2
-//     embedding, launch, and the host's waiting:                                                                                        8
-// What would lower it further: activations that go from shared memory to shared memory, not by way of the cache.
-
-constexpr int few_rows = 8;       // of 16 that tensor cores multiply at once
-constexpr int most_cluster = 16;  // blocks; more than 8 where the device allows it
-constexpr int few_steps = 3;      // of 32 of the depth: a warp's part of a tile, where all warps can share it
-template <class T>
-constexpr int few_rounds = sizeof(T) == 2 ? 3 : 2;  // tiles of a warp whose weights are under way at once
-
-// A run, as the kernel gets it.
-template <class T>
-struct Few {
-    const Step* steps;
-    int count, rows, head_rows, pages, depth, vocab;
-    bool cluster;
-    float epsilon;
-    T* const* sent_pages;
-    const float* waves;
-    float* logits;  // the host's: [head_rows][vocab]
-    RowHere row[few_rows];
-    int wanted[few_rows];
-};
-// What a block has in shared memory.
-template <class T>
-struct FewSpace {
-    Step* steps;
-    T** pages;
-    float *norm_w, *norm_b;  // of the next product
-    unsigned char* rest;
-    T* x;          // [rows][talk_apart]
-    float* parts;  // [tile][part][rows][8]
-    __host__ __device__ static constexpr size_t fixed(int steps, int pages, int depth) {
-        return (sizeof(Step) * static_cast<size_t>(steps) + sizeof(T*) * static_cast<size_t>(pages) + 127) / 128 * 128 +
-               2 * sizeof(float) * static_cast<size_t>(depth);
-    }
-    static size_t bytes(int steps, int context, int depth, int dim, int rows) {
-        const size_t product = sizeof(T) * static_cast<size_t>(rows * talk_apart<T>(depth)) +
-                               sizeof(float) * static_cast<size_t>(few_rounds<T> * talk_warps * rows * talk_outputs);
-        return fixed(steps, rows * ((context + kv_page - 1) / kv_page), depth) + greater(product, HeadSpace<talk_warps>::bytes(dim));
-    }
-    __device__ FewSpace(unsigned char* memory, const Few<T>& r)
-        : steps(reinterpret_cast<Step*>(memory)),
-          pages(reinterpret_cast<T**>(steps + r.count)),
-          rest(memory + fixed(r.count, r.pages, r.depth)),
-          x(reinterpret_cast<T*>(rest)) {
-        norm_b = reinterpret_cast<float*>(rest) - r.depth, norm_w = norm_b - r.depth;
-        parts = reinterpret_cast<float*>(x + r.rows * talk_apart<T>(r.depth));
-    }
-};
-// A barrier of all blocks, in two halves: who has waited sees what all have written before they arrived, but not what they write between.
-__device__ __forceinline__ void arrive(bool cluster) {
-#if defined(BABYGPT_CUDA_EMULATOR)
-    if (cluster) emulator::cluster_arrive();
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (cluster) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-#endif
-    (void)cluster;
-}
-__device__ __forceinline__ void wait(bool cluster) {
-#if defined(BABYGPT_CUDA_EMULATOR)
-    if (cluster) return emulator::cluster_wait();
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (cluster) {
-        asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-        return;
-    }
-#endif
-    (void)cluster;
-    grid_barrier();
-}
-// Of a product: a block has neighbouring tiles of 8 outputs, goes through `each` of them in a round, and divides a tile's depth into `parts`, each
-// a warp's. The parts follow from the depth alone.
-struct Share {
-    int steps, parts, each, first, end;
-    int tile, part, begin, stop;  // this warp's: which tile of a round, and its steps of the depth
-    __device__ explicit Share(const Step& s) {
-        const int tiles = (s.out + talk_outputs - 1) / talk_outputs, blocks = static_cast<int>(gridDim.x),
-                  block = static_cast<int>(blockIdx.x);
-        steps = static_cast<int>(s.apart) / talk_depth, parts = lesser(talk_warps, (steps + few_steps - 1) / few_steps),
-        each = talk_warps / parts;
-        first = static_cast<int>(static_cast<int64_t>(tiles) * block / blocks);
-        end = static_cast<int>(static_cast<int64_t>(tiles) * (block + 1) / blocks);
-        const int number = static_cast<int>(threadIdx.x) / warp;
-        tile = number / parts, part = number % parts, begin = part * steps / parts, stop = (part + 1) * steps / parts;
-    }
-    // That of this warp in a round that begins at `from`, or -1.
-    __device__ int tile_of(int from, int round) const {
-        const int mine = from + round * each + tile;
-        return tile < each && mine < end ? mine : -1;
-    }
-};
-// Eight neighbours of a row of a matrix.
-template <class T>
-struct Eight {
-    uint4 of[sizeof(T) / 2];
-    __device__ __forceinline__ void bring(const T* from) {
-        for (size_t i = 0; i < sizeof(T) / 2; ++i) of[i] = reinterpret_cast<const uint4*>(from)[i];
-    }
-};
-// Weights under way, of as many rounds and steps as fit.
-template <class T>
-struct Ahead {
-    Eight<T> of[few_rounds<T>][few_steps];
-    float bias;  // of the output that this thread writes first
-    __device__ __forceinline__ void bring(const Step& s, const Share& share, int from, int begin) {
-        BABYGPT_TIMES (round, few_rounds<T>) {
-            const int here = share.tile_of(from, round);
-            if (here < 0) continue;
-            const T* const w = outputs_of<T>(s, here) + begin * talk_depth;
-            BABYGPT_TIMES (i, few_steps)
-                if (begin + i < share.stop) of[round][i].bring(w + i * talk_depth);
-        }
-    }
-    __device__ __forceinline__ void bring_bias(const Step& s, int from, int rows) {
-        const int output =
-            (from + static_cast<int>(threadIdx.x) / (rows * talk_outputs)) * talk_outputs + static_cast<int>(threadIdx.x) % talk_outputs;
-        bias = s.bias && output < s.out ? global(s.bias)[output] : 0.0f;
-    }
-};
-// A tile's sums, or a part's, of few rows; in a warp's lanes as in TileSums.
-template <class T>
-struct FewSums;
-template <>
-struct FewSums<__nv_bfloat16> {
-    float even[4] = {}, odd[4] = {};  // two chains of products, so that one does not wait for the other
-    __device__ __forceinline__ void add(const Eight<__nv_bfloat16>& w, const __nv_bfloat16* x, int apart, int rows) {
-        const uint4 b = w.of[0];
-        uint4 a = make_uint4(0, 0, 0, 0);
-        if (lane() / 4 < rows) a = *reinterpret_cast<const uint4*>(x + lane() / 4 * apart + lane() % 4 * 8);
-        const uint32_t left[4] = {a.x, 0, a.y, 0}, right[4] = {a.z, 0, a.w, 0};
-        multiply_tiles(even, left, b.x, b.y);
-        multiply_tiles(odd, right, b.z, b.w);
-    }
-    __device__ __forceinline__ void leave(float* to, int rows) const {
-        for (int i = 0; i < 2; ++i)
-            if (lane() / 4 < rows) to[lane() / 4 * talk_outputs + lane() % 4 * 2 + i] = even[i] + odd[i];
-    }
-};
-template <>
-struct FewSums<float> {
-    float sum[few_rows] = {};
-    __device__ __forceinline__ void add(const Eight<float>& w, const float* x, int apart, int rows) {
-        const uint4 a = w.of[0], b = w.of[1];
-        BABYGPT_TIMES (row, few_rows) {
-            if (row >= rows) continue;
-            const float4 *const from = reinterpret_cast<const float4*>(x + row * apart + lane() % 4 * 8), c = from[0], d = from[1];
-            const float upper = fmaf(__uint_as_float(a.w), c.w,
-                                     fmaf(__uint_as_float(a.z), c.z, fmaf(__uint_as_float(a.y), c.y, __uint_as_float(a.x) * c.x)));
-            sum[row] += fmaf(__uint_as_float(b.w), d.w,
-                             fmaf(__uint_as_float(b.z), d.z, fmaf(__uint_as_float(b.y), d.y, fmaf(__uint_as_float(b.x), d.x, upper))));
-        }
-    }
-    __device__ __forceinline__ void leave(float* to, int rows) const {
-        BABYGPT_TIMES (row, few_rows) {
-            if (row >= rows) continue;
-            float all = sum[row];
-            all += __shfl_xor_sync(0xffffffffu, all, 1);
-            all += __shfl_xor_sync(0xffffffffu, all, 2);
-            if (lane() % 4 == 0) to[row * talk_outputs + lane() / 4] = all;
-        }
-    }
-};
-template <class T>
-__device__ __forceinline__ int rows_of(const Step& s, const Few<T>& r) {
-    return s.is_head ? r.head_rows : r.rows;
-}
-// All that a product needs and no activation decides.
-template <class T>
-__device__ __forceinline__ void bring_ahead(const Step& s, const Few<T>& r, const FewSpace<T>& space, Ahead<T>& ahead) {
-    for (int c = 4 * static_cast<int>(threadIdx.x); c < s.in && s.before == Before::norm; c += 4 * talk_threads) {
-        copy_piece(space.norm_w + c, s.norm_w + c, true);
-        if (s.norm_b) copy_piece(space.norm_b + c, s.norm_b + c, true);
-    }
-    const Share share(s);
-    ahead.bring_bias(s, share.first, rows_of(s, r));
-    ahead.bring(s, share, share.first, share.begin);
-}
-// Its rows of x to shared memory. A row is a warp's where a norm wants its sum, else several warps'.
-template <class T>
-__device__ __forceinline__ void load_few(const Step& s, const Few<T>& r, const FewSpace<T>& space, int rows) {
-    const int number = static_cast<int>(threadIdx.x) / warp, team = s.before == Before::norm ? 1 : greater(1, talk_warps / rows),
-              teams = talk_warps / team;
-    for (int i = number / team; i < rows && number < teams * team; i += teams) {
-        const float* const x = global(s.x) + static_cast<int64_t>(s.is_head ? r.wanted[i] : i) * s.x_columns;
-        const float2 of = s.before == Before::norm ? row_statistics(x, s.in, s.centred, r.epsilon) : make_float2(0, 1);
-        BABYGPT_UNROLL(4)
-        for (int c = (number % team * warp + lane()) * 4; c < static_cast<int>(s.apart); c += 4 * warp * team)
-            put_four(space.x + i * talk_apart<T>(r.depth) + c,
-                     four_of_side(s, x, c, s.in - c, of, space.norm_w, s.norm_b ? space.norm_b : nullptr));
-    }
-}
-template <class T>
-__device__ void multiply_few(const Step& s, const Few<T>& r, const FewSpace<T>& space, Ahead<T>& ahead) {
-    const int rows = rows_of(s, r), apart = talk_apart<T>(r.depth), of_tile = rows * talk_outputs, thread = static_cast<int>(threadIdx.x);
-    const Share share(s);
-    const auto place_of = [&](int from, int e) {  // in y, or -1
-        const int output = (from + e / of_tile) * talk_outputs + e % talk_outputs;
-        return output < s.out ? static_cast<int64_t>(e % of_tile / talk_outputs) * s.out + output : int64_t(-1);
-    };
-    for (int from = share.first; from < share.end;) {
-        const int tiles = lesser(few_rounds<T> * share.each, share.end - from), next = from + tiles;
-        float addend = 0;  // of the output that this thread writes first: on its way with x
-        if (s.addend && thread < tiles * of_tile && place_of(from, thread) >= 0) addend = global(s.addend)[place_of(from, thread)];
-        if (from == share.first) {
-            load_few(s, r, space, rows);
-            __syncthreads();
-        }
-        FewSums<T> sums[few_rounds<T>];
-        for (int begin = share.begin; begin < share.stop; begin += few_steps) {
-            if (begin > share.begin) ahead.bring(s, share, from, begin);
-            BABYGPT_TIMES (i, few_steps)
-                BABYGPT_TIMES (round, few_rounds<T>)
-                    if (begin + i < share.stop && share.tile_of(from, round) >= 0)
-                        sums[round].add(ahead.of[round][i], space.x + (begin + i) * talk_depth, apart, rows);
-        }
-        BABYGPT_TIMES (round, few_rounds<T>)
-            if (share.tile_of(from, round) >= 0)
-                sums[round].leave(space.parts + ((round * share.each + share.tile) * share.parts + share.part) * of_tile, rows);
-        const float bias = ahead.bias;
-        if (next < share.end) ahead.bring_bias(s, next, rows), ahead.bring(s, share, next, share.begin);
-        __syncthreads();
-        for (int e = thread; e < tiles * of_tile; e += talk_threads) {
-            const int64_t place = place_of(from, e);
-            if (place < 0) continue;
-            const float* const parts = space.parts + e / of_tile * share.parts * of_tile + e % of_tile;
-            float sum = 0;
-            for (int i = 0; i < share.parts; ++i) sum += parts[i * of_tile];
-            sum += e == thread ? bias : s.bias ? s.bias[place % s.out] : 0.0f;
-            if (s.before != Before::gate) sum = activated(sum, s.activation);
-            if (s.addend) sum += e == thread ? addend : s.addend[place];
-            global(s.is_head ? r.logits : s.y)[place] = sum;
-        }
-        from = next;
-        if (from < share.end) __syncthreads();
-    }
-}
-// x = token[id] + position[p]. Over elements.
-template <class T>
-__device__ void embed_few(const Step& s, const Few<T>& r) {
-    const float factor = sqrtf(static_cast<float>(s.out));
-    for (int64_t i = first_element(); i < static_cast<int64_t>(r.rows) * s.out; i += all_threads()) {
-        const RowHere& row = r.row[i / s.out];
-        const int64_t c = i % s.out, p = static_cast<int64_t>(row.position) * s.out + c;
-        const float x = s.table[static_cast<int64_t>(row.id) * s.out + c] + (s.positions ? s.positions[p] : 0.0f);
-        s.y[i] = s.waves ? fmaf(x, factor, r.waves[p]) : x;
-    }
-}
-// A block has a head of a row, whose pages its warps share; the last of them its own position.
-template <class T>
-__device__ void attend_few(const Step& s, const Few<T>& r, const FewSpace<T>& space) {
-    const HeadSpace<talk_warps> seen(space.rest, s.dim);
-    const int number = static_cast<int>(threadIdx.x) / warp;
-    for (int task = static_cast<int>(blockIdx.x); task < r.rows * s.heads; task += static_cast<int>(gridDim.x)) {
-        const RowHere& row = r.row[task / s.heads];
-        see_head(s, r.waves, space.pages + row.pages, global(s.x) + static_cast<int64_t>(task / s.heads) * s.x_columns, row.position,
-                 row.position, task % s.heads, number, talk_warps, number == talk_warps - 1, seen);
-        __syncthreads();
-        for (int d = static_cast<int>(threadIdx.x); d < s.dim; d += talk_threads)
-            s.y[static_cast<int64_t>(task) * s.dim + d] = all_seen(seen, 0, talk_warps, s.dim, d);
-        __syncthreads();
-    }
-}
-template <class T>
-__global__ void __launch_bounds__(talk_threads) read_few(const __grid_constant__ Few<T> r) {
-    BABYGPT_DYNAMIC_SHARED(memory);
-    const FewSpace<T> space(memory, r);
+    const Space<T> space(memory, r);
+    const int group = static_cast<int>(blockIdx.x) / r.blocks < r.groups ? static_cast<int>(blockIdx.x) / r.blocks : r.tiles;
     Ahead<T> ahead;
+    const auto copy = [](void* to, const void* from, size_t bytes) {
+        for (size_t i = threadIdx.x; i < bytes / sizeof(uint4); i += talk_threads)
+            static_cast<uint4*>(to)[i] = static_cast<const uint4*>(from)[i];
+    };
+    const auto bring_tile = [&](int number) {
+        copy(space.tile, r.sent + static_cast<int64_t>(number) * r.room, static_cast<size_t>(r.used));
+    };
     const auto bring_after = [&](int i) {
         do ++i;
         while (i < r.count && space.steps[i].kind != StepKind::product);
-        if (i < r.count) bring_ahead(space.steps[i], r, space, ahead);
+        if (i < r.count && group < r.tiles) bring_ahead(space.steps[i], space, ahead);
+    };
+    // f() of each of the group's tiles. There is one, unless shared memory is too small for so many rows.
+    const auto over_tiles = [&](const Step& s, const auto& f) {
+        for (int number = group; number < r.tiles; number += r.groups) {
+            if (r.tiles > r.groups) {
+                __syncthreads();
+                bring_tile(number);
+                if (s.kind == StepKind::product && number > group) bring_ahead(s, space, ahead);
+                copies_arrive();
+                __syncthreads();
+            }
+            f();
+        }
     };
     static_assert(sizeof(Step) % sizeof(uint4) == 0, "steps are copied by sixteens of bytes");
-    for (int i = static_cast<int>(threadIdx.x); i < r.count * static_cast<int>(sizeof(Step) / sizeof(uint4)); i += talk_threads)
-        reinterpret_cast<uint4*>(space.steps)[i] = reinterpret_cast<const uint4*>(r.steps)[i];
-    for (int i = static_cast<int>(threadIdx.x); i < r.pages; i += talk_threads) space.pages[i] = r.sent_pages[i];
+    copy(space.steps, r.steps, static_cast<size_t>(r.count) * sizeof(Step));
+    if (group < r.tiles) bring_tile(group);
     __syncthreads();
     bring_after(-1);
     for (int i = 0; i < r.count; ++i) {
         const Step& s = space.steps[i];
-        if (s.kind == StepKind::embed) embed_few(s, r);
-        else if (s.kind == StepKind::norm) norm_rows(s, r);
-        else if (s.kind == StepKind::product) multiply_few(s, r, space, ahead);
-        else attend_few(s, r, space);
+        if (s.kind == StepKind::attend && !r.alone) {
+            over_tiles(s, [&] { store_rows(s, r, space); });
+            grid_barrier();
+        }
+        over_tiles(s, [&] {
+            if (s.kind == StepKind::embed) embed_rows(s, r, space);
+            else if (s.kind == StepKind::norm) norm_rows(s, r, space);
+            else if (s.kind == StepKind::product) multiply_rows(s, r, space, ahead);
+            else attend_rows(s, r, space);
+        });
         if (i + 1 == r.count) break;
         arrive(r.cluster);
         if (s.kind == StepKind::product) bring_after(i);
         copies_arrive();
         wait(r.cluster);
     }
+    if (!r.scores) return;
+    grid_barrier();
+    score_rows(r);
 }
 
 // ---- the host's side ----
@@ -3764,14 +3613,10 @@ __global__ void __launch_bounds__(talk_threads) read_few(const __grid_constant__
 struct TalkMemory {
     float *weights, *waves, *activations, *all_logits;
     Step* steps;
-    RowHere* rows;
-    int* wanted;
-    void** pages;
 };
 struct TalkInput {
-    RowHere* rows;
-    int* wanted;
-    void** pages;
+    unsigned char* tiles;
+    int *wanted, *targets;
     float* logits;
     double* losses;
 };
@@ -3779,11 +3624,11 @@ struct TalkInput {
 struct Talker {
     bool narrow = false;
     int ordinal = 0, processors = 1, steps_there = 0, copies_there = 0, depth = 0, vocab = 0, context = 0;
-    int few = 0, deepest = 0;  // read_few takes so many rows at most, and products of such a depth
-    int cluster = 0;           // its blocks, where these are a cluster
+    int tile_rows = 0;                                               // that shared memory has room for
+    int clusters[parts_of(sizeof cluster_sizes, sizeof(int))] = {};  // of each size: how many run at once
     float epsilon = 0;
-    size_t shared_bytes = 0, few_bytes = 0;
-    int64_t weight_block = 0;
+    size_t shared_bytes = 0;
+    int64_t weight_block = 0, stride = 0;
     Step* steps = nullptr;
     Copied* copies = nullptr;
     TalkMemory memory{};
@@ -3793,23 +3638,26 @@ struct Talker {
 
     Status begin(const DevicePlan& plan);
     Status plan_steps(const DevicePlan& plan, Plan& there);
+    void plan_narrow(const int* numbers);
     Status create(const DevicePlan& plan);
     void destroy();
     template <class T>
+    Status plan_launch(int dim, int optin, int generation);
+    cudaLaunchConfig_t launch(int blocks, int cluster, cudaLaunchAttribute& attribute) const;
+    template <class T>
+    void divide(Reading<T>& r, int& each) const;
+    template <class T>
+    void send(const Run& run, Reading<T>& r, int each);
+    template <class T>
     Status read(const Run& run, double* losses);
-    template <class T>
-    Status read_few_rows(const Run& run);
-    template <class T>
-    Status plan_few(int dim, int optin, int generation);
-    cudaLaunchConfig_t few_launch(cudaLaunchAttribute& attribute) const;
-    void give_logits(const Run& run) const;
     void plan_input(Plan& here);
 };
-inline int talk_pages(int context) { return (context + kv_page - 1) / kv_page; }
 void Talker::plan_input(Plan& here) {
-    input.rows = here.take<RowHere>(rows_at_once);
+    // Tiles of any number of rows, of which the last may have fewer.
+    const int64_t of_row = static_cast<int64_t>(sizeof(TileHere) + sizeof(RowHere)) + 8 * talk_pages(context) + 16;
+    input.tiles = here.take<unsigned char>((rows_at_once + talk_rows) * of_row);
     input.wanted = here.take<int>(rows_at_once);
-    input.pages = here.take<void*>(static_cast<int64_t>(rows_at_once) * talk_pages(context));
+    input.targets = here.take<int>(rows_at_once);
     input.logits = here.take<float>(static_cast<int64_t>(rows_at_once) * vocab);
     input.losses = here.take<double>(rows_at_once);
 }
@@ -3821,9 +3669,6 @@ Status Talker::plan_steps(const DevicePlan& plan, Plan& there) {
     memory.weights = there.take<float>(plan.weight_block, "weights");
     memory.waves = there.take<float>(static_cast<int64_t>(plan.waves.size), "waves");
     memory.steps = there.take<Step>(ops, "steps");
-    memory.rows = there.take<RowHere>(rows_at_once, "rows");
-    memory.wanted = there.take<int>(rows_at_once, "wanted");
-    memory.pages = there.take<void*>(static_cast<int64_t>(rows_at_once) * talk_pages(context), "pages");
     memory.all_logits = there.take<float>(static_cast<int64_t>(rows_at_once) * vocab, "all_logits");
     const auto weight = [&](int index) -> const Weight& { return plan.weights[static_cast<size_t>(index)].weight; };
     const auto values = [&](int index) { return index == nothing || !memory.weights ? nullptr : memory.weights + weight(index).offset; };
@@ -3840,7 +3685,8 @@ Status Talker::plan_steps(const DevicePlan& plan, Plan& there) {
     Life* const lives = static_cast<Life*>(malloc(static_cast<size_t>(tensors + 1) * sizeof(Life)));
     int* const numbers = static_cast<int*>(malloc(static_cast<size_t>(3 * ops + 3) * sizeof(int)));  // each step's x, addend and y
     if (!lives || !numbers) return free(lives), free(numbers), refuse(Error::out_of_memory, "out of memory");
-    for (int i = 0; i < tensors; ++i) lives[i] = Life{-1, -1, plan.tensors[static_cast<size_t>(i)].cols, 0};
+    for (int i = 0; i < tensors; ++i)
+        lives[i] = Life{-1, -1, static_cast<int>(parts_of(plan.tensors[static_cast<size_t>(i)].cols, 8) * 8), 0};
     steps_there = copies_there = 0;
     bool good = true;
     Step next{};  // what comes before a product has been seen
@@ -3853,7 +3699,7 @@ Status Talker::plan_steps(const DevicePlan& plan, Plan& there) {
             after && after->x == op.y && readers(op.y) == 1 && (after->kind == OpKind::linear || after->kind == OpKind::head);
         Step s{};
         int x = op.x, addend = nothing, y = op.y;
-        s.in = op.in, s.out = op.out, s.x_columns = op.in, s.layer = op.layer;
+        s.in = op.in, s.out = op.out, s.layer = op.layer;
         if (op.kind == OpKind::embedding) {
             s.kind = StepKind::embed, s.table = values(op.w), s.positions = values(op.b), s.waves = after && after->kind == OpKind::waves;
         } else if (op.kind == OpKind::waves || op.kind == OpKind::rope) {
@@ -3869,7 +3715,7 @@ Status Talker::plan_steps(const DevicePlan& plan, Plan& there) {
         } else if (op.kind == OpKind::gate) {
             good = feeds_product;
             next = Step{}, next_x = x;
-            next.before = Before::gate, next.activation = op.activation, next.x_columns = op.in;
+            next.before = Before::gate, next.activation = op.activation;
             continue;
         } else if (op.kind == OpKind::attention) {
             good = op.sight == Sight::causal;
@@ -3880,8 +3726,7 @@ Status Talker::plan_steps(const DevicePlan& plan, Plan& there) {
             if (next_x != nothing) {
                 x = next_x;
                 s.before = next.before, s.norm_w = next.norm_w, s.norm_b = next.norm_b, s.centred = next.centred;
-                if (s.before == Before::gate)
-                    good = op.activation == Activation::none, s.activation = next.activation, s.x_columns = 2 * op.in;
+                if (s.before == Before::gate) good = op.activation == Activation::none, s.activation = next.activation;
                 next_x = nothing;
             }
             if (after && after->kind == OpKind::add && (after->x == op.y || after->x2 == op.y) && readers(op.y) == 1)
@@ -3905,8 +3750,9 @@ Status Talker::plan_steps(const DevicePlan& plan, Plan& there) {
         numbers[3 * steps_there] = x, numbers[3 * steps_there + 1] = addend, numbers[3 * steps_there + 2] = y;
         steps[steps_there++] = s;
     }
-    // Each tensor has the lowest place that none before it needs at the same time.
-    int64_t end = 0;
+    // Each tensor has the lowest place in a row's memory that none before it needs at the same time. Rows do not share any, since tiles do not
+    // wait for each other.
+    stride = 0;
     for (int i = 0; i < tensors && good; ++i) {
         Life& mine = lives[i];
         if (mine.born < 0) continue;
@@ -3919,18 +3765,36 @@ Status Talker::plan_steps(const DevicePlan& plan, Plan& there) {
                 mine.place = other.place + other.columns, moved = true;
             }
         }
-        end = greater(end, mine.place + mine.columns);
+        stride = greater(stride, mine.place + mine.columns);
     }
-    memory.activations = there.take<float>(end * rows_at_once, "activations");
+    memory.activations = there.take<float>(stride * rows_at_once, "activations");
     for (int i = 0; i < steps_there && good; ++i) {
         const auto at = [&](int which) -> float* {
             const int tensor = numbers[3 * i + which];
-            return tensor == nothing || !memory.activations ? nullptr : memory.activations + lives[tensor].place * rows_at_once;
+            return tensor == nothing || !memory.activations ? nullptr : memory.activations + lives[tensor].place;
         };
         steps[i].x = at(0), steps[i].addend = at(1), steps[i].y = at(2);
     }
+    if (good) plan_narrow(numbers);
     free(lives), free(numbers);
     return good ? Status() : refuses();
+}
+// Where, in bf16, all who read a step's y multiply it as it is, it is left to them so. numbers: each step's x, addend and y.
+void Talker::plan_narrow(const int* numbers) {
+    for (int i = 0; narrow && i < steps_there; ++i) {
+        if (steps[i].kind == StepKind::embed || steps[i].kind == StepKind::norm || steps[i].is_head) continue;
+        const int y = numbers[3 * i + 2];
+        int readers = 0;
+        bool good = true;
+        for (int k = 0; k < steps_there; ++k) {
+            good = good && numbers[3 * k + 1] != y && (k == i || numbers[3 * k + 2] != y);
+            if (numbers[3 * k] != y) continue;
+            good = good && steps[k].kind == StepKind::product && steps[k].before == Before::nothing && steps[k].in % 8 == 0;
+            ++readers;
+        }
+        steps[i].narrow_y = good && readers > 0;
+        for (int k = 0; k < steps_there && steps[i].narrow_y; ++k) steps[k].narrow_x = steps[k].narrow_x || numbers[3 * k] == y;
+    }
 }
 // What can be said without a device.
 Status Talker::begin(const DevicePlan& plan) {
@@ -3957,22 +3821,12 @@ Status Talker::create(const DevicePlan& plan) {
     int dim = 1;
     for (const Op& op : plan.ops) {
         if (op.kind == OpKind::attention) dim = greater(dim, op.dim());
-        if (op.kind == OpKind::linear || op.kind == OpKind::head) deepest = greater(deepest, op.in);
+        if (op.kind == OpKind::linear || op.kind == OpKind::head) depth = greater(depth, op.in);
     }
-    const auto bytes_of = [&](int of) { return narrow ? talk_bytes<__nv_bfloat16>(of, dim) : talk_bytes<float>(of, dim); };
-    depth = deepest = static_cast<int>(parts_of(deepest, talk_depth)) * talk_depth;
-    while (depth > talk_depth && bytes_of(depth) > static_cast<size_t>(optin)) depth -= talk_depth;
-    shared_bytes = bytes_of(depth);
-    if (shared_bytes > static_cast<size_t>(optin))
-        return refuse(Error::unsupported,
-                      "attention's heads have too many columns for this GPU's shared memory: take more heads, or the backend cpu");
-    if (narrow)
-        BABYGPT_CUDA(
-            cudaFuncSetAttribute(read_rows<__nv_bfloat16>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-    else BABYGPT_CUDA(cudaFuncSetAttribute(read_rows<float>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    depth = static_cast<int>(parts_of(depth, talk_depth)) * talk_depth;
     Plan there;
     BABYGPT_CUDA_TRY(plan_steps(plan, there));
-    BABYGPT_CUDA_TRY(narrow ? plan_few<__nv_bfloat16>(dim, optin, generation) : plan_few<float>(dim, optin, generation));
+    BABYGPT_CUDA_TRY(narrow ? plan_launch<__nv_bfloat16>(dim, optin, generation) : plan_launch<float>(dim, optin, generation));
     BABYGPT_CUDA_TRY(take_block(there.bytes, block, "take a smaller model, or the backend cpu"));
     there = Plan{static_cast<char*>(block), 0};
     BABYGPT_CUDA_TRY(plan_steps(plan, there));
@@ -3995,98 +3849,114 @@ void Talker::destroy() {
     if (block) (void)cudaFree(block);
     free(steps), free(copies);
 }
-// Where read_few fits, and on what. A step of the cluster's saves some 2 us of a whole device's barrier; but 16 multiprocessors take some
-// 0.5 us longer than all for each megabyte.
+// How many rows fit in a tile, and on how many clusters. A step of a cluster's saves some 2 us of a whole device's barrier; but 16 multiprocessors
+// take some 0.5 us longer than all for each megabyte.
 template <class T>
-Status Talker::plan_few(int dim, int optin, int generation) {
+Status Talker::plan_launch(int dim, int optin, int generation) {
     constexpr int64_t much = int64_t(4) << 20;
-    for (few = few_rows; few > 0; --few) {
-        few_bytes = FewSpace<T>::bytes(steps_there, context, deepest, dim, few);
-        if (few_bytes <= static_cast<size_t>(optin)) break;
+    for (tile_rows = talk_rows; tile_rows > 0; --tile_rows) {
+        shared_bytes = Space<T>::bytes(steps_there, context, depth, dim, tile_rows);
+        if (shared_bytes <= static_cast<size_t>(optin)) break;
     }
-    if (few == 0) return Status();
-    BABYGPT_CUDA(cudaFuncSetAttribute(read_few<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(few_bytes)));
+    if (tile_rows == 0)
+        return refuse(Error::unsupported,
+                      "the model has too many columns or layers for this GPU's shared memory: take the backend cpu, or another GPU");
+    BABYGPT_CUDA(cudaFuncSetAttribute(read_rows<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
     int64_t bytes = 0;
     for (int i = 0; i < steps_there; ++i)
         if (steps[i].kind == StepKind::product) bytes += steps[i].out * steps[i].apart * static_cast<int64_t>(sizeof(T));
     cudaFuncAttributes compiled{};
-    BABYGPT_CUDA(cudaFuncGetAttributes(&compiled, read_few<T>));
+    BABYGPT_CUDA(cudaFuncGetAttributes(&compiled, read_rows<T>));
     if (generation < 9 || compiled.ptxVersion < 90 || bytes > much * steps_there) return Status();
-    BABYGPT_CUDA(cudaFuncSetAttribute(read_few<T>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-    for (cluster = most_cluster; cluster > 1; cluster /= 2) {
-        int fit = 0;
+    BABYGPT_CUDA(cudaFuncSetAttribute(read_rows<T>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    for (size_t i = 0; i < sizeof clusters / sizeof *clusters; ++i) {
         cudaLaunchAttribute attribute;
-        const cudaLaunchConfig_t config = few_launch(attribute);
-        if (cudaOccupancyMaxActiveClusters(&fit, read_few<T>, &config) == cudaSuccess && fit > 0) return Status();
-        (void)cudaGetLastError();  // smaller, then
+        const cudaLaunchConfig_t config = launch(cluster_sizes[i], cluster_sizes[i], attribute);
+        if (cudaOccupancyMaxActiveClusters(&clusters[i], read_rows<T>, &config) == cudaSuccess) continue;
+        clusters[i] = 0;
+        (void)cudaGetLastError();  // there are none of this size, then
     }
-    cluster = 0;
     return Status();
 }
-cudaLaunchConfig_t Talker::few_launch(cudaLaunchAttribute& attribute) const {
+// cluster: its blocks; 0: all are a cooperative grid.
+cudaLaunchConfig_t Talker::launch(int blocks, int cluster, cudaLaunchAttribute& attribute) const {
     cudaLaunchConfig_t config{};
     attribute = cudaLaunchAttribute{};
-    config.gridDim = dim3(static_cast<unsigned>(cluster > 0 ? cluster : processors)), config.blockDim = dim3(talk_threads);
-    config.dynamicSmemBytes = few_bytes, config.stream = stream;
-    if (cluster > 0) attribute.id = cudaLaunchAttributeClusterDimension, attribute.val.clusterDim = {config.gridDim.x, 1, 1};
+    config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = dim3(talk_threads);
+    config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+    if (cluster > 0) attribute.id = cudaLaunchAttributeClusterDimension, attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
     else attribute.id = cudaLaunchAttributeCooperative, attribute.val.cooperative = 1;
     config.attrs = &attribute, config.numAttrs = 1;
     return config;
 }
-// Sequences of one row each.
+// Rows into tiles, tiles to groups of blocks: as many clusters as run at once, of the first size with which they take all rows; or parts of a grid.
 template <class T>
-Status Talker::read_few_rows(const Run& run) {
-    Few<T> r{};
-    r.steps = memory.steps, r.count = steps_there, r.rows = run.rows, r.depth = deepest, r.vocab = vocab, r.epsilon = epsilon;
-    r.cluster = cluster > 0, r.sent_pages = reinterpret_cast<T* const*>(input.pages), r.waves = memory.waves, r.logits = input.logits;
-    for (const Sequence& s : run.sequences) {
-        r.row[s.row] = RowHere{run.ids[s.row], s.position, r.pages, -1};
-        for (int k = 0; k < talk_pages(s.position + 1); ++k) input.pages[r.pages++] = s.pages[k];
-        if (s.logits) r.wanted[r.head_rows++] = s.row;
-    }
-    if (r.head_rows == 0) --r.count;  // the head, which is the last step
-    cudaLaunchAttribute attribute;
-    const cudaLaunchConfig_t config = few_launch(attribute);
-    BABYGPT_CUDA(cudaLaunchKernelEx(&config, read_few<T>, r));
-    BABYGPT_CUDA(cudaStreamSynchronize(stream));
-    give_logits(run);
-    return Status();
+void Talker::divide(Reading<T>& r, int& each) const {
+    int size = 0, at_once = 0;
+    for (size_t i = 0; r.alone && at_once * tile_rows < r.rows && i < sizeof clusters / sizeof *clusters; ++i)
+        if (clusters[i] > 0) size = cluster_sizes[i], at_once = clusters[i];
+    r.cluster = size > 0;
+    each = r.cluster ? lesser(tile_rows, static_cast<int>(parts_of(r.rows, at_once))) : tile_rows;
+    r.tiles = static_cast<int>(parts_of(r.rows, each));
+    r.groups = r.cluster ? r.tiles : lesser(r.tiles, processors);
+    r.blocks = r.cluster ? size : processors / r.groups;
 }
-void Talker::give_logits(const Run& run) const {
-    const float* from = input.logits;
-    for (const Sequence& s : run.sequences)
-        if (s.logits) memcpy(s.logits, from, static_cast<size_t>(vocab) * sizeof(float)), from += vocab;
+// What the kernel wants to know of the run's rows, in memory that it sees.
+template <class T>
+void Talker::send(const Run& run, Reading<T>& r, int each) {
+    unsigned char* at = nullptr;  // this tile's place
+    TileHere* here = nullptr;
+    RowHere* row = nullptr;
+    int pages = 0, wanted = 0;
+    r.room = Space<T>::tile_bytes(each, context), r.used = 0;
+    for (size_t i = 0; i < run.sequences.size; ++i) {
+        const Sequence& s = run.sequences[i];
+        const int64_t wants = s.logits ? run.wanted_row(Side::text, i) : -1;
+        const int count = talk_pages(s.position + s.length);
+        if (wants >= 0) input.wanted[wanted] = static_cast<int>(wants);
+        for (int k = 0; k < s.length; ++k) {
+            const int number = s.row + k, local = number % each;
+            if (local == 0) {
+                at = input.tiles + static_cast<int64_t>(number / each) * r.room;
+                here = reinterpret_cast<TileHere*>(at), row = reinterpret_cast<RowHere*>(here + 1);
+                *here = TileHere{number, lesser(each, r.rows - number), 0, r.scores ? number : wanted};
+                pages = 0;
+            }
+            if (local == 0 || k == 0) {
+                memcpy(reinterpret_cast<void**>(row + here->rows) + pages, s.pages, static_cast<size_t>(count) * sizeof(void*));
+                pages += count;
+                const size_t used =
+                    static_cast<size_t>(reinterpret_cast<unsigned char*>(reinterpret_cast<void**>(row + here->rows) + pages) - at);
+                r.used = greater(r.used, static_cast<int>(parts_of(static_cast<int64_t>(used), 16) * 16));
+            }
+            row[local].id = run.ids[number], row[local].position = s.position + k, row[local].pages = pages - count;
+            if (r.scores || number == wants) row[here->heads++].wanted = local;
+            if (r.scores) input.targets[number] = run.targets ? run.targets[number] : -1;
+        }
+        wanted += wants >= 0;
+    }
+    r.wanted = wanted;
 }
 template <class T>
 Status Talker::read(const Run& run, double* losses) {
-    if (!losses && run.rows <= few && run.sequences.size == static_cast<size_t>(run.rows)) return read_few_rows<T>(run);
     Reading<T> r{};
-    r.steps = memory.steps, r.count = steps_there, r.rows = run.rows, r.scores = losses != nullptr;
-    r.sent_rows = input.rows, r.sent_wanted = input.wanted, r.sent_pages = reinterpret_cast<T* const*>(input.pages);
-    r.row = memory.rows, r.wanted_rows = memory.wanted, r.page = reinterpret_cast<T**>(memory.pages);
-    r.waves = memory.waves, r.logits = input.logits, r.all_logits = memory.all_logits, r.losses = input.losses;
-    r.depth = depth, r.vocab = vocab, r.epsilon = epsilon, r.alone = true;
-    for (size_t i = 0; i < run.sequences.size; ++i) {
-        const Sequence& s = run.sequences[i];
-        for (int k = 0; k < s.length; ++k)
-            input.rows[s.row + k] = RowHere{run.ids[s.row + k], s.position + k, r.pages, run.targets ? run.targets[s.row + k] : -1};
-        const int pages = talk_pages(s.position + s.length);
-        for (int k = 0; k < pages; ++k) input.pages[r.pages++] = s.pages[k];
-        if (s.logits) input.wanted[r.wanted++] = static_cast<int>(run.wanted_row(Side::text, i));
-        r.alone = r.alone && s.length == 1;
-    }
-    r.head_rows = r.scores ? r.rows : r.wanted;
-    if (r.head_rows == 0) --r.count;  // the head, which is the last step
-    cudaLaunchAttribute together{};
-    together.id = cudaLaunchAttributeCooperative, together.val.cooperative = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(processors)), config.blockDim = dim3(talk_threads);
-    config.dynamicSmemBytes = shared_bytes, config.stream = stream;
-    config.attrs = &together, config.numAttrs = 1;
+    r.steps = memory.steps, r.sent = input.tiles, r.count = steps_there, r.rows = run.rows, r.scores = losses != nullptr;
+    r.alone = !r.scores && run.sequences.size == static_cast<size_t>(run.rows);
+    r.wanted_rows = input.wanted, r.targets = input.targets, r.waves = memory.waves;
+    r.logits = input.logits, r.all_logits = memory.all_logits, r.losses = input.losses;
+    r.stride = stride, r.depth = depth, r.vocab = vocab, r.epsilon = epsilon;
+    int each = 0;
+    divide(r, each);
+    send(run, r, each);
+    if (r.wanted == 0 && !r.scores) --r.count;  // the head, which is the last step
+    cudaLaunchAttribute attribute;
+    const cudaLaunchConfig_t config = launch(r.cluster ? r.groups * r.blocks : processors, r.cluster ? r.blocks : 0, attribute);
     BABYGPT_CUDA(cudaLaunchKernelEx(&config, read_rows<T>, r));
     BABYGPT_CUDA(cudaStreamSynchronize(stream));
     if (losses) memcpy(losses, input.losses, static_cast<size_t>(r.rows) * sizeof(double));
-    give_logits(run);
+    const float* from = input.logits;
+    for (const Sequence& s : run.sequences)
+        if (s.logits) memcpy(s.logits, from, static_cast<size_t>(vocab) * sizeof(float)), from += vocab;
     return Status();
 }
 

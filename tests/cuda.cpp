@@ -542,7 +542,7 @@ TEST(wide_heads, "attention would not work in smaller tiles, where heads are wid
     c.name = "tiles of 8", emulator::settings.shared_optin = 12 << 10;
     compare(c);
     Learner none;
-    emulator::settings.shared_optin = 4 << 10;
+    emulator::settings.shared_optin = 2 << 10;
     const Status status = none.create(Backend::cuda, c);
     CHECK(status.error == Error::unsupported && strstr(status.message, "too many columns"));
     emulator::settings.shared_optin = 227 << 10;
@@ -1030,6 +1030,49 @@ TEST(generation_cluster, "few sessions would get other bits on a GPU with cluste
     }
     emulator::settings.major = 9;
 }
+TEST(generation_counts, "how many sessions read a token together would change what one of them says") {
+    Config c = speaker("gpt2");
+    c.layers = 1;
+    for (const Precision precision : {Precision::bf16, Precision::f32}) {
+        Speakers two;
+        if (!CHECK_OK(two.create(c, precision))) return;
+        SampleConfig how;
+        how.temperature = 0;
+        std::vector<float> alone;  // [first id][vocab]
+        for (int32_t id = 0; id < c.vocab; ++id) {
+            Session& s = two.sessions[1];
+            int32_t said;
+            s.reset();
+            CHECK_OK(s.feed(Span<const int32_t>(&id, 1)));
+            CHECK_OK(s.next(how, said));
+            alone.insert(alone.end(), s.logits().begin(), s.logits().end());
+        }
+        for (const int major : {9, 8}) {
+            emulator::settings.major = major;  // with clusters and without
+            Speakers other;
+            if (!CHECK_OK(other.create(c, precision))) return;
+            for (const size_t count : {size_t(1), size_t(8), size_t(9), size_t(17), size_t(256)}) {
+                if (count == 256 && major == 9 && precision == Precision::f32) continue;
+                std::vector<Session> sessions(count);
+                std::vector<Session*> all;
+                std::vector<int32_t> said(count);
+                for (size_t i = 0; i < count; ++i) {
+                    const int32_t id = static_cast<int32_t>(i % static_cast<size_t>(c.vocab));
+                    all.push_back(&sessions[i]);
+                    CHECK_OK(sessions[i].create(other.runtimes[1], other.models[1]));
+                    CHECK_OK(sessions[i].feed(Span<const int32_t>(&id, 1)));
+                }
+                CHECK_OK(next(Span<Session* const>(all.data(), count), Span<const SampleConfig>(&how, 1), said.data()));
+                int others = 0;
+                for (size_t i = 0; i < count; ++i)
+                    others += memcmp(sessions[i].logits().data, &alone[i % static_cast<size_t>(c.vocab) * static_cast<size_t>(c.vocab)],
+                                     static_cast<size_t>(c.vocab) * sizeof(float)) != 0;
+                CHECK(others == 0 && no_faults());
+            }
+        }
+        emulator::settings.major = 9;
+    }
+}
 #endif
 TEST(generation_learnt, "a session would run with weights that a GPU has changed since") {
     Case c{"", small("gpt2"), some(3)};
@@ -1113,7 +1156,7 @@ TEST(generation_memory,
         }
         CHECK(failed > 15);
     }
-    emulator::settings.shared_optin = 4 << 10;
+    emulator::settings.shared_optin = 2 << 10;
     Model model;
     Session session;
     CHECK_OK(model.create(runtime, c, Tokenizer(), 5));

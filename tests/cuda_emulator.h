@@ -356,7 +356,7 @@ inline Thread* now = nullptr;           // the thread of a kernel that runs
 inline const Launch* launch = nullptr;  // and its kernel
 inline volatile int inside =
     0;  // > 0 in the emulator's own code: not watched; volatile, as the compiler believes that its calls read nothing
-inline uint32_t clock_time = 1, launch_time = 1, grid_time = 1;
+inline uint32_t clock_time = 1, launch_time = 1, grid_time = 1, cluster_time = 1;  // cluster_time: when these blocks began
 inline std::vector<Block> resident;
 struct Inside {
     EMULATOR_PLAIN Inside() { inside = inside + 1; }
@@ -723,7 +723,7 @@ EMULATOR_PLAIN inline uint32_t self() { return now->block->number * 1024 + now->
 // Whether what `who` did at `time` is surely before what the running thread does now.
 EMULATOR_PLAIN inline bool ordered(uint32_t who, uint32_t time) {
     const Block& b = *now->block;
-    if (time < launch_time || time < grid_time) return true;
+    if (time < launch_time || (time >= cluster_time && time < grid_time)) return true;
     if (who == atomics) return time <= b.acquire_time || time < b.barrier_time;
     if ((who & group_mask) == group_all) return false;
     const uint32_t thread = (who & ~group_mask) - 1, block = thread / 1024;
@@ -825,7 +825,7 @@ EMULATOR_PLAIN inline void watch(const void* at, size_t bytes, bool write, const
             known_from = reinterpret_cast<const unsigned char*>(a->first), known_to = known_from + a->second.bytes;
         }
         return watch_cells(device_cells, static_cast<size_t>(p - device), bytes,
-                           {self(), 1, launch_time > grid_time ? launch_time : grid_time, write, atomic, at, pc});
+                           {self(), 1, launch_time > grid_time || launch->cluster > 0 ? launch_time : grid_time, write, atomic, at, pc});
     }
     if (p >= &__executable_start && p < &_end) return;  // constants
     if (static_cast<size_t>(p - static_cast<const unsigned char*>(launch->arguments)) < launch->arguments_size || is_pinned(p)) return;
@@ -1170,11 +1170,13 @@ inline void run(const Launch& l) {
     releases.clear();
     l.check();
     const uint32_t blocks = l.grid.x * l.grid.y * l.grid.z;
-    const size_t together = l.cooperative || l.cluster > 0 ? blocks : 1;
+    const size_t together = l.cooperative ? blocks : l.cluster > 0 ? l.cluster : 1;
     resident.resize(together);
-    const std::vector<uint32_t> order = order_of(blocks, 17, 2);
+    const std::vector<uint32_t> order = order_of(blocks / together, 17, 2);
     for (uint32_t first = 0; first < blocks && !stopped && state.sticky == cudaSuccess; first += static_cast<uint32_t>(together)) {
-        for (size_t i = 0; i < together; ++i) start_block(resident[i], order[first + i], i);
+        cluster_time = l.cluster > 0 ? ++clock_time : launch_time;
+        for (size_t i = 0; i < together; ++i)
+            start_block(resident[i], order[first / together] * static_cast<uint32_t>(together) + static_cast<uint32_t>(i), i);
         run_resident();
         for (const Block& b : resident)
             if (b.release_time) releases[b.number] = b.release_time;
@@ -1846,8 +1848,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         return emulator::keep(cudaErrorInvalidConfiguration);
     }
     const size_t blocks = static_cast<size_t>(l.grid.x) * l.grid.y * l.grid.z;
-    if (l.cluster > 0 && (l.cluster != blocks || !emulator::cluster_fits(l.cluster, l.kernel))) {
-        emulator::fault("kernel " + emulator::symbol(l.kernel, true) + ": a cluster that is not the whole grid, or too large");
+    if (l.cluster > 0 && (blocks % l.cluster != 0 || !emulator::cluster_fits(l.cluster, l.kernel))) {
+        emulator::fault("kernel " + emulator::symbol(l.kernel, true) + ": clusters that do not divide the grid, or are too large");
         return emulator::keep(cudaErrorInvalidConfiguration);
     }
     if (l.cooperative && (blocks > emulator::most_resident || blocks > static_cast<size_t>(emulator::settings.processors) * 2))
@@ -2325,7 +2327,8 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(P...), 
     *clusters = 0;
     for (unsigned i = 0; i < config->numAttrs; ++i)
         if (config->attrs[i].id == cudaLaunchAttributeClusterDimension)
-            *clusters = emulator::cluster_fits(config->attrs[i].val.clusterDim.x, reinterpret_cast<const void*>(kernel));
+            if (emulator::cluster_fits(config->attrs[i].val.clusterDim.x, reinterpret_cast<const void*>(kernel)))
+                *clusters = emulator::settings.processors / static_cast<int>(config->attrs[i].val.clusterDim.x);
     return cudaSuccess;
 }
 

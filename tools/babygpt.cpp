@@ -3458,18 +3458,22 @@ void random_model(Runtime& runtime, const Config& config, Model& model) {
     must(model.create(runtime, config, std::move(tokenizer)));
 }
 
-// Calls work() until the time is over, at least three times after one that does not count; returns the middle duration.
+// Calls work() until the time is over, at least three times after one that does not count; returns the middle one of what it says it took.
 template <class Work>
-double middle_time(double seconds, const Work& work) {
+double middle_of(double seconds, const Work& work) {
     vector<double> times;
-    work();
-    for (const double start = now(); times.size() < 3 || now() - start < seconds;) {
-        const double before = now();
-        work();
-        times.push_back(now() - before);
-    }
+    (void)work();
+    for (const double start = now(); times.size() < 3 || now() - start < seconds;) times.push_back(work());
     std::sort(times.begin(), times.end());
     return times[times.size() / 2];
+}
+template <class Work>
+double middle_time(double seconds, const Work& work) {
+    return middle_of(seconds, [&] {
+        const double before = now();
+        work();
+        return now() - before;
+    });
 }
 
 double cpu_seconds() {  // of all threads of this process
@@ -3651,14 +3655,16 @@ int bench(Arguments& in) {
         vector<SampleConfig> how{size_t(several)};
         for (Session& one : sessions) must(one.create(runtime, model)), all.push_back(&one), how[all.size() - 1].seed = all.size();
         vector<int32_t> said(all.size());
-        const double time = middle_time(seconds, [&] {
+        const double time = middle_of(seconds, [&] {
             for (Session* one : all) one->reset(), must(one->feed(Span<const int32_t>(ids.data(), 1)));
+            const double before = now();  // what each reads first, it reads alone
             for (size_t i = 1; i < context; ++i)
                 if (several == 1) must(sessions[0].next(how[0], said[0]));
                 else
                     must(next(Span<Session* const>(all.data(), all.size()), Span<const SampleConfig>(how.data(), how.size()), said.data()));
+            return now() - before;
         });
-        report("decode", several, time / double(context), flops_per_token(config));
+        report("decode", several, time / double(context - 1), flops_per_token(config));
     }
     if (what.empty() || what == "idle") {  // what a host pays for threads that have nothing to do, right after a token
         session.reset();
