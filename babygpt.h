@@ -179,7 +179,8 @@ struct [[nodiscard]] Status {
 // is part of the program, and everything else as cpu: encoders, sessions of an encoder-decoder, and those that use an adapter.
 enum class Backend : int32_t { cpu, plain, cuda };
 // Of the numbers in a computation; sums, weights and their gradients, moments are f32. On a GPU: tf32: of what is multiplied; bf16: of activations and
-// their gradients, too; fp16, for GPUs before 2020: so, too, where a model is trained (sessions run in f32). On a processor (Backend::cpu) all is f32, but bf16: in training, of what is multiplied with weights and into their gradients.
+// their gradients, too; fp16, for GPUs before 2020: so, too, where a model is trained (sessions run in f32). On a processor (Backend::cpu) all is
+// f32, but bf16: in training, of what is multiplied with weights and into their gradients.
 // That is several times as fast with AMX and twice with AMD's avx512_bf16 (which only GCC's kernels use), and no faster elsewhere; the bits are the
 // same for any number of threads, but not on another kind of processor.
 enum class Precision : int32_t { f32, tf32, bf16, fp16 };
@@ -6266,7 +6267,7 @@ struct DevicePlan {
     int max_rows[3], sequences;                             // of each side; of text, at most
     int width, vocab, context, features, head_out, rank;
     double epsilon, lora_scale;
-    bool output_rows, frozen, training;
+    bool output_rows, frozen, training, muon;  // muon: what it keeps apart learns by it
     Precision precision;
     int64_t text;  // ids of a running text that it keeps, at most
 };
@@ -6649,7 +6650,7 @@ struct Tape {
             if (t.shares != nothing) t.gradient = at(t.shares).gradient;
         if (on_device) merge_bias_sums();
         for (const WeightPlan& plan : learnt())  // Muon works there once the activations are not needed any more
-            if (training && plan.matrices) activation_block = most(activation_block, muon_space(plan));
+            if (training && plan.matrices) activation_block = most(activation_block, (halves ? 2 : 1) * muon_space(plan));
         return Status();
     }
     static int64_t muon_space(const WeightPlan& plan) {
@@ -10343,9 +10344,10 @@ Status fill(Trainer& trainer, Runtime& from, const Model& of, Adapter* adapter, 
     if (!state->memory.take(from, layout.bytes, true)) return out_of_memory(layout.bytes);
     layout = Layout{state->memory.memory, 0};
     lay_out(layout, *state, &trainer, of.config, config.batch, from.thread_count());
-    if (state->on && config.optimizer == Optimizer::muon) return fail(Error::unsupported, "the backend cuda learns by adamw, not by muon");
     if (!state->on) return Status();
-    return state->on->create(plan_of(from, state->tape, of.config, config.batch, state->text_room), state->device);
+    DevicePlan plan = plan_of(from, state->tape, of.config, config.batch, state->text_room);
+    plan.muon = config.optimizer == Optimizer::muon;
+    return state->on->create(plan, state->device);
 }
 
 Status start(Trainer& t, Runtime& from, const Model& of, Adapter* adapter, const TrainConfig& wanted, Data& data, Data* held_out) {

@@ -3,7 +3,7 @@
 // [CHAPTER 0] Read me
 //
 // What it is.  The same tape (babygpt.h, chapters 4 to 6) on a device: every op forward and backward, the loss, the gradient's norm, clipping,
-// AdamW. Weights, gradients, moments and activations lie there, and running text (up to 1 GiB of ids): the host says where a batch's windows
+// AdamW or Muon. Weights, gradients, moments and activations lie there, and running text (up to 1 GiB of ids): the host says where a batch's windows
 // begin in it, or sends its ids, and gets a loss. The checkpoint is the same, and so is the result but for rounding: a run may begin on the
 // processor, go on here, and end there.
 //
@@ -18,10 +18,10 @@
 //     all architectures, all ops, dropout, LoRA                   sessions with adapters or a source, encoders: on the processor
 //     float32; products by cuBLASLt in tf32; all of it in bf16;   sessions in fp16: they run in float32
 //     or in fp16 with a loss's scale, also on GPUs before 2020
-//     the same random numbers as on the processor                 Muon: refused by name
-//     the same bits from run to run: no atomics                   more than one GPU in a Trainer
-//     one graph launch a step, no waiting; memory taken once      Windows: nothing known against it, never tried
-//     sessions of decoders: one launch a token, of all            sampling there: the processor does it
+//     the same random numbers as on the processor                 more than one GPU in a Trainer
+//     the same bits from run to run: no atomics                   Windows: nothing known against it, never tried
+//     one graph launch a step, no waiting; memory taken once      sampling there: the processor does it
+//     AdamW, Muon; sessions of decoders: one launch a token, of all
 //
 // What it promises.  As the header: nothing throws, prints or exits; every error of CUDA becomes a Status that names the call and the reason.
 // The device is the calling thread's current one when the object is made; it is never reset, and the thread's current device stays.
@@ -30,7 +30,7 @@
 // How to read it.  The chapters are the header's; the formulas, too, which are only named again here. Search for "[CHAPTER n]":
 //
 //     2  the platform corner: errors, launches        6  walking the tape
-//     4  memory: one block, planned                   7  learning: norm, clipping, AdamW
+//     4  memory: one block, planned                   7  learning: norm, clipping, AdamW, Muon
 //     5  the ops: kernels, each with its layout       8  running a model: a session's token in one launch
 //                                                    11  what the header calls; 12  licence
 
@@ -150,7 +150,7 @@ template <class T>
 __host__ __device__ constexpr T greater(T a, T b) {
     return a < b ? b : a;
 }
-constexpr int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+__host__ __device__ constexpr int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 // Memory on the current device; `advice` is for where there is not enough.
 Status take_block(uint64_t bytes, void*& block, const char* advice) {
@@ -307,6 +307,7 @@ struct Now {
     uint64_t seed, step, first_row[3];
     double smoothing;
     AdamW adam;
+    Muon muon;
     double count, clip;  // count: as in DeviceUpdate
 };
 // Where a row stands.
@@ -324,11 +325,21 @@ struct Sums {
     int skipped;
 };
 
+// A matrix that Muon makes orthogonal: rows x cols, `stride` apart, n of the shorter side. It lies at `at` among the weights.
+struct MuonMatrix {
+    int64_t at, stride, space;  // space: of its five squares n x n, in floats
+    int rows, cols, n;
+    float longer;  // sqrt(max(1, outputs / inputs))
+    __host__ __device__ int64_t square() const { return parts_of(static_cast<int64_t>(n) * n, 16) * 16; }
+};
+
 // Everything on the device, in this order, in one block.
 struct Memory {
     float *weights, *adapter, *gradients, *moment1, *moment2, *waves;
     void *activations, *low, *logits;  // Real
-    unsigned char* decays;             // of each 16 learnt weights: do they decay?
+    unsigned char* ways;               // of each 16 learnt weights: how they learn
+    MuonMatrix* matrices;              // that Muon keeps apart,
+    float* turned;                     // and by how much what it makes of one is multiplied
     double *losses, *partial;
     int32_t* ranks;
     Sums* sums;
@@ -433,12 +444,16 @@ inline void plan_memory(Plan& plan, const DevicePlan& p, Memory& m) {
         embeds = embeds || (op.kind == OpKind::embedding && p.training && !p.frozen);
     }
     parts = p.training ? greater(parts, 3 * parts_of_rows(rows) * widest) : 0;
+    int64_t matrices = 0;
+    for (const WeightPlan& w : p.weights) matrices += p.training && !p.frozen ? w.matrices : 0;
     m.weights = plan.take<float>(p.weight_block, "weights");
     m.adapter = plan.take<float>(p.adapter_block, "adapter");
     m.gradients = plan.take<float>(learnt, "gradients");
     m.moment1 = plan.take<float>(learnt, "moment1");
     m.moment2 = plan.take<float>(learnt, "moment2");
-    m.decays = plan.take<unsigned char>(learnt / 16, "decays");
+    m.ways = plan.take<unsigned char>(learnt / 16, "ways");
+    m.matrices = plan.take<MuonMatrix>(matrices, "matrices");
+    m.turned = plan.take<float>(matrices, "turned");
     m.activations = plan.take<char>(p.activation_block * real_bytes(p), "activations");
     m.low = plan.take<char>(p.training ? 0 : low * real_bytes(p), "low");
     const int64_t head_rows = p.ops.size ? p.max_rows[static_cast<int>(p.ops[p.ops.size - 1].side)] : 0;
@@ -1014,6 +1029,31 @@ __device__ __forceinline__ void load_tile(float* to, const T* from, int64_t stri
             inside ? static_cast<float>(from[along ? (first + i) * stride + k0 + k : (k0 + k) * stride + first + i]) : 0.0f;
     }
 }
+// The tile at row0, column0 of the sums over k from `from` to `to`: the chain of element (i, j) begins with start(i, j), and end(i, j, sum) gets it.
+template <bool a_along, bool b_along, class A, class B, class Start, class End>
+__device__ __forceinline__ void sum_tile(float* tile_a, float* tile_b, const A* a, int64_t a_stride, const B* b, int64_t b_stride, int rows,
+                                         int columns, int row0, int column0, int from, int to, const Start& start, const End& end) {
+    const int i0 = row0 + static_cast<int>(threadIdx.x) / 16 * 4, j0 = column0 + static_cast<int>(threadIdx.x) % 16 * 4;
+    float sum[4][4];
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 4; ++j) sum[i][j] = i0 + i < rows && j0 + j < columns ? start(i0 + i, j0 + j) : 0.0f;
+    for (int k0 = from; k0 < to; k0 += tile_depth) {
+        load_tile<a_along>(tile_a, a, a_stride, row0, rows, k0, to);
+        load_tile<b_along>(tile_b, b, b_stride, column0, columns, k0, to);
+        __syncthreads();
+        for (int k = 0; k < tile_depth; ++k) {
+            float left[4], right[4];
+            for (int i = 0; i < 4; ++i)
+                left[i] = tile_a[k * tile_stride + i0 - row0 + i], right[i] = tile_b[k * tile_stride + j0 - column0 + i];
+            for (int i = 0; i < 4; ++i)
+                for (int j = 0; j < 4; ++j) sum[i][j] = fmaf(left[i], right[j], sum[i][j]);
+        }
+        __syncthreads();
+    }
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 4; ++j)
+            if (i0 + i < rows && j0 + j < columns) end(i0 + i, j0 + j, sum[i][j]);
+}
 template <bool a_along, bool b_along, class A, class B, class C>
 __global__ void __launch_bounds__(block_threads) product(Product<A, B, C> p, const Now* now) {
     BABYGPT_SHARED(float, a, (tile_depth * tile_stride));
@@ -1023,34 +1063,14 @@ __global__ void __launch_bounds__(block_threads) product(Product<A, B, C> p, con
     const int splits = static_cast<int>(gridDim.y), each = (depth + splits - 1) / splits;
     const int from = static_cast<int>(blockIdx.y) * each, to = lesser(from + each, depth);
     if (row0 >= rows) return;
-    const int i0 = static_cast<int>(threadIdx.x) / 16 * 4, j0 = static_cast<int>(threadIdx.x) % 16 * 4;
-    float sum[4][4];
-    for (int i = 0; i < 4; ++i)
-        for (int j = 0; j < 4; ++j) {
-            const bool inside = row0 + i0 + i < rows && column0 + j0 + j < p.columns;
-            sum[i][j] = p.start && inside ? static_cast<float>(p.start[(row0 + i0 + i) * p.start_stride + column0 + j0 + j]) : 0.0f;
-        }
-    for (int k0 = from; k0 < to; k0 += tile_depth) {
-        load_tile<a_along>(a, p.a, p.a_stride, row0, rows, k0, to);
-        load_tile<b_along>(b, p.b, p.b_stride, column0, p.columns, k0, to);
-        __syncthreads();
-        for (int k = 0; k < tile_depth; ++k) {
-            float left[4], right[4];
-            for (int i = 0; i < 4; ++i) left[i] = a[k * tile_stride + i0 + i], right[i] = b[k * tile_stride + j0 + i];
-            for (int i = 0; i < 4; ++i)
-                for (int j = 0; j < 4; ++j) sum[i][j] = fmaf(left[i], right[j], sum[i][j]);
-        }
-        __syncthreads();
-    }
-    C* c = p.c + (splits > 1 ? static_cast<int64_t>(blockIdx.y) * rows * p.columns : 0);
-    for (int i = 0; i < 4; ++i)
-        for (int j = 0; j < 4; ++j) {
-            if (row0 + i0 + i >= rows || column0 + j0 + j >= p.columns) continue;
-            const int64_t at = (row0 + i0 + i) * p.c_stride + column0 + j0 + j;
-            const float value = sum[i][j] * p.factor;
-            if (p.before) put(p.before + at, value);
-            put(c + at, activated(value, p.activation));
-        }
+    C* const c = p.c + (splits > 1 ? static_cast<int64_t>(blockIdx.y) * rows * p.columns : 0);
+    const auto start = [&](int i, int j) { return p.start ? static_cast<float>(p.start[i * p.start_stride + j]) : 0.0f; };
+    sum_tile<a_along, b_along>(a, b, p.a, p.a_stride, p.b, p.b_stride, rows, p.columns, row0, column0, from, to, start,
+                               [&](int i, int j, float sum) {
+                                   const int64_t at = i * p.c_stride + j;
+                                   if (p.before) put(p.before + at, sum * p.factor);
+                                   put(c + at, activated(sum * p.factor, p.activation));
+                               });
 }
 
 // ---- products on tensor cores --------------------------------------------------------------------------------------------
@@ -2011,11 +2031,14 @@ __global__ void judge(Sums* sums, Sums* results, float* loss_scale, const double
     loss_scale[1] = sums->skipped || doubles ? 0 : loss_scale[1] + 1;
 }
 // The header's adamw; then the gradient becomes zero. Over elements, four at a time. 32 bytes a weight, and 2 where it has a narrow copy.
+// What Muon keeps apart gets the header's muon_momentum: its gradient is what will be made orthogonal.
+constexpr unsigned char way_decays = 1, way_muon = 2;
 template <class Real>
-__global__ void adamw(float* w, Real* narrow, float* m, float* v, float* g, const unsigned char* decays, int64_t n, const Sums* sums,
+__global__ void adamw(float* w, Real* narrow, float* m, float* v, float* g, const unsigned char* ways, int64_t n, const Sums* sums,
                       const Now* now) {
     constexpr float tiny = 1e-30f;
     const AdamW a = now->adam;
+    const Muon muon = now->muon;
     const float scale = sums->scale;
     const bool skipped = sums->skipped != 0;
     for (int64_t i = 4 * first_element(); i < n; i += 4 * all_threads()) {  // the block is made of sixteens
@@ -2025,7 +2048,18 @@ __global__ void adamw(float* w, Real* narrow, float* m, float* v, float* g, cons
             store(g + i, {0, 0, 0, 0});
             continue;
         }
-        const float decay = decays[i / 16] ? a.decay : 0.0f;
+        if (ways[i / 16] & way_muon) {
+            for (int k = 0; k < 4; ++k) {
+                const float rest = muon.one_minus_momentum * (gradient[k] * scale);
+                first[k] = fmaf(muon.momentum, first[k], rest);
+                if (first[k] < tiny && first[k] > -tiny) first[k] = 0;
+                gradient[k] = fmaf(muon.momentum, first[k], rest);
+                weight[k] *= muon.keep;
+            }
+            store(m + i, first), store(w + i, weight), store(g + i, gradient);
+            continue;
+        }
+        const float decay = ways[i / 16] & way_decays ? a.decay : 0.0f;
         for (int k = 0; k < 4; ++k) {
             const float scaled = gradient[k] * scale;
             first[k] = fmaf(a.beta1, first[k], a.one_minus_beta1 * scaled);
@@ -2037,6 +2071,92 @@ __global__ void adamw(float* w, Real* narrow, float* m, float* v, float* g, cons
         store(m + i, first), store(v + i, second), store(w + i, weight);
         if (narrow) store(narrow + i, weight);
         store(g + i, {0, 0, 0, 0});  // last: sooner, while the line is still on its way here, made all of it 2.7 times slower
+    }
+}
+
+// ---- Muon: all matrices in each launch, which are a block's y ------------------------------------------------------------------------
+
+// As the header's muon_step: with G = u u^T / trace, P = a I + b G + c G^2, Q = P Q, G = P G P, five times; w += Q u, scaled. A matrix has five squares
+// of the shorter side's size; products are the float one's, in its tiles. Bytes: some 100 a number of a square, mostly from the cache.
+__device__ __forceinline__ int tile_row(int columns) { return static_cast<int>(blockIdx.x) / ((columns + tile - 1) / tile) * tile; }
+__device__ __forceinline__ int tile_column(int columns) { return static_cast<int>(blockIdx.x) % ((columns + tile - 1) / tile) * tile; }
+// Square 0 = u u^T, for the shorter side of u.
+__global__ void __launch_bounds__(block_threads) muon_gram(const MuonMatrix* matrices, const float* u, float* space) {
+    BABYGPT_SHARED(float, a, (tile_depth * tile_stride));
+    BABYGPT_SHARED(float, b, (tile_depth * tile_stride));
+    const MuonMatrix m = matrices[blockIdx.y];
+    const int row0 = tile_row(m.n), column0 = tile_column(m.n);
+    if (row0 >= m.n) return;
+    const float* const from = u + m.at;
+    float* const to = space + m.space;
+    const auto start = [](int, int) { return 0.0f; };
+    const auto end = [&](int i, int j, float sum) { to[static_cast<int64_t>(i) * m.n + j] = sum; };
+    if (m.rows <= m.cols) sum_tile<true, true>(a, b, from, m.stride, from, m.stride, m.n, m.n, row0, column0, 0, m.cols, start, end);
+    else sum_tile<false, false>(a, b, from, m.stride, from, m.stride, m.n, m.n, row0, column0, 0, m.rows, start, end);
+}
+// Divides square 0 by its trace. Where that is nothing, nothing has been learnt, or the update is skipped: there is no direction. A block has a matrix.
+__global__ void muon_normalise(const MuonMatrix* matrices, float* space, float* turned, const Now* now) {
+    BABYGPT_SHARED(double, shared, block_threads);
+    const MuonMatrix m = matrices[blockIdx.x];
+    float* const g = space + m.space;
+    double sum = 0;
+    for (int i = static_cast<int>(threadIdx.x); i < m.n; i += block_threads)
+        sum += static_cast<double>(g[static_cast<int64_t>(i) * m.n + i]);
+    const double trace = block_sum(sum, shared);
+    const bool learns = trace > 1e-30;
+    const float inverse = learns ? static_cast<float>(1 / trace) : 0.0f;
+    __syncthreads();  // all have read what is written over now
+    for (int i = static_cast<int>(threadIdx.x); i < m.n * m.n; i += block_threads) g[i] *= inverse;
+    if (threadIdx.x == 0)
+        turned[blockIdx.x] =
+            learns ? static_cast<float>(-static_cast<double>(now->muon.step_size) * static_cast<double>(m.longer) / sqrt(trace)) : 0.0f;
+}
+// Square `to` = factor left right + more left + diagonal I, times `turned` of the matrix where that is not null.
+struct SquareProduct {
+    int to, left, right;
+    float factor, more, diagonal;
+};
+__global__ void __launch_bounds__(block_threads)
+    muon_square(const MuonMatrix* matrices, float* space, SquareProduct p, const float* turned) {
+    BABYGPT_SHARED(float, a, (tile_depth * tile_stride));
+    BABYGPT_SHARED(float, b, (tile_depth * tile_stride));
+    const MuonMatrix m = matrices[blockIdx.y];
+    const int row0 = tile_row(m.n), column0 = tile_column(m.n);
+    if (row0 >= m.n) return;
+    float *const squares = space + m.space, *const to = squares + p.to * m.square();
+    const float *const left = squares + p.left * m.square(), *const right = squares + p.right * m.square();
+    const float factor = turned ? p.factor * turned[blockIdx.y] : p.factor;
+    sum_tile<true, false>(
+        a, b, left, m.n, right, m.n, m.n, m.n, row0, column0, 0, m.n, [](int, int) { return 0.0f; },
+        [&](int i, int j, float sum) {
+            const int64_t at = static_cast<int64_t>(i) * m.n + j;
+            to[at] = fmaf(factor, sum, p.more != 0 ? p.more * left[at] : 0.0f) + (i == j ? p.diagonal : 0.0f);
+        });
+}
+// w += square u, or u square.
+__global__ void __launch_bounds__(block_threads)
+    muon_turn(const MuonMatrix* matrices, float* w, const float* u, const float* space, int square) {
+    BABYGPT_SHARED(float, a, (tile_depth * tile_stride));
+    BABYGPT_SHARED(float, b, (tile_depth * tile_stride));
+    const MuonMatrix m = matrices[blockIdx.y];
+    const int row0 = tile_row(m.cols), column0 = tile_column(m.cols);
+    if (row0 >= m.rows) return;
+    float* const to = w + m.at;
+    const float *const q = space + m.space + square * m.square(), *const from = u + m.at;
+    const auto start = [&](int i, int j) { return to[i * m.stride + j]; };
+    const auto end = [&](int i, int j, float sum) { to[i * m.stride + j] = sum; };
+    if (m.rows <= m.cols) sum_tile<true, false>(a, b, q, m.n, from, m.stride, m.rows, m.cols, row0, column0, 0, m.n, start, end);
+    else sum_tile<true, false>(a, b, from, m.stride, q, m.n, m.rows, m.cols, row0, column0, 0, m.n, start, end);
+}
+// Of what Muon keeps apart: the gradient becomes zero, the narrow copy the weight. Over elements, four at a time. 8 bytes, and 2.
+template <class Real>
+__global__ void muon_finish(const float* w, Real* narrow, float* g, const unsigned char* ways, int64_t n) {
+    for (int64_t i = 4 * first_element(); i < n; i += 4 * all_threads()) {
+        if (!(ways[i / 16] & way_muon)) continue;
+        float weight[4];
+        load(weight, w + i);
+        if (narrow) store(narrow + i, weight);
+        store(g + i, {0, 0, 0, 0});
     }
 }
 
@@ -2275,6 +2395,9 @@ struct Gpu {
     template <class Real>
     void op_backward(int number);
     void walk(int which, bool marked);
+    template <class F>
+    void over_matrices(const F& f) const;
+    void orthogonalise();
     Status walked_well() const {
         if (product_error != CUBLAS_STATUS_SUCCESS) return trouble("cublasLtMatmul", product_error);
         return error == cudaSuccess ? Status() : trouble("cudaLaunchKernelEx", error);
@@ -2814,6 +2937,65 @@ void Gpu::walk_tape(bool learns, bool marked) {
     for (int i = 0; i < ops; ++i) op_forward<Real>(i, learns), mark(i + 1, marked);
     for (int i = ops; i-- > 0 && learns;) op_backward<Real>(i), mark(2 * ops - i, marked);
 }
+// f(matrix, does it begin a group): so many as have room in the activations' memory, which nobody needs any more, go through launches together.
+template <class F>
+void Gpu::over_matrices(const F& f) const {
+    const int64_t room = plan.activation_block * real_bytes(plan) / static_cast<int64_t>(sizeof(float));
+    int64_t used = 0;
+    for (const WeightPlan& w : plan.weights) {
+        int64_t at = w.weight.offset;
+        for (int i = 0; i < w.matrices; ++i) {
+            MuonMatrix m{at, w.weight.cols, 0, static_cast<int>(w.weight.rows), w.outputs[i], 0, 1};
+            if (plan.output_rows) m.rows = w.outputs[i], m.cols = static_cast<int>(w.weight.cols);
+            m.n = lesser(m.rows, m.cols);
+            const float outputs = static_cast<float>(plan.output_rows ? m.rows : m.cols),
+                        inputs = static_cast<float>(plan.output_rows ? m.cols : m.rows);
+            if (outputs > inputs) m.longer = sqrtf(outputs / inputs);
+            const bool begins = used == 0 || used + 5 * m.square() > room;
+            m.space = begins ? 0 : used;
+            used = m.space + 5 * m.square();
+            f(m, begins);
+            at += plan.output_rows ? w.outputs[i] * w.weight.cols : w.outputs[i];
+        }
+    }
+}
+void Gpu::orthogonalise() {
+    constexpr int rounds = 5;
+    constexpr float a = 3.4445f, b = -4.7750f, c = 2.0315f;
+    const MuonMatrix* group = memory.matrices;
+    float* const space = static_cast<float*>(memory.activations);
+    int count = 0;
+    int64_t tiles = 0, square_tiles = 0;  // of the largest
+    const auto turn = [&] {
+        if (count == 0) return;
+        const float* const turned = memory.turned + (group - memory.matrices);
+        launch(muon_gram, square_tiles, count, 0, group, memory.gradients, space);
+        launch(muon_normalise, count, 1, 0, group, space, memory.turned + (group - memory.matrices), memory.now);
+        int p = 1, q = 2, spare = 3;
+        for (int round = 0; round < rounds; ++round) {
+            const bool last = round == rounds - 1;
+            launch(muon_square, square_tiles, count, 0, group, space, SquareProduct{p, 0, 0, c, b, a}, nullptr);
+            if (round > 0)
+                launch(muon_square, square_tiles, count, 0, group, space, SquareProduct{spare, p, q, 1, 0, 0}, last ? turned : nullptr);
+            if (!last) {
+                launch(muon_square, square_tiles, count, 0, group, space, SquareProduct{4, p, 0, 1, 0, 0}, nullptr);
+                launch(muon_square, square_tiles, count, 0, group, space, SquareProduct{0, 4, p, 1, 0, 0}, nullptr);
+            }
+            const int made = round == 0 ? p : spare;  // the next Q; its old place, or P's next, is free
+            (round == 0 ? p : spare) = q;
+            q = made;
+        }
+        launch(muon_turn, tiles, count, 0, group, memory.weights, memory.gradients, space, q);
+        group += count, count = 0, tiles = square_tiles = 0;
+    };
+    over_matrices([&](const MuonMatrix& m, bool begins) {
+        if (begins) turn();
+        ++count;
+        tiles = greater(tiles, parts_of(m.rows, tile) * parts_of(m.cols, tile));
+        square_tiles = greater(square_tiles, parts_of(m.n, tile) * parts_of(m.n, tile));
+    });
+    turn();
+}
 void Gpu::walk(int which, bool marked) {
     error = cudaSuccess, product_error = CUBLAS_STATUS_SUCCESS;
     with_real([&](auto real) { walk_tape<decltype(real)>(which > 0, marked); });
@@ -2826,7 +3008,10 @@ void Gpu::walk(int which, bool marked) {
         using Real = decltype(real);
         Real* const narrow = plan.frozen || !is_narrow(plan) ? nullptr : static_cast<Real*>(memory.narrow_weights);
         over_elements(adamw<Real>, n / 4, plan.frozen ? memory.adapter : memory.weights, narrow, memory.moment1, memory.moment2,
-                      memory.gradients, memory.decays, n, memory.sums, memory.now);
+                      memory.gradients, memory.ways, n, memory.sums, memory.now);
+        if (!plan.muon) return;
+        orthogonalise();
+        over_elements(muon_finish<Real>, n / 4, memory.weights, narrow, memory.gradients, memory.ways, n);
     });
 }
 
@@ -4035,14 +4220,21 @@ Status Gpu::create(const DevicePlan& of) {
         BABYGPT_CUDA(cudaMemcpyAsync(memory.waves, plan.waves.data, plan.waves.size * sizeof(float), cudaMemcpyHostToDevice, stream));
     if (plan.training) {
         const int64_t learnt = learnt_block(plan);
-        unsigned char* const decays = static_cast<unsigned char*>(malloc(static_cast<size_t>(learnt / 16) + 1));
-        if (!decays) return refuse(Error::out_of_memory, "out of memory");
-        memset(decays, 0, static_cast<size_t>(learnt / 16) + 1);
+        unsigned char* const ways = static_cast<unsigned char*>(malloc(static_cast<size_t>(learnt / 16) + 1));
+        if (!ways) return refuse(Error::out_of_memory, "out of memory");
+        memset(ways, 0, static_cast<size_t>(learnt / 16) + 1);
         for (const WeightPlan& w : plan.frozen ? plan.adapter : plan.weights)
-            for (int64_t i = 0; i < w.weight.rows * w.weight.cols; i += 16) decays[(w.weight.offset + i) / 16] = w.weight.decay;
-        cudaError_t done = cudaMemcpyAsync(memory.decays, decays, static_cast<size_t>(learnt / 16), cudaMemcpyHostToDevice, stream);
+            for (int64_t i = 0; i < w.weight.rows * w.weight.cols; i += 16)
+                ways[(w.weight.offset + i) / 16] =
+                    static_cast<unsigned char>((w.weight.decay ? way_decays : 0) | (plan.muon && w.matrices > 0 ? way_muon : 0));
+        cudaError_t done = cudaMemcpyAsync(memory.ways, ways, static_cast<size_t>(learnt / 16), cudaMemcpyHostToDevice, stream);
+        int number = 0;
+        if (plan.muon)
+            over_matrices([&](const MuonMatrix& m, bool) {
+                if (done == cudaSuccess) done = cudaMemcpyAsync(memory.matrices + number++, &m, sizeof m, cudaMemcpyHostToDevice, stream);
+            });
         if (done == cudaSuccess) done = cudaStreamSynchronize(stream);
-        free(decays);
+        free(ways);
         BABYGPT_CUDA(done);
         for (float* zero : {memory.gradients, memory.moment1, memory.moment2})
             BABYGPT_CUDA(cudaMemsetAsync(zero, 0, static_cast<size_t>(learnt) * sizeof(float), stream));
@@ -4086,7 +4278,7 @@ void Gpu::write_now(const Run& run, const DeviceUpdate* update) {
     now.drop_keep = static_cast<float>(1 / (1 - run.dropout));
     now.seed = run.seed, now.step = run.step, now.smoothing = run.label_smoothing;
     for (int side = 0; side < 3; ++side) now.first_row[side] = run.first_row[side];
-    if (update) now.adam = update->rule.adam, now.count = update->count, now.clip = update->clip;
+    if (update) now.adam = update->rule.adam, now.muon = update->rule.muon, now.count = update->count, now.clip = update->clip;
 }
 // Of a window of the text that lies here, 16 bytes; the rest is on the device already, or follows from that there.
 Status Gpu::send(const Run& run, const DeviceUpdate* update) {
