@@ -16893,7 +16893,7 @@ struct Rows {
     // and not used.
 
     static constexpr int tall = Set::calls ? 2 : 6, wide = 2 * W, block = tall * W;  // block: a multiple of both
-    static constexpr int wide_single = W == 16 ? wide : 2 * wide;  // where a tile is one row: more columns, a divisor of a page
+    static constexpr int together = W == 16 ? 2 : 4, wide_single = together * W;     // of one row: more columns, a divisor of a page
     static constexpr int page = kv_page;
 
     // c[r][0..columns) += sum over k < n of a[r * a_row + k * a_step] * b[k * b_row + 0..columns); fresh: c was 0.
@@ -16902,6 +16902,29 @@ struct Rows {
                                     int n, bool fresh) {
         if constexpr (rows == tall && columns == wide) Called<Set>::tile(c, c_row, fresh ? nullptr : c, a, a_row, a_step, b, b_row, n);
         else Products<Set>::template tile<rows, columns, 1>(c, c_row, fresh ? nullptr : c, c_row, a, a_row, a_step, b, b_row, n);
+    }
+    // One row: c[0..columns) += sum over k < n of a[k] * b[k * b_row + 0..columns), for so many vectors of columns; fresh: c was 0. Of what
+    // is read after this it fetches as much as it reads: rows at `next` (null: none).
+    template <int vectors>
+    static BABYGPT_INLINE void single(float* c, const float* a, const float* b, int64_t b_row, int n, bool fresh, const float* next) {
+        V sum[static_cast<size_t>(vectors)], left, right;
+        BABYGPT_UNROLL
+        for (int j = 0; j < vectors; ++j) {
+            if (fresh) Set::splat(sum[j], 0);
+            else Set::load(sum[j], c + j * W);
+        }
+        for (int k = 0; k < n; ++k, b += b_row) {
+            if (next) {
+                BABYGPT_UNROLL
+                for (int i = 0; i < vectors * W; i += 16) prefetch(next + i);
+                next += b_row;
+            }
+            Set::splat(left, a[k]);
+            BABYGPT_UNROLL
+            for (int j = 0; j < vectors; ++j) Set::load(right, b + j * W), Set::fma(sum[j], left, right);
+        }
+        BABYGPT_UNROLL
+        for (int j = 0; j < vectors; ++j) Set::store(c + j * W, sum[j]);
     }
     // The triangle of a tile: step e = 0..count-1 adds a[r * a_row + e * a_step] * b[e][0..wide) to the rows r > e (lower: r <= e).
     template <bool lower>
@@ -16986,15 +17009,15 @@ struct Rows {
                 const int first = a.seen_by(i), last = a.seen_by(i + n - 1);
                 copy_rows(queries, dim, q + i * a.q_stride, a.q_stride, n, dim, dim);
                 for (int j = n * dim; j < tall * dim && n > 1; ++j) queries[j] = 0;
-                if (n == 1) scores_of<1>(scores, scores_row, queries, cache, last);
-                else scores_of<tall>(scores, scores_row, queries, cache, last);
+                if (n == 1) scores_of_one(scores, queries, cache, last);
+                else scores_of(scores, scores_row, queries, cache, last);
                 for (int r = 0; r < n; ++r) {
                     float* statistics = a.softmax + (static_cast<int64_t>(i + r) * a.heads + head) * 2;
                     softmax_row(scores + r * scores_row, a.seen_by(i + r), dim, drop, a.row + i + r, head, statistics);
                     inverse[r] = 1.0f / statistics[1];
                 }
-                if (n == 1) mix_values<1>(out, scores, scores_row, cache, first, 0);
-                else mix_values<tall>(out, scores, scores_row, cache, first, last - first);
+                if (n == 1) mix_values_of_one(out, scores, cache, first);
+                else mix_values(out, scores, scores_row, cache, first, last - first);
                 for (int r = 0; r < n; ++r) {
                     float* to = a.y + (i + r) * a.width + column;
                     V v, scale;
@@ -17008,11 +17031,17 @@ struct Rows {
             }
         }
     }
-    template <int rows>
     static BABYGPT_INLINE void scores_of(float* scores, int64_t scores_row, const float* queries, const Cache& cache, int keys) {
-        constexpr int columns = rows == 1 ? wide_single : wide;
-        for (int k = 0; k < keys; k += columns)
-            tile<rows, columns>(scores + k, scores_row, queries, cache.dim, 1, cache.key_page(k / page) + k % page, page, cache.dim, true);
+        for (int k = 0; k < keys; k += wide)
+            tile<tall>(scores + k, scores_row, queries, cache.dim, 1, cache.key_page(k / page) + k % page, page, cache.dim, true);
+    }
+    // A query alone reads all keys and values for little arithmetic: what sets the time is how early they are fetched.
+    static BABYGPT_INLINE void scores_of_one(float* scores, const float* query, const Cache& cache, int keys) {
+        for (int k = 0; k < keys; k += page) {
+            const float* next = k + page < keys ? cache.key_page(k / page + 1) : cache.value(0);
+            for (int c = 0; c < page; c += wide_single)
+                single<together>(scores + k + c, query, cache.key_page(k / page) + c, page, cache.dim, true, next + c);
+        }
     }
     // Scores become e^(score / sqrt(dim) - max), dropped or not; the maximum and the sum before dropout go to `statistics`.
     static BABYGPT_INLINE void softmax_row(float* scores, int keys, int dim, const Dropout& drop, int row, int head, float* statistics) {
@@ -17051,24 +17080,26 @@ struct Rows {
         }
     }
     // out = p V. All queries see `keys` keys; then each sees one more than the one before, up to `more`.
-    template <int rows>
     static BABYGPT_INLINE void mix_values(float* out, const float* p, int64_t p_row, const Cache& cache, int keys, int more) {
-        const int padded = cache.row;
         const float* last[static_cast<size_t>(tall - 1)] = {};
         for (int e = 0; e < more; ++e) last[e] = cache.value(keys + e);
-        int c = 0;
-        if (rows == 1)
-            for (; c + wide_single <= padded; c += wide_single) mix_columns<1, wide_single>(out, p, p_row, cache, keys, c);
-        for (; c < padded; c += wide) {
-            mix_columns<rows, wide>(out, p, p_row, cache, keys, c);
-            if (rows > 1) triangle<false>(out + c, padded, p + keys, p_row, 1, last, c, more);
+        const int run = cache.copied ? keys : page;  // so many follow each other in memory
+        for (int c = 0; c < cache.row; c += wide) {
+            for (int k = 0; k < keys; k += run)
+                tile<tall>(out + c, cache.row, p + k, p_row, 1, cache.value(k) + c, cache.row, least(run, keys - k), k == 0);
+            triangle<false>(out + c, cache.row, p + keys, p_row, 1, last, c, more);
         }
     }
-    template <int rows, int columns>
-    static BABYGPT_INLINE void mix_columns(float* out, const float* p, int64_t p_row, const Cache& cache, int keys, int c) {
-        const int run = cache.copied ? keys : page;  // so many follow each other in memory
-        for (int k = 0; k < keys; k += run)
-            tile<rows, columns>(out + c, cache.row, p + k, p_row, 1, cache.value(k) + c, cache.row, least(run, keys - k), k == 0);
+    static BABYGPT_INLINE void mix_values_of_one(float* out, const float* p, const Cache& cache, int keys) {
+        const int run = cache.copied ? keys : page, most_columns = 2 * wide_single;
+        for (int k = 0; k < keys; k += run) {
+            const float *value = cache.value(k), *next = k + run < keys ? cache.value(k + run) : cache.key_page(0) + page * cache.dim;
+            const int n = least(run, keys - k);
+            int c = 0;  // the keys of the next head lie behind those of this one
+            for (; c + most_columns <= cache.row; c += most_columns)
+                single<2 * together>(out + c, p + k, value + c, cache.row, n, k == 0, next + c);
+            for (; c < cache.row; c += wide) single<2>(out + c, p + k, value + c, cache.row, n, k == 0, next + c);
+        }
     }
 
     // These heads' part of the gradients, head after head.
