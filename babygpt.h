@@ -1004,6 +1004,8 @@ struct Encoder {
 // ---- Measuring and checking -------------------------------------------------------------------------------------------
 
 double fma_ceiling(Runtime& runtime, int threads);  // GFLOP/s of a register-only loop of what this machine's kernels train with
+// The same of a GPU, with Backend::cuda: FLOP/s of a large product in the runtime's precision, and bytes/s of a large copy, read and written.
+Status gpu_ceilings(Runtime& runtime, double& flops, double& bytes);
 
 struct ProfileRow {  // one op in a training step, forward or backward
     char op[48];
@@ -1011,7 +1013,7 @@ struct ProfileRow {  // one op in a training step, forward or backward
     bool backward;   // head: both in its forward row
     double seconds;  // the mean of several steps
     double flops;    // useful ones: 2 for a multiply-add; attention causal, nothing computed anew
-    double bytes;    // that it must read and write: tensors, gradients and weights, each once
+    double bytes;    // that it must read and write: tensors, gradients and weights, each once; what the op before does on a GPU is its
 };
 // Trains a fresh model (config.vocab > 0) on random ids for about so many seconds. The last row is the update: the gradients' norm, AdamW,
 // zeroing.
@@ -6303,6 +6305,7 @@ struct DeviceFunctions {
     Status (*losses)(Device* device, int rows, double* losses, int32_t* ranks);  // waits: those of the last run, as in Regions
     // Ids from place `at` of the text on, as Data keeps them: `only_read` is set where one is no target.
     Status (*keep_text)(Device* device, int64_t at, const int32_t* ids, int64_t count);
+    Status (*ceilings)(Precision precision, double& flops, double& bytes);  // gpu_ceilings
     // Sessions, of decoders. A generator copies what it needs of the plan. One call at a time.
     Status (*create_generator)(const DevicePlan& plan, Generator*& generator);
     void (*destroy_generator)(Generator* generator);
@@ -18065,15 +18068,24 @@ namespace {
 
 // What an op computes and moves in `rows` tokens.
 void count_work(const Tape& tape, const Op& op, double rows, ProfileRow& forward, ProfileRow& backward) {
-    const double x = op.in * rows * 4, y = (op.kind == OpKind::head ? 0 : op.out) * rows * 4;
+    const double number = tape.halves ? 2 : 4;  // bytes of one, but for weights' gradients, which are always floats
+    const double x = op.in * rows * number, y = (op.kind == OpKind::head ? 0 : op.out) * rows * number;
     double w = 0;
-    if (op.w != nothing) w += 4.0 * static_cast<double>(tape.weight(op.w).rows * tape.weight(op.w).cols);
-    if (op.kind == OpKind::embedding) w = 2 * y;  // the rows that were looked up
+    if (op.w != nothing) w += static_cast<double>(tape.weight(op.w).rows * tape.weight(op.w).cols);
+    double dw = 4 * w;
+    w *= number;
+    if (op.kind == OpKind::embedding) w = dw = 8.0 * op.out * rows;  // the rows that were looked up
     if (op.kind == OpKind::linear || op.kind == OpKind::head) forward.flops = 2.0 * op.in * op.out * rows;
     if (op.kind == OpKind::attention) forward.flops = 2.0 * op.out * (tape.context + 1) * rows;
     backward.flops = 2 * forward.flops;
     forward.bytes = x + (op.kind == OpKind::add ? x : 0) + y + w;
-    backward.bytes = y + x + (op.kind == OpKind::add ? x : 0) + 2 * w + (Tape::backward_reads_x(op) ? x : 0);
+    backward.bytes = y + x + w + dw + (Tape::backward_reads_x(op) ? x : 0);
+    if (op.kind == OpKind::add) {  // a summand's gradient may lie where the sum's does
+        const int64_t place = tape.at(op.y).gradient;
+        const int copies = (tape.at(op.x).gradient != place) + (tape.at(op.x2).gradient != place);
+        backward.bytes = copies > 0 ? y + copies * x : 0;
+        if (op.sum != nothing) forward.bytes = 0;
+    } else if (op.sum != nothing) forward.bytes += y;  // the other summand
     if (op.kind != OpKind::head) return;
     forward.flops += backward.flops, forward.bytes += backward.bytes;
     backward.flops = backward.bytes = 0;
@@ -18126,8 +18138,17 @@ BABYGPT_RARE Status profile(Runtime& runtime, const Config& config, int batch, d
     ProfileRow& update = rows[2 * ops];
     Line(update.op, sizeof update.op).put(runtime.backend == Backend::cuda ? "AdamW, launches, host" : "norm and AdamW");
     Line(update.kind, sizeof update.kind).put("update");
-    update.seconds = rest, update.bytes = 9.0 * 4 * static_cast<double>(model.parameters);  // g; w, m, v, g read and written
+    // g; w, m, v, g read and written; the narrow copy.
+    update.seconds = rest, update.bytes = (tape.halves ? 38.0 : 36.0) * static_cast<double>(model.parameters);
     return Status();
+}
+
+Status gpu_ceilings(Runtime& runtime, double& flops, double& bytes) {
+    const BackendFunctions* backend;
+    BABYGPT_TRY(backend_for(runtime, backend));
+    const DeviceFunctions* const device = find_device(runtime);
+    if (!device) return fail(Error::invalid_argument, "gpu_ceilings needs the backend cuda");
+    return device->ceilings(runtime.precision, flops, bytes);
 }
 
 }  // namespace babygpt

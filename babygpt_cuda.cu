@@ -2471,7 +2471,8 @@ cublasStatus_t Gpu::plan_product(Tensorial& t) const {
     const auto ask = [&](cublasLtMatmulPreferenceAttributes_t which, const void* value, size_t size) {
         if (status == CUBLAS_STATUS_SUCCESS) status = cublasLtMatmulPreferenceSetAttribute(wish, which, value, size);
     };
-    after(cublasLtMatmulDescCreate(&t.product, is_narrow(plan) ? CUBLAS_COMPUTE_32F : CUBLAS_COMPUTE_32F_FAST_TF32, CUDA_R_32F));
+    after(cublasLtMatmulDescCreate(&t.product, plan.precision == Precision::tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F,
+                                   CUDA_R_32F));
     set(CUBLASLT_MATMUL_DESC_TRANSA, &across_b, sizeof across_b);
     set(CUBLASLT_MATMUL_DESC_TRANSB, &across_a, sizeof across_a);
     set(CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
@@ -4475,6 +4476,70 @@ Status keep_text(Device* d, int64_t at, const int32_t* ids, int64_t count) {
     return Status();
 }
 
+// ---- what the device can do ----
+
+template <class Real>
+__global__ void fill_with_noise(Real* to, int64_t n) {  // zeros would be multiplied faster
+    for (int64_t i = first_element(); i < n; i += all_threads())
+        put(to + i, static_cast<float>(bits_of(1, static_cast<uint32_t>(i))) * 0x1p-31f - 1);
+}
+#ifdef BABYGPT_CUDA_EMULATOR
+constexpr int large_side = 64;
+#else
+constexpr int large_side = 8192;
+#endif
+// Times products of square matrices, and copies of one to another. The matrices are three, with room behind for cuBLASLt.
+Status measure(Gpu& gpu, double& flops, double& bytes) {
+    constexpr int64_t size = static_cast<int64_t>(large_side) * large_side;
+    const int64_t matrix = size * real_bytes(gpu.plan);
+    BABYGPT_CUDA(cudaGetDevice(&gpu.ordinal));
+    BABYGPT_CUDA(cudaDeviceGetAttribute(&gpu.processors, cudaDevAttrMultiProcessorCount, gpu.ordinal));
+    BABYGPT_CUBLAS(cublasLtCreate(&gpu.library));
+    BABYGPT_CUDA_TRY(take_block(static_cast<uint64_t>(3 * matrix) + workspace_bytes, gpu.block, "end what else runs there"));
+    BABYGPT_CUDA(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
+    BABYGPT_CUDA(cudaEventCreate(&gpu.slots[0].ended));
+    BABYGPT_CUDA(cudaEventCreate(&gpu.slots[1].ended));
+    char *const a = static_cast<char*>(gpu.block), *const b = a + matrix, *const c = b + matrix;
+    gpu.memory.workspace = reinterpret_cast<unsigned char*>(c + matrix);
+    gpu.full = true;
+    gpu.with_real(
+        [&](auto real) { gpu.over_elements(fill_with_noise<decltype(real)>, 2 * size, reinterpret_cast<decltype(real)*>(a), 2 * size); });
+    const auto seconds_of = [&](double& best, const auto& f) {  // the least of several
+        for (int i = 0; i < 6; ++i) {
+            BABYGPT_CUDA(cudaEventRecord(gpu.slots[0].ended, gpu.stream));
+            BABYGPT_CUDA_TRY(f());
+            BABYGPT_CUDA(cudaEventRecord(gpu.slots[1].ended, gpu.stream));
+            BABYGPT_CUDA(cudaStreamSynchronize(gpu.stream));
+            float ms = 0;
+            BABYGPT_CUDA(cudaEventElapsedTime(&ms, gpu.slots[0].ended, gpu.slots[1].ended));
+            if (i > 0) best = lesser(best, greater(1e-3 * static_cast<double>(ms), 1e-9));  // the first loads what it needs
+        }
+        return Status();
+    };
+    double product = 1e30, copy = 1e30;
+    BABYGPT_CUDA_TRY(seconds_of(product, [&] {
+        const Extent side{large_side, -1, 0};
+        gpu.with_real([&](auto real) {
+            gpu.multiply_fast<decltype(real)>(
+                Matmul{c, large_side, nullptr, a, b, large_side, large_side, true, false, false, side, side, large_side});
+        });
+        return gpu.walked_well();
+    }));
+    BABYGPT_CUDA_TRY(seconds_of(copy, [&] {
+        BABYGPT_CUDA(cudaMemcpyAsync(b, a, static_cast<size_t>(matrix), cudaMemcpyDeviceToDevice, gpu.stream));
+        return Status();
+    }));
+    flops = 2.0 * large_side * static_cast<double>(size) / product, bytes = 2 * static_cast<double>(matrix) / copy;
+    return Status();
+}
+Status ceilings_of(Precision precision, double& flops, double& bytes) {
+    Gpu gpu;
+    gpu.plan.precision = precision;
+    const Status status = measure(gpu, flops, bytes);
+    gpu.destroy();
+    return status;
+}
+
 // ---- running ----
 
 uint64_t generator_bytes(const DevicePlan& plan) {
@@ -4549,6 +4614,7 @@ extern "C" const babygpt::records::DeviceFunctions* babygpt_cuda_device() {
         &result_of,
         &losses_of,
         &keep_text,
+        &ceilings_of,
         &create_there<Generator>,
         &destroy_there<Generator>,
         &generator_bytes,

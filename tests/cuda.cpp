@@ -1404,6 +1404,23 @@ TEST(profile, "where the time of a step on a GPU goes could not be seen") {
     double sum = 0;
     for (const ProfileRow& row : rows) sum += row.seconds;
     CHECK(rows.count > 10 && sum > 0 && no_faults());
+    double bytes = 0;
+    for (const ProfileRow& row : rows) bytes += row.bytes;
+    for (const Precision precision : {Precision::f32, Precision::tf32, Precision::bf16, Precision::fp16}) {
+        double flops = 0, rate = 0, narrow = 0;
+        runtime.precision = precision;
+        CHECK(CHECK_OK(gpu_ceilings(runtime, flops, rate)) && flops > 0 && isfinite(flops) && rate > 0 && isfinite(rate) && no_faults());
+        if (precision != Precision::bf16) continue;
+        CHECK_OK(profile(runtime, config, 2, 0.01, rows));
+        for (const ProfileRow& row : rows) {
+            narrow += row.bytes;
+            if (strcmp(row.kind, "add") == 0) CHECK(row.bytes <= 0);  // the products before have made it
+        }
+        CHECK(narrow > 0.4 * bytes && narrow < 0.95 * bytes);
+    }
+    runtime.backend = Backend::plain;
+    double none = 0;
+    CHECK(gpu_ceilings(runtime, none, none).error == Error::invalid_argument);
 }
 
 int main(int count, char** arguments) {

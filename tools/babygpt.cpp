@@ -3487,9 +3487,26 @@ double cpu_seconds() {  // of all threads of this process
 #endif
 }
 
+// What there is at most: GFLOP/s of the processors' loop, or of a GPU's large product, and there the bytes/s of a copy.
+struct Ceilings {
+    double gflops = 0, bytes = 0;
+    explicit Ceilings(Runtime& runtime) {
+        if (runtime.backend != Backend::cuda) gflops = fma_ceiling(runtime, runtime.thread_count());
+        else must(gpu_ceilings(runtime, gflops, bytes)), gflops /= 1e9;
+    }
+    string text() const {
+        if (bytes > 0) return format("a large product %.1f TFLOP/s, a copy %.0f GB/s", gflops / 1e3, bytes / 1e9);
+        return format("FMA ceiling %.0f GFLOP/s", gflops);
+    }
+    // The least time that a GPU needs for an op: that of its FLOPs, or of its bytes.
+    double bound(const ProfileRow& row) const { return std::max(row.flops / gflops / 1e9, row.bytes / bytes); }
+};
+
 // Where the time of a training step goes: one line for each kind of op, forward and backward.
 void show_profile(Runtime& runtime, const Config& config, int batch, double seconds, bool json) {
-    const double ceiling = runtime.backend == Backend::cuda ? 0 : fma_ceiling(runtime, runtime.thread_count());  // a GPU has another one
+    const Ceilings ceilings(runtime);
+    const double ceiling = ceilings.gflops;
+    const bool is_gpu = ceilings.bytes > 0;
     Array<ProfileRow> rows(runtime);
     must(profile(runtime, config, batch, seconds, rows));
     if (json) {
@@ -3497,12 +3514,13 @@ void show_profile(Runtime& runtime, const Config& config, int batch, double seco
             Json line;
             line.add("op", row.op).add("kind", row.kind).add("backward", row.backward).add("ms", row.seconds * 1e3);
             line.add("gflops", row.flops / row.seconds / 1e9).add("gb_per_second", row.bytes / row.seconds / 1e9);
-            if (ceiling > 0) line.add("percent_of_ceiling", row.flops / row.seconds / 1e7 / ceiling);
+            line.add("flops", row.flops).add("bytes", row.bytes).add("percent_of_ceiling", row.flops / row.seconds / 1e7 / ceiling);
+            if (is_gpu) line.add("percent_of_bound", 100 * ceilings.bound(row) / row.seconds);
             line.print();
         }
         return;
     }
-    double whole = 0;
+    double whole = 0, bounds = 0;
     vector<std::pair<string, ProfileRow>> kinds;  // in the order of their first op
     for (const ProfileRow& row : rows) {
         string name = row.kind;
@@ -3513,12 +3531,22 @@ void show_profile(Runtime& runtime, const Config& config, int batch, double seco
         kind->second.seconds += row.seconds, kind->second.flops += row.flops, kind->second.bytes += row.bytes;
         whole += row.seconds;
     }
+    if (is_gpu) {
+        put_line(ceilings.text());
+        put_line(format("%-20s %9s %7s %9s %9s %9s %11s", "op (all layers)", "ms", "share", "GFLOP", "MB", "bound ms", "of bound"));
+        for (const auto& [name, row] : kinds) {
+            const double bound = ceilings.bound(row);
+            bounds += bound;
+            put_line(format("%-20s %9.3f %5.1f %% %9.1f %9.1f %9.3f %9.1f %%", name.c_str(), row.seconds * 1e3, 100 * row.seconds / whole,
+                            row.flops / 1e9, row.bytes / 1e6, bound * 1e3, row.seconds > 0 ? 100 * bound / row.seconds : 0.0));
+        }
+        put_line(format("%-20s %9.3f %7s %9s %9s %9.3f %9.1f %%", "a step", whole * 1e3, "", "", "", bounds * 1e3, 100 * bounds / whole));
+        return;
+    }
     put_line(format("%-20s %9s %7s %9s %11s %7s", "op (all layers)", "ms", "share", "GFLOP/s", "of ceiling", "GB/s"));
     for (const auto& [name, row] : kinds) {
         string flops = format("%9s %11s", "", "");
-        if (row.flops > 0 && ceiling > 0)
-            flops = format("%9.1f %9.1f %%", row.flops / row.seconds / 1e9, row.flops / row.seconds / 1e7 / ceiling);
-        else if (row.flops > 0) flops = format("%9.0f %11s", row.flops / row.seconds / 1e9, "");
+        if (row.flops > 0) flops = format("%9.1f %9.1f %%", row.flops / row.seconds / 1e9, row.flops / row.seconds / 1e7 / ceiling);
         put_line(format("%-20s %9.2f %5.1f %% %s %7.1f", name.c_str(), row.seconds * 1e3, 100 * row.seconds / whole, flops.c_str(),
                         row.bytes / row.seconds / 1e9));
     }
@@ -3583,11 +3611,12 @@ int bench(Arguments& in) {
         state = state * 6364136223846793005u + 1442695040888963407u;
         id = int32_t((state >> 33) % uint64_t(vocab));
     }
-    const double ceiling = fma_ceiling(runtime, runtime.thread_count());
+    const Ceilings ceilings(runtime);
+    const double ceiling = ceilings.gflops;
     double device = 0;  // bytes of a GPU's
     if (!json)
-        put_line(format("%s (%s), vocabulary %d; %s %s, %d threads; FMA ceiling %.0f GFLOP/s", name.c_str(), architecture.c_str(), vocab,
-                        common.backend.c_str(), runtime.isa_name(), runtime.thread_count(), ceiling));
+        put_line(format("%s (%s), vocabulary %d; %s %s, %d threads; %s", name.c_str(), architecture.c_str(), vocab, common.backend.c_str(),
+                        runtime.isa_name(), runtime.thread_count(), ceilings.text().c_str()));
     const auto report = [&](const char* kind, double tokens, double time, double flops) {
         const double gflops = tokens / time * flops / 1e9;
         if (json) {
