@@ -6193,12 +6193,22 @@ struct Slice {
 };
 
 // One sequence of a run: `length` rows from `row` on, which stand at `position` and after in their text.
+// What decides a sequence's next token, where nothing else does, so that a device can draw it, too (chapter 8, draw).
+struct Draw {
+    double below;  // so far below the biggest logit those begin that are left out; negative
+    double top_p, min_p, uniform;
+    float inverse;  // of the temperature; 0: the biggest
+    int32_t top_k;
+    int32_t unknown, limit;  // this id, and all from `limit` on, never come
+    int32_t id = -1;         // what was drawn; -1: nothing
+};
 struct Sequence {
     int row, length, position;
     float* const* pages;      // running with a KV cache: where its pages lie; null: training, positions are those of this run
     float* logits = nullptr;  // of the head: [vocab] of row `wanted`; null: not wanted
     int wanted = -1;          // of the sequence's rows; negative: counted from its end
     int source = 0;           // the sequence of the source that it sees
+    Draw* draw = nullptr;     // a device draws from the logits; null: it does not
 };
 
 // What goes in on one side.
@@ -6314,13 +6324,15 @@ struct DeviceFunctions {
     Status (*take_pages)(Generator* generator, uint64_t bytes, void*& pages);  // of a KV cache, in the device's memory, zeros
     void (*drop_pages)(Generator* generator, void* pages);
     Status (*copy_pages)(Generator* generator, void* to, const void* from, uint64_t bytes);
-    // A forward pass of at most `device_rows` rows; the sequences' pages are the device's. losses: of all rows, where not null. Waits.
+    // A forward pass of at most `device_rows` rows; the sequences' pages are the device's. losses: of all rows, where not null. Where a sequence
+    // has a Draw, a token is drawn from its logits. Waits.
     Status (*read)(Generator* generator, const Run& run, double* losses);
 };
 constexpr int device_rows = 256;
 constexpr int device_norm_columns = 1024;  // of a row of which a norm's backward pass makes sums at once, where four divide it: at most
-constexpr size_t device_sizes[7] = {sizeof(DeviceFunctions), sizeof(Tensor),      sizeof(Op), sizeof(WeightPlan), sizeof(Run),
-                                    sizeof(DevicePlan),      sizeof(DeviceUpdate)};
+constexpr int drawn_vocab = 256;           // logits that a device draws from, at most
+constexpr size_t device_sizes[8] = {sizeof(DeviceFunctions), sizeof(Tensor),     sizeof(Op),          sizeof(WeightPlan), sizeof(Run),
+                                    sizeof(Sequence),        sizeof(DevicePlan), sizeof(DeviceUpdate)};
 
 // KV cache: pages of `kv_page` positions, each for all layers. In a page, layer after layer: the keys as [head][dim][position]
 // (so that a vector holds one dimension of neighbouring positions), then the values as [head][position][dim]. Floats; on a device that
@@ -11108,6 +11120,10 @@ struct SessionState {
     unsigned char* seen = nullptr;  // [vocab] for the repetition penalty
     char* held = nullptr;           // text that may yet turn out to be a stop string
     Said said{};
+    // What a device has drawn of the logits, where the next token is the one from number `ahead_of`, drawn as `ahead_how` says.
+    Draw ahead{};
+    SampleConfig ahead_how;
+    uint64_t ahead_of = 0;
     size_t held_room = 0;    // of both
     Sequence source{};       // length 0: none has been read. Its keys and values stay in the activations
     int chunk = 0;           // rows read at once
@@ -11129,8 +11145,9 @@ struct SessionState {
 
 namespace {
 
-constexpr size_t longest_stop = 256;  // bytes of a stop or banned string
-constexpr int most_at_once = 64;      // sequences that read a token in one pass
+constexpr size_t longest_stop = 256;     // bytes of a stop or banned string
+constexpr int most_at_once = 64;         // sequences that read a token in one pass
+constexpr int worth_drawing_there = 16;  // of a device's: the processor draws fewer before the device's answer has come
 
 inline int context_pages(int context) { return (context + kv_page - 1) / kv_page; }
 inline uint64_t pages_bytes(const SessionState& s, int64_t pages) {
@@ -11349,6 +11366,7 @@ void have_read(Session& session, const int32_t* ids, int count) {
     memmove(s.history + session.position, ids, static_cast<size_t>(count) * sizeof(int32_t));
     session.position += count;
     s.ready = true;
+    s.ahead.id = -1;
     const Tokenizer& tokenizer = session.model->tokenizer;
     const Text last = tokenizer.bytes(ids[count - 1]);
     s.line_open = !is_mark(tokenizer, ids[count - 1]) && !(last.size > 0 && last[last.size - 1] == '\n');
@@ -11612,6 +11630,9 @@ struct Heap {
     }
 };
 
+// The logarithm of the smallest weight that counts, the biggest being 1. Where top_p does, what min_p cuts off counts for it.
+double lowest_of(const SampleConfig& c) { return c.min_p > 0 && c.top_p >= 1 ? most(-40.0, log_of(c.min_p)) : -40.0; }
+
 // Draws from adjusted logits; -1: no token is possible. Temperature first, then top_k, top_p, min_p. Candidates are selected, never all
 // sorted: what is e^-40 below the best is left out at once, and only as many are taken from a heap as top_k and top_p need.
 int32_t draw(const BackendFunctions& backend, float* l, int32_t* candidates, const SampleConfig& c, int vocab, uint64_t key) {
@@ -11622,9 +11643,7 @@ int32_t draw(const BackendFunctions& backend, float* l, int32_t* candidates, con
         while (l[best] != biggest) ++best;
         return best;
     }
-    double lowest = -40;
-    if (c.min_p > 0 && c.top_p >= 1) lowest = most(lowest, log_of(c.min_p));  // else what it cuts off counts for top_p
-    const float cut = static_cast<float>(static_cast<double>(biggest) + lowest * c.temperature),
+    const float cut = static_cast<float>(static_cast<double>(biggest) + lowest_of(c) * c.temperature),
                 inverse = static_cast<float>(1 / c.temperature);
     int count = 0;
     for (int32_t i = 0; i < vocab; ++i) {
@@ -11854,6 +11873,30 @@ Status check(const SampleConfig& c) {
     return Status();
 }
 
+// Whether nothing but the logits and a few numbers decides the next token.
+bool is_plain(const Session& session, const SampleConfig& c) {
+    const bool penalised = c.repetition_penalty < 1 || c.repetition_penalty > 1;
+    return !penalised && c.bias.size == 0 && c.banned.size == 0 && !c.guard && !session.state->holes;
+}
+// Lets the device that is about to read the session's last id draw the next one, as if `c` were to say how then, too.
+void draw_ahead(const Session& session, const SampleConfig& c, Draw& draw) {
+    const Tokenizer& tokenizer = session.model->tokenizer;
+    draw.below = lowest_of(c) * c.temperature;
+    draw.top_p = c.top_p, draw.min_p = c.min_p, draw.top_k = c.top_k;
+    draw.uniform = random_uniform(mix(random_key(c.seed, session.sampled, random_sample, 0)), 0);
+    draw.inverse = c.temperature > 0 ? static_cast<float>(1 / c.temperature) : 0.0f;
+    draw.unknown = tokenizer.unknown;
+    draw.limit = tokenizer.kind == TokenizerKind::none ? session.model->config.vocab : tokenizer.vocab;
+    draw.id = -1;
+}
+bool is_drawn(const Session& session, const SampleConfig& c) {
+    const SessionState& s = *session.state;
+    const SampleConfig& how = s.ahead_how;
+    const auto same = [](double a, double b) { return a <= b && a >= b; };
+    return s.ahead.id >= 0 && s.ahead_of == session.sampled && how.seed == c.seed && how.top_k == c.top_k &&
+           same(how.temperature, c.temperature) && same(how.top_p, c.top_p) && same(how.min_p, c.min_p) && is_plain(session, c);
+}
+
 // Next, where the token's text must begin with `start` (empty: anything goes).
 Status draw_token(Session& session, const SampleConfig& c, Text start, int32_t& id, float* logprob) {
     BABYGPT_TRY(check_session(session, Span<const int32_t>()));
@@ -11868,7 +11911,8 @@ Status draw_token(Session& session, const SampleConfig& c, Text start, int32_t& 
         if (bias.id < 0 || bias.id >= vocab)
             return fail(Error::invalid_argument, "a bias names the id ", bias.id, ", which is none of the model's ", vocab);
     const uint64_t key = random_key(c.seed, session.sampled, random_sample, 0);
-    bool found = false;
+    bool found = start.size == 0 && is_drawn(session, c);
+    if (found) id = s.ahead.id;
     for (int attempt = 0; !found && attempt <= vocab;
          ++attempt) {  // a token that would complete a banned string is drawn again, without it
         adjust(session, c, start);
@@ -11969,16 +12013,17 @@ Status next(Span<Session* const> sessions, Span<const SampleConfig> configs, int
         // Each, since make_room may let it read alone:
         BABYGPT_TRY(prepare(*sessions[i]));
     }
+    const auto how = [&](size_t i) -> const SampleConfig& { return configs[configs.size == 1 ? 0 : i]; };
     Status status;
     if (sessions.size > 0 && sessions[0]->model->config.encoder_layers > 0) {  // each has its source in its own activations
-        for (size_t i = 0; status.ok() && i < sessions.size; ++i)
-            status = next_token(*sessions[i], configs[configs.size == 1 ? 0 : i], Text(), ids[i], nullptr);
+        for (size_t i = 0; status.ok() && i < sessions.size; ++i) status = next_token(*sessions[i], how(i), Text(), ids[i], nullptr);
         return status;
     }
     for (size_t i = 0; status.ok() && i < sessions.size;) {
         Session& first = *sessions[i];
         SessionState& s = *first.state;
         Sequence sequences[device_rows];
+        Draw draws[device_rows];
         int32_t said[device_rows];
         bool drawn[device_rows];
         int all = 0, count = 0;
@@ -12000,6 +12045,12 @@ Status next(Span<Session* const> sessions, Span<const SampleConfig> configs, int
             if (!drawn[k]) continue;
             said[count] = ids[i + static_cast<size_t>(k)];
             sequences[count] = Sequence{count, 1, session.position, session.state->pages, session.state->logits};
+            draws[k].id = -1;
+            if (s.on && all >= worth_drawing_there && session.model->config.vocab <= drawn_vocab &&
+                is_plain(session, how(i + static_cast<size_t>(k)))) {
+                draw_ahead(session, how(i + static_cast<size_t>(k)), draws[k]);
+                sequences[count].draw = &draws[k];
+            }
             ++count;
         }
         if (count > 0) {
@@ -12009,8 +12060,12 @@ Status next(Span<Session* const> sessions, Span<const SampleConfig> configs, int
             run.ids = said;
             BABYGPT_TRY(forward(first, run, nullptr));
         }
-        for (int k = 0; k < all; ++k, ++i)
-            if (drawn[k]) have_read(*sessions[i], ids + i, 1);
+        for (int k = 0; k < all; ++k, ++i) {
+            if (!drawn[k]) continue;
+            SessionState& its = *sessions[i]->state;
+            have_read(*sessions[i], ids + i, 1);
+            its.ahead = draws[k], its.ahead_how = how(i), its.ahead_of = sessions[i]->sampled;
+        }
     }
     return status;
 }

@@ -20,8 +20,9 @@
 //     or in fp16 with a loss's scale, also on GPUs before 2020
 //     the same random numbers as on the processor                 more than one GPU in a Trainer
 //     the same bits from run to run: no atomics                   Windows: nothing known against it, never tried
-//     one graph launch a step, no waiting; memory taken once      sampling there: the processor does it
-//     AdamW, Muon; sessions of decoders: one launch a token, of all
+//     one graph launch a step, no waiting; memory taken once      sampling there, where few sessions ask, or penalties, biases,
+//     AdamW, Muon; sessions of decoders: one launch a token,      banned strings or guards: the processor does it
+//     of all; many sessions' next tokens, drawn in the same launch
 //
 // What it promises.  As the header: nothing throws, prints or exits; every error of CUDA becomes a Status that names the call and the reason.
 // The device is the calling thread's current one when the object is made; it is never reset, and the thread's current device stays.
@@ -3101,6 +3102,8 @@ struct Reading {
     float* logits;      // the host's, [wanted][vocab]
     float* all_logits;  // scores: [rows][vocab]
     double* losses;     // the host's
+    const Draw* draws;  // the host's, of each wanted row; null: nobody wants a token
+    int32_t* drawn;     // the host's
     int64_t stride;     // of floats, between two rows of activations
     int depth, vocab;   // depth: of the deepest product
     float epsilon;
@@ -3135,6 +3138,10 @@ struct HeadSpace {
           totals(mosts + talk_warps) {}
     static constexpr size_t bytes(int dim) { return sizeof(float) * static_cast<size_t>(talk_warps * (2 * dim + kv_page + 2)); }
 };
+// Of a warp that draws a token: the weights, and the ids by weight.
+constexpr size_t draw_bytes(int vocab) {
+    return vocab <= drawn_vocab ? (sizeof(float) + sizeof(int)) * static_cast<size_t>(talk_warps * vocab) : 0;
+}
 // What a block has in shared memory, and which it is of its group.
 template <class T>
 struct Space {
@@ -3159,10 +3166,10 @@ struct Space {
                    16)) *
                16;
     }
-    static size_t bytes(int steps, int context, int depth, int dim, int rows) {
+    static size_t bytes(int steps, int context, int depth, int dim, int vocab, int rows) {
         const size_t product =
             sizeof(T) * static_cast<size_t>(rows * talk_apart<T>(depth)) + sizeof(float) * static_cast<size_t>(most_outputs * rows);
-        return fixed(steps, tile_bytes(rows, context), depth) + greater(product, HeadSpace::bytes(dim));
+        return fixed(steps, tile_bytes(rows, context), depth) + greater(product, greater(HeadSpace::bytes(dim), draw_bytes(vocab)));
     }
     __device__ Space(unsigned char* memory, const Reading<T>& r)
         : block(static_cast<int>(blockIdx.x) % r.blocks),
@@ -3480,6 +3487,7 @@ __device__ void multiply_rows(const Step& s, const Reading<T>& r, const Space<T>
                                               : s.y + (here.first + row_of(e)) * r.stride);
             if (s.narrow_y) put(reinterpret_cast<T*>(y) + output, sum);
             else y[output] = sum;
+            if (s.is_head && r.draws) r.all_logits[static_cast<int64_t>(here.logits + row_of(e)) * s.out + output] = sum;
         }
         from = next;
         if (from < share.end) __syncthreads();
@@ -3734,6 +3742,80 @@ __device__ void score_rows(const Reading<T>& r) {
             r.logits[static_cast<int64_t>(i) * r.vocab + c] = r.all_logits[static_cast<int64_t>(r.wanted_rows[i]) * r.vocab + c];
 }
 
+// ---- the next token, where many sessions want theirs: the header's draw (chapter 8). Of few, the host has drawn sooner. ----
+
+// From weights by id, those that do not count negative; by_weight: the heaviest first, the smaller of two equal ones' ids before the other.
+__device__ int draw_one(const Draw& d, const float* weights, const int* by_weight, int vocab) {
+    const auto weight = [&](int id) { return static_cast<double>(weights[id]); };
+    double total = 0;
+    int count = 0, chosen = -1;
+    for (int id = 0; id < vocab; ++id)
+        if (weights[id] >= 0) total += weight(id), ++count;
+    const bool fewer = d.top_k > 0 && d.top_k < count;
+    if (!fewer && d.top_p >= 1) {
+        double left = d.uniform * total;
+        for (int id = vocab; id-- > 0 && !(left < 0);)
+            if (weights[id] >= 0) left -= weight(id), chosen = id;
+        return chosen;
+    }
+    const int limit = fewer ? d.top_k : count;
+    int taken = 0;
+    double mass = 0;
+    const auto take = [&](double aim) {
+        mass = 0, taken = 0;
+        do mass += weight(by_weight[taken]), ++taken;
+        while (taken < limit && mass < aim);
+    };
+    take(fewer ? total : d.top_p * total);
+    if (fewer && d.top_p < 1) take(d.top_p * mass);
+    for (; d.min_p > 0 && taken > 1 && weight(by_weight[taken - 1]) < d.min_p; --taken) mass -= weight(by_weight[taken - 1]);
+    double left = d.uniform * mass;
+    for (int i = 0; i < taken && !(left < 0); ++i) chosen = by_weight[i], left -= weight(chosen);
+    return chosen;
+}
+// A warp has a row, and its first lane what goes from one id to the next.
+template <class T>
+__device__ void draw_rows(const Reading<T>& r, const Space<T>& space) {
+    const int number = static_cast<int>(threadIdx.x) / warp;
+    float* const weights = reinterpret_cast<float*>(space.rest) + number * r.vocab;
+    int* const by_weight = reinterpret_cast<int*>(space.rest) + (talk_warps + number) * r.vocab;
+    for (int i = space.first_warp(); i < space.tile->heads; i += space.blocks * talk_warps) {
+        const int row = space.tile->logits + i;
+        const Draw d = r.draws[row];
+        const float* const logits = r.all_logits + static_cast<int64_t>(row) * r.vocab;
+        float biggest = -INFINITY, wrong = 0;
+        for (int id = lane(); id < r.vocab; id += warp) {
+            weights[id] = id == d.unknown || id >= d.limit ? -INFINITY : logits[id];
+            biggest = fmaxf(biggest, weights[id]), wrong = fmaxf(wrong, isnan(weights[id]) ? 1.0f : 0.0f);
+        }
+        biggest = warp_most(biggest), wrong = warp_most(wrong);
+        int chosen = -1;
+        if (wrong > 0 || d.limit <= 0 || isinf(biggest)) {
+            // the host finds out what to say of it
+        } else if (!(d.inverse > 0)) {
+            float first = -INFINITY;  // the smallest, with a minus
+            for (int id = lane(); id < r.vocab; id += warp)
+                if (weights[id] >= biggest) first = fmaxf(first, static_cast<float>(-id));
+            chosen = static_cast<int>(-warp_most(first));
+        } else {
+            const float cut = static_cast<float>(static_cast<double>(biggest) + d.below);
+            for (int id = lane(); id < r.vocab; id += warp)
+                weights[id] = weights[id] >= cut ? expf((weights[id] - biggest) * d.inverse) : -1.0f;
+            __syncwarp();
+            for (int id = lane(); id < r.vocab && (d.top_k > 0 || d.top_p < 1); id += warp) {
+                int before = 0;
+                for (int other = 0; other < r.vocab; ++other)
+                    before += weights[other] > weights[id] || (other < id && weights[other] >= weights[id]);
+                by_weight[before] = id;
+            }
+            __syncwarp();
+            if (lane() == 0) chosen = draw_one(d, weights, by_weight, r.vocab);
+        }
+        if (lane() == 0) r.drawn[row] = chosen;
+        __syncwarp();
+    }
+}
+
 template <class T>
 __global__ void __launch_bounds__(talk_threads) read_rows(const __grid_constant__ Reading<T> r) {
     BABYGPT_DYNAMIC_SHARED(memory);
@@ -3788,6 +3870,11 @@ __global__ void __launch_bounds__(talk_threads) read_rows(const __grid_constant_
         copies_arrive();
         wait(r.cluster);
     }
+    if (r.draws) {
+        arrive(r.cluster);
+        wait(r.cluster);
+        over_tiles(space.steps[0], [&] { draw_rows(r, space); });
+    }
     if (!r.scores) return;
     grid_barrier();
     score_rows(r);
@@ -3805,6 +3892,8 @@ struct TalkInput {
     int *wanted, *targets;
     float* logits;
     double* losses;
+    Draw* draws;
+    int32_t* drawn;
 };
 
 struct Talker {
@@ -3846,6 +3935,8 @@ void Talker::plan_input(Plan& here) {
     input.targets = here.take<int>(rows_at_once);
     input.logits = here.take<float>(static_cast<int64_t>(rows_at_once) * vocab);
     input.losses = here.take<double>(rows_at_once);
+    input.draws = here.take<Draw>(rows_at_once);
+    input.drawn = here.take<int32_t>(rows_at_once);
 }
 
 // Makes the steps of the tape's ops, where `steps` and `copies` have room for them; places everything on the device.
@@ -4041,7 +4132,7 @@ template <class T>
 Status Talker::plan_launch(int dim, int optin, int generation) {
     constexpr int64_t much = int64_t(4) << 20;
     for (tile_rows = talk_rows; tile_rows > 0; --tile_rows) {
-        shared_bytes = Space<T>::bytes(steps_there, context, depth, dim, tile_rows);
+        shared_bytes = Space<T>::bytes(steps_there, context, depth, dim, vocab, tile_rows);
         if (shared_bytes <= static_cast<size_t>(optin)) break;
     }
     if (tile_rows == 0)
@@ -4099,7 +4190,10 @@ void Talker::send(const Run& run, Reading<T>& r, int each) {
         const Sequence& s = run.sequences[i];
         const int64_t wants = s.logits ? run.wanted_row(Side::text, i) : -1;
         const int count = talk_pages(s.position + s.length);
-        if (wants >= 0) input.wanted[wanted] = static_cast<int>(wants);
+        if (wants >= 0) {
+            input.wanted[wanted] = static_cast<int>(wants), input.draws[wanted] = s.draw ? *s.draw : Draw();
+            if (s.draw && !r.scores) r.draws = input.draws, r.drawn = input.drawn;
+        }
         for (int k = 0; k < s.length; ++k) {
             const int number = s.row + k, local = number % each;
             if (local == 0) {
@@ -4140,9 +4234,14 @@ Status Talker::read(const Run& run, double* losses) {
     BABYGPT_CUDA(cudaLaunchKernelEx(&config, read_rows<T>, r));
     BABYGPT_CUDA(cudaStreamSynchronize(stream));
     if (losses) memcpy(losses, input.losses, static_cast<size_t>(r.rows) * sizeof(double));
-    const float* from = input.logits;
-    for (const Sequence& s : run.sequences)
-        if (s.logits) memcpy(s.logits, from, static_cast<size_t>(vocab) * sizeof(float)), from += vocab;
+    size_t number = 0;  // of those that want logits
+    for (const Sequence& s : run.sequences) {
+        if (!s.logits) continue;
+        const size_t columns = static_cast<size_t>(vocab);
+        memcpy(s.logits, input.logits + number * columns, columns * sizeof(float));
+        if (s.draw) s.draw->id = r.draws ? input.drawn[number] : -1;
+        ++number;
+    }
     return Status();
 }
 

@@ -1001,6 +1001,38 @@ TEST(generation_many, "so many sessions that their rows are several tiles, and s
         CHECK(worst <= (precision == Precision::f32 ? usual : 3e-2) && no_faults());
     }
 }
+TEST(generation_drawn, "a token that a GPU draws for one of many sessions would be another than the processor's") {
+    Config c = speaker("gpt2");
+    c.layers = 1, c.vocab = 70;
+    Speakers two;
+    if (!CHECK_OK(two.create(c, Precision::f32))) return;
+    constexpr size_t count = 24;
+    const LogitBias bias{3, 2.0f};
+    std::vector<int32_t> said[2];
+    for (size_t side = 0; side < 2; ++side) {
+        Session sessions[count];
+        Session* all[count];
+        SampleConfig how[count];
+        for (size_t i = 0; i < count; ++i) {
+            all[i] = &sessions[i], how[i].seed = i + 1, how[i].temperature = i % 5 == 4 ? 0 : 0.3 + 0.3 * static_cast<double>(i % 4);
+            how[i].top_k = i % 3 == 1 ? 1 + static_cast<int>(i) : 0, how[i].top_p = i % 4 > 1 ? 0.8 : 1,
+            how[i].min_p = i % 2 == 0 ? 0.1 : 0;
+            if (i == 7) how[i].repetition_penalty = 1.5;
+            if (i == 8) how[i].bias = Span<const LogitBias>(&bias, 1);
+            const int32_t id = static_cast<int32_t>(2 * i);
+            CHECK_OK(sessions[i].create(two.runtimes[side], two.models[side]));
+            CHECK_OK(sessions[i].feed(Span<const int32_t>(&id, 1)));
+        }
+        int32_t ids[count];
+        for (int round = 0; round < 8; ++round) {
+            if (round == 5) how[2].temperature = 2, how[3].seed = 77, how[5].top_k = 2;  // others than were expected
+            if (round == 6) CHECK_OK(sessions[6].feed(Span<const int32_t>(ids, 1)));
+            CHECK_OK(next(Span<Session* const>(all, count), Span<const SampleConfig>(how, count), ids));
+            said[side].insert(said[side].end(), ids, ids + count);
+        }
+    }
+    CHECK(said[0] == said[1] && said[0].size() == 8 * count && no_faults());
+}
 TEST(generation_adapter, "a session on a GPU would not go on with an adapter, or not with its text") {
     const Config c = speaker("gpt2");
     Speakers two;
