@@ -169,6 +169,21 @@ Status take_block(uint64_t bytes, void*& block, const char* advice) {
     return status;
 }
 
+// The calling thread's current GPU, if there is one at all.
+Status find_gpu(int& ordinal) {
+    int count = 0;
+    const cudaError_t found = cudaGetDeviceCount(&count);
+    if (found == cudaErrorInsufficientDriver)
+        return refuse(Error::unsupported,
+                      "the NVIDIA driver is missing, or older than the CUDA that babygpt_cuda.cu was compiled with: update it, or choose "
+                      "the backend cpu");
+    if (found == cudaErrorNoDevice || (found == cudaSuccess && count == 0))
+        return refuse(Error::unsupported, "there is no NVIDIA GPU in this machine: choose the backend cpu");
+    if (found != cudaSuccess) return trouble("cudaGetDeviceCount", found);
+    BABYGPT_CUDA(cudaGetDevice(&ordinal));
+    return Status();
+}
+
 // ---- inside a kernel -------------------------------------------------------------------------------------------------
 
 // Two layouts serve most ops. Over elements: thread after thread, all over the grid. Over rows: a warp has a row, its lanes columns beside each
@@ -4084,12 +4099,8 @@ Status Talker::begin(const DevicePlan& plan) {
 }
 Status Talker::create(const DevicePlan& plan) {
     BABYGPT_CUDA_TRY(begin(plan));
-    int devices = 0, generation = 0, optin = 0;
-    const cudaError_t found = cudaGetDeviceCount(&devices);
-    if (found == cudaErrorNoDevice || (found == cudaSuccess && devices == 0))
-        return refuse(Error::device, "there is no NVIDIA GPU in this machine: choose the backend cpu");
-    BABYGPT_CUDA(found);
-    BABYGPT_CUDA(cudaGetDevice(&ordinal));
+    int generation = 0, optin = 0;
+    BABYGPT_CUDA_TRY(find_gpu(ordinal));
     BABYGPT_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, ordinal));
     BABYGPT_CUDA(cudaDeviceGetAttribute(&optin, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal));
     BABYGPT_CUDA(cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, ordinal));
@@ -4269,16 +4280,7 @@ float* Gpu::part(DevicePart which) const {
 
 Status Gpu::create(const DevicePlan& of) {
     plan = of;
-    int count = 0;
-    const cudaError_t found = cudaGetDeviceCount(&count);
-    if (found == cudaErrorInsufficientDriver)
-        return refuse(Error::unsupported,
-                      "the NVIDIA driver is missing, or older than the CUDA that babygpt_cuda.cu was compiled with: update it, or choose "
-                      "the backend cpu");
-    if (found == cudaErrorNoDevice || (found == cudaSuccess && count == 0))
-        return refuse(Error::unsupported, "there is no NVIDIA GPU in this machine: choose the backend cpu");
-    BABYGPT_CUDA(found);
-    BABYGPT_CUDA(cudaGetDevice(&ordinal));
+    BABYGPT_CUDA_TRY(find_gpu(ordinal));
     BABYGPT_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, ordinal));
     BABYGPT_CUDA(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal));
     int generation = 0;
@@ -4591,7 +4593,7 @@ constexpr int large_side = 8192;
 Status measure(Gpu& gpu, double& flops, double& bytes) {
     constexpr int64_t size = static_cast<int64_t>(large_side) * large_side;
     const int64_t matrix = size * real_bytes(gpu.plan);
-    BABYGPT_CUDA(cudaGetDevice(&gpu.ordinal));
+    BABYGPT_CUDA_TRY(find_gpu(gpu.ordinal));
     BABYGPT_CUDA(cudaDeviceGetAttribute(&gpu.processors, cudaDevAttrMultiProcessorCount, gpu.ordinal));
     BABYGPT_CUBLAS(cublasLtCreate(&gpu.library));
     BABYGPT_CUDA_TRY(take_block(static_cast<uint64_t>(3 * matrix) + workspace_bytes, gpu.block, "end what else runs there"));

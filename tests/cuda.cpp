@@ -1055,8 +1055,9 @@ TEST(generation_adapter, "a session on a GPU would not go on with an adapter, or
 #ifndef ON_A_GPU
 TEST(generation_cluster, "few sessions would get other bits on a GPU with clusters than on one without, or another's beside them") {
     Config configs[] = {speaker("gpt2"), speaker("llama"), speaker("gpt2")};
-    configs[1].kv_heads = 1, configs[1].context = 140;
+    configs[1].kv_heads = 1, configs[1].context = 75;
     configs[2].width = 64, configs[2].heads = 2, configs[2].vocab = 300, configs[2].context = 140;
+    for (Config& c : configs) c.layers = 1;
     for (const Config& c : configs) {
         for (const Precision precision : {Precision::f32, Precision::bf16}) {
             std::vector<float> found[3];  // by a cluster, by a grid, and by a cluster each session alone
@@ -1064,7 +1065,7 @@ TEST(generation_cluster, "few sessions would get other bits on a GPU with cluste
                 emulator::settings.major = side == 1 ? 8 : 9;
                 Speakers two;
                 if (!CHECK_OK(two.create(c, precision))) return;
-                constexpr size_t count = 4;
+                constexpr size_t count = 3;
                 Session sessions[count];
                 Session* all[count];
                 SampleConfig how;
@@ -1077,15 +1078,15 @@ TEST(generation_cluster, "few sessions would get other bits on a GPU with cluste
                     CHECK_OK(sessions[i].feed(Span<const int32_t>(ids)));
                 }
                 int32_t ids[count];
-                for (int round = 0; round < 3; ++round) {
+                for (int round = 0; round < 2; ++round) {
                     if (side < 2) CHECK_OK(next(Span<Session* const>(all, count), Span<const SampleConfig>(&how, 1), ids));
                     for (size_t i = 0; i < count && side == 2; ++i) CHECK_OK(all[i]->next(how, ids[i]));
                     for (Session* s : all) found[side].insert(found[side].end(), s->logits().begin(), s->logits().end());
                 }
-                CHECK(side == 1 ? emulator::counts.clusters == clusters : emulator::counts.clusters - clusters >= 3);
+                CHECK(side == 1 ? emulator::counts.clusters == clusters : emulator::counts.clusters - clusters >= 2);
                 CHECK(emulator::counts.launches > launches && no_faults());
             }
-            CHECK(found[0].size() == 12 * static_cast<size_t>(c.vocab));
+            CHECK(found[0].size() == 6 * static_cast<size_t>(c.vocab));
             for (int side = 1; side < 3; ++side)
                 CHECK(found[side].size() == found[0].size() &&
                       memcmp(found[side].data(), found[0].data(), found[0].size() * sizeof(float)) == 0);
@@ -1219,10 +1220,13 @@ TEST(generation_memory,
         }
         CHECK(failed > 15);
     }
-    emulator::settings.shared_optin = 2 << 10;
     Model model;
     Session session;
     CHECK_OK(model.create(runtime, c, Tokenizer(), 5));
+    emulator::settings.no_device = true;
+    CHECK(strstr(session.create(runtime, model).message, "no NVIDIA GPU"));
+    emulator::settings.no_device = false;
+    emulator::settings.shared_optin = 2 << 10;
     const Status status = session.create(runtime, model);
     CHECK(status.error == Error::unsupported && strstr(status.message, "too many columns"));
     emulator::settings.shared_optin = 227 << 10;
