@@ -2093,7 +2093,7 @@ __global__ void adamw(float* w, Real* narrow, float* m, float* v, float* g, cons
 // ---- Muon: all matrices in each launch, which are a block's y ------------------------------------------------------------------------
 
 // As the header's muon_step: with G = u u^T / trace, P = a I + b G + c G^2, Q = P Q, G = P G P, five times; w += Q u, scaled. A matrix has five squares
-// of the shorter side's size; products are the float one's, in its tiles. Bytes: some 100 a number of a square, mostly from the cache.
+// of the shorter side's size; products are the float one's, in its tiles. 34 n^3 + 4 n^2 m FLOPs for n x m numbers: 86 GFLOP an update of baby.
 __device__ __forceinline__ int tile_row(int columns) { return static_cast<int>(blockIdx.x) / ((columns + tile - 1) / tile) * tile; }
 __device__ __forceinline__ int tile_column(int columns) { return static_cast<int>(blockIdx.x) % ((columns + tile - 1) / tile) * tile; }
 // Square 0 = u u^T, for the shorter side of u.
@@ -2195,9 +2195,9 @@ struct Gpu {
     Memory memory{};
     Memory input{};  // the host's copy of the arrays that are sent
     Slot slots[slots_there] = {};
-    Sums* results = nullptr;                    // of the last updates, pinned: [steps_ahead]
-    uint64_t runs = 0, runs_ended = 0;          // begun; of these the first so many are known to have ended
-    uint64_t updates = 0, run_of[steps_ahead];  // that made each of the last updates
+    Sums* results = nullptr;                         // of the last updates, pinned: [steps_ahead]
+    uint64_t runs = 0, runs_ended = 0;               // begun; of these the first so many are known to have ended
+    uint64_t updates = 0, run_of[steps_ahead] = {};  // that made each of the last updates
     void *block = nullptr, *input_block = nullptr;
     uint64_t bytes = 0;
     int ordinal = 0, processors = 1, shared_bytes = 0, tile_of_attention = 32;

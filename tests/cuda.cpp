@@ -1339,7 +1339,7 @@ TEST(no_waiting, "the host would wait for a step on a GPU before it begins the n
     CHECK(ahead.trainer.begin_step().error == Error::invalid_argument && ahead.trainer.step_count == 2 + steps_ahead);
     for (int64_t i = 3; i <= 22; ++i) {
         if (ahead.trainer.under_way > steps_ahead / 2) CHECK(CHECK_OK(ahead.trainer.finish_step(r)) && r.step == i && is_its_own());
-        while (i % 4 == 2 && ahead.trainer.step_count < 22 && ahead.trainer.under_way < steps_ahead) CHECK_OK(ahead.trainer.begin_step());
+        for (int k = 0; k < steps_ahead / 2 && i % 4 == 2 && ahead.trainer.step_count < 22; ++k) CHECK_OK(ahead.trainer.begin_step());
     }
     CHECK(now.graph_launches - before.graph_launches == 20 && now.synchronisations - before.synchronisations == 4);
     CHECK(now.launches == before.launches && now.allocations == before.allocations);
@@ -1423,13 +1423,18 @@ TEST(troubles, "an error of CUDA's would not be said, or leave something behind"
 #endif
 
 // What compute-sanitizer looks at, too: each kernel that a decoder needs, in a few small steps.
-void sanitized(Precision precision, double tolerance) {
-    Case c{precision == Precision::bf16 ? "a few steps in bf16" : "a few steps in f32", small("gpt2"), some(3)};
+void sanitized(const char* name, Precision precision, double tolerance, Optimizer optimizer = Optimizer::adamw) {
+    Case c{name, small("gpt2"), some(3)};
+    c.how.optimizer = optimizer;
     c.how.dropout = 0.1, c.steps = 3, c.precision = precision, c.tolerance = tolerance;
     compare(c);
 }
-TEST(sanitized_f32, "a small model would learn otherwise on a GPU, in f32") { sanitized(Precision::f32, usual); }
-TEST(sanitized_bf16, "a small model would learn otherwise on a GPU, in bf16") { sanitized(Precision::bf16, 3e-2); }
+TEST(sanitized_f32, "a small model would learn otherwise on a GPU, in f32") { sanitized("a few steps in f32", Precision::f32, usual); }
+TEST(sanitized_bf16, "a small model would learn otherwise on a GPU, in bf16") { sanitized("a few steps in bf16", Precision::bf16, 3e-2); }
+TEST(sanitized_fp16, "a small model would learn otherwise on a GPU, in fp16") { sanitized("a few steps in fp16", Precision::fp16, 6e-3); }
+TEST(sanitized_muon, "a small model would learn otherwise by Muon on a GPU") {
+    sanitized("a few steps by Muon", Precision::f32, 1e-3, Optimizer::muon);
+}
 
 TEST(profile, "where the time of a step on a GPU goes could not be seen") {
     Runtime runtime;

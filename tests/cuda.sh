@@ -8,7 +8,7 @@ if ! command -v compute-sanitizer > /dev/null; then
 fi
 failed=0
 for tool in memcheck racecheck initcheck synccheck; do
-    for test in sanitized_f32 sanitized_bf16; do
+    for test in sanitized_f32 sanitized_bf16 sanitized_fp16 sanitized_muon; do
         start=$(date +%s)
         if output=$(timeout 60 compute-sanitizer --tool $tool --error-exitcode 9 "$program" $test 2>&1); then verdict=clean
         else verdict="FAILED ($?)" failed=1; fi

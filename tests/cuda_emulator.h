@@ -1787,12 +1787,13 @@ void check_argument(const T& value) {
                 state.sticky = cudaErrorIllegalAddress;
         return;
     }
-    // Pointers inside a struct: memory that was device memory once must still be.
+    // Pointers inside a struct: memory that was device memory once must still be. An int with what stands in the padding behind it is none.
     const unsigned char* const bytes = reinterpret_cast<const unsigned char*>(&value);
     for (size_t i = 0; i + sizeof(void*) <= sizeof value && alignof(T) >= alignof(void*); i += sizeof(void*)) {
         const void* p;
         memcpy(&p, bytes + i, sizeof p);
-        if (in_device(p) && p < device_next && !allocation_of(p)) {
+        const bool may_be_int = (reinterpret_cast<uintptr_t>(p) & 0xffffffffu) < 1u << 20;
+        if (!may_be_int && in_device(p) && p < device_next && !allocation_of(p)) {
             const auto* before = allocation_of(static_cast<const unsigned char*>(p) - 1);  // the end of a buffer may be passed
             if (!before)
                 fault("kernel " + symbol(launch->kernel, true) + ": an argument holds a pointer to " + describe(p)),

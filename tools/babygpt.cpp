@@ -1906,7 +1906,7 @@ struct TrainingView {
         const double time = now();
         const int64_t every = std::max<int64_t>(1, progress.steps / 50);
         const bool last = s.step == progress.steps || interrupted;
-        if (terminal ? !(ends || last || time - shown_at >= 0.1) : !(ends || last || s.step % every == 0)) return;
+        if (!ends && !last && !s.skipped && (terminal ? time - shown_at < 0.1 : s.step % every != 0)) return;
         shown_at = time;
         string line = format("step %lld/%lld  loss %.4f  lr %.2e  %s tokens/s  %s left", static_cast<long long>(s.step),
                              static_cast<long long>(progress.steps), s.loss, s.lr, grouped(int64_t(s.tokens_per_second)).c_str(),
