@@ -3884,6 +3884,7 @@ __global__ void __launch_bounds__(talk_threads) read_rows(const __grid_constant_
         if (s.kind == StepKind::product) bring_after(i);
         copies_arrive();
         wait(r.cluster);
+        __syncthreads();  // what was copied after the arrival, others see only now
     }
     if (r.draws) {
         arrive(r.cluster);

@@ -291,7 +291,8 @@ struct Thread {
     Block* block = nullptr;
     std::vector<Copy> copies;
     int group = 0;
-    bool arrived = false;  // at the cluster's barrier
+    bool arrived = false;  // at the cluster's barrier, and when
+    uint32_t arrival = 0;
 };
 struct SharedArray {
     const void* key;
@@ -720,10 +721,17 @@ inline const unsigned char *known_from = nullptr, *known_to = nullptr;  // an al
 // Who: a thread is block * 1024 + thread + 1; several readers at once are a group with a mark in the upper bits.
 constexpr uint32_t group_warp = 1u << 30, group_block = 2u << 30, group_all = 3u << 30, group_mask = 3u << 30, atomics = group_all | 1;
 EMULATOR_PLAIN inline uint32_t self() { return now->block->number * 1024 + now->number + 1; }
+// Whether a thread did it between its arrival at the cluster's barrier and its wait: that barrier says nothing of it.
+EMULATOR_PLAIN inline bool after_arrival(uint32_t who, uint32_t time) {
+    if (launch->cluster == 0 || who == atomics || (who & group_mask) != 0) return false;
+    for (const Block& b : resident)
+        if (b.number == (who - 1) / 1024) return time >= b.threads[(who - 1) % 1024]->arrival;
+    return false;
+}
 // Whether what `who` did at `time` is surely before what the running thread does now.
 EMULATOR_PLAIN inline bool ordered(uint32_t who, uint32_t time) {
     const Block& b = *now->block;
-    if (time < launch_time || (time >= cluster_time && time < grid_time)) return true;
+    if (time < launch_time || (time >= cluster_time && time < grid_time && !after_arrival(who, time))) return true;
     if (who == atomics) return time <= b.acquire_time || time < b.barrier_time;
     if ((who & group_mask) == group_all) return false;
     const uint32_t thread = (who & ~group_mask) - 1, block = thread / 1024;
@@ -1124,7 +1132,7 @@ inline void start_block(Block& b, uint32_t number, size_t slot) {
         prepare(t, slot * 1024 + i);
         const unsigned n = static_cast<unsigned>(i);
         t.index = {n % l.block.x, n / l.block.x % l.block.y, n / l.block.x / l.block.y};
-        t.number = n, t.block = &b, t.wait = Wait::ready, t.group = 0, t.arrived = false;
+        t.number = n, t.block = &b, t.wait = Wait::ready, t.group = 0, t.arrived = false, t.arrival = 0xffffffffu;
         t.copies.clear();
         b.threads[i] = &t;
     }
@@ -1230,7 +1238,7 @@ inline void cluster_arrive(EMULATOR_SITE) {
                      now->arrived ? "twice" : "without a cluster"));
         stop();
     }
-    now->arrived = true;
+    now->arrived = true, now->arrival = ++clock_time;
 }
 inline void cluster_wait(EMULATOR_SITE) {
     const Inside mark;
