@@ -279,12 +279,12 @@ TEST(barrier_of_a_cluster,
     CHECK(cudaOccupancyMaxActiveClusters(&fit, cluster_turns, &c) == cudaSuccess && fit == 1);
     emulator::settings.major = 8;
     CHECK(cudaOccupancyMaxActiveClusters(&fit, cluster_turns, &c) == cudaSuccess && fit == 0);
-    emulator::settings.major = 9, emulator::settings.cluster = 16;
+    emulator::settings.major = 9, emulator::settings.cluster = emulator::settings.processors = 16;
     c.gridDim = 16, attribute.val.clusterDim.x = 16;
     CHECK(finds("too large", Turn::no_arrival));
     CHECK(cudaFuncSetAttribute(cluster_turns, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess);
     CHECK(cudaOccupancyMaxActiveClusters(&fit, cluster_turns, &c) == cudaSuccess && fit == 1);
-    emulator::settings.cluster = 4;
+    emulator::settings.cluster = emulator::settings.processors = 4;
 }
 
 // ---- memory ----------------------------------------------------------------------------------------------------------
