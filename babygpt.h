@@ -17595,6 +17595,16 @@ using TestPairs = PairsOf<Avx2Wide>;
 BABYGPT_PAIR_PRODUCTS(TestPairProducts, TestPairs, "pairs, in software", __attribute__((target("avx2,fma"))))
 using TestTiles = TilesOf<Avx2Wide, SoftwareTiles>;
 BABYGPT_PAIR_PRODUCTS(TestTileProducts, TestTiles, "tiles, in software", __attribute__((target("avx2,fma"))))
+#if BABYGPT_TILES
+using TrappedTiles = TilesOf<Avx2Wide, MatrixUnit>;
+BABYGPT_PAIR_PRODUCTS(TrappedTileProducts, TrappedTiles, "tiles, by their instructions",
+                      __attribute__((target("avx2,fma,amx-tile,amx-bf16"))))
+inline const ProductKernels* trapped_tiles() {
+    return &TrappedTileProducts::table;
+}  // the instructions need a processor, or who traps them
+#else
+inline const ProductKernels* trapped_tiles() { return nullptr; }
+#endif
 BABYGPT_UNHURRIED_END
 #endif
 #endif

@@ -3,6 +3,10 @@
 #define BABYGPT_TEST_WIDE
 #define BABYGPT_IMPLEMENTATION
 #include <math.h>
+#if defined(__linux__)
+#include <signal.h>
+#include <ucontext.h>
+#endif
 
 #include <vector>
 
@@ -275,6 +279,107 @@ TEST(products, "a product of matrices is wrong, or adds in another order") {
     }
 }
 
+#if defined(__linux__) && defined(__x86_64__)
+// The matrix unit of a processor that has none: what its instructions do, done when they are trapped as illegal. Their encodings are from
+// Intel's Software Developer's Manual, volume 2, not from an assembler.
+struct MatrixUnitTrap {
+    struct Unit {
+        uint8_t palette = 0, rows[8] = {};
+        uint16_t row_bytes[8] = {};
+        uint32_t tiles[8][256] = {};
+    };
+    static Unit& unit() {
+        static thread_local Unit of_this_thread;
+        return of_this_thread;
+    }
+    struct sigaction before = {};
+    const bool needed;
+    explicit MatrixUnitTrap(bool needed_) : needed(needed_) {
+        struct sigaction action = {};
+        action.sa_sigaction = &trapped, action.sa_flags = SA_SIGINFO;
+        if (needed) CHECK(sigaction(SIGILL, &action, &before) == 0);
+    }
+    ~MatrixUnitTrap() {
+        if (needed) CHECK(sigaction(SIGILL, &before, nullptr) == 0);
+    }
+    MatrixUnitTrap(const MatrixUnitTrap&) = delete;
+    MatrixUnitTrap& operator=(const MatrixUnitTrap&) = delete;
+
+    static void trapped(int, siginfo_t*, void* context) {
+        greg_t* registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
+        const uint8_t* code = reinterpret_cast<const uint8_t*>(registers[REG_RIP]);
+        const size_t length = run(code, registers);
+        if (length == 0) {
+            fprintf(stderr, "an illegal instruction that is not the matrix unit's: %02x %02x %02x %02x %02x\n", code[0], code[1], code[2],
+                    code[3], code[4]);
+            _Exit(1);
+        }
+        registers[REG_RIP] += static_cast<greg_t>(length);
+    }
+    // VEX.128, map 0F38, W0. Returns the instruction's length; 0: it is another one.
+    static size_t run(const uint8_t* code, const greg_t* registers) {
+        constexpr int order[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
+                                   REG_R8,  REG_R9,  REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
+        if (code[0] != 0xc4 || (code[1] & 0x1f) != 2 || (code[2] & 0x84) != 0) return 0;
+        const int x = code[1] & 0x40 ? 0 : 8, b = code[1] & 0x20 ? 0 : 8, third = ~code[2] >> 3 & 15, prefix = code[2] & 3;
+        const int opcode = code[3], mode = code[4] >> 6, reg = code[4] >> 3 & 7, rm = code[4] & 7;
+        Unit& u = unit();
+        size_t length = 5;
+        uint8_t* address = nullptr;
+        int64_t stride = 0;
+        if (mode < 3) {
+            int base = rm | b;
+            if (rm == 4) {
+                const uint8_t sib = code[length++];
+                base = (sib & 7) | b;
+                const int index = (sib >> 3 & 7) | x;
+                if (index != 4) stride = registers[order[index]] << (sib >> 6);
+            } else if (opcode != 0x49) return 0;
+            if ((base & 7) == 5 && mode == 0) return 0;  // no base, or from the instruction on: our kernels have neither
+            int32_t displacement = 0;
+            if (mode == 1) displacement = static_cast<int8_t>(code[length++]);
+            if (mode == 2) memcpy(&displacement, code + length, 4), length += 4;
+            address = reinterpret_cast<uint8_t*>(registers[order[base]] + displacement);
+        }
+        if (opcode == 0x49 && prefix == 0 && mode < 3 && reg == 0) {  // ldtilecfg
+            u = Unit();
+            u.palette = address[0];
+            memcpy(u.row_bytes, address + 16, sizeof u.row_bytes), memcpy(u.rows, address + 48, sizeof u.rows);
+            bool good = u.palette == 1;
+            for (int i = 1; i < 64; ++i) good = good && ((i >= 16 && i < 32) || (i >= 48 && i < 56) || address[i] == 0);
+            for (int t = 0; t < 8; ++t) good = good && u.rows[t] <= 16 && u.row_bytes[t] <= 64;
+            return good ? length : 0;
+        }
+        if (opcode == 0x49 && prefix == 0 && code[4] == 0xc0) return u = Unit(), length;  // tilerelease
+        if (u.palette != 1) return 0;
+        if (opcode == 0x49 && prefix == 3 && mode == 3 && rm == 0) return memset(u.tiles[reg], 0, sizeof u.tiles[reg]), length;  // tilezero
+        if (opcode == 0x4b && (prefix == 3 || prefix == 2) && mode < 3) {  // tileloadd, tilestored
+            if (prefix == 3) memset(u.tiles[reg], 0, sizeof u.tiles[reg]);
+            for (int r = 0; r < u.rows[reg]; ++r) {
+                uint8_t* there = address + r * stride;
+                uint32_t* here = u.tiles[reg] + 16 * r;
+                if (prefix == 3) memcpy(here, there, u.row_bytes[reg]);
+                else memcpy(there, here, u.row_bytes[reg]);
+            }
+            return length;
+        }
+        if (opcode == 0x5c && prefix == 2 && mode == 3) {  // tdpbf16ps reg, rm, third
+            for (int m = 0; m < u.rows[reg]; ++m)
+                for (int k = 0; k < u.row_bytes[rm] / 4; ++k)
+                    for (int n = 0; n < u.row_bytes[reg] / 4; ++n) {
+                        const uint32_t left = u.tiles[rm][16 * m + k], right = u.tiles[third & 7][16 * k + n];
+                        float sum = bits_as<float>(u.tiles[reg][16 * m + n]);
+                        sum = madd(bits_as<float>(left << 16), bits_as<float>(right << 16), sum);
+                        sum = madd(bits_as<float>(left & 0xffff0000u), bits_as<float>(right & 0xffff0000u), sum);
+                        u.tiles[reg][16 * m + n] = bits_as<uint32_t>(sum);
+                    }
+            return length;
+        }
+        return 0;
+    }
+};
+#endif
+
 // The ways to multiply factors in bf16 that can run here.
 int rounding_ways(const ProductKernels* ways[8], const Set* sets, int count) {
     int n = 0;
@@ -286,6 +391,8 @@ int rounding_ways(const ProductKernels* ways[8], const Set* sets, int count) {
 #endif
     return n;
 }
+// Whether this machine runs the matrix unit's instructions.
+bool has_matrix_unit() { return strstr(rounding_products(*choose(Isa::automatic).kernels).name, "amx") != nullptr; }
 
 TEST(rounded_products, "training in bf16 would multiply other numbers than the rounded ones, or leave some out") {
     constexpr int sizes[][3] = {{1, 1, 1},      {3, 7, 3},    {2, 17, 5},  {5, 96, 257}, {33, 48, 300},
@@ -293,11 +400,15 @@ TEST(rounded_products, "training in bf16 would multiply other numbers than the r
     Set sets[4];
     const int count = instruction_sets(sets);
     const ProductKernels* ways[8];
-    const int all_ways = rounding_ways(ways, sets, count);
+    int all_ways = rounding_ways(ways, sets, count);
     Runtime runtime;
     Config config;
     config.layers = config.heads = 1, config.width = 8, config.context = 8, config.vocab = 8;
     Bench<float> bench(config, 1, 8, true, 1, 0, 0, sets[0].backend);  // for its scratch
+#if defined(__linux__) && defined(__x86_64__)
+    const MatrixUnitTrap trap(!has_matrix_unit());
+    if (count > 1 && trapped_tiles()) ways[all_ways++] = trapped_tiles();
+#endif
     for (const auto& size : sizes) {
         const int rows = size[0], columns = size[1], depth = size[2];
         Array<float> a(runtime), b(runtime), bias(runtime), want(runtime), have(runtime), again(runtime);
