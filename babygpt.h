@@ -180,9 +180,8 @@ struct [[nodiscard]] Status {
 enum class Backend : int32_t { cpu, plain, cuda };
 // Of the numbers in a computation; sums, weights and their gradients, moments are f32. On a GPU: tf32: of what is multiplied; bf16: of activations and
 // their gradients, too; fp16, for GPUs before 2020: so, too, where a model is trained (sessions run in f32). On a processor (Backend::cpu) all is
-// f32, but bf16: in training, of what is multiplied with weights and into their gradients.
-// That is several times as fast with AMX and twice with AMD's avx512_bf16 (which only GCC's kernels use), and no faster elsewhere; the bits are the
-// same for any number of threads, but not on another kind of processor.
+// f32, but bf16: in training, of what is multiplied with weights and into their gradients. It is for processors with AMX, or AMD's avx512_bf16 (which
+// only GCC's kernels use), and gains nothing on others; the bits are the same for any number of threads, but not on another kind of processor.
 enum class Precision : int32_t { f32, tf32, bf16, fp16 };
 enum class Isa : int32_t { automatic, sse2, avx2, avx512, neon, portable };  // which kernels; for tests. bits are the same
 
@@ -16033,8 +16032,8 @@ struct Products {
 // Precision::bf16: the factors are rounded to bf16 on their way into the panels, sums are floats as ever. There are three ways, and all of
 // them are the scheme above:
 //   rounded  Panels of floats that have been rounded. Works anywhere, and gains nothing.
-//   pairs    A word of a panel is two neighbours along the depth, and a multiply-add of words adds both their products: twice as fast on
-//            AMD's processors since Zen 4 (vdpbf16ps; on Intel's it takes four times as long as two of floats).
+//   pairs    A word of a panel is two neighbours along the depth, and a multiply-add of words adds both their products: on AMD's processors
+//            since Zen 4 as fast as one of floats (vdpbf16ps; on Intel's it takes as long as four).
 //   tiles    Such words, multiplied by Intel's matrix unit (AMX): 16 x 16 sums at a time, 16 words deep.
 
 template <class Set>

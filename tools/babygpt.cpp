@@ -456,8 +456,7 @@ struct Common {
                 {"--backend", "plain|cpu|cuda", "plain: the readable, slow one; cuda: on a GPU (cpu)", &backend},
                 {"--precision", "f32|tf32|bf16|fp16",
                  "cuda: tf32: of what is multiplied; bf16: of what is passed on, too, and the fastest; fp16: so, too, when "
-                 "training, also on GPUs before 2020. cpu: bf16: of what train "
-                 "multiplies; faster with AMX, or AMD's avx512_bf16 (f32)",
+                 "training, also on GPUs before 2020. cpu: bf16: of what train multiplies, for AMX or AMD's avx512_bf16 (f32)",
                  &precision},
                 {"--isa", "automatic|sse2|avx2|avx512|neon|portable", nullptr, &isa}};
     }
