@@ -16215,7 +16215,7 @@ struct PairsOf : Base {
     }
 };
 
-// Eight registers, each of 16 rows of 16 words (the matrix unit of BABYGPT_TILES, or a test's).
+// Unit: eight registers, each of 16 rows of 16 words.
 template <class Base, class Unit_>
 struct TilesOf : Base {
     using Unit = Unit_;
@@ -16224,43 +16224,6 @@ struct TilesOf : Base {
 };
 #endif
 
-#if BABYGPT_WIDE && defined(BABYGPT_TEST_WIDE)
-// The matrix unit of a machine that lacks it, for tests.
-struct SoftwareTiles {
-    static float* tile(int t) {
-        static thread_local float tiles[8][256];
-        return tiles[t];
-    }
-    static void configure() { release(); }
-    static void release() {
-        for (int t = 0; t < 8; ++t) memset(tile(t), 0x7f, 256 * sizeof(float));
-    }
-    template <int t>
-    static void zero() {
-        memset(tile(t), 0, 256 * sizeof(float));
-    }
-    template <int t>
-    static void load(const float* from, int64_t row) {
-        for (int r = 0; r < 16; ++r) memcpy(tile(t) + 16 * r, from + r * row, 16 * sizeof(float));
-    }
-    template <int t>
-    static void store(float* to, int64_t row) {
-        for (int r = 0; r < 16; ++r) memcpy(to + r * row, tile(t) + 16 * r, 16 * sizeof(float));
-    }
-    template <int sum, int a, int b>
-    static void multiply() {
-        for (int i = 0; i < 16; ++i)
-            for (int j = 0; j < 16; ++j)
-                for (int k = 0; k < 16; ++k) {
-                    const uint32_t x = bits_as<uint32_t>(tile(a)[16 * i + k]), y = bits_as<uint32_t>(tile(b)[16 * k + j]);
-                    float& c = tile(sum)[16 * i + j];
-                    c = madd(bits_as<float>(x << 16), bits_as<float>(y << 16), c);
-                    c = madd(bits_as<float>(x & 0xffff0000u), bits_as<float>(y & 0xffff0000u), c);
-                }
-    }
-    static double ceiling(int64_t rounds, float* result) { return *result = 0, static_cast<double>(rounds); }
-};
-#endif
 #if BABYGPT_TILES
 // AMX (Intel, "Architecture Instruction Set Extensions Programming Reference", chapter 3). Register names are part of an instruction.
 struct MatrixUnit {
@@ -17592,17 +17555,13 @@ BABYGPT_PAIR_PRODUCTS(PairProducts, FastPairs, "avx512 and avx512_bf16", __attri
 BABYGPT_UNHURRIED_BEGIN
 using TestPairs = PairsOf<Avx2Wide>;
 BABYGPT_PAIR_PRODUCTS(TestPairProducts, TestPairs, "pairs, in software", __attribute__((target("avx2,fma"))))
-using TestTiles = TilesOf<Avx2Wide, SoftwareTiles>;
-BABYGPT_PAIR_PRODUCTS(TestTileProducts, TestTiles, "tiles, in software", __attribute__((target("avx2,fma"))))
 #if BABYGPT_TILES
 using TrappedTiles = TilesOf<Avx2Wide, MatrixUnit>;
 BABYGPT_PAIR_PRODUCTS(TrappedTileProducts, TrappedTiles, "tiles, by their instructions",
                       __attribute__((target("avx2,fma,amx-tile,amx-bf16"))))
-inline const ProductKernels* trapped_tiles() {
-    return &TrappedTileProducts::table;
-}  // the instructions need a processor, or who traps them
+constexpr const ProductKernels& trapped_tiles = TrappedTileProducts::table;  // for a processor that has them, or who traps them
 #else
-inline const ProductKernels* trapped_tiles() { return nullptr; }
+constexpr const ProductKernels& trapped_tiles = TestPairProducts::table;  // the assembler has no such instructions
 #endif
 BABYGPT_UNHURRIED_END
 #endif

@@ -3577,6 +3577,8 @@ int bench(Arguments& in) {
     if (!what.empty() && what != "train" && what != "prefill" && what != "decode" && what != "idle")
         usage("bench '" + what + "': must be train, prefill, decode or idle");
     Runtime& runtime = common.runtime;
+    if (runtime.backend == Backend::cpu && runtime.precision == Precision::bf16 && !profiled && what != "train")
+        usage("bench: on a processor --precision bf16 is of training: say bench train");
     Model model;
     Config config;
     if (!file.empty()) {
