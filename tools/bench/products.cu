@@ -32,6 +32,7 @@ struct Shape {
     int64_t m, n, k;
     bool across_a, across_b, wide, adds;
     cublasLtEpilogue_t epilogue;
+    bool wide_bias = wide;  // and where the epilogue sums, its sum
 };
 
 __global__ void fill(__nv_bfloat16* to, size_t n, float scale) {
@@ -68,14 +69,16 @@ struct Bench {
         cublasLtMatmulPreference_t wish;
         const int32_t across_a = s.across_a ? CUBLAS_OP_T : CUBLAS_OP_N, across_b = s.across_b ? CUBLAS_OP_T : CUBLAS_OP_N;
         const cudaDataType_t type = s.wide ? CUDA_R_32F : CUDA_R_16BF;
-        const bool has_aux = (s.epilogue & 128) != 0, has_bias = (s.epilogue & (4 | 16)) != 0;
+        const bool has_aux = (s.epilogue & 128) != 0;
+        const cudaDataType_t bias_type = s.wide_bias ? CUDA_R_32F : CUDA_R_16BF;
+        const bool has_bias = (s.epilogue & (4 | 16 | CUBLASLT_EPILOGUE_BGRADA | CUBLASLT_EPILOGUE_BGRADB)) != 0;
         DO(cublasLtMatmulDescCreate(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
         const auto set = [&](cublasLtMatmulDescAttributes_t which, const auto& value) {
             DO(cublasLtMatmulDescSetAttribute(product, which, &value, sizeof value));
         };
         set(CUBLASLT_MATMUL_DESC_TRANSA, across_a), set(CUBLASLT_MATMUL_DESC_TRANSB, across_b);
         set(CUBLASLT_MATMUL_DESC_EPILOGUE, s.epilogue);
-        if (has_bias) set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias), set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, type);
+        if (has_bias) set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias), set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, bias_type);
         if (has_aux) set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux), set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, s.m);
         DO(cublasLtMatrixLayoutCreate(&of_a, CUDA_R_16BF, s.across_a ? s.k : s.m, s.across_a ? s.m : s.k, s.across_a ? s.k : s.m));
         DO(cublasLtMatrixLayoutCreate(&of_b, CUDA_R_16BF, s.across_b ? s.n : s.k, s.across_b ? s.k : s.n, s.across_b ? s.n : s.k));
@@ -130,11 +133,15 @@ int main(int count, char** arguments) {
     const auto forward = [&](const char* name, int64_t in, int64_t out, bool adds, cublasLtEpilogue_t e) {
         bench.time({name, out, rows, in, false, false, false, adds, e});
     };
-    const auto backward = [&](const char* name, int64_t in, int64_t out, cublasLtEpilogue_t e) {
-        bench.time({name, in, rows, out, true, false, false, false, e});
+    const auto backward = [&](const char* name, int64_t in, int64_t out, cublasLtEpilogue_t e, bool wide_bias = false) {
+        bench.time({name, in, rows, out, true, false, false, false, e, wide_bias});
     };
-    const auto weights = [&](const char* name, int64_t in, int64_t out) {
-        bench.time({name, out, in, rows, false, true, true, true, CUBLASLT_EPILOGUE_DEFAULT});
+    const auto weights = [&](const char* name, int64_t in, int64_t out, cublasLtEpilogue_t e = CUBLASLT_EPILOGUE_DEFAULT) {
+        bench.time({name, out, in, rows, false, true, true, true, e});
+    };
+    // The same the other way round, so that the gradient is the right side.
+    const auto weights_turned = [&](const char* name, int64_t in, int64_t out, cublasLtEpilogue_t e) {
+        bench.time({name, in, out, rows, false, true, true, true, e});
     };
     forward("c_attn", width, 3 * width, false, CUBLASLT_EPILOGUE_BIAS);
     forward("c_proj of attention + sum", width, width, true, CUBLASLT_EPILOGUE_BIAS);
@@ -146,11 +153,16 @@ int main(int count, char** arguments) {
     backward("dx of c_fc", width, 4 * width, CUBLASLT_EPILOGUE_DEFAULT);
     backward("dx of c_proj, slope of GELU", 4 * width, width, CUBLASLT_EPILOGUE_DGELU);
     backward("the same, and its sum", 4 * width, width, CUBLASLT_EPILOGUE_DGELU_BGRAD);
+    backward("the same, and its sum in float", 4 * width, width, CUBLASLT_EPILOGUE_DGELU_BGRAD, true);
     backward("dx of c_proj alone", 4 * width, width, CUBLASLT_EPILOGUE_DEFAULT);
     weights("dW of c_attn", width, 3 * width);
     weights("dW of attention's c_proj", width, width);
     weights("dW of c_fc", width, 4 * width);
     weights("dW of c_proj", 4 * width, width);
+    weights("dW of c_attn, and db", width, 3 * width, CUBLASLT_EPILOGUE_BGRADA);
+    weights("dW of c_fc, and db", width, 4 * width, CUBLASLT_EPILOGUE_BGRADA);
+    weights_turned("dW of c_attn turned, and db", width, 3 * width, CUBLASLT_EPILOGUE_BGRADB);
+    weights_turned("dW of c_fc turned, and db", width, 4 * width, CUBLASLT_EPILOGUE_BGRADB);
     bench.time({"logits", vocab, head_rows, width, true, false, false, false, CUBLASLT_EPILOGUE_DEFAULT});
     bench.time({"dx of the head", width, head_rows, vocab, false, false, false, false, CUBLASLT_EPILOGUE_DEFAULT});
     bench.time({"dW of the head", width, vocab, head_rows, false, true, true, true, CUBLASLT_EPILOGUE_DEFAULT});
