@@ -240,18 +240,32 @@ template <class T, size_t size>
 struct alignas(sizeof(T) * size) Pack {
     T at[size];
 };
+// The same as they lie in memory: those of 16 bits by twos.
+template <class Real, size_t size>
+struct RawOf {
+    using type = Pack<uint32_t, size / 2>;
+};
 template <size_t size>
-__device__ __forceinline__ void load(float (&to)[size], const float* from) {
-    const auto pack = *reinterpret_cast<const Pack<float, size>*>(from);
-    for (size_t i = 0; i < size; ++i) to[i] = pack.at[i];
+struct RawOf<float, size> {
+    using type = Pack<float, size>;
+};
+template <class Real, size_t size>
+using Raw = typename RawOf<Real, size>::type;
+template <class Real, size_t size>
+__device__ __forceinline__ void widen(float (&to)[size], const Raw<Real, size>& from) {
+    if constexpr (sizeof(Real) == sizeof(float))
+        for (size_t i = 0; i < size; ++i) to[i] = from.at[i];
+    else
+        for (size_t i = 0; i < size / 2; ++i) to[2 * i] = low_of<Real>(from.at[i]), to[2 * i + 1] = high_of<Real>(from.at[i]);
 }
-template <size_t size, class Narrow>
-__device__ __forceinline__ void load(float (&to)[size], const Narrow* from) {
+template <size_t size, class Real>
+__device__ __forceinline__ Raw<Real, size> raw(const Real* from) {
+    return *reinterpret_cast<const Raw<Real, size>*>(from);
+}
+template <size_t size, class Real>
+__device__ __forceinline__ void load(float (&to)[size], const Real* from) {
     if constexpr (size == 1) to[0] = static_cast<float>(*from);
-    else {
-        const auto pack = *reinterpret_cast<const Pack<uint32_t, size / 2>*>(from);
-        for (size_t i = 0; i < size / 2; ++i) to[2 * i] = low_of<Narrow>(pack.at[i]), to[2 * i + 1] = high_of<Narrow>(pack.at[i]);
-    }
+    else widen<Real>(to, raw<size>(from));
 }
 template <size_t size>
 __device__ __forceinline__ void store(float* to, const float (&from)[size]) {
@@ -797,6 +811,48 @@ __global__ void norm_forward(Real* y, float* statistics, const Real* x, const fl
         if (lane() == 0) statistics[2 * static_cast<int64_t>(row)] = mean, statistics[2 * static_cast<int64_t>(row) + 1] = scale;
     }
 }
+// The same, where a lane can keep its part of a row, `each` times four columns: a row is read once, and while it is made the warp's next one is under
+// way. No more blocks are launched than the device has room for: so many a processor backward, twice as many forward.
+template <int each>
+constexpr int norm_blocks = each == 3 ? 2 : 1;
+template <int each, class F>
+__device__ __forceinline__ void over_kept(int n, const F& f) {
+    BABYGPT_TIMES (k, each)
+        if (const int c = 4 * (k * warp + lane()); c < n) f(k, c);
+}
+template <class Real, int each>
+__global__ void __launch_bounds__(block_threads, 2 * norm_blocks<each>)
+    norm_forward_keeping(Real* y, float* statistics, const Real* x, const float* w, const float* b, const Now* now, int side, int n,
+                         float epsilon, bool centred) {
+    constexpr size_t kept = each;
+    const int rows = now->rows[side];
+    Raw<Real, 4> next[kept] = {};
+    const auto fetch = [&](int row) {
+        if (row < rows) over_kept<each>(n, [&](int k, int c) { next[k] = raw<4>(x + static_cast<int64_t>(row) * n + c); });
+    };
+    fetch(first_row());
+    for (int row = first_row(); row < rows; row += all_warps()) {
+        float value[kept][4] = {}, mean = 0, square = 0;
+        over_kept<each>(n, [&](int k, int) { widen<Real>(value[k], next[k]); });
+        fetch(row + all_warps());
+        over_kept<each>(n, [&](int k, int) {
+            for (const float one : value[k]) mean += one;
+        });
+        mean = centred ? warp_sum(mean) / static_cast<float>(n) : 0.0f;
+        over_kept<each>(n, [&](int k, int) {
+            for (const float one : value[k]) square = fmaf(one - mean, one - mean, square);
+        });
+        const float scale = 1 / sqrtf(warp_sum(square) / static_cast<float>(n) + epsilon);
+        over_kept<each>(n, [&](int k, int c) {
+            float factor[4], bias[4] = {};
+            load(factor, w + c);
+            if (b) load(bias, b + c);
+            for (int i = 0; i < 4; ++i) value[k][i] = fmaf((value[k][i] - mean) * scale, factor[i], bias[i]);
+            store(y + static_cast<int64_t>(row) * n + c, value[k]);
+        });
+        if (lane() == 0) statistics[2 * static_cast<int64_t>(row)] = mean, statistics[2 * static_cast<int64_t>(row) + 1] = scale;
+    }
+}
 // With h = (x - mean) * scale and g = dy * w:  dx = scale * (g - mean(g) - h * mean(g * h)).
 template <class Real>
 __global__ void norm_backward(Real* dx, const Real* dy, const Real* x, const float* statistics, const float* w, const Now* now, int side,
@@ -828,45 +884,60 @@ __global__ void norm_backward(Real* dx, const Real* dy, const Real* x, const flo
 // The same, where a lane can keep its part of a row, `each` times four columns; then a block also leaves the sums over its rows of dy, which is db,
 // of dy * h, which is dw, and of what stands in dx afterwards, which is the db of a product that made x's last summand: [blocks][3][n].
 template <class Real, int each>
-__global__ void __launch_bounds__(block_threads, each == 3 ? 3 : 1)
+__global__ void __launch_bounds__(block_threads, norm_blocks<each>)
     norm_backward_summing(Real* dx, float* parts, const Real* dy, const Real* x, const float* statistics, const float* w, const Now* now,
                           int side, int n, bool centred, bool adds) {
     constexpr size_t kept = each;
-    float sums[3][kept][4] = {};
-    const auto columns = [&](const auto& f) {
-        BABYGPT_UNROLL(8)
-        for (int k = 0; k < each; ++k)
-            if (const int c = 4 * (k * warp + lane()); c < n) f(k, c);
-    };
-    for (int row = first_row(); row < now->rows[side]; row += all_warps()) {
+    constexpr bool ahead = each * sizeof(Real) <= 16;  // what is under way has registers, too
+    const int rows = now->rows[side];
+    struct {
+        Raw<Real, 4> dy[kept], x[kept], before[kept];
+        float mean, scale;
+    } next{};
+    const auto fetch = [&](int row) {
+        if (row >= rows) return;
         const int64_t at = static_cast<int64_t>(row) * n;
-        const float mean = statistics[2 * static_cast<int64_t>(row)], scale = statistics[2 * static_cast<int64_t>(row) + 1];
+        next.mean = statistics[2 * static_cast<int64_t>(row)], next.scale = statistics[2 * static_cast<int64_t>(row) + 1];
+        over_kept<each>(n, [&](int k, int c) {
+            next.dy[k] = raw<4>(dy + at + c), next.x[k] = raw<4>(x + at + c);
+            if (adds && ahead) next.before[k] = raw<4>(dx + at + c);
+        });
+    };
+    float sums[3][kept][4] = {};
+    if (ahead) fetch(first_row());
+    for (int row = first_row(); row < rows; row += all_warps()) {
+        if (!ahead) fetch(row);
+        const float mean = next.mean, scale = next.scale;
         float g[kept][4], h[kept][4], mean_g = 0, mean_gh = 0;
-        columns([&](int k, int c) {
+        Raw<Real, 4> before[kept];
+        over_kept<each>(n, [&](int k, int) { widen<Real>(g[k], next.dy[k]), widen<Real>(h[k], next.x[k]), before[k] = next.before[k]; });
+        if (ahead) fetch(row + all_warps());  // under way while this one is made
+        over_kept<each>(n, [&](int k, int c) {
             float factor[4];
-            load(g[k], dy + at + c), load(h[k], x + at + c), load(factor, w + c);
+            load(factor, w + c);
             for (int i = 0; i < 4; ++i) {
                 h[k][i] = (h[k][i] - mean) * scale;
                 sums[0][k][i] += g[k][i], sums[1][k][i] = fmaf(g[k][i], h[k][i], sums[1][k][i]);
                 g[k][i] *= factor[i];
-                mean_g += centred ? g[k][i] : 0.0f, mean_gh = fmaf(g[k][i], h[k][i], mean_gh);
+                mean_g += g[k][i], mean_gh = fmaf(g[k][i], h[k][i], mean_gh);
             }
         });
-        mean_g = warp_sum(mean_g) / static_cast<float>(n), mean_gh = warp_sum(mean_gh) / static_cast<float>(n);
-        columns([&](int k, int c) {
-            float before[4] = {};
-            if (adds) load(before, dx + at + c);
+        mean_g = centred ? warp_sum(mean_g) / static_cast<float>(n) : 0.0f, mean_gh = warp_sum(mean_gh) / static_cast<float>(n);
+        over_kept<each>(n, [&](int k, int c) {
+            float so_far[4] = {};
+            if (ahead) widen<Real>(so_far, before[k]);  // zeros where nothing is added to
+            else if (adds) load(so_far, dx + static_cast<int64_t>(row) * n + c);
             for (int i = 0; i < 4; ++i) {
-                g[k][i] = fmaf(scale, fmaf(-h[k][i], mean_gh, g[k][i] - mean_g), before[i]);
+                g[k][i] = fmaf(scale, fmaf(-h[k][i], mean_gh, g[k][i] - mean_g), so_far[i]);
                 sums[2][k][i] += g[k][i];
             }
-            store(dx + at + c, g[k]);
+            store(dx + static_cast<int64_t>(row) * n + c, g[k]);
         });
     }
     BABYGPT_SHARED(float, of_warps, (block_warps * warp * 4));
     const int me = static_cast<int>(threadIdx.x);
-    for (int which = 0; which < 3; ++which)
-        for (int k = 0; k < each; ++k) {
+    BABYGPT_TIMES (which, 3)
+        BABYGPT_TIMES (k, each) {
             for (int i = 0; i < 4; ++i) of_warps[4 * me + i] = sums[which][k][i];
             __syncthreads();
             const int c = 4 * k * warp + me;
@@ -2391,6 +2462,8 @@ struct Gpu {
     template <class Real>
     void lora_backward(const Op& op);
     template <class Real>
+    void norm_there(const Op& op);
+    template <class Real>
     void norm_back(const Op& op);
     template <class Real>
     void embed_backward(const Op& op);
@@ -2688,6 +2761,16 @@ void Gpu::lora_backward(const Op& op) {
     }
 }
 template <class Real>
+void Gpu::norm_there(const Op& op) {
+    const int side = static_cast<int>(op.side), rows = max_rows(op), n = op.in;
+    const bool keeps = n % 4 == 0 && n <= device_norm_columns, few = n <= 4 * warp * 3;
+    const auto kernel = !keeps ? norm_forward<Real> : few ? norm_forward_keeping<Real, 3> : norm_forward_keeping<Real, 8>;
+    const int64_t resident = processors * 2 * (few ? norm_blocks<3> : norm_blocks<8>), all = blocks(rows, block_warps);
+    if (rows > 0)
+        launch(kernel, keeps ? lesser(all, resident) : all, 1, 0, values<Real>(op.y), statistics<Real>(op.aux), values<Real>(op.x),
+               weight(op.w), weight(op.b), memory.now, side, n, static_cast<float>(plan.epsilon), op.centred);
+}
+template <class Real>
 void Gpu::norm_back(const Op& op) {
     const int side = static_cast<int>(op.side), rows = max_rows(op), n = op.in;
     const float *const aux = statistics<Real>(op.aux), *const w = weight(op.w);
@@ -2700,9 +2783,10 @@ void Gpu::norm_back(const Op& op) {
     }
     static_assert(device_norm_columns <= 4 * warp * 8);
     const Op* const biased = op.bias_sum == nothing ? nullptr : &plan.ops[static_cast<size_t>(op.bias_sum)];
-    const int count = lesser(parts_of_rows(rows), 3 * processors);
-    launch(n <= 4 * warp * 3 ? norm_backward_summing<Real, 3> : norm_backward_summing<Real, 8>, count, 1, 0, dx, memory.parts, dy, x, aux,
-           w, memory.now, side, n, op.centred, op.adds_to_dx);
+    const bool few = n <= 4 * warp * 3;
+    const int count = lesser(parts_of_rows(rows), processors * (few ? norm_blocks<3> : norm_blocks<8>));
+    launch(few ? norm_backward_summing<Real, 3> : norm_backward_summing<Real, 8>, count, 1, 0, dx, memory.parts, dy, x, aux, w, memory.now,
+           side, n, op.centred, op.adds_to_dx);
     add_sums({{db, dw, biased ? weight_gradient(biased->b) : nullptr}}, count, n);
 }
 template <class Real>
@@ -2879,8 +2963,7 @@ void Gpu::op_forward(int number, bool learns) {
         case OpKind::waves:
             return over_rows(add_waves<Real>, rows, y, memory.waves, where, memory.now, side, op.in, false);
         case OpKind::norm:
-            return over_rows(norm_forward<Real>, rows, y, statistics<Real>(op.aux), x, w, b, memory.now, side, op.in,
-                             static_cast<float>(plan.epsilon), op.centred);
+            return norm_there<Real>(op);
         case OpKind::linear:
             return linear_forward<Real>(op);
         case OpKind::gate:

@@ -519,6 +519,80 @@ TEST(attention_kernels, "attention in bf16 would not be the formula's in every s
     attend({"attention: tiles of a source", 32, 2, 1, {20, 70}, {100, 40}, false, 0.1, 32 * 272});
     attend({"attention: longer than a tile", 32, 1, 1, {250}, {}});
 }
+// A norm of rows that lanes keep, and its sums: more rows than there are warps, and some beyond those that are there. x, dy and dx are of a type, what
+// is wanted is in double.
+template <class Real>
+void normalise(const char* name, int n, bool centred, bool adds, double tolerance) {
+    using namespace cuda;
+    const int rows = 70, space = 73;
+    const size_t columns = static_cast<size_t>(n);
+    const auto numbers = [&](uint64_t key, double middle) {
+        std::vector<Real> some(space * columns);
+        for (size_t i = 0; i < some.size(); ++i) some[i] = static_cast<float>(uniform(key, i) - 0.5 + middle);
+        return some;
+    };
+    const std::vector<Real> x = numbers(1, 0.3), dy = numbers(2, 0.1), dx = numbers(3, 0), y = numbers(4, 0);
+    std::vector<float> w, b;
+    for (size_t i = 0; i < columns; ++i)
+        w.push_back(static_cast<float>(uniform(5, i)) + 0.5f), b.push_back(static_cast<float>(uniform(6, i)));
+    Now now{};
+    now.rows[0] = rows;
+    const OnDevice<Real> on_x(x), on_dy(dy), on_dx(dx), on_y(y);
+    const OnDevice<float> on_w(w), on_b(b), statistics(std::vector<float>(2 * space));
+    const OnDevice<Now> on_now(std::vector<Now>{now});
+    Gpu gpu;
+    const bool few = n <= 4 * warp * 3;
+    const int blocks = few ? 2 : 1;
+    const OnDevice<float> parts(std::vector<float>(3 * columns * static_cast<size_t>(blocks)));
+    gpu.launch(few ? norm_forward_keeping<Real, 3> : norm_forward_keeping<Real, 8>, blocks, 1, 0, on_y.there, statistics.there, on_x.there,
+               on_w.there, on_b.there, on_now.there, 0, n, 1e-5f, centred);
+    gpu.launch(few ? norm_backward_summing<Real, 3> : norm_backward_summing<Real, 8>, blocks, 1, 0, on_dx.there, parts.there, on_dy.there,
+               on_x.there, statistics.there, on_w.there, on_now.there, 0, n, centred, adds);
+    CHECK_OK(gpu.walked_well());
+    const std::vector<Real> y_made = on_y.read(), dx_made = on_dx.read();
+    const std::vector<float> parts_made = parts.read();
+    std::vector<double> sums(3 * columns);
+    double off = 0;
+    const auto differ = [&](double made, double wanted) { off = fabs(made - wanted) <= 1e9 ? fmax(off, fabs(made - wanted)) : 1e9; };
+    for (size_t row = 0; row < space; ++row) {
+        const size_t at = row * columns;
+        if (row >= rows) {  // nobody may touch it
+            CHECK(memcmp(&y_made[at], &y[at], columns * sizeof(Real)) == 0 && memcmp(&dx_made[at], &dx[at], columns * sizeof(Real)) == 0);
+            continue;
+        }
+        double mean = 0, square = 0, mean_g = 0, mean_gh = 0;
+        for (size_t c = 0; c < columns && centred; ++c) mean += static_cast<double>(x[at + c]) / n;
+        for (size_t c = 0; c < columns; ++c) square += pow(static_cast<double>(x[at + c]) - mean, 2) / n;
+        const double scale = 1 / sqrt(square + 1e-5);
+        const auto h = [&](size_t c) { return (static_cast<double>(x[at + c]) - mean) * scale; };
+        const auto g = [&](size_t c) { return static_cast<double>(dy[at + c]) * static_cast<double>(w[c]); };
+        for (size_t c = 0; c < columns; ++c) mean_g += centred ? g(c) / n : 0.0, mean_gh += g(c) * h(c) / n;
+        for (size_t c = 0; c < columns; ++c) {
+            const double d = scale * (g(c) - mean_g - h(c) * mean_gh) + (adds ? static_cast<double>(dx[at + c]) : 0.0);
+            differ(static_cast<double>(y_made[at + c]), h(c) * static_cast<double>(w[c]) + static_cast<double>(b[c]));
+            differ(static_cast<double>(dx_made[at + c]), d);
+            sums[c] += static_cast<double>(dy[at + c]), sums[columns + c] += static_cast<double>(dy[at + c]) * h(c),
+                sums[2 * columns + c] += d;
+        }
+    }
+    for (size_t i = 0; i < sums.size(); ++i) {
+        double made = 0;
+        for (size_t block = 0; block < static_cast<size_t>(blocks); ++block)
+            made += static_cast<double>(parts_made[block * 3 * columns + i]);
+        differ(made / rows, sums[i] / rows);
+    }
+    printf("%-34s off by %.1e\n", name, off);
+    CHECK(off <= tolerance && no_faults());
+}
+TEST(norm_kernels, "a norm of rows that lanes keep, or its sums, would not be the formula's in every width") {
+    normalise<float>("norm: 8", 8, true, false, 1e-5);
+    normalise<float>("norm: 384, adds", 384, true, true, 1e-5);
+    normalise<float>("norm: 388, not centred, adds", 388, false, true, 1e-5);
+    normalise<__nv_bfloat16>("norm in bf16: 100, not centred", 100, false, false, 1e-2);
+    normalise<__nv_bfloat16>("norm in bf16: 384, adds", 384, true, true, 1e-2);
+    normalise<__nv_bfloat16>("norm in bf16: 1024, adds", 1024, true, true, 1e-2);
+    normalise<__half>("norm in fp16: 516", 516, true, false, 1.2e-3);
+}
 #endif
 
 #ifndef ON_A_GPU
