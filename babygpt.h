@@ -6165,7 +6165,8 @@ struct Op {
     int lora = nothing, loras = 0;  // linear: the first of those beside it in Tape::loras, and how many they are
     int low = nothing;              // of these, in training: [rank * loras], x A^T times the scale
     int sum = nothing;              // linear, add: each other, where a device's product also makes the sum whose second summand is its y
-    int bias_sum = nothing;  // linear, norm: each other, where the norm's backward pass there also sums up the gradient of the bias b
+    int bias_sum =
+        nothing;  // linear, and norm or attention: each other, where their backward pass there also sums up the gradient of the bias b
     int dim() const { return in / (sight == Sight::source ? heads : heads + 2 * kv_heads); }  // attention, rope: columns of a head
 };
 
@@ -6820,17 +6821,26 @@ struct Tape {
             share_gradient(op.y, place), share_gradient(op.x2, place);
         }
     }
-    // There, a norm's dx is the gradient of a product with a bias, which made x's last summand, where both have one place.
+    // There, a norm's dx is the gradient of a product with a bias, which made x's last summand, where both have one place; and attention's that of the
+    // product that made its queries, keys and values, where it alone reads them, and no head shares its keys.
     void merge_bias_sums() {
+        for (size_t i = 1; training && !frozen && i < ops.count; ++i) {
+            Op &op = ops[i], &maker = ops[i - 1];
+            const bool makes = op.kind == OpKind::attention && op.x2 == nothing && op.heads == op.kv_heads &&
+                               maker.kind == OpKind::linear && maker.y == op.x && maker.activation == Activation::none &&
+                               maker.b != nothing;
+            if (makes && !op.adds_to_dx && readers(op.x) == 1) pair_bias(i, i - 1);
+        }
         for (size_t i = 2; training && !frozen && i < ops.count; ++i) {
-            Op &norm = ops[i], &maker = ops[i - 2];
+            const Op &norm = ops[i], &maker = ops[i - 2];
             const Op& sum = ops[i - 1];
             const bool makes = norm.kind == OpKind::norm && sum.kind == OpKind::add && sum.y == norm.x && maker.kind == OpKind::linear &&
                                maker.y == sum.x2 && maker.b != nothing;
             if (makes && at(maker.y).gradient == at(norm.x).gradient && norm.in % 4 == 0 && norm.in <= device_norm_columns)
-                norm.bias_sum = static_cast<int>(i - 2), maker.bias_sum = static_cast<int>(i);
+                pair_bias(i, i - 2);
         }
     }
+    void pair_bias(size_t op, size_t maker) { ops[op].bias_sum = static_cast<int>(maker), ops[maker].bias_sum = static_cast<int>(op); }
     void share_gradient(int tensor_index, int with) {
         Tensor &t = tensors[static_cast<size_t>(tensor_index)], &of = tensors[static_cast<size_t>(with)];
         of.gradient_born = least(of.gradient_born, t.gradient_born), of.gradient_dies = most(of.gradient_dies, t.gradient_dies);

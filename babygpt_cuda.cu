@@ -376,7 +376,8 @@ struct Memory {
     uint32_t *keys[2], *counts;  // sorting: an id and its row, twice; how often each digit is in each block
     int32_t* sorted_rows[2];
     uint32_t* totals;          // of each digit
-    float* parts;              // of sums over rows; embedding_backward's edges
+    float* parts;              // of products over rows; embedding_backward's edges
+    float* row_parts;          // of sums over rows, until they are added
     void* narrow_weights;      // a copy, of Real, where that has 16 bits
     float* loss_scale;         // Precision::fp16: by how much gradients are too large, and how many updates it has been good for
     unsigned char* workspace;  // cuBLASLt's, where there are tensor cores
@@ -394,10 +395,12 @@ constexpr int fixed_shared = 1024;  // of a kernel that has dynamic shared memor
 constexpr int most_parts = 512;     // of a sum over rows alone
 #ifdef BABYGPT_CUDA_EMULATOR
 constexpr int64_t scratch_logits = 1 << 12;  // tests are small, and shall see several chunks
+constexpr int64_t room_for_row_parts = 1 << 11;
 constexpr size_t workspace_bytes = 4096;
 #else
 constexpr size_t workspace_bytes = size_t(32) << 20;  // what NVIDIA recommends for Hopper
 constexpr int64_t scratch_logits = 1 << 27;           // of the head, at once: so many rows that dW's own traffic does not count
+constexpr int64_t room_for_row_parts = 1 << 24;       // those of a step's ops, where they are not very many
 #endif
 constexpr int square_blocks_there = 512;
 constexpr int sort_block = block_threads, digits = 256;
@@ -405,6 +408,23 @@ constexpr int edge_rows = 64;  // sorted rows that a block of embedding_backward
 
 // A sum over so many rows is made of so many parts, which are added in order.
 inline int parts_of_rows(int64_t rows) { return static_cast<int>(greater<int64_t>(1, lesser<int64_t>(most_parts, rows / 32))); }
+// Of those of attention's backward pass a tile of a sequence makes one: so many, whatever the device makes of its shared memory.
+constexpr int least_tile_rows = 32;
+inline int64_t parts_of_tiles(const DevicePlan& plan) { return plan.sequences * parts_of(plan.context, least_tile_rows); }
+// For the parts of sums over rows that are added together: of all ops, where that is not too much, or at least of one.
+inline int64_t row_parts_room(const DevicePlan& plan) {
+    int64_t all = 0, most = 0;
+    for (const Op& op : plan.ops) {
+        const int64_t count = parts_of_rows(plan.max_rows[static_cast<int>(op.side)]);
+        const bool biased = (op.kind == OpKind::linear && op.bias_sum == nothing) || op.kind == OpKind::head;
+        const int64_t size = op.kind == OpKind::norm                                  ? 3 * count * op.in
+                             : biased && op.b != nothing                              ? count * op.out
+                             : op.kind == OpKind::attention && op.bias_sum != nothing ? greater(count, parts_of_tiles(plan)) * op.in
+                                                                                      : 0;
+        all += size, most = greater(most, size);
+    }
+    return plan.training && !plan.frozen ? greater(most, lesser(all, room_for_row_parts)) : 0;
+}
 // The same of a product, whose tiles of `tile` by `tile` elements are blocks, too: no more parts than keep a large device busy.
 constexpr int tile = 64;
 inline int splits_of(int64_t rows, int64_t in, int64_t out) {
@@ -462,18 +482,17 @@ inline void plan_arrays(Plan& plan, const DevicePlan& p, Memory& m) {
 }
 inline void plan_memory(Plan& plan, const DevicePlan& p, Memory& m) {
     const int64_t learnt = p.training ? learnt_block(p) : 0, rows = greater(p.max_rows[0], p.max_rows[1]);
-    int64_t widest = 1, low = 0, parts = 0;
+    int64_t low = 0, parts = 0;
     bool embeds = false;
     for (const Op& op : p.ops) {
         const int64_t side_rows = p.max_rows[static_cast<int>(op.side)];
         low = greater(low, side_rows * op.loras * p.rank);
-        widest = greater<int64_t>(widest, greater(op.in, op.out));
         if (op.kind == OpKind::linear || op.kind == OpKind::head)
             parts = greater(parts, splits_of(side_rows, op.in, op.out) * static_cast<int64_t>(op.in) * op.out);
         for (int i = 0; i < op.loras; ++i) parts = greater(parts, most_splits * static_cast<int64_t>(p.rank) * greater(op.in, op.out));
         embeds = embeds || (op.kind == OpKind::embedding && p.training && !p.frozen);
     }
-    parts = p.training ? greater(parts, 3 * parts_of_rows(rows) * widest) : 0;
+    if (!p.training) parts = 0;
     int64_t matrices = 0;
     for (const WeightPlan& w : p.weights) matrices += p.training && !p.frozen ? w.matrices : 0;
     m.weights = plan.take<float>(p.weight_block, "weights");
@@ -489,6 +508,7 @@ inline void plan_memory(Plan& plan, const DevicePlan& p, Memory& m) {
     const int64_t head_rows = p.ops.size ? p.max_rows[static_cast<int>(p.ops[p.ops.size - 1].side)] : 0;
     m.logits = plan.take<char>(greater<int64_t>(head_chunk(p, head_rows) * logits_stride(p), 1) * real_bytes(p), "logits");
     m.parts = plan.take<float>(greater(parts, embeds ? 2 * parts_of(rows, edge_rows) * p.width : 0), "parts");
+    m.row_parts = plan.take<float>(row_parts_room(p), "row_parts");
     m.narrow_weights = plan.take<uint16_t>(is_narrow(p) ? p.weight_block : 0, "narrow_weights");
     m.loss_scale = plan.take<float>(p.precision == Precision::fp16 ? 2 : 0, "loss_scale");
     if (p.precision != Precision::fp16) m.loss_scale = nullptr;
@@ -953,7 +973,7 @@ __global__ void __launch_bounds__(block_threads, norm_blocks<each>)
 // ---- sums over rows ----------------------------------------------------------------------------------------------------
 
 // db = the sum of dy's rows, dw = the sum of dy * h (x null: not wanted). A block has `size` columns a lane and a part of the rows, warp i of it every
-// 8th row; parts: [parts][3][n], of db and dw. dy's rows are `stride` apart. Real bytes: 1, 2 with dw.
+// 8th row; parts: [parts][n], of db, or [parts][2][n], of db and dw. dy's rows are `stride` apart. Real bytes: 1, 2 with dw.
 template <int size, class Real>
 __global__ void sums_over_rows(float* parts, const Real* dy, int64_t stride, const Real* x, const float* statistics, Extent extent,
                                const Now* now, int n) {
@@ -980,31 +1000,39 @@ __global__ void sums_over_rows(float* parts, const Real* dy, int64_t stride, con
     for (int j = 0; j < size; ++j) {
         for (int i = 1; i < block_warps; ++i)
             sum_b[j] += b[j * block_threads + i * warp + me], sum_w[j] += w[j * block_threads + i * warp + me];
-        float* const at = parts + 3 * static_cast<int64_t>(blockIdx.y) * n + c + j;
+        float* const at = parts + (x ? 2 : 1) * static_cast<int64_t>(blockIdx.y) * n + c + j;
         at[0] = sum_b[j];
         if (x) at[n] = sum_w[j];
     }
 }
-// What sums are added to; each may be null.
-struct SumsOver {
-    float* to[3];
+// Sums that wait for being added: to[n] += that of `count` parts, which are `apart` floats from each other.
+struct RowSum {
+    float* to;
+    const float* parts;
+    int64_t apart;
+    int count, n;
 };
-// to += their parts, in an order that never changes: a block has 8 columns, each 8th thread of it every 32nd part of one. 4 bytes a part.
+constexpr int most_waiting = 64;
+struct RowSums {
+    RowSum of[most_waiting];
+};
+// In an order that never changes: blocks (., i) have sum i, each 8 columns of it, each 8th thread every 32nd part of one. 4 bytes a part.
 constexpr int sum_columns = 8;
-__global__ void add_row_sums(SumsOver sums, const float* parts, int count, int n) {
+__global__ void add_row_sums(RowSums waiting) {
     BABYGPT_SHARED(float, of_warps, block_threads);
+    const RowSum& own = waiting.of[blockIdx.y];
     const int me = static_cast<int>(threadIdx.x), c = static_cast<int>(blockIdx.x) * sum_columns + me % sum_columns;
-    float* const to = c < n ? sums.to[0] : c < 2 * n ? sums.to[1] : c < 3 * n ? sums.to[2] : nullptr;
+    if (static_cast<int>(blockIdx.x) * sum_columns >= own.n) return;
     float sum = 0;
     BABYGPT_UNROLL(8)
-    for (int i = me / sum_columns; i < count; i += block_threads / sum_columns)
-        if (to) sum += parts[3 * static_cast<int64_t>(i) * n + c];
+    for (int i = me / sum_columns; i < own.count; i += block_threads / sum_columns)
+        if (c < own.n) sum += own.parts[i * own.apart + c];
     for (int apart = sum_columns; apart < warp; apart *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
     of_warps[me] = sum;
     __syncthreads();
-    if (me >= sum_columns || !to) return;
+    if (me >= sum_columns || c >= own.n) return;
     for (int i = 1; i < block_warps; ++i) sum += of_warps[i * warp + me];
-    to[c % n] += sum;
+    own.to[c] += sum;
 }
 // to += the parts of a product, in order. Over elements. 4 bytes a part, and 8.
 __global__ void add_parts(float* to, const float* parts, int splits, int64_t n) {
@@ -1248,6 +1276,7 @@ struct Attend {
     int rows;   // of a tile, on tensor cores
     float scale;
     bool causal, adds_q, adds_kv;
+    float* parts;  // null, or, on tensor cores, where the sums over rows of dq, dk and dv are left: [blocks / heads][3][heads * dim]
 };
 template <int T>
 size_t attention_bytes(int dim, int tiles_of_rows, int tiles_of_scores) {
@@ -1616,6 +1645,32 @@ __device__ __forceinline__ void store_strip(Real* to, int64_t stride, const Stri
             *place = make_uint4(w[0], w[1], w[2], w[3]);
         }
 }
+// to += the sums of a strip's first `count` rows, times a factor: of a strip of C columns lane 4 g + t gets C / 32, of which the ith is column_of(i).
+// A lane has two rows of C / 4 columns; three times two lanes exchange, and each goes on with half of what it had.
+template <int C>
+using ColumnSums = float[static_cast<size_t>(C / 32)];
+template <int C>
+__device__ __forceinline__ int column_of(int i) {
+    const int place = lane() / 4 * (C / 32) + i;
+    return place / 2 * 8 + lane() % 4 * 2 + place % 2;
+}
+template <int C>
+__device__ __forceinline__ void add_rows_up(ColumnSums<C>& to, const StripSums<C>& strip_sums, float factor, int count) {
+    const int g = lane() / 4;
+    const float upper = g < count ? factor : 0.0f, lower = g + 8 < count ? factor : 0.0f;
+    float sum[static_cast<size_t>(C / 4)];
+    BABYGPT_TIMES (i, C / 4) sum[i] = fmaf(strip_sums[i / 2][i % 2], upper, strip_sums[i / 2][i % 2 + 2] * lower);
+    BABYGPT_TIMES (step, 3) {
+        const int left = C / 8 >> step, apart = 16 >> step;
+        const bool has_upper = (lane() & apart) != 0;
+        BABYGPT_TIMES (i, C / 8) {
+            if (i >= left) continue;
+            const float other = __shfl_xor_sync(0xffffffffu, has_upper ? sum[i] : sum[i + left], apart);
+            sum[i] = (has_upper ? sum[i + left] : sum[i]) + other;
+        }
+    }
+    BABYGPT_TIMES (i, C / 32) to[i] += sum[i];
+}
 
 // A block has a tile of a head's queries, and goes through the keys that they see, 32 at a time: maximum, sum and y so far are put right when a
 // greater maximum comes (Milakov & Gimelshein 2018). 8 bytes for each element of y; where there are several tiles, keys and values again for
@@ -1764,7 +1819,8 @@ __device__ __forceinline__ void score_gradient(float& s, float& dp, float unit, 
 }
 // First dk = sum over the queries of ds q, and dv = sum of f p dy: a block has a tile of a kv head's keys, and goes through the queries that see them, 16
 // at a time, head after head of those that share it. Then dq = sum over the keys of ds k: it has the tile of queries with the same number, and goes
-// through the keys that they see. A tile that is there already is not loaded again. 16 bytes for each element of q where one tile is all.
+// through the keys that they see. A tile that is there already is not loaded again. Where a.parts is there, no heads share keys and nothing is added
+// to, and it leaves the sums over its rows, too. 16 bytes for each element of q where one tile is all.
 template <int C, class Real>
 __global__ void __launch_bounds__(strip_threads, C > 64 ? 1 : 2) attention_backward_narrow(Attend<Real> a, const Now* now) {
     BABYGPT_DYNAMIC_SHARED(memory);
@@ -1772,11 +1828,16 @@ __global__ void __launch_bounds__(strip_threads, C > 64 ? 1 : 2) attention_backw
     constexpr bool holds = C <= 64;  // a strip in registers; otherwise it is loaded for each product
     const int rows = a.rows, number = static_cast<int>(blockIdx.x) / a.tiles / a.kv_heads,
               kv_head = static_cast<int>(blockIdx.x) / a.tiles % a.kv_heads, chunk = static_cast<int>(blockIdx.x) % a.tiles;
-    if (number >= now->sequences) return;
-    const int row = a.places[number].row, queries = a.places[number].length, key_row = a.seen[number].row, keys = a.seen[number].length,
-              group = a.heads / a.kv_heads;
-    if (chunk * rows >= queries && chunk * rows >= keys) return;
-    const int64_t kv_column = static_cast<int64_t>(kv_head) * a.dim;
+    const bool there = number < now->sequences;
+    const int row = there ? a.places[number].row : 0, queries = there ? a.places[number].length : 0,
+              key_row = there ? a.seen[number].row : 0, keys = there ? a.seen[number].length : 0, group = a.heads / a.kv_heads;
+    const int64_t kv_column = static_cast<int64_t>(kv_head) * a.dim, width = static_cast<int64_t>(a.heads) * a.dim;
+    float* const parts = a.parts ? a.parts + (static_cast<int64_t>(number) * a.tiles + chunk) * 3 * width + kv_column : nullptr;
+    if (chunk * rows >= queries && chunk * rows >= keys) {
+        for (int i = static_cast<int>(threadIdx.x); parts && i < 3 * a.dim; i += strip_threads) parts[i / a.dim * width + i % a.dim] = 0;
+        return;
+    }
+    ColumnSums<C> dq_sums = {}, dk_sums = {}, dv_sums = {};
     unsigned char *const k = memory, *const v = k + rows * row_bytes, *const q = v + rows * row_bytes, *const dy = q + rows * row_bytes;
     uint64_t* const drop_keys = reinterpret_cast<uint64_t*>(dy + rows * row_bytes);
     float *const logarithm = reinterpret_cast<float*>(drop_keys + rows), *const D = logarithm + rows;
@@ -1867,6 +1928,7 @@ __global__ void __launch_bounds__(strip_threads, C > 64 ? 1 : 2) attention_backw
         const int64_t at = (key_row + chunk * rows + first) * a.k_stride + kv_column;
         store_strip<C>(a.dk + at, a.k_stride, dk, a.scale, a.scale, some_keys - first, a.dim, a.adds_kv);
         store_strip<C>(a.dv + at, a.k_stride, dv, 1, 1, some_keys - first, a.dim, a.adds_kv);
+        if (parts) add_rows_up<C>(dk_sums, dk, a.scale, some_keys - first), add_rows_up<C>(dv_sums, dv, 1, some_keys - first);
     }
 
     const int some_queries = lesser(rows, queries - chunk * rows), query_strips = strips_of(some_queries);
@@ -1934,7 +1996,21 @@ __global__ void __launch_bounds__(strip_threads, C > 64 ? 1 : 2) attention_backw
             if (!works) continue;
             const int64_t at = (row + chunk * rows + first) * a.q_stride + static_cast<int64_t>(head) * a.dim;
             store_strip<C>(a.dq + at, a.q_stride, dq, a.scale, a.scale, some_queries - first, a.dim, a.adds_q);
+            if (parts) add_rows_up<C>(dq_sums, dq, a.scale, some_queries - first);
         }
+    if (!parts) return;
+    float* const of_warps = reinterpret_cast<float*>(memory);  // [warps][3][C], where the tiles were
+    __syncthreads();
+    BABYGPT_TIMES (i, C / 32) {
+        float* const to = of_warps + static_cast<int>(threadIdx.x) / warp * 3 * C + column_of<C>(i);
+        to[0] = dq_sums[i], to[C] = dk_sums[i], to[2 * C] = dv_sums[i];
+    }
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < 3 * C; i += strip_threads) {
+        float sum = 0;
+        for (int w = 0; w < strip_warps; ++w) sum += of_warps[w * 3 * C + i];
+        if (i % C < a.dim) parts[i / C * width + i % C] = sum;
+    }
 }
 
 // ---- pool: the first row of a sequence, or the mean of all. A warp has a sequence, or, backward, a row. Real bytes: 1; 2 --------------
@@ -2285,6 +2361,9 @@ struct Gpu {
     cublasStatus_t product_error = CUBLAS_STATUS_SUCCESS;
     cublasLtHandle_t library = nullptr;
     Tensorial* products = nullptr;  // those that have been wanted
+    RowSums waiting{};              // sums over rows, for being added: so many, whose parts take so much of their room
+    int sums_waiting = 0;
+    int64_t row_parts_used = 0;
 
     template <class... Wanted, class... Given>
     void launch(void (*kernel)(Wanted...), int64_t blocks, int splits, size_t shared, Given... given) {
@@ -2437,18 +2516,36 @@ struct Gpu {
         if (!on_tensor_cores(plan)) return multiply_over_rows(g, a, a_stride, b, b_stride, rows, columns, depth);
         multiply_fast<Real>(Matmul{g, columns, g, a, b, a_stride, b_stride, false, false, true, {rows, -1, 0}, depth, columns});
     }
+    // Room for the parts of sums over rows, which are added by the end of the walk.
+    float* room_for_parts(int64_t size) {
+        if (row_parts_used + size > row_parts_room(plan)) add_sums(), row_parts_used = 0;
+        float* const parts = memory.row_parts + row_parts_used;
+        row_parts_used += size;
+        return parts;
+    }
+    void add_later(const RowSum& sum) {
+        if (!sum.to) return;
+        bool waits = false;
+        for (int i = 0; i < sums_waiting; ++i) waits = waits || waiting.of[i].to == sum.to;  // one launch adds to a place once
+        if (waits || sums_waiting == most_waiting) add_sums();
+        waiting.of[sums_waiting++] = sum;
+    }
+    void add_sums() {
+        int widest = 0;
+        for (int i = 0; i < sums_waiting; ++i) widest = greater(widest, waiting.of[i].n);
+        if (sums_waiting > 0) launch(add_row_sums, parts_of(widest, sum_columns), sums_waiting, 0, waiting);
+        sums_waiting = 0;
+    }
     // db += the sum of dy's rows; dw += that of dy * h, where x and its norm's statistics are given.
     template <class Real>
     void sum_over_rows(float* db, float* dw, const Real* dy, int64_t stride, const Real* x, const float* statistics, Extent rows, int n) {
-        const int count = parts_of_rows(rows.size);
+        const int count = parts_of_rows(rows.size), kinds = dw ? 2 : 1;
         const bool fours = n % 4 == 0 && stride % 4 == 0;
-        launch(fours ? sums_over_rows<4, Real> : sums_over_rows<1, Real>, parts_of(n, fours ? 4 * warp : warp), count, 0, memory.parts, dy,
-               stride, dw ? x : nullptr, statistics, rows, memory.now, n);
-        add_sums({{db, dw, nullptr}}, count, n);
-    }
-    void add_sums(const SumsOver& over, int count, int n) {
-        const int wanted = over.to[2] ? 3 : over.to[1] ? 2 : 1;
-        launch(add_row_sums, parts_of(wanted * n, sum_columns), 1, 0, over, memory.parts, count, n);
+        float* const parts = room_for_parts(static_cast<int64_t>(count) * kinds * n);
+        launch(fours ? sums_over_rows<4, Real> : sums_over_rows<1, Real>, parts_of(n, fours ? 4 * warp : warp), count, 0, parts, dy, stride,
+               dw ? x : nullptr, statistics, rows, memory.now, n);
+        add_later(RowSum{db, parts, kinds * n, count, n});
+        add_later(RowSum{dw, parts + n, kinds * n, count, n});
     }
 
     Status create(const DevicePlan& of);
@@ -2474,7 +2571,7 @@ struct Gpu {
     template <int T, class Real>
     void attention_of(Attend<Real> a, bool backward);
     template <int C, class Real>
-    void attention_on_tensor_cores(Attend<Real> a, bool backward);
+    void attention_on_tensor_cores(Attend<Real> a, bool backward, float* bias_gradient = nullptr);
     template <class Real>
     Status allow_shared() const;
     template <class Real = __nv_bfloat16>
@@ -2785,9 +2882,11 @@ void Gpu::norm_back(const Op& op) {
     const Op* const biased = op.bias_sum == nothing ? nullptr : &plan.ops[static_cast<size_t>(op.bias_sum)];
     const bool few = n <= 4 * warp * 3;
     const int count = lesser(parts_of_rows(rows), processors * (few ? norm_blocks<3> : norm_blocks<8>));
-    launch(few ? norm_backward_summing<Real, 3> : norm_backward_summing<Real, 8>, count, 1, 0, dx, memory.parts, dy, x, aux, w, memory.now,
-           side, n, op.centred, op.adds_to_dx);
-    add_sums({{db, dw, biased ? weight_gradient(biased->b) : nullptr}}, count, n);
+    float* const parts = room_for_parts(3 * static_cast<int64_t>(count) * n);
+    launch(few ? norm_backward_summing<Real, 3> : norm_backward_summing<Real, 8>, count, 1, 0, dx, parts, dy, x, aux, w, memory.now, side,
+           n, op.centred, op.adds_to_dx);
+    float* const sums[3] = {db, dw, biased ? weight_gradient(biased->b) : nullptr};
+    for (int i = 0; i < 3; ++i) add_later(RowSum{sums[i], parts + i * n, 3 * n, count, n});
 }
 template <class Real>
 void Gpu::embed_backward(const Op& op) {
@@ -2889,11 +2988,14 @@ void Gpu::attention_of(Attend<Real> a, bool backward) {
     launch(attention_backward_keys<T, Real>, of_keys, 1, attention_bytes<T>(a.dim, 6, 2), a, memory.now);
 }
 template <int C, class Real>
-void Gpu::attention_on_tensor_cores(Attend<Real> a, bool backward) {
+void Gpu::attention_on_tensor_cores(Attend<Real> a, bool backward, float* bias_gradient) {
     a.rows = tile_rows<C>(plan.context, shared_bytes), a.tiles = static_cast<int>(parts_of(plan.context, a.rows));
     const int64_t heads = static_cast<int64_t>(plan.sequences) * a.tiles * (backward ? a.kv_heads : a.heads);
+    const int count = plan.sequences * a.tiles, n = 3 * a.heads * a.dim;
+    if (bias_gradient) a.parts = room_for_parts(static_cast<int64_t>(count) * n);
     launch_of(strip_threads, backward ? attention_backward_narrow<C, Real> : attention_forward_narrow<C, Real>, heads, 1,
               narrow_bytes<C>(a.rows, backward), a, memory.now);
+    if (bias_gradient) add_later(RowSum{bias_gradient, a.parts, n, count, n});
 }
 template <class Real>
 void Gpu::attention(const Op& op, int number, bool backward) {
@@ -2912,14 +3014,17 @@ void Gpu::attention(const Op& op, int number, bool backward) {
         a.dk = other ? gradient<Real>(op.x2) : a.dq + width, a.dv = a.dk + kv_width;
         a.adds_q = op.adds_to_dx, a.adds_kv = other ? op.adds_to_dx2 : op.adds_to_dx;
     }
+    // Of the product that made its x.
+    float* const db = backward && op.bias_sum != nothing ? weight_gradient(plan.ops[static_cast<size_t>(op.bias_sum)].b) : nullptr;
     if constexpr (sizeof(Real) == 2)
         if (a.dim % 8 == 0 && a.dim <= 128 && tile_rows<128>(plan.context, shared_bytes) > 0)
-            return a.dim <= 32   ? attention_on_tensor_cores<32>(a, backward)
-                   : a.dim <= 64 ? attention_on_tensor_cores<64>(a, backward)
-                                 : attention_on_tensor_cores<128>(a, backward);
-    if (tile_of_attention == 32) return attention_of<32>(a, backward);
-    if (tile_of_attention == 16) return attention_of<16>(a, backward);
-    attention_of<8>(a, backward);
+            return a.dim <= 32   ? attention_on_tensor_cores<32>(a, backward, db)
+                   : a.dim <= 64 ? attention_on_tensor_cores<64>(a, backward, db)
+                                 : attention_on_tensor_cores<128>(a, backward, db);
+    if (tile_of_attention == 32) attention_of<32>(a, backward);
+    else if (tile_of_attention == 16) attention_of<16>(a, backward);
+    else attention_of<8>(a, backward);
+    if (db) sum_over_rows<Real>(db, nullptr, a.dq, op.in, nullptr, nullptr, {max_rows(op), a.side, 0}, op.in);
 }
 // The kernels may have all of the shared memory there is.
 template <class Real>
@@ -3032,10 +3137,12 @@ void Gpu::op_backward(int number) {
 template <class Real>
 void Gpu::walk_tape(bool learns, bool marked) {
     const int ops = static_cast<int>(plan.ops.size);
+    sums_waiting = 0, row_parts_used = 0;
     launch(lay_rows, blocks(plan.sequences, 1), 1, 0, memory);
     mark(0, marked);
     for (int i = 0; i < ops; ++i) op_forward<Real>(i, learns), mark(i + 1, marked);
     for (int i = ops; i-- > 0 && learns;) op_backward<Real>(i), mark(2 * ops - i, marked);
+    add_sums();
 }
 // f(matrix, does it begin a group): so many as have room in the activations' memory, which nobody needs any more, go through launches together.
 template <class F>

@@ -487,11 +487,19 @@ void attend(const Shape& shape) {
     a.q_stride = q_stride, a.k_stride = k_stride, a.places = places.there, a.seen = seen.there;
     a.heads = shape.heads, a.kv_heads = shape.kv_heads, a.dim = dim, a.op = 9;
     a.scale = 1 / sqrtf(static_cast<float>(dim)), a.causal = shape.causal, a.adds_q = a.adds_kv = shape.adds;
+    const bool sums = !other && group == 1 && !shape.adds;
     Gpu gpu;
     gpu.plan.sequences = static_cast<int>(shape.lengths.size()) + 1, gpu.plan.context = 1;  // more than this run has
     for (const int length : shape.lengths) gpu.plan.context = greater(gpu.plan.context, length);
     for (const int length : shape.sources) gpu.plan.context = greater(gpu.plan.context, length);
     gpu.shared_bytes = shape.shared, gpu.memory.now = on_now.there;
+    const int tile_of = dim <= 32   ? tile_rows<32>(gpu.plan.context, shape.shared)
+                        : dim <= 64 ? tile_rows<64>(gpu.plan.context, shape.shared)
+                                    : tile_rows<128>(gpu.plan.context, shape.shared);
+    const size_t columns = static_cast<size_t>(q_stride),
+                 parts = static_cast<size_t>(gpu.plan.sequences * parts_of(gpu.plan.context, tile_of));
+    const OnDevice<float> on_parts(std::vector<float>(parts * columns, NAN));
+    if (sums) a.parts = on_parts.there;
     CHECK_OK(gpu.allow_shared_on_tensor_cores());
     for (const bool backward : {false, true})
         if (dim <= 32) gpu.attention_on_tensor_cores<32>(a, backward);
@@ -502,8 +510,16 @@ void attend(const Shape& shape) {
     const double errors[] = {worst(on_y.read(), y_wanted, queries, width, y, false),
                              worst(on_dq.read(), dq_wanted, queries, q_stride, dq, shape.adds),
                              other ? worst(on_dk.read(), dk_wanted, keys, k_stride, dk, shape.adds) : 0.0};
-    printf("%-34s y off by %.1e, gradients by %.1e and %.1e\n", shape.name, errors[0], errors[1], errors[2]);
-    CHECK(errors[0] < 6e-3 && errors[1] < 8e-3 && errors[2] < 8e-3);
+    double sum_error = 0;
+    const std::vector<float> parts_made = on_parts.read();
+    for (size_t c = 0; c < columns && sums; ++c) {
+        double wanted = 0, size = 1e-9, made = 0;
+        for (size_t i = c; i < dq_wanted.size(); i += columns) wanted += dq_wanted[i], size += fabs(dq_wanted[i]);
+        for (size_t i = c; i < parts_made.size(); i += columns) made += static_cast<double>(parts_made[i]);
+        sum_error = fabs(made - wanted) <= 1e9 ? fmax(sum_error, fabs(made - wanted) / size) : 1e9;
+    }
+    printf("%-34s y off by %.1e, gradients by %.1e and %.1e, their sums by %.1e\n", shape.name, errors[0], errors[1], errors[2], sum_error);
+    CHECK(errors[0] < 6e-3 && errors[1] < 8e-3 && errors[2] < 8e-3 && sum_error < 2e-3);
     fflush(stdout);
 }
 TEST(attention_kernels, "attention in bf16 would not be the formula's in every shape") {
@@ -518,6 +534,7 @@ TEST(attention_kernels, "attention in bf16 would not be the formula's in every s
     attend({"attention: 3 tiles, all seen", 128, 1, 1, {90, 33}, {}, false, 0, 32 * 1040});
     attend({"attention: tiles of a source", 32, 2, 1, {20, 70}, {100, 40}, false, 0.1, 32 * 272});
     attend({"attention: longer than a tile", 32, 1, 1, {250}, {}});
+    attend({"attention: 2 tiles of 128 columns", 128, 2, 2, {90, 33, 7}, {}, true, 0, 64 * 1040});
 }
 // A norm of rows that lanes keep, and its sums: more rows than there are warps, and some beyond those that are there. x, dy and dx are of a type, what
 // is wanted is in double.
