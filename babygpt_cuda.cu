@@ -972,6 +972,18 @@ __global__ void __launch_bounds__(block_threads, norm_blocks<each>)
 
 // ---- sums over rows ----------------------------------------------------------------------------------------------------
 
+// To to[c] and on: a block's sums of columns c and on, of which each warp has a part of the rows, and the same lane of each the same columns.
+template <int size>
+__device__ __forceinline__ void leave_sums(float* to, float* shared, const float (&own)[static_cast<size_t>(size)], int c, int n) {
+    const int me = static_cast<int>(threadIdx.x);
+    for (int j = 0; j < size; ++j) shared[j * block_threads + me] = own[j];
+    __syncthreads();
+    for (int j = 0; j < size && me < warp && c < n; ++j) {
+        float sum = own[j];
+        for (int i = 1; i < block_warps; ++i) sum += shared[j * block_threads + i * warp + me];
+        to[c + j] = sum;
+    }
+}
 // db = the sum of dy's rows, dw = the sum of dy * h (x null: not wanted). A block has `size` columns a lane and a part of the rows, warp i of it every
 // 8th row; parts: [parts][n], of db, or [parts][2][n], of db and dw. dy's rows are `stride` apart. Real bytes: 1, 2 with dw.
 template <int size, class Real>
@@ -981,11 +993,11 @@ __global__ void sums_over_rows(float* parts, const Real* dy, int64_t stride, con
     BABYGPT_SHARED(float, b, (block_threads * size));
     BABYGPT_SHARED(float, w, (block_threads * size));
     const int rows = extent.now(now), count = static_cast<int>(gridDim.y), each = (rows + count - 1) / count;
-    const int from = static_cast<int>(blockIdx.y) * each, to = lesser(from + each, rows), me = static_cast<int>(threadIdx.x);
+    const int from = static_cast<int>(blockIdx.y) * each, to = lesser(from + each, rows);
     const int c = (static_cast<int>(blockIdx.x) * warp + lane()) * size;
     float sum_b[many] = {}, sum_w[many] = {};
     BABYGPT_UNROLL(4)
-    for (int row = from + me / warp; row < to; row += block_warps) {
+    for (int row = from + static_cast<int>(threadIdx.x) / warp; row < to; row += block_warps) {
         if (c >= n) continue;
         float d[many], h[many] = {};
         load(d, dy + row * stride + c);
@@ -994,16 +1006,9 @@ __global__ void sums_over_rows(float* parts, const Real* dy, int64_t stride, con
                     scale = x ? statistics[2 * static_cast<int64_t>(row) + 1] : 0.0f;
         for (int i = 0; i < size; ++i) sum_b[i] += d[i], sum_w[i] = fmaf(d[i], (h[i] - mean) * scale, sum_w[i]);
     }
-    for (int i = 0; i < size; ++i) b[i * block_threads + me] = sum_b[i], w[i * block_threads + me] = sum_w[i];
-    __syncthreads();
-    if (me >= warp || c >= n) return;
-    for (int j = 0; j < size; ++j) {
-        for (int i = 1; i < block_warps; ++i)
-            sum_b[j] += b[j * block_threads + i * warp + me], sum_w[j] += w[j * block_threads + i * warp + me];
-        float* const at = parts + (x ? 2 : 1) * static_cast<int64_t>(blockIdx.y) * n + c + j;
-        at[0] = sum_b[j];
-        if (x) at[n] = sum_w[j];
-    }
+    float* const own = parts + (x ? 2 : 1) * static_cast<int64_t>(blockIdx.y) * n;
+    leave_sums<size>(own, b, sum_b, c, n);
+    if (x) leave_sums<size>(own + n, w, sum_w, c, n);
 }
 // Sums that wait for being added: to[n] += that of `count` parts, which are `apart` floats from each other.
 struct RowSum {
@@ -1052,14 +1057,39 @@ __device__ __forceinline__ float activated(float x, Activation activation) {
     if (activation == Activation::relu) return x > 0 ? x : 0;
     return x;
 }
+// In 16 bits: as exact as these deserve.
+__device__ __forceinline__ float power_of_2(float x) {
+#if defined(__CUDA_ARCH__)
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
+}
+__device__ __forceinline__ float inverse(float x) {
+#if defined(__CUDA_ARCH__)
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return 1 / x;
+#endif
+}
+template <class Real>
+__device__ __forceinline__ float sigmoid(float x) {
+    if constexpr (sizeof(Real) == 2) return inverse(1 + power_of_2(x * -1.44269504f));
+    else return 1 / (1 + expf(-x));
+}
+template <class Real>
 __device__ __forceinline__ float activated_slope(float x, Activation activation) {
     if (activation == Activation::gelu) return fmaf(x * 0.39894228f, expf(-0.5f * x * x), 0.5f * (1 + erff(x * 0.70710678f)));
     if (activation == Activation::gelu_tanh) {
-        const float s = 1 / (1 + expf(-x * fmaf(0.07135481627f, x * x, 1.59576912161f)));
+        const float s = sigmoid<Real>(x * fmaf(0.07135481627f, x * x, 1.59576912161f));
         return fmaf(x * s * (1 - s), fmaf(0.21406444882f, x * x, 1.59576912161f), s);
     }
     if (activation == Activation::silu) {
-        const float s = 1 / (1 + expf(-x));
+        const float s = sigmoid<Real>(x);
         return fmaf(x * s, 1 - s, s);
     }
     return activation != Activation::relu || x > 0 ? 1.0f : 0.0f;
@@ -1078,9 +1108,40 @@ __global__ void activate_backward(Real* dy, const Real* before, const Now* now, 
     over_all<Real>(static_cast<int64_t>(now->rows[side]) * n, [&](int64_t i, auto size) {
         float d[size.many], x[size.many];
         load(d, dy + i), load(x, before + i);
-        for (int j = 0; j < size.value; ++j) d[j] *= activated_slope(x[j], activation);
+        for (int j = 0; j < size.value; ++j) d[j] *= activated_slope<Real>(x[j], activation);
         store(dy + i, d);
     });
+}
+// The same, and its sums over rows, as sums_over_rows leaves them: a lane has four columns. Real bytes: 3.
+template <class Real>
+__global__ void activate_backward_summing(Real* dy, float* parts, const Real* before, Extent extent, const Now* now, int n,
+                                          Activation activation) {
+    BABYGPT_SHARED(float, shared, (block_threads * 4));
+    const int rows = extent.now(now), count = static_cast<int>(gridDim.y), each = (rows + count - 1) / count;
+    const int from = static_cast<int>(blockIdx.y) * each, to = lesser(from + each, rows);
+    const int c = (static_cast<int>(blockIdx.x) * warp + lane()) * 4;
+    float sum[4] = {};
+    const auto over = [&](const auto& slope) {
+        constexpr int together = 4;  // rows of a warp, whose loads are under way at once
+        for (int first = from + static_cast<int>(threadIdx.x) / warp; first < to && c < n; first += together * block_warps) {
+            Raw<Real, 4> raw_d[together], raw_x[together];
+            BABYGPT_TIMES (k, together)
+                if (const int row = first + k * block_warps; row < to)
+                    raw_d[k] = raw<4>(dy + static_cast<int64_t>(row) * n + c),
+                    raw_x[k] = raw<4>(before + static_cast<int64_t>(row) * n + c);
+            BABYGPT_TIMES (k, together) {
+                const int row = first + k * block_warps;
+                if (row >= to) continue;
+                float d[4], x[4];
+                widen<Real>(d, raw_d[k]), widen<Real>(x, raw_x[k]);
+                for (int i = 0; i < 4; ++i) d[i] *= slope(x[i]), sum[i] += d[i];
+                store(dy + static_cast<int64_t>(row) * n + c, d);
+            }
+        }
+    };
+    if (activation == Activation::gelu_tanh) over([](float x) { return activated_slope<Real>(x, Activation::gelu_tanh); });
+    else over([&](float x) { return activated_slope<Real>(x, activation); });
+    leave_sums<4>(parts + static_cast<int64_t>(blockIdx.y) * n, shared, sum, c, n);
 }
 // y = activation(g) u, g and u the halves of a row of x
 template <class Real>
@@ -1104,7 +1165,7 @@ __global__ void gate_backward(Real* dx, const Real* dy, const Real* x, const Now
             load(d, dy + static_cast<int64_t>(row) * n + c), load(g, x + at + c), load(u, x + at + n + c);
             if (adds) load(dg, dx + at + c), load(du, dx + at + n + c);
             for (int i = 0; i < size.value; ++i) {
-                dg[i] += d[i] * u[i] * activated_slope(g[i], activation);
+                dg[i] += d[i] * u[i] * activated_slope<Real>(g[i], activation);
                 du[i] += d[i] * activated(g[i], activation);
             }
             store(dx + at + c, dg), store(dx + at + n + c, du);
@@ -1207,9 +1268,8 @@ __global__ void add_bias(Real* x, const Bias* bias, int64_t stride, Extent exten
         for (int c = lane(); c < n; c += warp)
             put(x + row * stride + c, static_cast<float>(x[row * stride + c]) + static_cast<float>(bias[c]));
 }
-// What comes after a product at once: tanh-GELU, of which `aux` keeps the argument where it is not null; or dy times its slope at `aux`.
-enum class Then : int32_t { nothing, gelu, slope };
-// C = A B + start + bias as above, `start` laid out as C. wide: C is float, and so is the bias; else both are Real.
+// C = A B + start + bias as above, `start` laid out as C. wide: C is float, and so is the bias; else both are Real. gelu: then tanh-GELU of that, of
+// which `aux` keeps the argument where it is not null. (Its slope, backward, the library makes slower within a product than a pass of its own does.)
 struct Matmul {
     void* c;
     int64_t c_stride;
@@ -1219,7 +1279,7 @@ struct Matmul {
     Extent rows, depth;
     int columns;
     const void* bias = nullptr;
-    Then then = Then::nothing;
+    bool gelu = false;
     void* aux = nullptr;  // [rows][columns]
 };
 // How the library multiplies one shape: found when it is first wanted, always its own first choice, so that a device makes the same bits each time.
@@ -1235,7 +1295,7 @@ struct Tensorial {
         const auto alike = [](const void* x, const void* y) { return (x == nullptr) == (y == nullptr); };
         return of.rows.size == m.rows.size && of.depth.size == m.depth.size && of.columns == m.columns && of.a_stride == m.a_stride &&
                of.b_stride == m.b_stride && of.c_stride == m.c_stride && of.a_along == m.a_along && of.b_along == m.b_along &&
-               of.wide == m.wide && of.then == m.then && alike(of.start, m.start) && alike(of.bias, m.bias) && alike(of.aux, m.aux);
+               of.wide == m.wide && of.gelu == m.gelu && alike(of.start, m.start) && alike(of.bias, m.bias) && alike(of.aux, m.aux);
     }
 };
 
@@ -1596,15 +1656,6 @@ __device__ __forceinline__ void multiply_tiles(float (&d)[4], const uint32_t (&a
     } else (void)d, (void)a, (void)upper, (void)lower;
 #else
     (void)d, (void)a, (void)upper, (void)lower;
-#endif
-}
-__device__ __forceinline__ float power_of_2(float x) {
-#if defined(__CUDA_ARCH__)
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#else
-    return exp2f(x);
 #endif
 }
 // Two sums of 16 x 8 that lie beside each other as the a of the next product.
@@ -2415,19 +2466,6 @@ struct Gpu {
     int64_t in_adapter(int index) const { return plan.adapter[static_cast<size_t>(index)].weight.offset; }
     int max_rows(const Op& op) const { return plan.max_rows[static_cast<int>(op.side)]; }
     bool runs_backward(const Op& op) const { return !at(op.y != nothing ? op.y : op.x).fixed; }
-    bool read_once(int tensor) const {
-        int readers = 0;
-        for (const Op& op : plan.ops) readers += (op.x == tensor) + (op.x2 == tensor);
-        return readers == 1;
-    }
-    // What cuBLASLt does with a product at once, backward: the slope of the activation function that made its x.
-    const Op* activation_before(const Op& op) const {
-        if (&op == plan.ops.begin() || !on_tensor_cores(plan) || op.kind != OpKind::linear || op.loras > 0 || op.adds_to_dx) return nullptr;
-        const Op* const maker = &op - 1;
-        const bool takes = maker->kind == OpKind::linear && maker->y == op.x && maker->activation == Activation::gelu_tanh &&
-                           runs_backward(*maker) && read_once(op.x);
-        return takes ? maker : nullptr;
-    }
 
     // ---- products ----
 
@@ -2462,7 +2500,7 @@ struct Gpu {
         if (!t) return;
         const float one = 1, beta = m.start ? 1.0f : 0.0f;
         // Alone, the product goes where the activation's argument is kept.
-        void* const to = t->alone && m.then == Then::gelu && m.aux ? m.aux : m.c;
+        void* const to = t->alone && m.gelu && m.aux ? m.aux : m.c;
         cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
         const auto point = [&](cublasLtMatmulDescAttributes_t which, const void* at) {
             if (status == CUBLAS_STATUS_SUCCESS && at) status = cublasLtMatmulDescSetAttribute(t->product, which, &at, sizeof at);
@@ -2481,12 +2519,9 @@ struct Gpu {
         else if (m.bias)
             over_rows(add_bias<Real, Real>, m.rows.size, static_cast<Real*>(to), static_cast<const Real*>(m.bias), m.c_stride, m.rows,
                       memory.now, m.columns);
-        if (m.then == Then::gelu)
+        if (m.gelu)
             over_elements(activate<Real>, all, static_cast<Real*>(m.c), static_cast<const Real*>(to), memory.now, m.rows.side, m.columns,
                           Activation::gelu_tanh);
-        else if (m.then == Then::slope)
-            over_elements(activate_backward<Real>, all, static_cast<Real*>(m.c), static_cast<const Real*>(m.aux), memory.now, m.rows.side,
-                          m.columns, Activation::gelu_tanh);
     }
     const Tensorial* tensorial(const Matmul& m);
     cublasStatus_t plan_product(Tensorial& t) const;
@@ -2633,16 +2668,14 @@ cublasStatus_t Gpu::plan_product(Tensorial& t) const {
                                 : plan.precision == Precision::fp16 ? CUDA_R_16F
                                                                     : CUDA_R_32F,
                          type_of_c = m.wide ? CUDA_R_32F : type;
-    const bool biased = m.bias && !t.alone;
-    const Then then = t.alone ? Then::nothing : m.then;
+    const bool biased = m.bias && !t.alone, gelu = m.gelu && !t.alone;
     const int32_t across_b = m.b_along ? CUBLAS_OP_T : CUBLAS_OP_N, across_a = m.a_along ? CUBLAS_OP_N : CUBLAS_OP_T,
-                  epilogue = then == Then::slope                     ? CUBLASLT_EPILOGUE_DGELU
-                             : then == Then::gelu && biased && m.aux ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS
-                             : then == Then::gelu && biased          ? CUBLASLT_EPILOGUE_GELU_BIAS
-                             : then == Then::gelu && m.aux           ? CUBLASLT_EPILOGUE_GELU_AUX
-                             : then == Then::gelu                    ? CUBLASLT_EPILOGUE_GELU
-                             : biased                                ? CUBLASLT_EPILOGUE_BIAS
-                                                                     : CUBLASLT_EPILOGUE_DEFAULT;
+                  epilogue = gelu && biased && m.aux ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS
+                             : gelu && biased        ? CUBLASLT_EPILOGUE_GELU_BIAS
+                             : gelu && m.aux         ? CUBLASLT_EPILOGUE_GELU_AUX
+                             : gelu                  ? CUBLASLT_EPILOGUE_GELU
+                             : biased                ? CUBLASLT_EPILOGUE_BIAS
+                                                     : CUBLASLT_EPILOGUE_DEFAULT;
     const uint64_t rows = static_cast<uint64_t>(m.rows.size), columns = static_cast<uint64_t>(m.columns),
                    depth = static_cast<uint64_t>(m.depth.size);
     const uint32_t alignment = 16;
@@ -2666,7 +2699,7 @@ cublasStatus_t Gpu::plan_product(Tensorial& t) const {
         set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &type_of_c, sizeof type_of_c);
         set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, &m.bias, sizeof m.bias);
     }
-    if (then != Then::nothing && m.aux) {
+    if (gelu && m.aux) {
         set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_stride, sizeof aux_stride);
         set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &m.aux, sizeof m.aux);
     }
@@ -2700,7 +2733,7 @@ const Tensorial* Gpu::tensorial(const Matmul& m) {
     if (t) {
         t->of = m;
         status = plan_product(*t);
-        if (status != CUBLAS_STATUS_SUCCESS && (m.bias || m.then != Then::nothing)) {
+        if (status != CUBLAS_STATUS_SUCCESS && (m.bias || m.gelu)) {
             destroy_plan(*t);
             t->alone = true;
             status = plan_product(*t);
@@ -2731,7 +2764,7 @@ void Gpu::linear_forward(const Op& op) {
         Matmul m{to,    op.out,         nullptr, side_of(x, all, op.in),    side_of_weight<Real>(op.w),
                  op.in, w_stride,       true,    plan.output_rows,          false,
                  all,   {op.in, -1, 0}, op.out,  bias_of<Real>(op.b, false)};
-        if (gelu) m.then = Then::gelu, m.aux = aux;
+        if (gelu) m.gelu = true, m.aux = aux;
         if (sum) m.c = values<Real>(sum->y), m.start = side_of(values<Real>(sum->x), all, op.out);
         multiply_fast<Real>(m);
     } else if constexpr (sizeof(Real) == 4)
@@ -2789,12 +2822,19 @@ void Gpu::linear_backward(const Op& op) {
     const int64_t w_stride = plan.output_rows ? op.in : op.out;
     Real *const dy = gradient<Real>(op.y), *const dx = gradient<Real>(op.x), *const x = values<Real>(op.x);
     float *const dw = weight_gradient(op.w), *const db = weight_gradient(op.b);
-    const Op* const next = &op + 1;
-    const bool taken = next != plan.ops.end() && activation_before(*next) == &op;
-    if (op.activation != Activation::none && !taken)
-        over_elements(activate_backward<Real>, static_cast<int64_t>(rows) * op.out, dy, values<Real>(op.aux), memory.now, side, op.out,
-                      op.activation);
-    if (db && op.bias_sum == nothing) sum_over_rows<Real>(db, nullptr, dy, op.out, nullptr, nullptr, all, op.out);
+    const bool activates = op.activation != Activation::none, sums = db && op.bias_sum == nothing;
+    if (activates && sums && op.out % 4 == 0) {
+        const int count = parts_of_rows(rows);
+        float* const parts = room_for_parts(static_cast<int64_t>(count) * op.out);
+        launch(activate_backward_summing<Real>, parts_of(op.out, 4 * warp), count, 0, dy, parts, values<Real>(op.aux), all, memory.now,
+               op.out, op.activation);
+        add_later(RowSum{db, parts, op.out, count, op.out});
+    } else {
+        if (activates)
+            over_elements(activate_backward<Real>, static_cast<int64_t>(rows) * op.out, dy, values<Real>(op.aux), memory.now, side, op.out,
+                          op.activation);
+        if (sums) sum_over_rows<Real>(db, nullptr, dy, op.out, nullptr, nullptr, all, op.out);
+    }
     const bool fast = on_tensor_cores(plan);
     if (fast && (dw || dx)) (void)side_of(dy, all, op.out);
     if (fast && dw) (void)side_of(x, all, op.in);
@@ -2815,7 +2855,6 @@ void Gpu::linear_backward(const Op& op) {
                  all,
                  {op.out, -1, 0},
                  op.in};
-        if (const Op* const maker = activation_before(op)) m.then = Then::slope, m.aux = values<Real>(maker->aux);
         multiply_fast<Real>(m);
     } else if constexpr (sizeof(Real) == 4) {
         if (dx)
