@@ -396,11 +396,13 @@ constexpr int most_parts = 512;     // of a sum over rows alone
 #ifdef BABYGPT_CUDA_EMULATOR
 constexpr int64_t scratch_logits = 1 << 12;  // tests are small, and shall see several chunks
 constexpr int64_t room_for_row_parts = 1 << 11;
+constexpr int times_tried = 2;
 constexpr size_t workspace_bytes = 4096;
 #else
 constexpr size_t workspace_bytes = size_t(32) << 20;  // what NVIDIA recommends for Hopper
 constexpr int64_t scratch_logits = 1 << 27;           // of the head, at once: so many rows that dW's own traffic does not count
-constexpr int64_t room_for_row_parts = 1 << 24;       // those of a step's ops, where they are not very many
+constexpr int times_tried = 4;
+constexpr int64_t room_for_row_parts = 1 << 24;  // those of a step's ops, where they are not very many
 #endif
 constexpr int square_blocks_there = 512;
 constexpr int sort_block = block_threads, digits = 256;
@@ -1262,6 +1264,16 @@ __global__ void clear_rest(Real* x, Extent extent, const Now* now, int64_t n) {
     const int64_t there = static_cast<int64_t>(extent.now(now)) * n, all = static_cast<int64_t>(extent.size) * n;
     for (int64_t i = there + first_element(); i < all; i += all_threads()) put(x + i, 0.0f);
 }
+// Of a matrix's bits, where they are not zeros: the sum over a warp's elements, which all are of 32 bits here. Over elements. 4 bytes.
+constexpr int hash_blocks = 64, hash_parts = hash_blocks * block_warps;
+static_assert(hash_parts * sizeof(uint64_t) <= workspace_bytes);
+__global__ void hash_matrix(uint64_t* parts, const uint32_t* from, int64_t n) {
+    uint64_t sum = 0;
+    for (int64_t i = first_element(); i < n; i += all_threads())
+        if (from[i] != 0) sum += mixed(static_cast<uint64_t>(i) << 32 ^ from[i]);
+    sum = warp_sum(sum);
+    if (lane() == 0) parts[first_row()] = sum;
+}
 template <class Real, class Bias>
 __global__ void add_bias(Real* x, const Bias* bias, int64_t stride, Extent extent, const Now* now, int n) {
     for (int row = first_row(); row < extent.now(now); row += all_warps())
@@ -1282,8 +1294,8 @@ struct Matmul {
     bool gelu = false;
     void* aux = nullptr;  // [rows][columns]
 };
-// How the library multiplies one shape: found when it is first wanted, always its own first choice, so that a device makes the same bits each time.
-// Where it does not do all of it in one, `alone` is set, and passes of their own follow.
+// How the library multiplies one shape: found when it is first wanted, as the library would or in a faster way that makes the same bits (Gpu::choose), so
+// that a device makes the same each time. Where it does not do all of it in one, `alone` is set, and passes of their own follow.
 struct Tensorial {
     Matmul of;  // its pointers say only whether there is something
     bool alone;
@@ -1291,6 +1303,8 @@ struct Tensorial {
     cublasLtMatrixLayout_t a, b, c;
     cublasLtMatmulHeuristicResult_t choice;
     Tensorial* next;
+    // Alone, the product goes where the activation's argument is kept.
+    void* place(const Matmul& m) const { return alone && m.gelu && m.aux ? m.aux : m.c; }
     bool fits(const Matmul& m) const {
         const auto alike = [](const void* x, const void* y) { return (x == nullptr) == (y == nullptr); };
         return of.rows.size == m.rows.size && of.depth.size == m.depth.size && of.columns == m.columns && of.a_stride == m.a_stride &&
@@ -2412,6 +2426,8 @@ struct Gpu {
     cublasStatus_t product_error = CUBLAS_STATUS_SUCCESS;
     cublasLtHandle_t library = nullptr;
     Tensorial* products = nullptr;  // those that have been wanted
+    cudaEvent_t trial[2] = {};      // before and after one that is tried
+    Status choosing;                // how that went
     RowSums waiting{};              // sums over rows, for being added: so many, whose parts take so much of their room
     int sums_waiting = 0;
     int64_t row_parts_used = 0;
@@ -2498,20 +2514,9 @@ struct Gpu {
     void multiply_fast(const Matmul& m) {
         const Tensorial* const t = walked_well().ok() ? tensorial(m) : nullptr;
         if (!t) return;
-        const float one = 1, beta = m.start ? 1.0f : 0.0f;
-        // Alone, the product goes where the activation's argument is kept.
-        void* const to = t->alone && m.gelu && m.aux ? m.aux : m.c;
-        cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
-        const auto point = [&](cublasLtMatmulDescAttributes_t which, const void* at) {
-            if (status == CUBLAS_STATUS_SUCCESS && at) status = cublasLtMatmulDescSetAttribute(t->product, which, &at, sizeof at);
-        };
-        if (!t->alone) point(CUBLASLT_MATMUL_DESC_BIAS_POINTER, m.bias), point(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, m.aux);
-        // The library's matrices stand in columns: their rows are our columns, its left side is our right one.
-        if (status == CUBLAS_STATUS_SUCCESS)
-            status = cublasLtMatmul(library, t->product, &one, m.b, t->b, m.a, t->a, &beta, m.start ? m.start : to, t->c, to, t->c,
-                                    &t->choice.algo, memory.workspace, workspace_bytes, stream);
-        product_error = status;
+        product_error = multiply_by(*t, m, t->choice.algo);
         if (!t->alone) return;
+        void* const to = t->place(m);
         const int64_t all = static_cast<int64_t>(m.rows.size) * m.columns;
         if (m.bias && m.wide)
             over_rows(add_bias<float, float>, m.rows.size, static_cast<float*>(to), static_cast<const float*>(m.bias), m.c_stride, m.rows,
@@ -2525,6 +2530,10 @@ struct Gpu {
     }
     const Tensorial* tensorial(const Matmul& m);
     cublasStatus_t plan_product(Tensorial& t) const;
+    cublasStatus_t ask_for_plans(const Tensorial& t, uint32_t schemes, cublasLtMatmulHeuristicResult_t* plans, int most, int& found) const;
+    cublasStatus_t multiply_by(const Tensorial& t, const Matmul& m, const cublasLtMatmulAlgo_t& way) const;
+    Status try_plan(const Tensorial& t, const Matmul& m, const cublasLtMatmulAlgo_t& way, float& least, uint64_t& hash);
+    Status choose(Tensorial& t, const Matmul& m);
 
     template <class A, class B, class C>
     void multiply(const Product<A, B, C>& p, bool a_along, bool b_along, int splits = 1) {
@@ -2620,6 +2629,7 @@ struct Gpu {
     void over_matrices(const F& f) const;
     void orthogonalise();
     Status walked_well() const {
+        if (!choosing.ok()) return choosing;
         if (product_error != CUBLAS_STATUS_SUCCESS) return trouble("cublasLtMatmul", product_error);
         return error == cudaSuccess ? Status() : trouble("cudaLaunchKernelEx", error);
     }
@@ -2678,17 +2688,11 @@ cublasStatus_t Gpu::plan_product(Tensorial& t) const {
                                                      : CUBLASLT_EPILOGUE_DEFAULT;
     const uint64_t rows = static_cast<uint64_t>(m.rows.size), columns = static_cast<uint64_t>(m.columns),
                    depth = static_cast<uint64_t>(m.depth.size);
-    const uint32_t alignment = 16;
     const int64_t aux_stride = m.columns;
-    const size_t space = workspace_bytes;
-    cublasLtMatmulPreference_t wish = nullptr;
     cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
     const auto after = [&](cublasStatus_t next) { status = status == CUBLAS_STATUS_SUCCESS ? next : status; };
     const auto set = [&](cublasLtMatmulDescAttributes_t which, const void* value, size_t size) {
         if (status == CUBLAS_STATUS_SUCCESS) status = cublasLtMatmulDescSetAttribute(t.product, which, value, size);
-    };
-    const auto ask = [&](cublasLtMatmulPreferenceAttributes_t which, const void* value, size_t size) {
-        if (status == CUBLAS_STATUS_SUCCESS) status = cublasLtMatmulPreferenceSetAttribute(wish, which, value, size);
     };
     after(cublasLtMatmulDescCreate(&t.product, plan.precision == Precision::tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F,
                                    CUDA_R_32F));
@@ -2706,17 +2710,86 @@ cublasStatus_t Gpu::plan_product(Tensorial& t) const {
     after(cublasLtMatrixLayoutCreate(&t.b, type, m.b_along ? depth : columns, m.b_along ? columns : depth, m.b_stride));
     after(cublasLtMatrixLayoutCreate(&t.a, type, m.a_along ? depth : rows, m.a_along ? rows : depth, m.a_stride));
     after(cublasLtMatrixLayoutCreate(&t.c, type_of_c, columns, rows, m.c_stride));
-    after(cublasLtMatmulPreferenceCreate(&wish));
-    ask(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &space, sizeof space);
+    int found = 0;
+    if (status == CUBLAS_STATUS_SUCCESS) status = ask_for_plans(t, CUBLASLT_REDUCTION_SCHEME_MASK, &t.choice, 1, found);
+    return status == CUBLAS_STATUS_SUCCESS && found == 0 ? CUBLAS_STATUS_NOT_SUPPORTED : status;
+}
+// The library's first plans, in its own order. schemes: how they may add what parts of the depth come to.
+cublasStatus_t Gpu::ask_for_plans(const Tensorial& t, uint32_t schemes, cublasLtMatmulHeuristicResult_t* plans, int most,
+                                  int& found) const {
+    const uint32_t alignment = 16;
+    const size_t space = workspace_bytes;
+    cublasLtMatmulPreference_t wish = nullptr;
+    cublasStatus_t status = cublasLtMatmulPreferenceCreate(&wish);
+    const auto want = [&](cublasLtMatmulPreferenceAttributes_t which, const void* value, size_t size) {
+        if (status == CUBLAS_STATUS_SUCCESS) status = cublasLtMatmulPreferenceSetAttribute(wish, which, value, size);
+    };
+    want(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &space, sizeof space);
+    want(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes, sizeof schemes);
     for (const auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
                              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
-        ask(which, &alignment, sizeof alignment);
-    int found = 0;
+        want(which, &alignment, sizeof alignment);
     if (status == CUBLAS_STATUS_SUCCESS)
-        status = cublasLtMatmulAlgoGetHeuristic(library, t.product, t.b, t.a, t.c, t.c, wish, 1, &t.choice, &found);
-    if (status == CUBLAS_STATUS_SUCCESS && found == 0) status = CUBLAS_STATUS_NOT_SUPPORTED;
+        status = cublasLtMatmulAlgoGetHeuristic(library, t.product, t.b, t.a, t.c, t.c, wish, most, plans, &found);
     if (wish) (void)cublasLtMatmulPreferenceDestroy(wish);
     return status;
+}
+cublasStatus_t Gpu::multiply_by(const Tensorial& t, const Matmul& m, const cublasLtMatmulAlgo_t& way) const {
+    const float one = 1, beta = m.start ? 1.0f : 0.0f;
+    void* const to = t.place(m);
+    cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
+    const auto point = [&](cublasLtMatmulDescAttributes_t which, const void* at) {
+        if (status == CUBLAS_STATUS_SUCCESS && at) status = cublasLtMatmulDescSetAttribute(t.product, which, &at, sizeof at);
+    };
+    if (!t.alone) point(CUBLASLT_MATMUL_DESC_BIAS_POINTER, m.bias), point(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, m.aux);
+    if (status != CUBLAS_STATUS_SUCCESS) return status;
+    // The library's matrices stand in columns: their rows are our columns, its left side is our right one.
+    return cublasLtMatmul(library, t.product, &one, m.b, t.b, m.a, t.a, &beta, m.start ? m.start : to, t.c, to, t.c, &way, memory.workspace,
+                          workspace_bytes, stream);
+}
+// The least of several times, in ms, and what the bits of the result come to; 0: the plan does not work.
+Status Gpu::try_plan(const Tensorial& t, const Matmul& m, const cublasLtMatmulAlgo_t& way, float& least, uint64_t& hash) {
+    least = INFINITY, hash = 0;
+    for (int i = 0; i < times_tried; ++i) {  // the first time it loads what it needs
+        float ms = 0;
+        BABYGPT_CUDA(cudaEventRecord(trial[0], stream));
+        if (multiply_by(t, m, way) != CUBLAS_STATUS_SUCCESS) return Status();
+        BABYGPT_CUDA(cudaEventRecord(trial[1], stream));
+        BABYGPT_CUDA(cudaStreamSynchronize(stream));
+        BABYGPT_CUDA(cudaEventElapsedTime(&ms, trial[0], trial[1]));
+        if (i > 0) least = lesser(least, ms);
+    }
+    uint64_t parts[hash_parts];
+    uint64_t* const there = reinterpret_cast<uint64_t*>(memory.workspace);
+    const int64_t words = static_cast<int64_t>(m.rows.size) * m.columns * (m.wide ? 4 : real_bytes(plan)) / 4;
+    for (const void* const matrix : {t.place(m), t.alone ? nullptr : m.aux}) {
+        if (!matrix) continue;
+        launch(hash_matrix, hash_blocks, 1, 0, there, static_cast<const uint32_t*>(matrix), words);
+        BABYGPT_CUDA_TRY(walked_well());
+        BABYGPT_CUDA(cudaMemcpyAsync(parts, there, sizeof parts, cudaMemcpyDeviceToHost, stream));
+        BABYGPT_CUDA(cudaStreamSynchronize(stream));
+        for (const uint64_t part : parts) hash += part;
+    }
+    return Status();
+}
+// Of the plans that add in one sequence the fastest that makes the bits which the library's own choice makes: so neither the times nor the choice
+// change a result. The product is made several times: not where it grows by it.
+Status Gpu::choose(Tensorial& t, const Matmul& m) {
+    if (m.start == m.c || m.c_stride != m.columns) return Status();
+    cublasLtMatmulHeuristicResult_t plans[8];
+    int found = 0;
+    const cublasStatus_t asked = ask_for_plans(t, CUBLASLT_REDUCTION_SCHEME_NONE, plans, 8, found);
+    if (asked != CUBLAS_STATUS_SUCCESS || found == 0) return Status();
+    for (cudaEvent_t& event : trial)
+        if (!event) BABYGPT_CUDA(cudaEventCreate(&event));
+    float least, ms;
+    uint64_t wanted, hash;
+    BABYGPT_CUDA_TRY(try_plan(t, m, t.choice.algo, least, wanted));
+    for (int i = 0; i < found; ++i) {
+        BABYGPT_CUDA_TRY(try_plan(t, m, plans[i].algo, ms, hash));
+        if (hash != 0 && hash == wanted && ms < least) t.choice = plans[i], least = ms;
+    }
+    return Status();
 }
 void destroy_plan(Tensorial& t) {
     if (t.product) (void)cublasLtMatmulDescDestroy(t.product);
@@ -2741,7 +2814,8 @@ const Tensorial* Gpu::tensorial(const Matmul& m) {
     }
     if (status == CUBLAS_STATUS_SUCCESS) {
         t->next = products, products = t;
-        return t;
+        (void)(choosing = choose(*t, m));  // nvcc wants that seen
+        return choosing.ok() ? t : nullptr;
     }
     if (t) destroy_plan(*t);
     delete t;
@@ -3243,7 +3317,7 @@ void Gpu::orthogonalise() {
     turn();
 }
 void Gpu::walk(int which, bool marked) {
-    error = cudaSuccess, product_error = CUBLAS_STATUS_SUCCESS;
+    error = cudaSuccess, product_error = CUBLAS_STATUS_SUCCESS, (void)(choosing = Status());
     with_real([&](auto real) { walk_tape<decltype(real)>(which > 0, marked); });
     if (which < 2) return;
     const int64_t n = learnt_block(plan);
@@ -4586,7 +4660,8 @@ void Gpu::destroy() {
         delete t;
     }
     if (library) (void)cublasLtDestroy(library);
-    if (sent) (void)cudaEventDestroy(sent);
+    for (cudaEvent_t event : {sent, trial[0], trial[1]})
+        if (event) (void)cudaEventDestroy(event);
     for (const Slot& one : slots)
         if (one.ended) (void)cudaEventDestroy(one.ended);
     for (int i = 0; i < marks_made; ++i) (void)cudaEventDestroy(marks[i]);

@@ -281,6 +281,30 @@ TEST(tensor_cores, "products in tf32 or bf16 would learn otherwise than in f32 b
     emulator::settings.major = 9;
 #endif
 }
+#ifndef ON_A_GPU
+TEST(chosen_plans, "a product would be made by a plan that is slower, or makes other bits, than another") {
+    Case c{"", small("gpt2"), some(3)};
+    c.precision = Precision::bf16, c.config.vocab = 40;
+    std::vector<float> first;
+    for (const bool differ : {false, true}) {
+        emulator::settings.plans_differ = differ;
+        Learner l;
+        StepResult r;
+        CHECK_OK(l.create(Backend::cuda, c));
+        CHECK_OK(l.trainer.step(r));  // they are tried
+        const emulator::Counts before = emulator::counts;
+        CHECK_OK(l.trainer.step(r));
+        CHECK_OK(l.trainer.fetch());
+        long by_plan[3];
+        for (int i = 0; i < 3; ++i) by_plan[i] = emulator::counts.by_plan[i] - before.by_plan[i];
+        printf("products by the library's first, second and third plan: %ld, %ld, %ld\n", by_plan[0], by_plan[1], by_plan[2]);
+        if (differ) CHECK(by_plan[0] == 5 && by_plan[1] == 0 && by_plan[2] == 10);  // the first are dW, which are never tried
+        else first.assign(l.model.weights, l.model.weights + l.model.block);
+        CHECK(memcmp(first.data(), l.model.weights, first.size() * sizeof(float)) == 0 && no_faults());
+    }
+    emulator::settings.plans_differ = false;
+}
+#endif
 TEST(muon, "Muon would learn otherwise on a GPU") {
     Case c{"Muon: gpt2, dropout", small("gpt2"), some(3)};
     c.how.optimizer = Optimizer::muon, c.how.beta1 = 0.9, c.steps = 3, c.tolerance = 1e-3;  // five rounds make much of rounding
