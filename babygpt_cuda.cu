@@ -1269,6 +1269,7 @@ constexpr int hash_blocks = 64, hash_parts = hash_blocks * block_warps;
 static_assert(hash_parts * sizeof(uint64_t) <= workspace_bytes);
 __global__ void hash_matrix(uint64_t* parts, const uint32_t* from, int64_t n) {
     uint64_t sum = 0;
+    BABYGPT_UNROLL(8)
     for (int64_t i = first_element(); i < n; i += all_threads())
         if (from[i] != 0) sum += mixed(static_cast<uint64_t>(i) << 32 ^ from[i]);
     sum = warp_sum(sum);
@@ -1350,6 +1351,7 @@ struct Attend {
     int rows;   // of a tile, on tensor cores
     float scale;
     bool causal, adds_q, adds_kv;
+    int resident;  // on tensor cores: blocks that run at once
     float* parts;  // null, or, on tensor cores, where the sums over rows of dq, dk and dv are left: [blocks / heads][3][heads * dim]
 };
 template <int T>
@@ -1621,6 +1623,33 @@ __device__ __forceinline__ void copy_rows_narrow(unsigned char* to, const Real* 
         copy_piece(to + piece_at<C>(i, piece), there ? from + i * stride + piece * 8 : from, there);
     }
 }
+// So many blocks share a processor whose shared memory has room for them.
+template <int C>
+constexpr int narrow_blocks(bool backward) {
+    return (C > 64 ? 1 : 2) + (backward ? 0 : 1);
+}
+// Blocks that begin at once load at once, and then compute at once, while the memory waits. So what the block needs that comes where this one is now, goes
+// to the L2 cache meanwhile: its tiles of queries and keys, of no rows where none comes.
+struct NextBlock {
+    int head, row, queries, key_row, keys;
+};
+template <class Real>
+__device__ __forceinline__ NextBlock next_block(const Attend<Real>& a, const Now* now, int heads) {
+    const int block = static_cast<int>(blockIdx.x) + a.resident, number = block / a.tiles / heads, first = block % a.tiles * a.rows;
+    if (number >= now->sequences) return NextBlock{};
+    const Place of = a.places[number], seen = a.seen[number];
+    return NextBlock{block / a.tiles % heads, of.row + first, lesser(a.rows, of.length - first), seen.row + first,
+                     lesser(a.rows, seen.length - first)};
+}
+template <class Real>
+__device__ __forceinline__ void rows_to_cache(const Real* from, int64_t stride, int count, int dim) {
+#if defined(__CUDA_ARCH__)
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += strip_threads)
+        for (int c = 0; c < dim; c += 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i * stride + c));
+#else
+    (void)from, (void)stride, (void)count, (void)dim;
+#endif
+}
 // Four tiles of 8 x 8. Lane l says where row l % 8 of tile l / 8 is, and gets, of each, row l / 4, columns 2 (l % 4) and the next; across: of its transpose.
 template <bool across>
 __device__ __forceinline__ void load_tiles(uint32_t (&to)[4], const unsigned char* row) {
@@ -1741,7 +1770,7 @@ __device__ __forceinline__ void add_rows_up(ColumnSums<C>& to, const StripSums<C
 // greater maximum comes (Milakov & Gimelshein 2018). 8 bytes for each element of y; where there are several tiles, keys and values again for
 // each, from the cache.
 template <int C, class Real>
-__global__ void __launch_bounds__(strip_threads, C > 64 ? 2 : 3) attention_forward_narrow(Attend<Real> a, const Now* now) {
+__global__ void __launch_bounds__(strip_threads, narrow_blocks<C>(false)) attention_forward_narrow(Attend<Real> a, const Now* now) {
     BABYGPT_DYNAMIC_SHARED(memory);
     constexpr int steps = C / 16, row_bytes = 2 * C;
     const int rows = a.rows, number = static_cast<int>(blockIdx.x) / a.tiles / a.heads,
@@ -1757,6 +1786,7 @@ __global__ void __launch_bounds__(strip_threads, C > 64 ? 2 : 3) attention_forwa
     const int g = lane() / 4, t = lane() % 4, strips = strips_of(lesser(rows, queries));
     const int by_rows = piece_at<C>(lane() % 16, lane() / 16), by_columns = piece_at<C>(lane() / 16 * 8 + lane() % 8, lane() / 8 % 2);
     const bool drops = now->drop_below != 0;
+    const NextBlock next = next_block(a, now, a.heads);
     const float unit = a.scale * 1.44269504089f;  // probabilities are powers of 2
     copy_rows_narrow<C>(q, a.q + row * a.q_stride + column, a.q_stride, rows, queries, a.dim);
     for (int i = static_cast<int>(threadIdx.x); drops && i < rows; i += strip_threads) drop_keys[i] = drop_key(now, a.side, a.op, row + i);
@@ -1774,6 +1804,12 @@ __global__ void __launch_bounds__(strip_threads, C > 64 ? 2 : 3) attention_forwa
                 copy_rows_narrow<C>(v, a.v + at, a.k_stride, rows, keys - part * rows, a.dim);
                 copies_arrive();
                 __syncthreads();
+                if (there < 0) {
+                    const int64_t key_column = static_cast<int64_t>(next.head / (a.heads / a.kv_heads)) * a.dim;
+                    rows_to_cache(a.q + next.row * a.q_stride + next.head * a.dim, a.q_stride, next.queries, a.dim);
+                    rows_to_cache(a.k + next.key_row * a.k_stride + key_column, a.k_stride, next.keys, a.dim);
+                    rows_to_cache(a.v + next.key_row * a.k_stride + key_column, a.k_stride, next.keys, a.dim);
+                }
                 there = part;
             }
             if (!works) continue;
@@ -1887,7 +1923,7 @@ __device__ __forceinline__ void score_gradient(float& s, float& dp, float unit, 
 // through the keys that they see. A tile that is there already is not loaded again. Where a.parts is there, no heads share keys and nothing is added
 // to, and it leaves the sums over its rows, too. 16 bytes for each element of q where one tile is all.
 template <int C, class Real>
-__global__ void __launch_bounds__(strip_threads, C > 64 ? 1 : 2) attention_backward_narrow(Attend<Real> a, const Now* now) {
+__global__ void __launch_bounds__(strip_threads, narrow_blocks<C>(true)) attention_backward_narrow(Attend<Real> a, const Now* now) {
     BABYGPT_DYNAMIC_SHARED(memory);
     constexpr int steps = C / 16, row_bytes = 2 * C;
     constexpr bool holds = C <= 64;  // a strip in registers; otherwise it is loaded for each product
@@ -1910,6 +1946,7 @@ __global__ void __launch_bounds__(strip_threads, C > 64 ? 1 : 2) attention_backw
     const int by_rows = piece_at<C>(lane() % 16, lane() / 16), by_columns = piece_at<C>(lane() / 16 * 8 + lane() % 8, lane() / 8 % 2);
     const bool drops = now->drop_below != 0;
     const float unit = a.scale * 1.44269504089f;
+    const NextBlock next = next_block(a, now, a.kv_heads);
     int keys_there = -1, queries_there = -1, head_there = -1;
     const auto load = [&](int key_tile, int query_tile, int head) {
         const bool new_keys = key_tile != keys_there, new_queries = query_tile != queries_there || head != head_there;
@@ -1928,6 +1965,12 @@ __global__ void __launch_bounds__(strip_threads, C > 64 ? 1 : 2) attention_backw
     };
 
     const int first_head = kv_head * group, some_keys = lesser(rows, keys - chunk * rows), key_strips = strips_of(some_keys);
+    if (key_strips > 0 && (a.causal ? chunk : 0) * rows < queries) load(chunk, a.causal ? chunk : 0, first_head);
+    const int64_t query_column = static_cast<int64_t>(next.head) * group * a.dim, key_column = static_cast<int64_t>(next.head) * a.dim;
+    rows_to_cache(a.k + next.key_row * a.k_stride + key_column, a.k_stride, next.keys, a.dim);
+    rows_to_cache(a.v + next.key_row * a.k_stride + key_column, a.k_stride, next.keys, a.dim);
+    rows_to_cache(a.q + next.row * a.q_stride + query_column, a.q_stride, next.queries, a.dim);
+    rows_to_cache(a.dy + next.row * width + query_column, width, next.queries, a.dim);
     for (int pass = 0; pass * strip_warps < key_strips; ++pass) {
         const int number_of_strip = strip_of(pass, key_strips), first = number_of_strip * strip, from = a.causal ? chunk : 0;
         const bool works = number_of_strip < key_strips;
@@ -3104,6 +3147,7 @@ template <int C, class Real>
 void Gpu::attention_on_tensor_cores(Attend<Real> a, bool backward, float* bias_gradient) {
     a.rows = tile_rows<C>(plan.context, shared_bytes), a.tiles = static_cast<int>(parts_of(plan.context, a.rows));
     const int64_t heads = static_cast<int64_t>(plan.sequences) * a.tiles * (backward ? a.kv_heads : a.heads);
+    a.resident = processors * narrow_blocks<C>(backward);
     const int count = plan.sequences * a.tiles, n = 3 * a.heads * a.dim;
     if (bias_gradient) a.parts = room_for_parts(static_cast<int64_t>(count) * n);
     launch_of(strip_threads, backward ? attention_backward_narrow<C, Real> : attention_forward_narrow<C, Real>, heads, 1,
