@@ -696,6 +696,34 @@ TEST(talking, "a token read with the KV cache gives other logits than the whole 
     }
 }
 
+TEST(waiting, "a worker would have to be woken for the next job while this one is done, or keep a core busy when there is none") {
+    Runtime runtime;
+    runtime.threads = 2;
+    start_pool(runtime);
+    if (!pool_of(runtime)) SKIP("there is one core");
+    Pool& pool = *pool_of(runtime);
+    const auto after = [](double seconds, const auto& ready) {
+        const double start = seconds_now();
+        while (!ready() && seconds_now() - start < seconds) Pool::yield();
+        return seconds_now() - start;
+    };
+    static thread_local int of_thread;
+    const int* const caller = &of_thread;
+    bool awake = false;
+    for (int tries = 0; tries < 20 && !awake; ++tries) {  // once the machine lets both run at a time
+        std::atomic<int> began{0};
+        parallel(runtime, 2, [&](int) {
+            began.fetch_add(1);
+            if (&of_thread != caller) return;
+            after(1, [&] { return began.fetch_add(0) > 1; });
+            awake = after(10 * spin_seconds, [] { return false; }) < open_job_seconds / 2 && pool.sleeping.fetch_add(0) == 0;
+        });
+    }
+    CHECK(awake);
+    after(10, [&] { return pool.sleeping.fetch_add(0) == 1; });
+    CHECK(pool.sleeping.fetch_add(0) == 1);
+}
+
 TEST(speed, "a compiler no longer makes vectors of the kernels") {
     Runtime runtime;
     runtime.threads = 1;
