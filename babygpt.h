@@ -7927,7 +7927,7 @@ inline void pack_all(const BackendFunctions& backend, Runtime& runtime, const Ta
     }
 }
 // Null: not built into this program. With Backend::cuda: what the processor does beside the device.
-const BackendFunctions* find_backend(const Runtime& runtime);
+const BackendFunctions* find_backend(const Runtime& runtime, bool training = false);
 // Null: the backend's memory is the processor's own.
 inline const DeviceFunctions* find_device(const Runtime& runtime) {
     const DeviceFunctions* device = nullptr;
@@ -10145,12 +10145,15 @@ namespace {
 
 // ---- on a device -----------------------------------------------------------------------------------------------------------
 
+// Whether the processor trains with products of numbers in bf16.
+inline bool rounds(const Runtime& runtime) { return runtime.backend == Backend::cpu && runtime.precision == Precision::bf16; }
+
 inline void choose_device(TrainerState& s, const Runtime& runtime) {
     s.on = find_device(runtime);
     s.tape.on_device = s.on != nullptr;
     s.tape.halves = s.on && (runtime.precision == Precision::bf16 || runtime.precision == Precision::fp16);
     s.tape.makes_sums = s.on && runtime.precision != Precision::f32;
-    s.tape.rounds = runtime.backend == Backend::cpu && runtime.precision == Precision::bf16;
+    s.tape.rounds = rounds(runtime);
 }
 // Nothing is copied before somebody looks: then the weights come back.
 BABYGPT_RARE Status give_back(const Borrowed& borrowed) {
@@ -10293,8 +10296,8 @@ Status check_batch(int batch, int context) {
     return fail(Error::invalid_argument, "batch is ", batch, ", but batch * context must be from 1 to ", max_rows);
 }
 
-Status backend_for(const Runtime& runtime, const BackendFunctions*& backend) {
-    backend = find_backend(runtime);
+Status backend_for(const Runtime& runtime, const BackendFunctions*& backend, bool training = false) {
+    backend = find_backend(runtime, training);
     if (backend) return Status();
     return fail(Error::not_built,
                 "this program was built without CUDA: add babygpt_cuda.cu to its compile line, or choose the backend cpu");
@@ -10358,7 +10361,7 @@ Status fill(Trainer& trainer, Runtime& from, const Model& of, Adapter* adapter, 
     if (config.warmup < 0) config.warmup = least<int64_t>(100, config.steps / 10);
     if (config.evaluate_every <= 0) config.evaluate_every = most<int64_t>(1, config.steps / 20);
     const BackendFunctions* backend;
-    BABYGPT_TRY(backend_for(from, backend));
+    BABYGPT_TRY(backend_for(from, backend, true));
     trainer.runtime = &from;
     TrainerState* const state = trainer.state = create<TrainerState>(from, from);
     if (!state) return out_of_memory(sizeof(TrainerState));
@@ -15919,7 +15922,7 @@ struct Products {
     }
 
     // Rows from `row` on, at most row_block, and columns [column, end) of C (whole panels of B, except the last).
-    // a: panels, each [p.depth][tile_rows], of all rows (and all is float); null: A runs along its rows, and is read where it is.
+    // a: panels, each [p.depth][tile_rows], of these rows (and all is float); null: A runs along its rows, and is read where it is.
     // b: panels, each [p.depth][tile_columns], of all columns.
     static BABYGPT_INLINE void block(const Product& p, const float* a, const float* b, int row, int column, int end) {
         const int64_t apart = panel_floats(p.dtype, p.depth);
@@ -15941,7 +15944,7 @@ struct Products {
                 for (int r = 0, height; r < rows; r += height) {
                     const int tall = a ? tile_rows : rows_of_tile(rows - r);
                     height = least(tall, rows - r);
-                    const float* from = a ? a + static_cast<int64_t>(row + r) * p.depth + static_cast<int64_t>(k0) * tile_rows
+                    const float* from = a                ? a + static_cast<int64_t>(r) * p.depth + static_cast<int64_t>(k0) * tile_rows
                                         : height == tall ? p.a.element(k0, row + r)
                                                          : last_rows;
                     const int64_t a_row = height == tall ? p.a.stride : depth;
@@ -17416,7 +17419,8 @@ BABYGPT_INLINE void update_part(const Update& u, int from, int to) {
 struct ProductKernels {
     const char* name;
     int tile_rows, tile_columns, numbers, depth_unit;
-    bool packs_a;  // always, not only where its depth runs down
+    bool packs_a;         // always, not only where its depth runs down
+    int64_t most_panels;  // floats of B's panels at a time, which each thread keeps in its second cache; 0: as many as there is room for
     void (*pack_a)(float* to, const Factor& a, int row, int depth, int rows);
     void (*pack_b)(float* to, const Factor& b, int column, int depth, int columns);
     void (*block)(const Product& p, const float* a, const float* b, int row, int column, int end);
@@ -17493,8 +17497,8 @@ struct Kernels {
         target static double ceiling(int64_t rounds, float* result) { return Products<Set>::ceiling(rounds, result); }                     \
         static constexpr int height = Products<Set>::tile_rows, width = Products<Set>::tile_columns;                                       \
         static constexpr Kernels table = {name,                                                                                            \
-                                          {name, height, width, 1, 1, false, &pack_a, &pack_b, &block, &ceiling},                          \
-                                          {name, height, width, 1, 1, true, &pack_rounded_a, &pack_rounded_b, &block, &ceiling},           \
+                                          {name, height, width, 1, 1, false, 0, &pack_a, &pack_b, &block, &ceiling},                       \
+                                          {name, height, width, 1, 1, true, 0, &pack_rounded_a, &pack_rounded_b, &block, &ceiling},        \
                                           &Rows<Set>::attention_scratch,                                                                   \
                                           &panel_floats,                                                                                   \
                                           &pack_weights,                                                                                   \
@@ -17552,7 +17556,8 @@ BABYGPT_UNHURRIED_END
         }                                                                                                                            \
         target static double ceiling(int64_t rounds, float* result) { return Pairs<Set>::ceiling(rounds, result); }                  \
         static constexpr int height = Products<Set>::tile_rows, width = Products<Set>::tile_columns;                                 \
-        static constexpr ProductKernels table = {name, height, width, 2, Set::depth_unit, true, &pack_a, &pack_b, &block, &ceiling}; \
+        static constexpr ProductKernels table = {name,    height,  width,  2,       Set::depth_unit, true, Set::tiles ? 3 << 17 : 0, \
+                                                 &pack_a, &pack_b, &block, &ceiling};                                                \
     };
 
 #if BABYGPT_TILES
@@ -17596,25 +17601,14 @@ BABYGPT_RARE inline bool has_tiles() {
     return (d & bf16) && (d & tiles) && syscall(arch_prctl, ask_permission, tile_data) == 0;
 }
 #endif
-// The fastest way to multiply factors in bf16. By the kind of processor, not by measuring, so that it is the same every time.
-BABYGPT_RARE inline const ProductKernels& rounding_products(const Kernels& kernels) {
-#if BABYGPT_TILES
-    if (&kernels == &KernelsAvx512::table && has_tiles()) return TileProducts::table;
-#endif
-#if BABYGPT_PAIRS
-    if (&kernels == &KernelsAvx512::table && __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16")) return PairProducts::table;
-#endif
-    return kernels.rounded;
-}
-
 // ---- walking the tape ----------------------------------------------------------------------------------------------------
 
 // How the scratch of a tape is divided.
 struct Scratch {
-    int64_t a_panels, panels;  // the packed factors of a product, for all threads
-    int64_t logits;            // a chunk of rows of them
-    int64_t slot;              // each thread's own
-    int chunk;                 // rows of the chunk
+    int64_t panels;  // the packed right factor of a product, for all threads
+    int64_t logits;  // a chunk of rows of them
+    int64_t slot;    // each thread's own: attention's, or rows of a left factor, packed
+    int chunk;       // rows of the chunk
     Scratch(const Kernels& kernels, const Tape& tape) {
         // Logits at a time: in training, W and its gradient are read once a chunk, so that many rows are better than few.
         const int64_t wide = round_up(tape.head_out, column_group), some = int64_t(1) << 18, many = int64_t(1) << 23;
@@ -17625,8 +17619,7 @@ struct Scratch {
         logits = round_up<int64_t>(chunk * wide, 16);
         // In training little enough for a shared cache; running, the weights are packed before.
         panels = tape.training ? most(1 << 20, 512 * tape.width) : 2 * depth_block * kernels.exact.tile_columns;
-        a_panels = tape.training ? 1 << 19 : 0;
-        slot = 16;
+        slot = tape.training ? row_block * 2048 : 16;
         for (const Op& op : tape.ops)
             if (op.kind == OpKind::attention) slot = most(slot, kernels.attention_scratch(tape.context, op.dim(), tape.training));
     }
@@ -17642,7 +17635,7 @@ struct Walk {
     const Scratch scratch;
     const ProductKernels& learning;  // of the products with weights that are not packed
     const int threads;
-    float *a_panels, *panels, *logits, *slots;
+    float *panels, *logits, *slots;
 
     Walk(const Kernels& kernels_, Runtime& runtime_, const Tape& tape_, const Regions<float>& r_, const Run& run_)
         : kernels(kernels_),
@@ -17651,29 +17644,28 @@ struct Walk {
           r(r_),
           run(run_),
           scratch(kernels_, tape_),
-          learning(tape_.rounds && tape_.training ? rounding_products(kernels_) : kernels_.exact),
+          learning(tape_.rounds && tape_.training ? kernels_.rounded : kernels_.exact),
           threads(r_.threads > 0 ? r_.threads : runtime_.thread_count()),
-          a_panels(r_.scratch),
-          panels(a_panels + scratch.a_panels),
+          panels(r_.scratch),
           logits(panels + scratch.panels),
           slots(logits + scratch.logits) {}
 
-    // f(item, space) for each item, on the threads; space is the thread's own.
+    // f(item, worker) for each item, on the threads.
     template <class F>
     void divide(int items, const F& f) const {
         const int workers = least(threads, items);
         if (workers <= 1) {
-            for (int i = 0; i < items; ++i) f(i, slots);
+            for (int i = 0; i < items; ++i) f(i, 0);
             return;
         }
         std::atomic<int> next[max_threads];  // exchange: store is a function of the standard library's, which would stay in the object file
         for (int w = 0; w < workers; ++w) next[w].exchange(w * items / workers, std::memory_order_relaxed);
         parallel(runtime, workers, [&](int worker) {
             for (int w = worker, tried = 0; tried < workers; ++tried, w = (w + 1) % workers)
-                for (int i; (i = next[w].fetch_add(1, std::memory_order_relaxed)) < (w + 1) * items / workers;)
-                    f(i, slots + worker * scratch.slot);
+                for (int i; (i = next[w].fetch_add(1, std::memory_order_relaxed)) < (w + 1) * items / workers;) f(i, worker);
         });
     }
+    float* slot(int worker) const { return slots + worker * scratch.slot; }
     static constexpr int64_t least_cost = 1 << 14;  // what takes fewer multiply-adds is done before another thread has noticed
     // f(from, to, space) for ranges of `units` that cost about `cost` multiply-adds each.
     template <class F>
@@ -17681,7 +17673,7 @@ struct Walk {
         const int64_t worth = most(units * cost / least_cost, int64_t(1));
         const int64_t items = least(worth, static_cast<int64_t>(least(units, 8 * threads)));
         divide(static_cast<int>(items),
-               [&](int i, float* space) { f(static_cast<int>(i * units / items), static_cast<int>((i + 1) * units / items), space); });
+               [&](int i, int worker) { f(static_cast<int>(i * units / items), static_cast<int>((i + 1) * units / items), slot(worker)); });
     }
     void share_forward(const Work& work, int units, int64_t cost) const {
         share(units, cost, [&](int from, int to, float*) { kernels.forward(work, from, to); });
@@ -17696,11 +17688,13 @@ struct Walk {
 
     // ---- products ----
 
-    // With B in panels, and A where `a` is not null. diagonal: what is to be added to a row to make it the column on the whole product's diagonal.
-    void multiply(const ProductKernels& by, const Product& p, const float* a, const float* b, int diagonal = 0) const {
+    // With B in panels. Each thread packs the rows of A that it multiplies, `packs_a` numbers deep, into its own memory; 0: A is read where it
+    // is. diagonal: what is to be added to a row to make it the column on the whole product's diagonal.
+    void multiply(const ProductKernels& by, const Product& p, const float* b, int packs_a = 0, int diagonal = 0) const {
         const int columns = by.tile_columns;
         const int all_panels = (p.columns + columns - 1) / columns;
-        if (p.rows < 4 && !a && !p.is_symmetric) {  // memory sets the speed: best if each thread reads the same weights for every token
+        if (p.rows < 4 && packs_a == 0 &&
+            !p.is_symmetric) {  // memory sets the speed: best if each thread reads the same weights for every token
             const int units = (all_panels + 3) / 4, unit = 4 * columns;
             const int64_t worth = most(static_cast<int64_t>(p.depth) * p.columns / least_cost, int64_t(1));
             const int workers = static_cast<int>(least(worth, static_cast<int64_t>(least(threads, units))));
@@ -17719,47 +17713,49 @@ struct Walk {
         const int row_blocks = (p.rows + row_block - 1) / row_block;
         const bool is_small = static_cast<int64_t>(p.rows) * p.columns * p.depth < 1 << 17;
         const int groups = is_small || threads == 1 ? 1 : least((8 * threads + row_blocks - 1) / row_blocks, (all_panels + 3) / 4);
-        divide(row_blocks * groups, [&](int i, float*) {
+        int packed_row[max_threads];
+        for (int w = 0; w < threads; ++w) packed_row[w] = -1;
+        divide(row_blocks * groups, [&](int i, int worker) {
             const int64_t group = i % groups;
             const int row = i / groups * row_block, left = p.is_symmetric ? most(row + diagonal, 0) / columns : 0;
             const int from = most(left, static_cast<int>(group * all_panels / groups)),
                       to = static_cast<int>((group + 1) * all_panels / groups);
-            if (from < to) by.block(p, a, b, row, from * columns, least(to * columns, p.columns));
+            if (from >= to) return;
+            float* a = packs_a > 0 ? slot(worker) : nullptr;
+            if (a && packed_row[worker] != row) {
+                for (int k = 0; k < least(row_block, p.rows - row); k += by.tile_rows)
+                    by.pack_a(a + static_cast<int64_t>(k) * p.depth, p.a, row + k, packs_a, p.rows);
+                packed_row[worker] = row;
+            }
+            by.block(p, a, b, row, from * columns, least(to * columns, p.columns));
         });
     }
-    // The factors are packed here, in pieces that fit: all columns at a time where they are not too many, then as deep as there is room.
+    // B is packed here, in pieces that fit: all columns at a time where they are not too many, then as deep as there is room.
     void product(const Product& all) const { product(kernels.exact, all); }
     void product(const ProductKernels& by, const Product& all) const {
-        const int height = by.tile_rows, width = by.tile_columns, words = by.words(all.depth);
+        const int width = by.tile_columns, words = by.words(all.depth);
         const bool packs_a = by.packs_a || (all.a.runs == down && all.rows > 1);
-        const int64_t deep = least(words, 2 * depth_block);
-        const int wide = static_cast<int>(least<int64_t>(round_up(all.columns, width), scratch.panels / deep / width * width));
-        const int tall =
-            static_cast<int>(packs_a ? least<int64_t>(round_up(all.rows, height), scratch.a_panels / deep / height * height) : all.rows);
-        const int64_t room = least(scratch.panels / wide, packs_a ? scratch.a_panels / tall : static_cast<int64_t>(INT64_MAX));
+        const int64_t space = by.most_panels ? by.most_panels : scratch.panels, deep = least(words, 2 * depth_block);
+        const int wide = static_cast<int>(least<int64_t>(round_up(all.columns, width), space / deep / width * width));
+        const int64_t room = least(space / wide, packs_a ? scratch.slot / row_block : static_cast<int64_t>(INT64_MAX));
         const int64_t whole = room / by.depth_unit * by.depth_unit, pieces = (words + whole - 1) / whole;
         const int piece = round_up(static_cast<int>((words + pieces - 1) / pieces), by.depth_unit), depth = piece * by.numbers;
         Product p = all;
         for (int column = 0; column < all.columns; column += wide)
-            for (int k = 0; k < all.depth; k += depth)
-                for (int row = 0; row < all.rows; row += tall) {
-                    const int deepness = least(depth, all.depth - k);
-                    p.rows = least(tall, all.rows - row), p.columns = least(wide, all.columns - column), p.depth = by.words(deepness);
-                    p.c = all.c + row * all.c_stride + column;
-                    p.start = k ? p.c : all.start ? all.start + row * all.start_stride + column : nullptr;
-                    p.start_stride = k ? all.c_stride : all.start_stride;
-                    p.a.at = all.a.element(k, row);
-                    p.b.at = all.b.element(k, column);
-                    const int a_units = packs_a ? (p.rows + height - 1) / height : 0, b_units = row ? 0 : (p.columns + width - 1) / width;
-                    share(a_units + b_units, static_cast<int64_t>(p.depth) * width, [&](int from, int to, float*) {
-                        for (int i = from; i < to; ++i) {
-                            const int a_row = i * height, b_column = (i - a_units) * width;
-                            if (i < a_units) by.pack_a(a_panels + static_cast<int64_t>(a_row) * p.depth, p.a, a_row, deepness, p.rows);
-                            else by.pack_b(panels + static_cast<int64_t>(b_column) * p.depth, p.b, b_column, deepness, p.columns);
-                        }
-                    });
-                    multiply(by, p, packs_a ? a_panels : nullptr, panels, row - column);
-                }
+            for (int k = 0; k < all.depth; k += depth) {
+                const int deepness = least(depth, all.depth - k);
+                p.columns = least(wide, all.columns - column), p.depth = by.words(deepness);
+                p.c = all.c + column;
+                p.start = k ? p.c : all.start ? all.start + column : nullptr;
+                p.start_stride = k ? all.c_stride : all.start_stride;
+                p.a.at = all.a.element(k, 0);
+                p.b.at = all.b.element(k, column);
+                share((p.columns + width - 1) / width, static_cast<int64_t>(p.depth) * width, [&](int from, int to, float*) {
+                    for (int i = from; i < to; ++i)
+                        by.pack_b(panels + static_cast<int64_t>(i) * width * p.depth, p.b, i * width, deepness, p.columns);
+                });
+                multiply(by, p, panels, packs_a ? deepness : 0, -column);
+            }
     }
 
     // ---- ops ----
@@ -17802,7 +17798,7 @@ struct Walk {
         const float* ready = packed(number);
         if (!ready) return product(learning, p);
         p.dtype = tape.dtype;
-        multiply(kernels.exact, p, nullptr, ready);
+        multiply(kernels.exact, p, ready);
     }
 
     void forward(int number) const {
@@ -17973,7 +17969,7 @@ struct Walk {
 
     BABYGPT_CALL static int64_t scratch_size(const Kernels& kernels, const Tape& tape, int threads) {
         const Scratch s(kernels, tape);
-        return s.a_panels + s.panels + s.logits + threads * s.slot;
+        return s.panels + s.logits + threads * s.slot;
     }
     BABYGPT_CALL static void pack(const Kernels& kernels, Runtime& runtime, const Tape& tape, const Op& op, const float* w, float* to) {
         const int columns = kernels.exact.tile_columns;
@@ -18055,30 +18051,52 @@ struct Choice {
     const Kernels* kernels;
     const BackendFunctions* functions;
 };
+template <const Kernels& kernels>
+constexpr Choice these() {
+    return {&kernels, &Fast<kernels>::functions};
+}
+// Products of factors in bf16, where a processor is fast at them; by its kind, not by measuring, so that it is the same every time.
+constexpr Kernels with_rounded(Kernels kernels, const ProductKernels& products) {
+    kernels.rounded = products;
+    return kernels;
+}
+#if BABYGPT_TILES
+constexpr Kernels kernels_of_tiles = with_rounded(KernelsAvx512::table, TileProducts::table);
+#endif
+#if BABYGPT_PAIRS
+constexpr Kernels kernels_of_pairs = with_rounded(KernelsAvx512::table, PairProducts::table);
+#endif
 // What was asked for, or else the best that this machine has.
-inline Choice choose(Isa wanted) {
+inline Choice choose(Isa wanted, bool rounding = false) {
+    (void)wanted, (void)rounding;
 #if BABYGPT_WIDE
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && (wanted == Isa::automatic || wanted == Isa::avx512))
-        return {&KernelsAvx512::table, &Fast<KernelsAvx512::table>::functions};
-    if (avx2 && wanted != Isa::sse2 && wanted != Isa::portable) return {&KernelsAvx2::table, &Fast<KernelsAvx2::table>::functions};
+    if (avx512 && (wanted == Isa::automatic || wanted == Isa::avx512)) {
+#if BABYGPT_TILES
+        if (rounding && has_tiles()) return these<kernels_of_tiles>();
 #endif
-    (void)wanted;
-    return {&KernelsPortable::table, &Fast<KernelsPortable::table>::functions};
+#if BABYGPT_PAIRS
+        if (rounding && __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16")) return these<kernels_of_pairs>();
+#endif
+        return these<KernelsAvx512::table>();
+    }
+    if (avx2 && wanted != Isa::sse2 && wanted != Isa::portable) return these<KernelsAvx2::table>();
+#endif
+    return these<KernelsPortable::table>();
 }
 
 // Those of training.
 inline const ProductKernels& products_of(const Runtime& runtime) {
-    const Kernels& kernels = *choose(runtime.isa).kernels;
-    return runtime.backend == Backend::cpu && runtime.precision == Precision::bf16 ? rounding_products(kernels) : kernels.exact;
+    const Kernels& kernels = *choose(runtime.isa, rounds(runtime)).kernels;
+    return rounds(runtime) ? kernels.rounded : kernels.exact;
 }
 
-const BackendFunctions* find_backend(const Runtime& runtime) {
+const BackendFunctions* find_backend(const Runtime& runtime, bool training) {
     if (runtime.backend == Backend::cuda && !find_device(runtime)) return nullptr;
-    return runtime.backend == Backend::plain ? plain_backend() : choose(runtime.isa).functions;
+    return runtime.backend == Backend::plain ? plain_backend() : choose(runtime.isa, training && rounds(runtime)).functions;
 }
 
 }  // namespace

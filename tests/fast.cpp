@@ -270,7 +270,7 @@ TEST(products, "a product of matrices is wrong, or adds in another order") {
                     for (int row = 0; row < rows; row += row_block) {
                         for (int i = row; i < least(row + row_block, rows) && !a_across; i += kernels.exact.tile_rows)
                             kernels.exact.pack_a(a_panels.items + i * depth, fa, i, depth, rows);
-                        kernels.exact.block(p, a_across ? nullptr : a_panels.items, panels.items, row, 0, columns);
+                        kernels.exact.block(p, a_across ? nullptr : a_panels.items + row * depth, panels.items, row, 0, columns);
                     }
                 if (!CHECK(same("product", want, have)))
                     printf("  %s: %d x %d, depth %d, form %d (the last of three dozens: int8)\n", kernels.name, rows, columns, depth, form);
@@ -281,7 +281,7 @@ TEST(products, "a product of matrices is wrong, or adds in another order") {
 
 #if defined(__linux__) && defined(__x86_64__)
 // Whether this machine runs the matrix unit's instructions.
-bool has_matrix_unit() { return strstr(rounding_products(*choose(Isa::automatic).kernels).name, "amx") != nullptr; }
+bool has_matrix_unit() { return strstr(choose(Isa::automatic, true).kernels->rounded.name, "amx") != nullptr; }
 // The matrix unit of a processor that has none: what its instructions do, done when they are trapped as illegal. Their encodings are from
 // Intel's Software Developer's Manual, volume 2, not from an assembler.
 struct MatrixUnitTrap {
@@ -392,7 +392,7 @@ int rounding_ways(const ProductKernels* ways[8], const Set* sets, int count) {
     for (int i = 0; i < count; ++i) ways[n++] = &sets[i].kernels->rounded;
 #if defined(__x86_64__) || defined(__i386__)
     if (choose(Isa::avx2).kernels == &KernelsAvx2::table) ways[n++] = &TestPairProducts::table, ways[n++] = &trapped_tiles;
-    const ProductKernels& best = rounding_products(*choose(Isa::automatic).kernels);
+    const ProductKernels& best = choose(Isa::automatic, true).kernels->rounded;
     if (best.numbers > 1) ways[n++] = &best;
 #endif
     return n;
@@ -502,17 +502,13 @@ TEST(whole_steps, "training gives other bits on another processor, with another 
 }
 
 #if defined(__x86_64__) || defined(__i386__)
-constexpr Kernels with_rounding(const ProductKernels& products) {
-    Kernels kernels = KernelsAvx2Wide::table;
-    kernels.rounded = products;
-    return kernels;
-}
-static constexpr Kernels kernels_of_pairs = with_rounding(TestPairProducts::table), kernels_of_tiles = with_rounding(trapped_tiles);
+static constexpr Kernels pairs_in_software = with_rounded(KernelsAvx2Wide::table, TestPairProducts::table),
+                         tiles_trapped = with_rounded(KernelsAvx2Wide::table, trapped_tiles);
 #endif
 
 TEST(whole_steps_in_bf16, "training in bf16 gives other bits with another number of threads, or goes astray") {
     const MatrixUnitTrap trap;
-    Set sets[6];
+    Set sets[7];
     int count = 0;
     {
         Set some[4];
@@ -520,9 +516,11 @@ TEST(whole_steps_in_bf16, "training in bf16 gives other bits with another number
     }
 #if defined(__x86_64__) || defined(__i386__)
     if (count > 1) {
-        sets[count++] = {&kernels_of_pairs, &Fast<kernels_of_pairs>::functions};
-        sets[count++] = {&kernels_of_tiles, &Fast<kernels_of_tiles>::functions};
+        sets[count++] = {&pairs_in_software, &Fast<pairs_in_software>::functions};
+        sets[count++] = {&tiles_trapped, &Fast<tiles_trapped>::functions};
     }
+    const Choice best = choose(Isa::automatic, true);
+    if (best.kernels->rounded.numbers > 1) sets[count++] = {best.kernels, best.functions};
 #endif
     for (size_t k = 1; k < sizeof shapes / sizeof shapes[0]; k += 2) {  // half of them: the products are few
         const Shape& s = shapes[k];
@@ -550,7 +548,7 @@ TEST(whole_steps_in_bf16, "training in bf16 gives other bits with another number
             Array<float> one(runtime), three(runtime);
             run(sets[i], true, 1, one), run(sets[i], true, 3, three);
             CHECK(same("gradients with 3 threads", one, three));
-            const ProductKernels& by = rounding_products(*sets[i].kernels);
+            const ProductKernels& by = sets[i].kernels->rounded;
             if (!CHECK(by.numbers == 1 ? same("gradients", rounded, one) : apart(rounded, one) <= by_rounding))
                 printf("  %s, batch %d x %d, width %d, vocab %d\n", by.name, s.batch, s.length, config.width, config.vocab);
         }
