@@ -15353,6 +15353,7 @@ struct Simd : VectorTypes<width_> {
     static constexpr int tile_rows = calls ? 2 : registers == 32 ? 12 : 6;
     static constexpr int depth_unit = 1;  // a panel has a multiple of so many words for each row or column
     static constexpr bool pairs = false;  // a word is two numbers in bf16, not a float
+    static constexpr bool tiles = false;  // and tiles of C are a matrix unit's
     typedef float Lanes[static_cast<size_t>(width_)];
     using typename VectorTypes<width_>::V;
     using typename VectorTypes<width_>::Loose;
@@ -15893,7 +15894,7 @@ struct Products {
     static constexpr int unroll = Set::calls ? 1 : (rows > 6 ? 2 : 8);  // of panels
 
     // A whole tile, with a panel of B from k0 on. A runs along its rows, or is a panel, too; it is one only where all is float.
-    // `next`: the panel that will be needed after this one, of which it fetches a share; null: none.
+    // `next`: the panel that will be needed after this one, of which it fetches a share; null: none; a matrix unit: the next tile of C.
     struct Next {
         const float* panel;
         int64_t from, step;  // in elements
@@ -15929,7 +15930,7 @@ struct Products {
         const int rows = least(row_block, p.rows - row);
         int rest = rows;
         while (rest >= rows_of_tile(rest) && !a) rest -= rows_of_tile(rest);
-        const int blocks = (p.depth + depth_block - 1) / depth_block;
+        const int blocks = Set::tiles ? 1 : (p.depth + depth_block - 1) / depth_block;  // a matrix unit waits longer for C than for panels
         const int step = round_up((p.depth + blocks - 1) / blocks, Set::depth_unit);
         float last_rows[static_cast<size_t>(Set::pairs ? 1 : tile_rows * depth_block)];  // of A that do not fill a tile, and rows of zeros
         for (int k0 = 0; k0 < p.depth; k0 += step) {
@@ -15961,10 +15962,12 @@ struct Products {
                     if (!is_whole) start = edge, start_row = tile_columns;
                     const int64_t c_row = is_whole ? p.c_stride : tile_columns;
                     const float* below = r + height < rows ? c + height * p.c_stride : p.c + row * p.c_stride + j + tile_columns;
-                    for (int i = 0; i < tile_rows; ++i) prefetch(below + i * p.c_stride);  // where C is larger than the caches
+                    // Where C is larger than the caches. (A matrix unit is so fast that this has to be spread over its work.)
+                    for (int i = 0; i < tile_rows && !Set::tiles; ++i) prefetch(below + i * p.c_stride);
                     // Many rows hide the fetching of one panel, and another one would take the first cache from what they need.
-                    const Next next = {rows < row_block ? panel + apart : nullptr, r * depth / rows * tile_columns,
-                                       most(1, height * tile_columns / rows)};
+                    const Next next = Set::tiles ? Next{below, 0, p.c_stride}
+                                                 : Next{rows < row_block ? panel + apart : nullptr, r * depth / rows * tile_columns,
+                                                        most(1, height * tile_columns / rows)};
                     if (a) panel_tile<tile_rows, down, float>(to, c_row, start, start_row, from, tile_rows, panel, next, k0, depth);
                     else if constexpr (!Set::pairs) {
                         if (tall == tile_rows)
@@ -16085,15 +16088,18 @@ struct Rounded {
 };
 
 #if BABYGPT_VECTORS
-// 32 x 32 of C: four registers of sums, of two by two of factors. a: [depth][32 rows][16 words], b: [16 words][32 columns].
+// 32 x 32 of C: four registers of sums, of two by two of factors. a: [depth][32 rows][16 words], b: [16 words][32 columns]. Meanwhile it
+// fetches the next tile of C.
 template <class Unit>
-BABYGPT_INLINE void tile_product(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a, const float* b,
-                                 int depth) {
+BABYGPT_INLINE void tile_product(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a, const float* b, int depth,
+                                 const float* next, int64_t next_row) {
+    const int rows_at_a_time = (16 * 32 + depth - 1) / depth;
     if (start) {
         Unit::template load<0>(start, start_row), Unit::template load<1>(start + 16, start_row);
         Unit::template load<2>(start + 16 * start_row, start_row), Unit::template load<3>(start + 16 * start_row + 16, start_row);
     } else Unit::template zero<0>(), Unit::template zero<1>(), Unit::template zero<2>(), Unit::template zero<3>();
-    for (int k = 0; k < depth; k += 16, a += 16 * 32, b += 16 * 32) {
+    for (int k = 0, row = 0; k < depth; k += 16, a += 16 * 32, b += 16 * 32) {
+        for (const int end = least(row + rows_at_a_time, 32); row < end; ++row, next += next_row) prefetch(next), prefetch(next + 16);
         Unit::template load<4>(a, 16), Unit::template load<6>(b, 32);
         Unit::template multiply<0, 4, 6>();
         Unit::template load<7>(b + 16, 32);
@@ -16175,17 +16181,47 @@ struct Pairs {
     // As the matrix unit reads them: 16 words of each row, then the next 16 of each.
     static BABYGPT_INLINE void pack_for_tiles(float* to, const float* from, int64_t stride, Depth runs, int depth, int count) {
         constexpr int size = P::tile_rows;
-        for (int t = 0; t < words(depth); t += 16, to += 16 * size) {
-            if (runs == down) {
-                float across[static_cast<size_t>(16 * size)];
-                rows_of_words(across, size, from, stride, depth, count, t, 16);
-                transpose(to, 16, across, size, 16, size);
-            } else {
-                for (int r = 0; r < count; ++r) along_depth(to + 16 * r, from + r * stride + 2 * t, depth - 2 * t, 16);
-                memset(to + 16 * count, 0, static_cast<size_t>(16 * (size - count)) * sizeof(float));
+        const int all = words(depth);
+        for (int r = 0; r < size && runs == along; ++r)  // row after row, as they are read fastest
+            for (int t = 0; t < all; t += 16) {
+                float* row = to + t * size + 16 * r;
+                if (r < count) along_depth(row, from + r * stride + 2 * t, depth - 2 * t, 16);
+                else memset(row, 0, 16 * sizeof(float));
             }
+        for (int t = 0; t < all && runs == down; t += 16) {
+            float across[static_cast<size_t>(16 * size)];
+            rows_of_words(across, size, from, stride, depth, count, t, 16);
+            for (int r = 0; r < size; r += 16)
+                transpose_16<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(to + t * size + 16 * r, across + r, size);
         }
     }
+    // 16 x 16 words, rows to columns: of each pair of rows, n apart, the elements that are n apart change places.
+    template <int... element>
+    static BABYGPT_INLINE void transpose_16(float* to, const float* from, int64_t from_row) {
+#if BABYGPT_SHUFFLES
+        typename Set::V row[16];
+        BABYGPT_UNROLL
+        for (int i = 0; i < 16; ++i) Set::load(row[i], from + i * from_row);
+        change_places<8, element...>(row), change_places<4, element...>(row);
+        change_places<2, element...>(row), change_places<1, element...>(row);
+        BABYGPT_UNROLL
+        for (int i = 0; i < 16; ++i) Set::store(to + 16 * i, row[i]);
+#else
+        transpose(to, 16, from, from_row, 16, 16);
+#endif
+    }
+#if BABYGPT_SHUFFLES
+    template <int n, int... element>
+    static BABYGPT_INLINE void change_places(typename Set::V* row) {
+        BABYGPT_UNROLL
+        for (int i = 0; i < 16; ++i) {
+            if (i & n) continue;
+            const typename Set::V a = row[i], b = row[i + n];
+            row[i] = __builtin_shufflevector(a, b, (element & n ? 16 + element - n : element)...);
+            row[i + n] = __builtin_shufflevector(a, b, (element & n ? 16 + element : element + n)...);
+        }
+    }
+#endif
     static BABYGPT_INLINE void pack_a(float* to, const Factor& a, int row, int depth, int rows) {
         const int count = least(P::tile_rows, rows - row);
         if constexpr (Set::tiles) pack_for_tiles(to, a.element(0, row), a.stride, a.runs, depth, count);
@@ -16198,7 +16234,7 @@ struct Pairs {
     template <int rows>
     static BABYGPT_INLINE void tile(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a, const float* b,
                                     int depth, const float* next, int64_t next_step) {
-        if constexpr (Set::tiles) tile_product<typename Set::Unit>(c, c_row, start, start_row, a, b, depth);
+        if constexpr (Set::tiles) tile_product<typename Set::Unit>(c, c_row, start, start_row, a, b, depth, next, next_step);
         else
             P::template tile<rows, P::tile_columns, P::template unroll<rows>>(c, c_row, start, start_row, a, 1, rows, b, P::tile_columns,
                                                                               depth, static_cast<const float*>(nullptr), next, next_step);
@@ -16218,7 +16254,7 @@ struct Pairs {
 // vdpbf16ps does it, but for subnormal numbers, which that takes for zeros.)
 template <class Base>
 struct PairsOf : Base {
-    static constexpr bool pairs = true, is_narrow = false, tiles = false;
+    static constexpr bool pairs = true, is_narrow = false;
     static constexpr int depth_unit = Base::width / 2;
     using typename Base::U;
     using typename Base::V;
@@ -17419,8 +17455,7 @@ BABYGPT_INLINE void update_part(const Update& u, int from, int to) {
 struct ProductKernels {
     const char* name;
     int tile_rows, tile_columns, numbers, depth_unit;
-    bool packs_a;         // always, not only where its depth runs down
-    int64_t most_panels;  // floats of B's panels at a time, which each thread keeps in its second cache; 0: as many as there is room for
+    bool packs_a;  // always, not only where its depth runs down
     void (*pack_a)(float* to, const Factor& a, int row, int depth, int rows);
     void (*pack_b)(float* to, const Factor& b, int column, int depth, int columns);
     void (*block)(const Product& p, const float* a, const float* b, int row, int column, int end);
@@ -17497,8 +17532,8 @@ struct Kernels {
         target static double ceiling(int64_t rounds, float* result) { return Products<Set>::ceiling(rounds, result); }                     \
         static constexpr int height = Products<Set>::tile_rows, width = Products<Set>::tile_columns;                                       \
         static constexpr Kernels table = {name,                                                                                            \
-                                          {name, height, width, 1, 1, false, 0, &pack_a, &pack_b, &block, &ceiling},                       \
-                                          {name, height, width, 1, 1, true, 0, &pack_rounded_a, &pack_rounded_b, &block, &ceiling},        \
+                                          {name, height, width, 1, 1, false, &pack_a, &pack_b, &block, &ceiling},                          \
+                                          {name, height, width, 1, 1, true, &pack_rounded_a, &pack_rounded_b, &block, &ceiling},           \
                                           &Rows<Set>::attention_scratch,                                                                   \
                                           &panel_floats,                                                                                   \
                                           &pack_weights,                                                                                   \
@@ -17556,8 +17591,7 @@ BABYGPT_UNHURRIED_END
         }                                                                                                                            \
         target static double ceiling(int64_t rounds, float* result) { return Pairs<Set>::ceiling(rounds, result); }                  \
         static constexpr int height = Products<Set>::tile_rows, width = Products<Set>::tile_columns;                                 \
-        static constexpr ProductKernels table = {name,    height,  width,  2,       Set::depth_unit, true, Set::tiles ? 3 << 17 : 0, \
-                                                 &pack_a, &pack_b, &block, &ceiling};                                                \
+        static constexpr ProductKernels table = {name, height, width, 2, Set::depth_unit, true, &pack_a, &pack_b, &block, &ceiling}; \
     };
 
 #if BABYGPT_TILES
@@ -17710,24 +17744,25 @@ struct Walk {
                 }
             });
         }
-        const int row_blocks = (p.rows + row_block - 1) / row_block;
+        const int tall = packs_a > 0 ? least(row_block, round_up((p.rows + threads - 1) / threads, by.tile_rows)) : row_block;
+        const int row_blocks = (p.rows + tall - 1) / tall;
         const bool is_small = static_cast<int64_t>(p.rows) * p.columns * p.depth < 1 << 17;
         const int groups = is_small || threads == 1 ? 1 : least((8 * threads + row_blocks - 1) / row_blocks, (all_panels + 3) / 4);
         int packed_row[max_threads];
         for (int w = 0; w < threads; ++w) packed_row[w] = -1;
         divide(row_blocks * groups, [&](int i, int worker) {
             const int64_t group = i % groups;
-            const int row = i / groups * row_block, left = p.is_symmetric ? most(row + diagonal, 0) / columns : 0;
+            const int row = i / groups * tall, left = p.is_symmetric ? most(row + diagonal, 0) / columns : 0;
             const int from = most(left, static_cast<int>(group * all_panels / groups)),
                       to = static_cast<int>((group + 1) * all_panels / groups);
             if (from >= to) return;
+            Product part = p;
+            part.rows = least(row + tall, p.rows);
             float* a = packs_a > 0 ? slot(worker) : nullptr;
-            if (a && packed_row[worker] != row) {
-                for (int k = 0; k < least(row_block, p.rows - row); k += by.tile_rows)
-                    by.pack_a(a + static_cast<int64_t>(k) * p.depth, p.a, row + k, packs_a, p.rows);
-                packed_row[worker] = row;
-            }
-            by.block(p, a, b, row, from * columns, least(to * columns, p.columns));
+            for (int k = row; k < part.rows && a && packed_row[worker] != row; k += by.tile_rows)
+                by.pack_a(a + static_cast<int64_t>(k - row) * p.depth, p.a, k, packs_a, p.rows);
+            packed_row[worker] = row;
+            by.block(part, a, b, row, from * columns, least(to * columns, p.columns));
         });
     }
     // B is packed here, in pieces that fit: all columns at a time where they are not too many, then as deep as there is room.
@@ -17735,9 +17770,9 @@ struct Walk {
     void product(const ProductKernels& by, const Product& all) const {
         const int width = by.tile_columns, words = by.words(all.depth);
         const bool packs_a = by.packs_a || (all.a.runs == down && all.rows > 1);
-        const int64_t space = by.most_panels ? by.most_panels : scratch.panels, deep = least(words, 2 * depth_block);
-        const int wide = static_cast<int>(least<int64_t>(round_up(all.columns, width), space / deep / width * width));
-        const int64_t room = least(space / wide, packs_a ? scratch.slot / row_block : static_cast<int64_t>(INT64_MAX));
+        const int64_t deep = least(words, 2 * depth_block);
+        const int wide = static_cast<int>(least<int64_t>(round_up(all.columns, width), scratch.panels / deep / width * width));
+        const int64_t room = least(scratch.panels / wide, packs_a ? scratch.slot / row_block : static_cast<int64_t>(INT64_MAX));
         const int64_t whole = room / by.depth_unit * by.depth_unit, pieces = (words + whole - 1) / whole;
         const int piece = round_up(static_cast<int>((words + pieces - 1) / pieces), by.depth_unit), depth = piece * by.numbers;
         Product p = all;
