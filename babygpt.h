@@ -17389,8 +17389,15 @@ BABYGPT_INLINE void backward_part(const Work& work, int from, int to) {
         case OpKind::waves:
             return R::add_waves(dx, tape.waves.items, in.sequences, op.in, true, from, to);
         case OpKind::linear:
-            if (work.by_columns) return R::bias_backward(db, dy, in.rows, op.out, column, end);
-            return R::activation_backward(dy + first, aux + first, count, op.activation);
+            // By columns: the slope of the activation, and, while four rows are in the first cache, the bias. By rows: the slope alone.
+            for (int row = work.by_columns ? 0 : from, left; (left = (work.by_columns ? in.rows : to) - row) > 0; row += 4) {
+                const int64_t at = static_cast<int64_t>(row) * op.out, c0 = work.by_columns ? column : 0,
+                              c1 = work.by_columns ? end : op.out;
+                for (int i = 0; i < least(4, left) && op.activation != Activation::none; ++i)
+                    R::activation_backward(dy + at + i * op.out + c0, aux + at + i * op.out + c0, c1 - c0, op.activation);
+                if (work.by_columns) R::bias_backward(db, dy + at, least(4, left), op.out, column, end);
+            }
+            return;
         case OpKind::gate:
             return R::gate_backward(dx, dy, x, op.out, op.activation, op.adds_to_dx, from, to);
         case OpKind::rope:
@@ -17964,8 +17971,9 @@ struct Walk {
                 const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w);
                 float *dx = gradient(tape, r, op.x), *dy = gradient(tape, r, op.y), *dw = weight_gradient(tape, r, op.w);
                 if (op.remakes != nothing) finish_forward(Work{tape, r, run, op.remakes});
-                if (op.activation != Activation::none) share_backward(work, rows, static_cast<int64_t>(op.out) * 8);
-                if (op.b != nothing && dw) share_backward(columns, groups, static_cast<int64_t>(rows) * column_group);
+                const bool slopes = op.activation != Activation::none;
+                if (op.b != nothing && dw) share_backward(columns, groups, static_cast<int64_t>(rows) * column_group * (slopes ? 8 : 1));
+                else if (slopes) share_backward(work, rows, static_cast<int64_t>(op.out) * 8);
                 const Factor from_x{x, op.in, down}, from_dy{dy, op.out, down};
                 if (dw)
                     product(learning, tape.output_rows ? Product{dw, op.in, dw, op.in, from_dy, from_x, op.out, op.in, rows}
