@@ -17730,8 +17730,10 @@ struct Walk {
     // ---- products ----
 
     // With B in panels. Each thread packs the rows of A that it multiplies, `packs_a` numbers deep, into its own memory; 0: A is read where it
-    // is. diagonal: what is to be added to a row to make it the column on the whole product's diagonal.
-    void multiply(const ProductKernels& by, const Product& p, const float* b, int packs_a = 0, int diagonal = 0) const {
+    // is. diagonal: what is to be added to a row to make it the column on the whole product's diagonal. then: an op
+    // whose activation follows, best while the rows are in the second cache; null: none.
+    void multiply(const ProductKernels& by, const Product& p, const float* b, int packs_a = 0, int diagonal = 0,
+                  const Work* then = nullptr) const {
         const int columns = by.tile_columns;
         const int all_panels = (p.columns + columns - 1) / columns;
         if (p.rows < 4 && packs_a == 0 &&
@@ -17739,7 +17741,7 @@ struct Walk {
             const int units = (all_panels + 3) / 4, unit = 4 * columns;
             const int64_t worth = most(static_cast<int64_t>(p.depth) * p.columns / least_cost, int64_t(1));
             const int workers = static_cast<int>(least(worth, static_cast<int64_t>(least(threads, units))));
-            return parallel(runtime, workers, [&](int i) {
+            parallel(runtime, workers, [&](int i) {
                 for (int u = i * units / workers; u < (i + 1) * units / workers; ++u) {
                     Product one = p;
                     one.rows = 1;
@@ -17750,6 +17752,7 @@ struct Walk {
                     }
                 }
             });
+            return finish_forward(then);
         }
         const int tall = packs_a > 0 ? least(row_block, round_up((p.rows + threads - 1) / threads, by.tile_rows)) : row_block;
         const int row_blocks = (p.rows + tall - 1) / tall;
@@ -17770,11 +17773,13 @@ struct Walk {
                 by.pack_a(a + static_cast<int64_t>(k - row) * p.depth, p.a, k, packs_a, p.rows);
             packed_row[worker] = row;
             by.block(part, a, b, row, from * columns, least(to * columns, p.columns));
+            if (then && groups == 1) kernels.forward(*then, row, part.rows);
         });
+        if (groups > 1) finish_forward(then);
     }
     // B is packed here, in pieces that fit: all columns at a time where they are not too many, then as deep as there is room.
     void product(const Product& all) const { product(kernels.exact, all); }
-    void product(const ProductKernels& by, const Product& all) const {
+    void product(const ProductKernels& by, const Product& all, const Work* then = nullptr) const {
         const int width = by.tile_columns, words = by.words(all.depth);
         const bool packs_a = by.packs_a || (all.a.runs == down && all.rows > 1);
         const int64_t deep = least(words, 2 * depth_block);
@@ -17796,8 +17801,10 @@ struct Walk {
                     for (int i = from; i < to; ++i)
                         by.pack_b(panels + static_cast<int64_t>(i) * width * p.depth, p.b, i * width, deepness, p.columns);
                 });
-                multiply(by, p, panels, packs_a ? deepness : 0, -column);
+                const bool is_last = k + depth >= all.depth && wide >= all.columns;
+                multiply(by, p, panels, packs_a ? deepness : 0, -column, is_last ? then : nullptr);
             }
+        if (wide < all.columns) finish_forward(then);
     }
 
     // ---- ops ----
@@ -17836,11 +17843,11 @@ struct Walk {
         return pairs / static_cast<int64_t>(most(in.sequences.size, size_t(1))) * (op.out / op.kv_heads);
     }
     // With the weights packed before, or here.
-    void multiply_weights(int number, Product p) const {
+    void multiply_weights(int number, Product p, const Work* then = nullptr) const {
         const float* ready = packed(number);
-        if (!ready) return product(learning, p);
+        if (!ready) return product(learning, p, then);
         p.dtype = tape.dtype;
-        multiply(kernels.exact, p, ready);
+        multiply(kernels.exact, p, ready, 0, 0, then);
     }
 
     void forward(int number) const {
@@ -17855,10 +17862,11 @@ struct Walk {
             case OpKind::linear: {
                 float* before = values(tape, r, op.aux != nothing ? op.aux : op.y);
                 const Product p{before, op.out, b, 0, Factor{x, op.in, along}, forward_factor(tape, op, w), rows, op.out, op.in};
-                multiply_weights(number, p);
-                if (op.loras > 0) lora_forward(op, before, x, rows);
-                if (op.activation != Activation::none) finish_forward(work);
-                return;
+                const Work* const activates = op.activation != Activation::none ? &work : nullptr;
+                multiply_weights(number, p, op.loras > 0 ? nullptr : activates);
+                if (op.loras == 0) return;
+                lora_forward(op, before, x, rows);
+                return finish_forward(activates);
             }
             case OpKind::head:
                 return head(number);
@@ -17875,6 +17883,9 @@ struct Walk {
         }
     }
     // The rows of an op: all of it, or what comes after its product.
+    void finish_forward(const Work* work) const {
+        if (work) finish_forward(*work);
+    }
     void finish_forward(const Work& work) const {
         const Op& op = tape.ops[static_cast<size_t>(work.number)];
         share_forward(work, run.on(op.side).rows, static_cast<int64_t>(op.out) * (op.activation != Activation::none ? 8 : 2));
