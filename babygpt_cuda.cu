@@ -395,7 +395,7 @@ constexpr int fixed_shared = 1024;  // of a kernel that has dynamic shared memor
 constexpr int most_parts = 512;     // of a sum over rows alone
 #ifdef BABYGPT_CUDA_EMULATOR
 constexpr int64_t scratch_logits = 1 << 12;  // tests are small, and shall see several chunks
-constexpr int64_t room_for_row_parts = 1 << 11;
+constexpr int64_t room_for_row_parts = 1 << 7;
 constexpr int times_tried = 2;
 constexpr size_t workspace_bytes = 4096;
 #else
