@@ -3384,33 +3384,25 @@ void Gpu::walk(int which, bool marked) {
 // =====================================================================================================================
 // A session's run is one launch of one kernel, which walks through a list of steps: a token has no more than five a layer, since what stands before
 // and after a product is part of its step: norm or gate where a block brings rows of x to shared memory, bias, activation and addition where it
-// writes y. Rows are divided into tiles of at most 32, and each tile has a group of blocks, which meet at a barrier between two steps.
+// writes y. Rows are divided into tiles of at most 40, and each tile has a group of blocks, which meet at a barrier between two steps.
 //
 // Sessions that each read one token have nothing to do with each other. So a group is a thread-block cluster (sm_90 and later): up to 16 blocks with a
 // barrier of the hardware's, beside seven others that it never waits for, and each with so many of the sessions. Where rows see each other's keys,
 // in a prompt, and on other devices, the groups are parts of a cooperative grid, with one barrier for all. How a sum is divided depends on neither,
 // so that a session's bits are the same alone, beside others, and on either kind of device.
 //
-// What does not depend on activations is not waited for: while blocks meet, each has 9 pieces of 16 bytes a thread of the next product's weights
+// What does not depend on activations is not waited for: while blocks meet, each has 18 pieces of 16 bytes a thread of the next product's weights
 // under way (72 KiB a block, all that it needs of baby's in bf16), and the norm's. What then follows the barrier is one trip to the cache for rows
-// of x, the norm, the multiplications, and the sum over warps.
+// of x, the norm, the multiplications, and the sum over warps. In so short a step it is instructions that cost, those of each warp before it gets to
+// work: so there are few warps, with many registers, what they need to know is shifted and masked rather than divided, and what is no product is a
+// function apart, so that it does not take registers from those.
 //
 // Activations are floats, or, between two products that nothing stands between, what is multiplied. Matrices are [out][depth], whole or in bf16 as the
 // runtime says, and so are keys and values; sums are floats.
 //
-// What is predicted of baby in bf16 (6 layers, 6 heads, width 384) on an H200 (132 multiprocessors at 1.7 GHz, 64 bytes a clock each from the cache,
-// 5.5 TB/s together), in microseconds; nothing of it has been measured yet:
-//   one session, 192 positions seen                                                                                              about 60
-//     25 products: barrier 0.3, x 0.4, norm 0.2, multiplications 0.1, sums and activation 0.2, their way to the cache 0.3: 1.5 each    38
-//     6 attentions: the same, but 32 positions a warp, 48 KiB a block, in place of weights: 1.9 each                                   11
-//     21 MB of weights, of 16 multiprocessors 12, of which all but 2 is behind the above                                                2
-//     launch, the rows' way from the host, embedding, the host's waiting                                                               10
-//   256 sessions as 8 clusters of 32 rows, 96 positions seen                                                                    about 190
-//     25 products and 6 attentions, as above, but with 32 rows' norms and sums: 2 each                                                 62
-//     weights from the cache, eight times 21 MB                                                                                        31
-//     x from the cache, by each block: of a layer 6.3 MB twice where it is normed, else in bf16 3.1 and 12.6                            31
-//     keys and values from memory, 226 MB at 4.3 TB/s                                                                                  53
-//     launch, embedding, logits to the host                                                                                            14
+// Baby in bf16 (6 layers, 6 heads, width 384) on an H200, a token of each session in microseconds: 1 session 158, 8 173, 64 271, 256 668. What its
+// bytes alone would take: of one session 12 (21 MB of weights by 16 multiprocessors, 64 bytes a clock each); of 256 as 7 clusters of 37 rows 30 for
+// the weights (7 times 21 MB from the cache at 5.5 TB/s), 30 for x, and 53 for keys and values (96 positions seen, 226 MB from memory).
 
 enum class StepKind : int { embed, norm, product, attend };
 enum class Before : int { nothing, norm, gate };  // a product multiplies
@@ -3427,6 +3419,7 @@ struct alignas(16) Step {
     const float* addend;  // y = addend + what is computed
     int64_t apart;
     int in, out;
+    int log_parts;                    // product: 2^log_parts warps share a sum; it follows from the depth alone
     int layer, heads, kv_heads, dim;  // attend
     bool centred, turns, waves, is_head;
     bool narrow_x, narrow_y;  // bf16, which is what is multiplied
@@ -3450,7 +3443,7 @@ struct RowHere {
 };
 // A run, as the kernel gets it.
 template <class T>
-struct Reading {
+struct alignas(16) Reading {
     const Step* steps;
     const unsigned char* sent;  // of each tile `room` bytes, the first `used` of which are to be read
     int room, used;
@@ -3474,12 +3467,13 @@ struct Reading {
 #ifdef BABYGPT_CUDA_EMULATOR
 constexpr int talk_threads = 128, cluster_sizes[] = {4, 2};
 #else
-constexpr int talk_threads = 512, cluster_sizes[] = {16, 8};  // more than 8: where a device allows it
+constexpr int talk_threads = 256, cluster_sizes[] = {16, 8};  // more than 8: where a device allows it
 #endif
-constexpr int talk_warps = talk_threads / warp, talk_rows = 32, talk_outputs = 8, talk_depth = 32;
+static_assert(talk_threads <= 256, "a row's outputs of a round are at most so many");
+constexpr int talk_warps = talk_threads / warp, talk_rows = 40, talk_outputs = 8, talk_depth = 32;
 constexpr int rows_at_once = device_rows;
-constexpr int part_steps = 3;                      // of 32 of the depth: a warp's part of a tile, where all warps can share it
-constexpr int head_warps = lesser(8, talk_warps);  // that share a head of a row
+constexpr int part_steps = 6;  // of 32 of the depth: a warp's part of a tile, where all warps can share it
+constexpr int log_head_parts = 3, head_parts = 1 << log_head_parts;  // of what a head of a row sees: each has every 8th page
 template <class T>
 constexpr int talk_rounds = sizeof(T) == 2 ? 3 : 2;  // tiles of a warp whose weights are under way at once
 
@@ -3489,16 +3483,27 @@ __host__ __device__ constexpr int talk_apart(int depth) {
     return sizeof(T) == 2 && depth % 64 == 0 ? depth + 32 : depth;
 }
 inline int talk_pages(int context) { return (context + kv_page - 1) / kv_page; }
-// Where warps keep what they work on, of a head: its query, their part of the sum, and the probabilities of a page.
+// Where warps keep what they work on, of a head: its query, and the probabilities of a page; and of each part the sum. A warp has all parts of a
+// head, or 2^log_warps warps share them: no fewer than the sums have room for.
 struct HeadSpace {
-    float *q, *outs, *p, *mosts, *totals;
+    float *q, *p, *outs, *mosts, *totals;
     __device__ HeadSpace(unsigned char* shared, int dim)
         : q(reinterpret_cast<float*>(shared)),
-          outs(q + talk_warps * dim),
-          p(outs + talk_warps * dim),
-          mosts(p + talk_warps * kv_page),
-          totals(mosts + talk_warps) {}
-    static constexpr size_t bytes(int dim) { return sizeof(float) * static_cast<size_t>(talk_warps * (2 * dim + kv_page + 2)); }
+          p(q + talk_warps * dim),
+          outs(p + talk_warps * kv_page),
+          mosts(outs + sums(dim) * dim),
+          totals(mosts + sums(dim)) {}
+    __host__ __device__ static constexpr int least_log_warps(int dim) {
+        constexpr int room = (32 << 10) / static_cast<int>(sizeof(float));
+        int log_warps = 0;
+        while (log_warps < log_head_parts && (1 << log_warps) < talk_warps && ((talk_warps * head_parts) >> log_warps) * dim > room)
+            ++log_warps;
+        return log_warps;
+    }
+    __host__ __device__ static constexpr int sums(int dim) { return (talk_warps * head_parts) >> least_log_warps(dim); }
+    static constexpr size_t bytes(int dim) {
+        return sizeof(float) * static_cast<size_t>(talk_warps * (dim + kv_page) + sums(dim) * (dim + 2));
+    }
 };
 // Of a warp that draws a token: the weights, and the ids by weight.
 constexpr size_t draw_bytes(int vocab) {
@@ -3508,7 +3513,7 @@ constexpr size_t draw_bytes(int vocab) {
 template <class T>
 struct Space {
     static constexpr int most_outputs = talk_rounds<T> * talk_warps * talk_outputs;
-    int block, blocks;
+    int thread, lane, block, blocks;
     Step* steps;
     TileHere* tile;
     RowHere* row;
@@ -3518,7 +3523,7 @@ struct Space {
     T* x;                    // [rows][talk_apart]
     float* parts;            // and [tile][part][rows][8]
     __host__ __device__ static constexpr size_t fixed(int steps, int of_tile, int depth) {
-        return (sizeof(Step) * static_cast<size_t>(steps) + static_cast<size_t>(of_tile) + 127) / 128 * 128 +
+        return (sizeof(Reading<T>) + sizeof(Step) * static_cast<size_t>(steps) + static_cast<size_t>(of_tile) + 127) / 128 * 128 +
                sizeof(float) * static_cast<size_t>(2 * depth + most_outputs);
     }
     static int tile_bytes(int rows, int context) {
@@ -3534,9 +3539,11 @@ struct Space {
         return fixed(steps, tile_bytes(rows, context), depth) + greater(product, greater(HeadSpace::bytes(dim), draw_bytes(vocab)));
     }
     __device__ Space(unsigned char* memory, const Reading<T>& r)
-        : block(static_cast<int>(blockIdx.x) % r.blocks),
+        : thread(static_cast<int>(threadIdx.x)),
+          lane(thread % warp),
+          block(static_cast<int>(blockIdx.x) % r.blocks),
           blocks(r.blocks),
-          steps(reinterpret_cast<Step*>(memory)),
+          steps(reinterpret_cast<Step*>(memory + sizeof(Reading<T>))),
           tile(reinterpret_cast<TileHere*>(steps + r.count)),
           row(reinterpret_cast<RowHere*>(tile + 1)),
           rest(memory + fixed(r.count, r.used, r.depth)),
@@ -3544,7 +3551,14 @@ struct Space {
         bias = reinterpret_cast<float*>(rest) - most_outputs, norm_b = bias - r.depth, norm_w = norm_b - r.depth;
     }
     __device__ T* const* pages(int i) const { return reinterpret_cast<T* const*>(row + tile->rows) + row[i].pages; }
-    __device__ int first_warp() const { return block * talk_warps + static_cast<int>(threadIdx.x) / warp; }
+    __device__ int first_warp() const { return block * talk_warps + thread / warp; }
+    // Asked anew, so that nothing that follows from it is kept for the next step, where registers are needed for other things.
+    __device__ void ask_thread() {
+#ifdef __CUDACC__
+        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+        lane = thread % warp;
+#endif
+    }
 };
 
 __device__ __forceinline__ void grid_barrier() {
@@ -3555,11 +3569,16 @@ __device__ __forceinline__ void grid_barrier() {
 #endif
 }
 // A barrier of a group's blocks, in two halves: who has waited sees what all have written before they arrived, but not what they write between.
+// One thread's fence is for its block: if all had one, each would wait for the others'.
 __device__ __forceinline__ void arrive(bool cluster) {
 #if defined(BABYGPT_CUDA_EMULATOR)
     if (cluster) emulator::cluster_arrive();
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (cluster) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    if (cluster) {
+        __syncthreads();
+        if (threadIdx.x == 0) asm volatile("fence.acq_rel.cluster;" ::: "memory");
+        asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+    }
 #endif
     (void)cluster;
 }
@@ -3628,54 +3647,79 @@ __device__ __forceinline__ void put_four(float* to, const Four& x) {
 __device__ __forceinline__ void put_four(__nv_bfloat16* to, const Four& x) {
     *reinterpret_cast<uint2*>(to) = make_uint2(two(x.of[0], x.of[1]), two(x.of[2], x.of[3]));
 }
-// The norm's mean and scale of a row, for all lanes. Four loads are under way before the first is waited for; the second time they come from L1.
-__device__ __forceinline__ float2 row_statistics(const float* x, int n, bool centred, float epsilon) {
-    constexpr int at_once = 4;
-    float mean = 0, square = 0;
-    const auto over = [&](const auto& f) {
-        for (int c = lane() * 4; c < n; c += at_once * 4 * warp) {
-            Four some[at_once];
-            BABYGPT_TIMES (i, at_once) some[i] = four(x + c + i * 4 * warp, n - c - i * 4 * warp, n % 4 == 0);
-            BABYGPT_TIMES (i, at_once) f(some[i], n - c - i * 4 * warp);
+// The first 512 columns of a row, of which a lane has every 32nd four: all of them under way at once.
+constexpr int fours_held = 4;
+__device__ __forceinline__ void bring_row(Four (&held)[fours_held], const Step& s, int lane, const float* x, int from = 0) {
+    BABYGPT_TIMES (i, fours_held) {
+        const int c = from + (i * warp + lane) * 4;
+        held[i] = four(x + c, s.in - c, s.in % 4 == 0);
+    }
+}
+// f(four, from which column) of what the norm makes of a row, whose first columns are `held`. A warp does it. w, b: the norm's, the latter perhaps null.
+template <class F>
+__device__ __forceinline__ void over_normed(const Step& s, int lane, const Four (&held)[fours_held], const float* x, const float* w,
+                                            const float* b, float epsilon, const F& f) {
+    constexpr int apart = 4 * warp;
+    const int n = s.in, first = lane * 4;
+    const bool whole = n % 4 == 0;
+    const auto over = [&](const auto& g) {
+        BABYGPT_TIMES (i, fours_held)
+            if (first + i * apart < n) g(held[i], first + i * apart);
+        for (int from = fours_held * apart; from < n; from += fours_held * apart) {
+            Four some[fours_held];
+            bring_row(some, s, lane, x, from);
+            BABYGPT_TIMES (i, fours_held)
+                if (from + first + i * apart < n) g(some[i], from + first + i * apart);
         }
     };
-    if (centred) over([&](const Four& some, int) { mean += some.of[0] + some.of[1] + (some.of[2] + some.of[3]); });
+    float mean = 0, square = 0;
+    if (s.centred) over([&](const Four& some, int) { mean += some.of[0] + some.of[1] + (some.of[2] + some.of[3]); });
     mean = warp_sum(mean) / static_cast<float>(n);
-    over([&](const Four& some, int left) {
-        for (int i = 0; i < 4; ++i)
-            if (i < left) square = fmaf(some.of[i] - mean, some.of[i] - mean, square);
+    over([&](const Four& some, int c) {
+        for (int e = 0; e < 4; ++e)
+            if (c + e < n) square = fmaf(some.of[e] - mean, some.of[e] - mean, square);
     });
-    return make_float2(mean, 1 / sqrtf(warp_sum(square) / static_cast<float>(n) + epsilon));
+    const float scale = 1 / sqrtf(warp_sum(square) / static_cast<float>(n) + epsilon);
+    over([&](const Four& some, int c) {
+        const Four by = four(w + c, n - c, whole), plus = b ? four(b + c, n - c, whole) : Four();
+        Four y;
+        for (int e = 0; e < 4; ++e) y.of[e] = fmaf((some.of[e] - mean) * scale, by.of[e], plus.of[e]);
+        f(y, c);
+    });
 }
 template <class T>
 __device__ void norm_rows(const Step& s, const Reading<T>& r, const Space<T>& space) {
     for (int i = space.first_warp(); i < space.tile->rows; i += space.blocks * talk_warps) {
         const int64_t place = (space.tile->first + i) * r.stride;
-        const float2 of = row_statistics(s.x + place, s.in, s.centred, r.epsilon);
-        for (int c = lane(); c < s.in; c += warp)
-            s.y[place + c] = fmaf((s.x[place + c] - of.x) * of.y, s.norm_w[c], s.norm_b ? s.norm_b[c] : 0.0f);
+        Four held[fours_held];
+        bring_row(held, s, space.lane, s.x + place);
+        over_normed(s, space.lane, held, s.x + place, s.norm_w, s.norm_b, r.epsilon, [&](const Four& y, int c) {
+            for (int e = 0; e < 4; ++e)
+                if (c + e < s.in) s.y[place + c + e] = y.of[e];
+        });
     }
 }
 
 // ---- a product: y = f(x) W^T ----
 
-// A block has neighbouring tiles of 8 outputs, goes through `each` of them in a round, and divides a tile's depth into `parts`, each a warp's. The parts
-// follow from the depth alone.
+// A block has neighbouring tiles of 8 outputs, goes through `each` of them in a round, and divides a tile's depth into 2^log_parts parts, each a warp's.
 struct Share {
-    int steps, parts, each, first, end;
+    int log_parts, each, first, end;
     int tile, part, begin, stop;  // this warp's: which tile of a round, and its steps of the depth
-    __device__ Share(const Step& s, int block, int blocks) {
-        const int64_t tiles = (s.out + talk_outputs - 1) / talk_outputs;
-        steps = static_cast<int>(s.apart) / talk_depth, parts = lesser(talk_warps, (steps + part_steps - 1) / part_steps);
-        each = talk_warps / parts;
-        first = static_cast<int>(tiles * block / blocks), end = static_cast<int>(tiles * (block + 1) / blocks);
-        const int number = static_cast<int>(threadIdx.x) / warp;
-        tile = number / parts, part = number % parts, begin = part * steps / parts, stop = (part + 1) * steps / parts;
+    __device__ void of(const Step& s, int thread, int block, int blocks) {
+        const uint32_t tiles = static_cast<uint32_t>(s.out + talk_outputs - 1) / talk_outputs,
+                       steps = static_cast<uint32_t>(s.apart) / talk_depth, number = static_cast<uint32_t>(thread) / warp,
+                       here = number & ((1u << s.log_parts) - 1);
+        log_parts = s.log_parts, each = talk_warps >> log_parts;
+        first = static_cast<int>(tiles * static_cast<uint32_t>(block) / static_cast<uint32_t>(blocks));
+        end = static_cast<int>(tiles * static_cast<uint32_t>(block + 1) / static_cast<uint32_t>(blocks));
+        tile = static_cast<int>(number >> log_parts), part = static_cast<int>(here);
+        begin = static_cast<int>(here * steps >> log_parts), stop = static_cast<int>((here + 1) * steps >> log_parts);
     }
     // That of this warp in a round of those that begin at `from`, or -1.
     __device__ int tile_of(int from, int round) const {
         const int mine = from + round * each + tile;
-        return tile < each && mine < end ? mine : -1;
+        return mine < end ? mine : -1;
     }
 };
 // Eight neighbours of a row of a matrix.
@@ -3689,109 +3733,130 @@ struct Eight {
 // Weights under way, of as many rounds and steps as fit. Lane 4 g + t has, of each 32 of the depth, the 8 from 8 t on, of output g.
 template <class T>
 struct Ahead {
+    Share share;
     Eight<T> of[talk_rounds<T>][part_steps];
-    __device__ __forceinline__ void bring(const Step& s, const Share& share, int from, int begin) {
+    __device__ __forceinline__ void bring(const Step& s, int lane, int from, int begin) {
         BABYGPT_TIMES (round, talk_rounds<T>) {
             const int here = share.tile_of(from, round);
             if (here < 0) continue;
-            const T* const w = global(static_cast<const T*>(s.w)) + lesser(here * talk_outputs + lane() / 4, s.out - 1) * s.apart +
-                               begin * talk_depth + lane() % 4 * 8;
+            const T* const w = global(static_cast<const T*>(s.w)) + lesser(here * talk_outputs + lane / 4, s.out - 1) * s.apart +
+                               begin * talk_depth + lane % 4 * 8;
             BABYGPT_TIMES (i, part_steps)
                 if (begin + i < share.stop) of[round][i].bring(w + i * talk_depth);
         }
     }
 };
-// A tile's sums, or a part's, of so many rows. On tensor cores lane 4 g + t also has rows g and g + 8 of x: they do not mind in which order a sum's
-// parts come, so that all is read 16 bytes at a time. In floats a lane has sums of all rows.
+// A tile's sums, or a part's, of so many rows, and what a lane has of x, 32 of the depth of them. On tensor cores lane 4 g + t has rows g and g + 8 of
+// x: they do not mind in which order a sum's parts come, so that all is read 16 bytes at a time. In floats a lane has sums of all rows.
 template <class T>
 struct TileSums;
 template <>
 struct TileSums<__nv_bfloat16> {
     static constexpr int rows = 16;
+    struct Side {
+        uint4 upper = {}, lower = {};
+        __device__ __forceinline__ void bring(const __nv_bfloat16* x, int lane, int apart, int there) {
+            const __nv_bfloat16* const from = x + lane / 4 * apart + lane % 4 * 8;
+            if (lane / 4 < there) upper = *reinterpret_cast<const uint4*>(from);
+            if (lane / 4 + 8 < there) lower = *reinterpret_cast<const uint4*>(from + 8 * apart);
+        }
+    };
     float even[4] = {}, odd[4] = {};  // two chains of products, so that one does not wait for the other
-    __device__ __forceinline__ void add(const Eight<__nv_bfloat16>& w, const __nv_bfloat16* x, int apart, int there) {
+    __device__ __forceinline__ void add(const Eight<__nv_bfloat16>& w, const Side& x) {
         const uint4 b = w.of[0];
-        const __nv_bfloat16* const left = x + lane() / 4 * apart + lane() % 4 * 8;
-        uint4 upper = make_uint4(0, 0, 0, 0), lower = upper;
-        if (lane() / 4 < there) upper = *reinterpret_cast<const uint4*>(left);
-        if (lane() / 4 + 8 < there) lower = *reinterpret_cast<const uint4*>(left + 8 * apart);
-        const uint32_t a[4] = {upper.x, lower.x, upper.y, lower.y}, c[4] = {upper.z, lower.z, upper.w, lower.w};
+        const uint32_t a[4] = {x.upper.x, x.lower.x, x.upper.y, x.lower.y}, c[4] = {x.upper.z, x.lower.z, x.upper.w, x.lower.w};
         multiply_tiles(even, a, b.x, b.y);
         multiply_tiles(odd, c, b.z, b.w);
     }
-    __device__ __forceinline__ void leave(float* to, int there) const {
+    __device__ __forceinline__ void leave(float* to, int lane, int there) const {
         for (int half = 0; half < 2; ++half)
-            if (lane() / 4 + 8 * half < there)
-                *reinterpret_cast<float2*>(to + (lane() / 4 + 8 * half) * talk_outputs + lane() % 4 * 2) =
+            if (lane / 4 + 8 * half < there)
+                *reinterpret_cast<float2*>(to + (lane / 4 + 8 * half) * talk_outputs + lane % 4 * 2) =
                     make_float2(even[2 * half] + odd[2 * half], even[2 * half + 1] + odd[2 * half + 1]);
     }
 };
 template <>
 struct TileSums<float> {
     static constexpr int rows = 8;
+    struct Side {
+        const float* from = nullptr;
+        int apart = 0, there = 0;
+        __device__ __forceinline__ void bring(const float* x, int lane, int apart_, int there_) {
+            from = x + lane % 4 * 8, apart = apart_, there = there_;
+        }
+    };
     float sum[rows] = {};
-    __device__ __forceinline__ void add(const Eight<float>& w, const float* x, int apart, int there) {
+    __device__ __forceinline__ void add(const Eight<float>& w, const Side& x) {
         float4 a, b;
         a = make_float4(__uint_as_float(w.of[0].x), __uint_as_float(w.of[0].y), __uint_as_float(w.of[0].z), __uint_as_float(w.of[0].w));
         b = make_float4(__uint_as_float(w.of[1].x), __uint_as_float(w.of[1].y), __uint_as_float(w.of[1].z), __uint_as_float(w.of[1].w));
         BABYGPT_TIMES (row, rows) {
-            if (row >= there) continue;
-            const float4 *const from = reinterpret_cast<const float4*>(x + row * apart + lane() % 4 * 8), c = from[0], d = from[1];
+            if (row >= x.there) continue;
+            const float4 *const from = reinterpret_cast<const float4*>(x.from + row * x.apart), c = from[0], d = from[1];
             const float upper = fmaf(a.w, c.w, fmaf(a.z, c.z, fmaf(a.y, c.y, a.x * c.x)));
             sum[row] += fmaf(b.w, d.w, fmaf(b.z, d.z, fmaf(b.y, d.y, fmaf(b.x, d.x, upper))));
         }
     }
-    __device__ __forceinline__ void leave(float* to, int there) const {
+    __device__ __forceinline__ void leave(float* to, int lane, int there) const {
         BABYGPT_TIMES (row, rows) {
             if (row >= there) continue;
             float all = sum[row];
             all += __shfl_xor_sync(0xffffffffu, all, 1);
             all += __shfl_xor_sync(0xffffffffu, all, 2);
-            if (lane() % 4 == 0) to[row * talk_outputs + lane() / 4] = all;
+            if (lane % 4 == 0) to[row * talk_outputs + lane / 4] = all;
         }
     }
 };
 // All that a product needs and no activation decides.
 template <class T>
 __device__ __forceinline__ void bring_ahead(const Step& s, const Space<T>& space, Ahead<T>& ahead) {
-    for (int c = 4 * static_cast<int>(threadIdx.x); c < s.in && s.before == Before::norm; c += 4 * talk_threads) {
+    for (int c = 4 * space.thread; c < s.in && s.before == Before::norm; c += 4 * talk_threads) {
         copy_piece(space.norm_w + c, s.norm_w + c, true);
         if (s.norm_b) copy_piece(space.norm_b + c, s.norm_b + c, true);
     }
-    const Share share(s, space.block, space.blocks);
-    ahead.bring(s, share, share.first, share.begin);
+    ahead.share.of(s, space.thread, space.block, space.blocks);
+    ahead.bring(s, space.lane, ahead.share.first, ahead.share.begin);
 }
-// Of a row, the four columns from k on, of which `left` are there, as they are multiplied.
-__device__ __forceinline__ Four four_of_side(const Step& s, const float* x, int k, int left, float2 of, const float* norm_w,
-                                             const float* norm_b) {
-    const bool whole = s.in % 4 == 0;
-    Four value = four(x + k, left, whole);
-    if (s.before == Before::norm) {
-        const Four w = four(norm_w + k, left, whole), b = norm_b ? four(norm_b + k, left, whole) : Four();
-        for (int e = 0; e < 4; ++e) value.of[e] = e < left ? fmaf((value.of[e] - of.x) * of.y, w.of[e], b.of[e]) : 0.0f;
-    } else if (s.before == Before::gate) {
-        const Four up = four(x + s.in + k, left, whole);
-        for (int e = 0; e < 4; ++e) value.of[e] = activated(value.of[e], s.activation) * up.of[e];
-    }
-    return value;
-}
-// The tile's rows of x to shared memory. A row is a warp's where a norm wants its sum, else several warps'.
+// The tile's rows of x to shared memory, as they are multiplied. A row is a warp's where a norm wants its sum, and the next one on its way meanwhile;
+// else several warps'.
 template <class T>
 __device__ __forceinline__ void load_side(const Step& s, const Reading<T>& r, const Space<T>& space, int rows) {
-    const int number = static_cast<int>(threadIdx.x) / warp, team = s.before == Before::norm ? 1 : greater(1, talk_warps / rows),
-              teams = talk_warps / team, apart = talk_apart<T>(r.depth);
-    for (int i = number / team; i < rows && number < teams * team; i += teams) {
-        const float* const x = global(s.x) + (space.tile->first + (s.is_head ? space.row[i].wanted : i)) * r.stride;
+    const int number = space.thread / warp, apart = talk_apart<T>(r.depth), padded = static_cast<int>(s.apart);
+    const auto row_at = [&](int i) { return global(s.x) + (space.tile->first + (s.is_head ? space.row[i].wanted : i)) * r.stride; };
+    if (s.before == Before::norm) {
+        const float* const norm_b = s.norm_b ? space.norm_b : nullptr;
+        Four held[fours_held] = {}, next[fours_held] = {};
+        if (number < rows) bring_row(held, s, space.lane, row_at(number));
+        for (int i = number; i < rows; i += talk_warps) {
+            if (i + talk_warps < rows) bring_row(next, s, space.lane, row_at(i + talk_warps));
+            T* const to = space.x + i * apart;
+            over_normed(s, space.lane, held, row_at(i), space.norm_w, norm_b, r.epsilon,
+                        [&](const Four& y, int c) { put_four(to + c, y); });
+            for (int c = (s.in + 3) / 4 * 4 + space.lane * 4; c < padded; c += 4 * warp) put_four(to + c, Four());
+            BABYGPT_TIMES (k, fours_held) held[k] = next[k];
+        }
+        return;
+    }
+    int log_team = 0;
+    while ((rows << (log_team + 1)) <= talk_warps) ++log_team;
+    const int place = (number & ((1 << log_team) - 1)) * warp + space.lane, step = warp << log_team;
+    for (int i = number >> log_team; i < rows; i += talk_warps >> log_team) {
+        const float* const x = row_at(i);
+        T* const to = space.x + i * apart;
         if (s.narrow_x) {
-            const T* const narrow_x = reinterpret_cast<const T*>(x);
-            for (int c = (number % team * warp + lane()) * 8; c < static_cast<int>(s.apart); c += 8 * warp * team)
-                copy_piece(space.x + i * apart + c, narrow_x + c, c < s.in);
+            for (int c = place * 8; c < padded; c += step * 8) copy_piece(to + c, reinterpret_cast<const T*>(x) + c, c < s.in);
             continue;
         }
-        const float2 of = s.before == Before::norm ? row_statistics(x, s.in, s.centred, r.epsilon) : make_float2(0, 1);
-        BABYGPT_UNROLL(4)
-        for (int c = (number % team * warp + lane()) * 4; c < static_cast<int>(s.apart); c += 4 * warp * team)
-            put_four(space.x + i * apart + c, four_of_side(s, x, c, s.in - c, of, space.norm_w, s.norm_b ? space.norm_b : nullptr));
+        BABYGPT_UNROLL(1)
+        for (int c = place * 4; c < padded; c += step * 4) {
+            Four value = four(x + c, s.in - c, s.in % 4 == 0);
+            if (s.before == Before::gate) {
+                const Four up = four(x + s.in + c, s.in - c, s.in % 4 == 0);
+                BABYGPT_UNROLL(1)
+                for (int e = 0; e < 4; ++e) value.of[e] = activated(value.of[e], s.activation) * up.of[e];
+            }
+            put_four(to + c, value);
+        }
     }
 }
 template <class T>
@@ -3799,20 +3864,24 @@ __device__ void multiply_rows(const Step& s, const Reading<T>& r, const Space<T>
     constexpr int rounds = talk_rounds<T>;
     const TileHere& here = *space.tile;
     const int rows = s.is_head ? here.heads : here.rows, of_tile = rows * talk_outputs, apart = talk_apart<T>(r.depth),
-              thread = static_cast<int>(threadIdx.x);
+              thread = space.thread;
     if (rows == 0) return;
     float *const parts = reinterpret_cast<float*>(space.x + rows * apart), *const logits = r.scores ? r.all_logits : r.logits;
-    const Share share(s, space.block, space.blocks);
+    const Share& share = ahead.share;
     for (int from = share.first; from < share.end;) {
-        const int tiles = lesser(rounds * share.each, share.end - from), next = from + tiles, outputs = tiles * of_tile;
-        const auto row_of = [&](int e) { return e % of_tile / talk_outputs; };
-        const auto output_of = [&](int e) { return e < outputs ? (from + e / of_tile) * talk_outputs + e % talk_outputs : s.out; };
-        const auto addend_of = [&](int e) {
-            return s.addend && output_of(e) < s.out ? global(s.addend)[(here.first + row_of(e)) * r.stride + output_of(e)] : 0.0f;
+        const int tiles = lesser(rounds * share.each, share.end - from), next = from + tiles, outputs = tiles * talk_outputs;
+        // At the end a thread has an output, and of the rows every `step`th.
+        const int log_wide = outputs <= 32    ? 5
+                             : outputs <= 128 ? 7
+                                              : 8,
+                  number = thread & ((1 << log_wide) - 1), step = talk_threads >> log_wide, output = from * talk_outputs + number,
+                  first_row = number < outputs && output < s.out ? thread >> log_wide : rows;
+        const auto addend_of = [&](int row) {
+            return s.addend && row < rows ? global(s.addend)[(here.first + row) * r.stride + output] : 0.0f;
         };
-        // On their way with x: of this thread's first outputs, and the bias.
-        const float first_addend = addend_of(thread), second_addend = addend_of(thread + talk_threads);
-        for (int i = 4 * thread; s.bias && i < tiles * talk_outputs; i += 4 * talk_threads)
+        // On their way with x: of this thread's first rows, and the bias.
+        const float first_addend = addend_of(first_row), second_addend = addend_of(first_row + step);
+        for (int i = 4 * thread; s.bias && i < outputs; i += 4 * talk_threads)
             copy_piece(space.bias + i, s.bias + from * talk_outputs + i, from * talk_outputs + i < s.out);
         if (from == share.first) {
             load_side(s, r, space, rows);
@@ -3822,34 +3891,40 @@ __device__ void multiply_rows(const Step& s, const Reading<T>& r, const Space<T>
         for (int row = 0; row < rows; row += TileSums<T>::rows) {
             TileSums<T> sums[static_cast<size_t>(rounds)];
             for (int begin = share.begin; begin < share.stop; begin += part_steps) {
-                if (begin > share.begin || (row > 0 && share.stop - share.begin > part_steps)) ahead.bring(s, share, from, begin);
+                if (begin > share.begin || (row > 0 && share.stop - share.begin > part_steps)) ahead.bring(s, space.lane, from, begin);
+                typename TileSums<T>::Side side[static_cast<size_t>(part_steps)];
                 BABYGPT_TIMES (i, part_steps)
-                    BABYGPT_TIMES (round, rounds)
-                        if (begin + i < share.stop && share.tile_of(from, round) >= 0)
-                            sums[round].add(ahead.of[round][i], space.x + row * apart + (begin + i) * talk_depth, apart, rows - row);
+                    if (begin + i < share.stop)
+                        side[i].bring(space.x + row * apart + (begin + i) * talk_depth, space.lane, apart, rows - row);
+                BABYGPT_TIMES (round, rounds) {
+                    if (share.tile_of(from, round) < 0) continue;
+                    BABYGPT_TIMES (i, part_steps)
+                        if (begin + i < share.stop) sums[round].add(ahead.of[round][i], side[i]);
+                }
             }
-            BABYGPT_TIMES (round, rounds)
-                if (share.tile_of(from, round) >= 0)
-                    sums[round].leave(parts + ((round * share.each + share.tile) * share.parts + share.part) * of_tile + row * talk_outputs,
-                                      rows - row);
+            float* to = parts + thread / warp * of_tile + row * talk_outputs;
+            BABYGPT_TIMES (round, rounds) {
+                if (share.tile_of(from, round) >= 0) sums[round].leave(to, space.lane, rows - row);
+                to += talk_warps * of_tile;
+            }
         }
-        if (next < share.end) ahead.bring(s, share, next, share.begin);
+        if (next < share.end) ahead.bring(s, space.lane, next, share.begin);
         copies_arrive();
         __syncthreads();
-        for (int e = thread; e < outputs; e += talk_threads) {
-            const int output = output_of(e);
-            if (output >= s.out) continue;
-            const float* const mine = parts + e / of_tile * share.parts * of_tile + e % of_tile;
+        for (int row = first_row; row < rows; row += step) {
+            const float* const mine =
+                parts + ((number / talk_outputs << share.log_parts) * rows + row) * talk_outputs + number % talk_outputs;
             float sum = 0;
-            for (int i = 0; i < share.parts; ++i) sum += mine[i * of_tile];
-            if (s.bias) sum += space.bias[e / of_tile * talk_outputs + e % talk_outputs];
+            BABYGPT_UNROLL(4)
+            for (int i = 0; i < 1 << share.log_parts; ++i) sum += mine[i * of_tile];
+            if (s.bias) sum += space.bias[number];
             if (s.before != Before::gate) sum = activated(sum, s.activation);
-            if (s.addend) sum += e == thread ? first_addend : e == thread + talk_threads ? second_addend : addend_of(e);
-            float* const y = global(s.is_head ? logits + static_cast<int64_t>(here.logits + row_of(e)) * s.out
-                                              : s.y + (here.first + row_of(e)) * r.stride);
+            if (s.addend) sum += row == first_row ? first_addend : row == first_row + step ? second_addend : addend_of(row);
+            float* const y =
+                global(s.is_head ? logits + static_cast<int64_t>(here.logits + row) * s.out : s.y + (here.first + row) * r.stride);
             if (s.narrow_y) put(reinterpret_cast<T*>(y) + output, sum);
             else y[output] = sum;
-            if (s.is_head && r.draws) r.all_logits[static_cast<int64_t>(here.logits + row_of(e)) * s.out + output] = sum;
+            if (s.is_head && r.draws) r.all_logits[static_cast<int64_t>(here.logits + row) * s.out + output] = sum;
         }
         from = next;
         if (from < share.end) __syncthreads();
@@ -3891,13 +3966,13 @@ __device__ __forceinline__ void store_row(const Step& s, const float* waves, T* 
 struct Seen {
     float most, total;
 };
-// s = q . k / sqrt(dim), p = e^(s - the biggest so far), and so on, as in chapter 5, of every `head_warps`th page, of which the first is number `part`.
+// s = q . k / sqrt(dim), p = e^(s - the biggest so far), and so on, as in chapter 5, of every `head_parts`th page, of which the first is number `part`.
 // Of a page's keys a lane has one, or, in bf16, two neighbours of half the dimensions; of its values, columns. p: [page].
 template <class T>
 __device__ void see_pages(const Step& s, T* const* pages, int head, int part, int seen, const float* q, float* out, float* p, Seen& now) {
     constexpr bool narrow = sizeof(T) == 2;
     const int dim = s.dim;
-    for (int begin = part * kv_page; begin < seen; begin += head_warps * kv_page) {
+    for (int begin = part * kv_page; begin < seen; begin += head_parts * kv_page) {
         const int count = lesser(kv_page, seen - begin);
         T* const page = pages[begin / kv_page];
         const T *const keys = keys_of(s, page, head), *const values = values_of(s, page, head);
@@ -3943,7 +4018,7 @@ __device__ void see_pages_fast(const Step& s, __nv_bfloat16* const* pages, int h
     for (int e = 0; e < 8; ++e) sum[e] = first == 0 ? out[column + e] : 0.0f;
     const auto low = [](uint32_t pair) { return __uint_as_float(pair << 16); };
     const auto high = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
-    for (int begin = part * kv_page; begin < seen; begin += head_warps * kv_page) {
+    for (int begin = part * kv_page; begin < seen; begin += head_parts * kv_page) {
         const int count = lesser(kv_page, seen - begin);
         __nv_bfloat16* const page = pages[begin / kv_page];
         const __nv_bfloat16 *const keys = keys_of(s, page, head), *const values = values_of(s, page, head);
@@ -4008,48 +4083,62 @@ __device__ void see_pages_fast(const Step& s, __nv_bfloat16* const* pages, int h
     }
     __syncwarp();
 }
-// The part of a warp, number `part` of `head_warps`, in a head of a row, which sees `seen` positions of the pages and, where it `owns` it, its own,
-// which nobody has stored before: then this warp stores it, too.
+// The parts of a warp, from number `from` on every `apart`th, of a head of a row, which sees `seen` positions of the pages and, where it is `alone`, its
+// own, which nobody has stored before: with the last part, which stores it, too. `slot`: where the first part's sum belongs.
 template <class T>
-__device__ void see_head(const Step& s, const float* waves, T* const* pages, const float* x, int position, int seen, int head, int part,
-                         bool owns, const HeadSpace& space) {
+__device__ void see_head(const Step& s, const float* waves, T* const* pages, const float* x, int position, int seen, int head, int from,
+                         int apart, bool alone, int slot, const HeadSpace& space) {
     constexpr bool narrow = sizeof(T) == 2;
     const int dim = s.dim, number = static_cast<int>(threadIdx.x) / warp, group = s.heads / s.kv_heads, kv_head = head / group;
-    float *const q = space.q + number * dim, *const out = space.outs + number * dim, *const p = space.p + number * kv_page;
+    float *const q = space.q + number * dim, *const p = space.p + number * kv_page;
     const float scale = 1 / sqrtf(static_cast<float>(dim));
-    Seen now{-INFINITY, 0};
-    for (int d = lane(); d < dim; d += warp) q[d] = turned(s, waves, x + head * dim, position, d) * scale, out[d] = 0;
+    for (int d = lane(); d < dim; d += warp) q[d] = turned(s, waves, x + head * dim, position, d) * scale;
     __syncwarp();
-    if (owns) {
-        const float *k = x + (s.heads + kv_head) * dim, *v = k + s.kv_heads * dim;
-        float score = 0;
-        T rounded;
-        for (int d = lane(); d < dim; d += warp) {
-            put(&rounded, turned(s, waves, k, position, d));
-            score = fmaf(q[d], static_cast<float>(rounded), score);
-            put(&rounded, v[d]);
-            out[d] = static_cast<float>(rounded);
+    for (int part = from; part < head_parts; part += apart) {
+        float* const out = space.outs + (slot + part) * dim;
+        const bool owns = alone && part == head_parts - 1;
+        Seen now{-INFINITY, 0};
+        if (!owns && part * kv_page >= seen) {
+            if (lane() == 0) space.mosts[slot + part] = now.most;
+            continue;
         }
-        now.most = warp_sum(score), now.total = 1;
-        if (head % group == 0) store_row(s, waves, pages, position, x, kv_head);
+        for (int d = lane(); d < dim && !owns; d += warp) out[d] = 0;
+        if (owns) {
+            const float *k = x + (s.heads + kv_head) * dim, *v = k + s.kv_heads * dim;
+            float score = 0;
+            T rounded;
+            for (int d = lane(); d < dim; d += warp) {
+                put(&rounded, turned(s, waves, k, position, d));
+                score = fmaf(q[d], static_cast<float>(rounded), score);
+                put(&rounded, v[d]);
+                out[d] = static_cast<float>(rounded);
+            }
+            now.most = warp_sum(score), now.total = 1;
+            if (head % group == 0) store_row(s, waves, pages, position, x, kv_head);
+        }
+        __syncwarp();
+        if constexpr (narrow) {
+            if (dim % 8 == 0 && dim <= 8 * warp && warp % (dim / 8) == 0) see_pages_fast(s, pages, kv_head, part, seen, q, out, p, now);
+            else see_pages(s, pages, kv_head, part, seen, q, out, p, now);
+        } else see_pages(s, pages, kv_head, part, seen, q, out, p, now);
+        if (lane() == 0) space.mosts[slot + part] = now.most, space.totals[slot + part] = now.total;
     }
-    __syncwarp();
-    if constexpr (narrow) {
-        if (dim % 8 == 0 && dim <= 8 * warp && warp % (dim / 8) == 0) see_pages_fast(s, pages, kv_head, part, seen, q, out, p, now);
-        else see_pages(s, pages, kv_head, part, seen, q, out, p, now);
-    } else see_pages(s, pages, kv_head, part, seen, q, out, p, now);
-    if (lane() == 0) space.mosts[number] = now.most, space.totals[number] = now.total;
 }
-// Element d of y, from what the warps from `first` on have found out.
-__device__ __forceinline__ float all_seen(const HeadSpace& space, int first, int dim, int d) {
-    float most = space.mosts[first], total = 0, sum = 0;
-    for (int i = 1; i < head_warps; ++i) most = fmaxf(most, space.mosts[first + i]);
-    for (int i = 0; i < head_warps; ++i) {
-        const float factor = expf(space.mosts[first + i] - most);
-        total = fmaf(space.totals[first + i], factor, total);
-        sum = fmaf(space.outs[(first + i) * dim + d], factor, sum);
+// y, from what was found out of the parts in the slots from `first` on, those apart that have seen nothing. f(d, y) for each; a warp does it.
+template <class F>
+__device__ __forceinline__ void put_together(const HeadSpace& space, int first, int dim, const F& f) {
+    float factors[head_parts], most = -INFINITY, total = 0;
+    BABYGPT_TIMES (i, head_parts) factors[i] = space.mosts[first + i], most = fmaxf(most, factors[i]);
+    BABYGPT_TIMES (i, head_parts) {
+        factors[i] = expf(factors[i] - most);
+        if (factors[i] > 0) total = fmaf(space.totals[first + i], factors[i], total);
     }
-    return sum / total;
+    for (int d = lane(); d < dim; d += warp) {
+        float sum = 0;
+        BABYGPT_TIMES (i, head_parts)
+            if (factors[i] > 0) sum = fmaf(space.outs[(first + i) * dim + d], factors[i], sum);
+        f(d, sum / total);
+    }
 }
 // Where rows see each other's, before any is looked for.
 template <class T>
@@ -4059,29 +4148,34 @@ __device__ void store_rows(const Step& s, const Reading<T>& r, const Space<T>& s
         store_row(s, r.waves, space.pages(row), space.row[row].position, s.x + (space.tile->first + row) * r.stride, i % s.kv_heads);
     }
 }
-// A head of a row is shared by `head_warps` warps, whose parts are put together at the end. The last has a row's own position, if it is alone.
+// A block has every `blocks`th head of a row; 2^log_warps warps share one, more of them where there are few; then a warp puts the parts together.
 template <class T>
 __device__ void attend_rows(const Step& s, const Reading<T>& r, const Space<T>& space) {
-    constexpr int each = talk_warps / head_warps;
     const HeadSpace seen(space.rest, s.dim);
-    const int tasks = space.tile->rows * s.heads, number = static_cast<int>(threadIdx.x) / warp, part = number % head_warps;
-    for (int first = space.block * each; first < tasks; first += space.blocks * each) {
-        const int task = first + number / head_warps, row = task / s.heads;
-        if (task < tasks) {
-            const int position = space.row[row].position;
+    const int tasks = space.tile->rows * s.heads, number = static_cast<int>(threadIdx.x) / warp,
+              count = space.block < tasks ? (tasks - space.block - 1) / space.blocks + 1 : 0;
+    int log_warps = HeadSpace::least_log_warps(s.dim);
+    while (log_warps < log_head_parts && (count << (log_warps + 1)) <= talk_warps) ++log_warps;
+    const int at_once = talk_warps >> log_warps;
+    for (int first = 0; first < count; first += at_once) {
+        const auto task_of = [&](int i) { return space.block + (first + i) * space.blocks; };
+        const int mine = number >> log_warps;
+        if (first + mine < count) {
+            const int row = task_of(mine) / s.heads, position = space.row[row].position;
             see_head(s, r.waves, space.pages(row), global(s.x) + (space.tile->first + row) * r.stride, position,
-                     r.alone ? position : position + 1, task % s.heads, part, r.alone && part == head_warps - 1, seen);
+                     r.alone ? position : position + 1, task_of(mine) - row * s.heads, number & ((1 << log_warps) - 1), 1 << log_warps,
+                     r.alone, mine * head_parts, seen);
         }
         __syncthreads();
-        for (int e = static_cast<int>(threadIdx.x); e < each * s.dim && first + e / s.dim < tasks; e += talk_threads) {
-            const float y = all_seen(seen, e / s.dim * head_warps, s.dim, e % s.dim);
-            const int to = first + e / s.dim;
-            float* const to_row = global(s.y) + (space.tile->first + to / s.heads) * r.stride;
-            const int column = to % s.heads * s.dim + e % s.dim;
-            if (s.narrow_y) put(reinterpret_cast<T*>(to_row) + column, y);
-            else to_row[column] = y;
+        if (number < at_once && first + number < count) {
+            const int row = task_of(number) / s.heads, head = task_of(number) - row * s.heads;
+            float* const y = global(s.y) + (space.tile->first + row) * r.stride;
+            put_together(seen, number * head_parts, s.dim, [&](int d, float value) {
+                if (s.narrow_y) put(reinterpret_cast<T*>(y) + head * s.dim + d, value);
+                else y[head * s.dim + d] = value;
+            });
         }
-        __syncthreads();
+        if (first + at_once < count) __syncthreads();
     }
 }
 
@@ -4178,12 +4272,41 @@ __device__ void draw_rows(const Reading<T>& r, const Space<T>& space) {
     }
 }
 
+// What is no product, as functions of their own: what the compiler would keep in registers for them, products need for the weights that are under way.
+// They find the run in shared memory, too, where it begins.
+template <class T, class F>
+__device__ __forceinline__ void with_run(const F& f) {
+    BABYGPT_DYNAMIC_SHARED(memory);
+    const Reading<T>& r = *reinterpret_cast<const Reading<T>*>(memory);
+    f(r, Space<T>(memory, r));
+}
+template <class T>
+__noinline__ __device__ void other_step(int number) {
+    with_run<T>([&](const Reading<T>& r, const Space<T>& space) {
+        const Step& s = space.steps[number];
+        if (s.kind == StepKind::embed) embed_rows(s, r, space);
+        else if (s.kind == StepKind::norm) norm_rows(s, r, space);
+        else attend_rows(s, r, space);
+    });
+}
+template <class T>
+__noinline__ __device__ void store_step(int number) {
+    with_run<T>([&](const Reading<T>& r, const Space<T>& space) { store_rows(space.steps[number], r, space); });
+}
+template <class T>
+__noinline__ __device__ void draw_step() {
+    with_run<T>([](const Reading<T>& r, const Space<T>& space) { draw_rows(r, space); });
+}
+template <class T>
+__noinline__ __device__ void score_step() {
+    with_run<T>([](const Reading<T>& r, const Space<T>&) { score_rows(r); });
+}
+
 template <class T>
 __global__ void __launch_bounds__(talk_threads) read_rows(const __grid_constant__ Reading<T> r) {
     BABYGPT_DYNAMIC_SHARED(memory);
-    const Space<T> space(memory, r);
+    Space<T> space(memory, r);
     const int group = static_cast<int>(blockIdx.x) / r.blocks < r.groups ? static_cast<int>(blockIdx.x) / r.blocks : r.tiles;
-    Ahead<T> ahead;
     const auto copy = [](void* to, const void* from, size_t bytes) {
         for (size_t i = threadIdx.x; i < bytes / sizeof(uint4); i += talk_threads)
             static_cast<uint4*>(to)[i] = static_cast<const uint4*>(from)[i];
@@ -4191,56 +4314,52 @@ __global__ void __launch_bounds__(talk_threads) read_rows(const __grid_constant_
     const auto bring_tile = [&](int number) {
         copy(space.tile, r.sent + static_cast<int64_t>(number) * r.room, static_cast<size_t>(r.used));
     };
-    const auto bring_after = [&](int i) {
-        do ++i;
-        while (i < r.count && space.steps[i].kind != StepKind::product);
-        if (i < r.count && group < r.tiles) bring_ahead(space.steps[i], space, ahead);
-    };
-    // f() of each of the group's tiles. There is one, unless shared memory is too small for so many rows.
-    const auto over_tiles = [&](const Step& s, const auto& f) {
+    // f(which) of each of the group's tiles. There is one, unless shared memory is too small for so many rows.
+    const auto over_tiles = [&](const auto& f) {
         for (int number = group; number < r.tiles; number += r.groups) {
             if (r.tiles > r.groups) {
                 __syncthreads();
                 bring_tile(number);
-                if (s.kind == StepKind::product && number > group) bring_ahead(s, space, ahead);
-                copies_arrive();
                 __syncthreads();
             }
-            f();
+            f(number);
         }
     };
-    static_assert(sizeof(Step) % sizeof(uint4) == 0, "steps are copied by sixteens of bytes");
+    static_assert(sizeof(Step) % sizeof(uint4) == 0 && sizeof r % sizeof(uint4) == 0, "both are copied by sixteens of bytes");
+    copy(memory, &r, sizeof r);
     copy(space.steps, r.steps, static_cast<size_t>(r.count) * sizeof(Step));
     if (group < r.tiles) bring_tile(group);
     __syncthreads();
-    bring_after(-1);
     for (int i = 0; i < r.count; ++i) {
         const Step& s = space.steps[i];
+        Ahead<T> ahead;
+        space.ask_thread();
+        if (i > 0) arrive(r.cluster);
+        if (s.kind == StepKind::product && group < r.tiles) bring_ahead(s, space, ahead);
+        copies_arrive();
+        if (i > 0) wait(r.cluster);
+        __syncthreads();  // what was copied after the arrival, others see only now
+        if (s.kind == StepKind::product) {
+            over_tiles([&](int number) {
+                if (number > group) bring_ahead(s, space, ahead), copies_arrive(), __syncthreads();
+                multiply_rows(s, r, space, ahead);
+            });
+            continue;
+        }
         if (s.kind == StepKind::attend && !r.alone) {
-            over_tiles(s, [&] { store_rows(s, r, space); });
+            over_tiles([&](int) { store_step<T>(i); });
             grid_barrier();
         }
-        over_tiles(s, [&] {
-            if (s.kind == StepKind::embed) embed_rows(s, r, space);
-            else if (s.kind == StepKind::norm) norm_rows(s, r, space);
-            else if (s.kind == StepKind::product) multiply_rows(s, r, space, ahead);
-            else attend_rows(s, r, space);
-        });
-        if (i + 1 == r.count) break;
-        arrive(r.cluster);
-        if (s.kind == StepKind::product) bring_after(i);
-        copies_arrive();
-        wait(r.cluster);
-        __syncthreads();  // what was copied after the arrival, others see only now
+        over_tiles([&](int) { other_step<T>(i); });
     }
     if (r.draws) {
         arrive(r.cluster);
         wait(r.cluster);
-        over_tiles(space.steps[0], [&] { draw_rows(r, space); });
+        over_tiles([&](int) { draw_step<T>(); });
     }
     if (!r.scores) return;
     grid_barrier();
-    score_rows(r);
+    score_step<T>();
 }
 
 // ---- the host's side ----
@@ -4373,6 +4492,7 @@ Status Talker::plan_steps(const DevicePlan& plan, Plan& there) {
                 addend = after->x == op.y ? after->x2 : after->x, y = after->y, ++i;
             const bool across = !s.is_head && !plan.output_rows;
             s.apart = parts_of(op.in, talk_depth) * talk_depth;
+            while ((1 << s.log_parts) < talk_warps && (part_steps << s.log_parts) * talk_depth < s.apart) ++s.log_parts;
             s.w = values(op.w);
             if (narrow || across || op.in % talk_depth != 0) {
                 unsigned char* const to = there.take<unsigned char>(static_cast<int64_t>(element) * op.out * s.apart, "matrices");
@@ -4485,8 +4605,8 @@ void Talker::destroy() {
     if (block) (void)cudaFree(block);
     free(steps), free(copies);
 }
-// How many rows fit in a tile, and on how many clusters. A step of a cluster's saves some 2 us of a whole device's barrier; but 16 multiprocessors
-// take some 0.5 us longer than all for each megabyte.
+// How many rows fit in a tile, and on how many clusters. A cluster's barrier is sooner passed than a whole device's; but 16 multiprocessors take
+// longer than all to bring each megabyte.
 template <class T>
 Status Talker::plan_launch(int dim, int optin, int generation) {
     constexpr int64_t much = int64_t(4) << 20;

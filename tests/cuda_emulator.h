@@ -70,6 +70,7 @@
 #define __constant__
 #define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 // Shared memory: `count` elements, or the dynamic bytes of the launch. The source defines the same macros for nvcc.
