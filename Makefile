@@ -145,7 +145,8 @@ cuda-test: $(build)/cuda/test
 	@sh tests/cuda.sh $<
 cuda-bench: $(build)/cuda/babygpt $(build)/cuda/products
 	@python3 -u tools/bench/bench.py --cuda --babygpt $< --folder $(build)/bench --pairs 1 --seconds 3 --save $(build)/cuda/bench.json $(options)
-	@for batch in 512 64; do echo; $< bench --profile --backend cuda --precision bf16 --batch $$batch --seconds 2 || exit 0; $(build)/cuda/products $$batch; done
+	@for batch in 512 64; do echo; $< bench --profile --backend cuda --precision bf16 --batch $$batch --seconds 2 || exit 0; \
+	    python3 tools/bench/kernels.py $< --batch $$batch --precision bf16; $(build)/cuda/products $$batch; done
 matrix: $(results)/matrix.sh
 	@sh tests/run.sh --sum $<
 clean:
