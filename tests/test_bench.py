@@ -140,6 +140,30 @@ def check_cuda(folder):
     check("no GPU: " + result.stderr, result.returncode == 0 and result.stdout.startswith("skipped: ") and "CUDA" in result.stdout)
 
 
+def check_kernels(folder):
+    """The table of a step's kernels, from what ncu would say."""
+    names = ["ID", "Kernel Name", "dram__bytes_read.sum", "dram__bytes_write.sum", "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+             "gpu__time_duration.sum"]
+    one = [["void babygpt::cuda::twice<float>(T1 *, int)", "3,000,000", "1,000,000", "40", "2,000"]] * 2 + \
+          [["void babygpt::cuda::adamw<__nv_bfloat16>(float *)", "6,000,000", "0", "50", "3,000"]]
+    table = ["==PROF== Connected", names, ["", "", "byte", "byte", "%", "ns"], *[[str(i), *cells] for i, cells in enumerate(one[1:] + one)]]
+    tools = os.path.join(folder, "tools")
+    os.mkdir(tools)
+    with open(os.path.join(tools, "table"), "w", encoding="utf-8") as file:
+        file.writelines((line if isinstance(line, str) else ",".join(f'"{cell}"' for cell in line)) + "\n" for line in table)
+    with open(os.path.join(tools, "ncu"), "w", encoding="utf-8") as file:
+        file.write(f'#!/bin/sh\ncat "{tools}/table"\n')
+    os.chmod(os.path.join(tools, "ncu"), 0o755)
+    kernels = [sys.executable, os.path.join(ROOT, "tools", "bench", "kernels.py"), BABYGPT]
+    result = run(*kernels, env={**os.environ, "PATH": tools + os.pathsep + os.environ["PATH"]})
+    found = [line.split() for line in result.stdout.splitlines()]
+    check("the kernels of one step: " + result.stderr, result.returncode == 0 and [words[0] for words in found[1:]] == ["twice<float>", "adamw<bfloat16>", "all"])
+    check("how often, how long, and its share", found[1][1:4] == ["2", "4.0", "57.1%"] and found[3][1:] == ["3", "7.0"])
+    check("bytes, and how fast", found[1][4:] == ["8.0", "2.00", "40.0%"])
+    result = run(*kernels, env={**os.environ, "PATH": folder})
+    check("no ncu", result.returncode == 0 and result.stdout.startswith("skipped: "))
+
+
 check_ceilings()
 check_bars()
 check_model()
@@ -148,5 +172,6 @@ with tempfile.TemporaryDirectory() as where:
     check_bench(where)
     if os.name == "posix":
         check_cuda(where)
+        check_kernels(where)
 print(f"{passed} passed, {failed} failed")
 sys.exit(failed > 0)
