@@ -6172,8 +6172,7 @@ struct Op {
     int lora = nothing, loras = 0;  // linear: the first of those beside it in Tape::loras, and how many they are
     int low = nothing;              // of these, in training: [rank * loras], x A^T times the scale
     int sum = nothing;              // linear, add: each other, where a device's product also makes the sum whose second summand is its y
-    int bias_sum =
-        nothing;  // linear, and norm or attention: each other, where their backward pass there also sums up the gradient of the bias b
+    int bias_sum = nothing;  // linear, and norm or attention: each other, where the latter's backward pass there sums up b's gradient
     int dim() const { return in / (sight == Sight::source ? heads : heads + 2 * kv_heads); }  // attention, rope: columns of a head
 };
 
@@ -17730,14 +17729,14 @@ struct Walk {
     // ---- products ----
 
     // With B in panels. Each thread packs the rows of A that it multiplies, `packs_a` numbers deep, into its own memory; 0: A is read where it
-    // is. diagonal: what is to be added to a row to make it the column on the whole product's diagonal. then: an op
-    // whose activation follows, best while the rows are in the second cache; null: none.
+    // is. diagonal: what is to be added to a row to make it the column on the whole product's diagonal. then: an op whose activation follows,
+    // best while the rows are in the second cache; null: none.
     void multiply(const ProductKernels& by, const Product& p, const float* b, int packs_a = 0, int diagonal = 0,
                   const Work* then = nullptr) const {
         const int columns = by.tile_columns;
         const int all_panels = (p.columns + columns - 1) / columns;
-        if (p.rows < 4 && packs_a == 0 &&
-            !p.is_symmetric) {  // memory sets the speed: best if each thread reads the same weights for every token
+        if (p.rows < 4 && packs_a == 0 && !p.is_symmetric) {
+            // Memory sets the speed: best if each thread reads the same weights for every token.
             const int units = (all_panels + 3) / 4, unit = 4 * columns;
             const int64_t worth = most(static_cast<int64_t>(p.depth) * p.columns / least_cost, int64_t(1));
             const int workers = static_cast<int>(least(worth, static_cast<int64_t>(least(threads, units))));
