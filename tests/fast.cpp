@@ -708,7 +708,7 @@ TEST(waiting, "a worker would have to be woken for the next job while this one i
     static thread_local int of_thread;
     const int* const caller = &of_thread;
     bool awake = false;
-    for (int tries = 0; tries < 20 && !awake; ++tries) {  // once the machine lets both run at a time
+    for (const double end = seconds_now() + 10; !awake && seconds_now() < end;) {  // once the machine lets both run at a time
         std::atomic<int> began{0};
         parallel(runtime, 2, [&](int) {
             began.fetch_add(1);
