@@ -2815,8 +2815,9 @@ Status Gpu::try_plan(const Tensorial& t, const Matmul& m, const cublasLtMatmulAl
     }
     return Status();
 }
-// Of the plans that add in one sequence the fastest that makes the bits which the library's own choice makes: so neither the times nor the choice
-// change a result. The product is made several times: not where it grows by it.
+// Of the plans that add in one sequence the fastest that makes the bits which the library's own choice makes of these numbers, millions of sums: one that
+// added in another order would show in some of them. So what is fastest today changes no result. The product is made several times: not where it
+// grows by it.
 Status Gpu::choose(Tensorial& t, const Matmul& m) {
     if (m.start == m.c || m.c_stride != m.columns) return Status();
     cublasLtMatmulHeuristicResult_t plans[8];
