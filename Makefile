@@ -90,11 +90,13 @@ run: $(build)/babygpt
 results := $(build)/results
 quick := $(patsubst %,$(results)/%,$(filter-out $(emulated),$(programs)) test_cli.sh)
 # The longest stand first.
-side_by_side := $(patsubst %,$(results)/%,$(emulated) nvcc.sh platforms.sh damaged) $(quick)
+side_by_side := $(patsubst %,$(results)/%,$(emulated) nvcc.sh matrix.g++ matrix.clang++ platforms.sh damaged) $(quick)
 $(programs:%=$(results)/%): $(results)/%: $(build)/tests/% always
 	@sh tests/run.sh $@ $<
 $(results)/%.sh: tests/%.sh $(build)/babygpt always
 	@BABYGPT=$(build)/babygpt sh tests/run.sh $@ $<
+$(results)/matrix.%: tests/matrix.sh always
+	@sh tests/run.sh $@ '$< $*'
 test: $(quick)
 	@sh tests/run.sh --sum $^
 # Damaged files: what make test does less often.
@@ -107,7 +109,7 @@ damage: $(patsubst %,$(build)/tests/%,tokenizer files data adapters pictures)
 	@sh tests/run.sh $(results)/damage '$(build)/tests/tokenizer damage' '$(build)/tests/files' '$(build)/tests/data damaged' $(damage)
 	@sh tests/run.sh --sum $(results)/damage
 # The others one after the other: some of them time what they run.
-further := $(wildcard tests/test_*.py) tests/matrix.sh \
+further := $(wildcard tests/test_*.py) \
     'tools/compare_torch.py $(build)/tests/torch_steps' 'tools/compare_tokenizers.py --babygpt $(build)/babygpt' \
     'tools/compare_transformers.py --babygpt $(build)/babygpt' 'tools/compare_measures.py --babygpt $(build)/babygpt --retrieval $(build)/examples/retrieval' \
     'tools/compare_gguf.py --babygpt $(build)/babygpt' 'tools/compare_peft.py --babygpt $(build)/babygpt'

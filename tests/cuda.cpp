@@ -1521,7 +1521,7 @@ TEST(troubles, "an error of CUDA's would not be said, or leave something behind"
     emulator::settings.fail_allocation = 0;
     int failed = 0;
     c.precision = Precision::bf16;
-    for (long call = 1; call < 1000; call += call < 60 ? 1 : 13) {  // each call in turn; then launches, one like the other
+    for (long call = 1; call < 1000; call += call < 60 ? 1 : 31) {  // each call in turn; then launches, one like the other
         emulator::settings.fail_call = call;
         Learner l;
         Status status = l.create(Backend::cuda, c);
