@@ -15725,15 +15725,15 @@ BABYGPT_CALL inline void copy_rows(float* to, int64_t to_row, const float* from,
 }  // namespace babygpt
 // ---- products of matrices -------------------------------------------------------------------------------------------------
 // C = start + A B, each element of C one chain along the depth. The scheme is that of Goto & van de Geijn ("Anatomy of high-performance
-// matrix multiplication", 2008): B is copied into panels in the order in which it is read, A too where its depth runs down the columns, and
-// a tile of C stays in registers while rows of A and a panel of B stream by. The depth is cut in blocks small enough for the caches; a tile
-// goes on from where the last block left it in C.
+// matrix multiplication", 2008): B is copied into panels in the order in which it is read, in training A, too (as one stream it comes
+// faster from the second cache), and a tile of C stays in registers while rows of A and a panel of B stream by. The depth is cut in blocks
+// small enough for the caches; a tile goes on from where the last block left it in C.
 
 namespace babygpt {
 namespace {
 
-constexpr int depth_block = 256;  // a panel of B of this depth stays in the first cache ...
-constexpr int row_block = 96;     // ... and so many rows of A in the second; a multiple of every tile's rows
+constexpr int row_block = 96;     // so many rows of A stay in the second cache; a multiple of every tile's rows
+constexpr int least_piece = 512;  // so deep at least is what is packed at a time
 
 template <class Set>
 struct Called;  // what is called rather than inlined: a set's own functions (chapter 11, BABYGPT_KERNELS)
@@ -15744,6 +15744,7 @@ struct Products {
     using U = typename Set::U;
     static constexpr int tile_rows = Set::tile_rows;
     static constexpr int tile_columns = 2 * Set::width;
+    static constexpr int depth_block = Set::width > 8 ? 256 : 384;  // a panel of B of this depth stays in the first cache
 
     // Copies elements (k, j), k < depth, j < count, into a panel [k][size]; what is missing up to `size` becomes 0.
     template <int size>
@@ -15761,11 +15762,15 @@ struct Products {
             }
         } else if (size % Set::width == 0) {
             V v;
-            for (int k = 0; k < depth; ++k, to += size, from += stride)
+            for (int k = 0; k < depth; ++k, to += size, from += stride) {
+                for (int j = 0; j < size; j += 16) prefetch(from + ahead * stride + j);
                 for (int j = 0; j < size; j += Set::width) Set::load(v, from + j), Set::store(to + j, v);
+            }
         } else {
-            for (int k = 0; k < depth; ++k, to += size, from += stride)
+            for (int k = 0; k < depth; ++k, to += size, from += stride) {
+                for (int j = 0; j < size; j += 16) prefetch(from + ahead * stride + j);
                 for (int j = 0; j < size; j += 4) memcpy(to + least(j, size - 4), from + least(j, size - 4), 4 * sizeof(float));
+            }
         }
     }
     static BABYGPT_INLINE void pack_a(float* to, const Factor& a, int row, int depth, int rows) {
@@ -15836,13 +15841,15 @@ struct Products {
     }
 
     // rows x columns of C: c[r][j] = start[r][j] + sum over k < depth of a[r * a_row + k * a_step] * b[k * b_row + j], a chain; start null: 0.
-    // Meanwhile it fetches what is needed next: at every k from `next` on, in steps; null: nothing.
+    // Meanwhile it fetches what is needed next: `depth` places from `next` on, in steps; null: nothing.
     // `unroll` values of k at a time: where another thread shares the core, the number of instructions bounds it, not that of multiply-adds.
     template <int rows, int columns, int unroll, class E>
     static BABYGPT_INLINE void tile(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a, int64_t a_row,
                                     int64_t a_step, const E* b, int64_t b_row, int depth, const float* scale = nullptr,
                                     const E* next = nullptr, int64_t next_step = 0) {
-        constexpr int vectors = columns / Set::width;
+        constexpr int vectors = columns / Set::width,
+                      streams = unroll % 4 == 0 ? 4 : 1;  // memory gives more to several streams than to one
+        const int64_t stream = depth / streams * next_step;
         V sum[static_cast<size_t>(rows * vectors)], by;
         BABYGPT_UNROLL
         for (int r = 0; r < rows; ++r) {
@@ -15858,7 +15865,8 @@ struct Products {
         for (; k + unroll <= depth; k += unroll, b += unroll * b_row) {
             if (next) {
                 BABYGPT_UNROLL
-                for (int i = 0; i < unroll; ++i) prefetch(next), next += next_step;
+                for (int i = 0; i < unroll; ++i) prefetch(next + i % streams * stream + i / streams * next_step);
+                next += unroll / streams * next_step;
             }
             BABYGPT_UNROLL
             for (int i = 0; i < unroll; ++i) add_outer<rows, vectors>(sum, a, a_row, (k + i) * a_step, b + i * b_row);
@@ -15965,8 +15973,9 @@ struct Products {
                     for (int i = 0; i < tile_rows && !Set::tiles; ++i) prefetch(below + i * p.c_stride);
                     // Many rows hide the fetching of one panel, and another one would take the first cache from what they need.
                     const Next next = Set::tiles ? Next{below, 0, p.c_stride}
-                                                 : Next{rows < row_block ? panel + apart : nullptr, r * depth / rows * tile_columns,
-                                                        most(1, height * tile_columns / rows)};
+                                      : rows < row_block
+                                          ? Next{panel + apart, r * depth / rows * tile_columns, most(1, height * tile_columns / rows)}
+                                          : Next{nullptr, 0, 0};
                     if (a) panel_tile<tile_rows, down, float>(to, c_row, start, start_row, from, tile_rows, panel, next, k0, depth);
                     else if constexpr (!Set::pairs) {
                         if (tall == tile_rows)
@@ -16546,6 +16555,8 @@ struct Rows {
                 get(sum_w, dw + i, left);
                 if (db) get(sum_b, db + i, left);
                 for (int r = 0; r < count; ++r) {
+                    prefetch(dy + start + static_cast<int64_t>(r + ahead) * n + i),
+                        prefetch(x + start + static_cast<int64_t>(r + ahead) * n + i);
                     get(d, dy + start + static_cast<int64_t>(r) * n + i, left), get(h, x + start + static_cast<int64_t>(r) * n + i, left);
                     Set::splat(mean, statistics[(row + r) * 2]), Set::splat(scale, statistics[(row + r) * 2 + 1]);
                     h = (h - mean) * scale;
@@ -16565,7 +16576,10 @@ struct Rows {
             for (int i = c0; i < c1; i += W) {
                 V sum, v;
                 get(sum, db + i, c1 - i);
-                for (int r = 0; r < count; ++r) get(v, d + static_cast<int64_t>(r) * n + i, c1 - i), sum = sum + v;
+                for (int r = 0; r < count; ++r) {
+                    prefetch(d + static_cast<int64_t>(r + ahead) * n + i);
+                    get(v, d + static_cast<int64_t>(r) * n + i, c1 - i), sum = sum + v;
+                }
                 put(db + i, sum, c1 - i);
             }
         }
@@ -17658,7 +17672,7 @@ struct Scratch {
         chunk = static_cast<int>(least<int64_t>(round_up<int64_t>(even, 12), all));
         logits = round_up<int64_t>(chunk * wide, 16);
         // In training little enough for a shared cache; running, the weights are packed before.
-        panels = tape.training ? most(1 << 20, 512 * tape.width) : 2 * depth_block * kernels.exact.tile_columns;
+        panels = tape.training ? most(1 << 20, 512 * tape.width) : least_piece * kernels.exact.tile_columns;
         slot = tape.training ? row_block * 2048 : 16;
         for (const Op& op : tape.ops)
             if (op.kind == OpKind::attention) slot = most(slot, kernels.attention_scratch(tape.context, op.dim(), tape.training));
@@ -17756,7 +17770,8 @@ struct Walk {
         const int tall = packs_a > 0 ? least(row_block, round_up((p.rows + threads - 1) / threads, by.tile_rows)) : row_block;
         const int row_blocks = (p.rows + tall - 1) / tall;
         const bool is_small = static_cast<int64_t>(p.rows) * p.columns * p.depth < 1 << 17;
-        const int groups = is_small || threads == 1 ? 1 : least((8 * threads + row_blocks - 1) / row_blocks, (all_panels + 3) / 4);
+        const int items = p.rows > 16 ? 8 * threads : 2 * threads;  // where B comes from memory, few streams are faster
+        const int groups = is_small || threads == 1 ? 1 : least((items + row_blocks - 1) / row_blocks, (all_panels + 3) / 4);
         int packed_row[max_threads];
         for (int w = 0; w < threads; ++w) packed_row[w] = -1;
         divide(row_blocks * groups, [&](int i, int worker) {
@@ -17780,8 +17795,8 @@ struct Walk {
     void product(const Product& all) const { product(kernels.exact, all); }
     void product(const ProductKernels& by, const Product& all, const Work* then = nullptr) const {
         const int width = by.tile_columns, words = by.words(all.depth);
-        const bool packs_a = by.packs_a || (all.a.runs == down && all.rows > 1);
-        const int64_t deep = least(words, 2 * depth_block);
+        const bool packs_a = by.packs_a || (tape.training && all.rows > 1);
+        const int64_t deep = least(words, least_piece);
         const int wide = static_cast<int>(least<int64_t>(round_up(all.columns, width), scratch.panels / deep / width * width));
         const int64_t room = least(scratch.panels / wide, packs_a ? scratch.slot / row_block : static_cast<int64_t>(INT64_MAX));
         const int64_t whole = room / by.depth_unit * by.depth_unit, pieces = (words + whole - 1) / whole;
