@@ -73,7 +73,7 @@ $(build)/ceilings: tools/bench/ceilings.cpp
 	@mkdir -p $(@D)
 	$(compile) $< $(LDFLAGS) -o $@
 ifneq ($(filter test-all,$(MAKECMDGOALS)),)
-$(examples): flags.release := -Og  # there they need no speed, and compile sooner
+$(examples): flags.release := -O0  # there they need no speed, and compile sooner
 endif
 $(examples): $(build)/examples/%: examples/%.cpp babygpt.h
 	@mkdir -p $(@D)
@@ -90,7 +90,7 @@ run: $(build)/babygpt
 results := $(build)/results
 quick := $(patsubst %,$(results)/%,$(filter-out $(emulated),$(programs)) test_cli.sh)
 # The longest stand first.
-side_by_side := $(patsubst %,$(results)/%,$(emulated) nvcc.sh matrix.g++ matrix.clang++ platforms.sh damaged) $(quick)
+side_by_side := $(patsubst %,$(results)/%,$(emulated) nvcc.sh matrix.g++ matrix.clang++ compared platforms.sh damaged) $(quick)
 $(programs:%=$(results)/%): $(results)/%: $(build)/tests/% always
 	@sh tests/run.sh $@ $<
 $(results)/%.sh: tests/%.sh $(build)/babygpt always
@@ -100,7 +100,7 @@ $(results)/matrix.%: tests/matrix.sh always
 test: $(quick)
 	@sh tests/run.sh --sum $^
 # Damaged files: what make test does less often.
-damage := '$(build)/tests/tokenizer small_gpt2_damage 20' '$(build)/tests/tokenizer gpt2_damage 100' '$(build)/tests/tokenizer piece_damage 40' '$(build)/tests/tokenizer real_damage 40' \
+damage := '$(build)/tests/tokenizer small_gpt2_damage 20' '$(build)/tests/tokenizer gpt2_damage 100' '$(build)/tests/tokenizer piece_damage 20' '$(build)/tests/tokenizer real_damage 40' \
     '$(build)/tests/files huggingface 14' '$(build)/tests/files gguf_damage 3' '$(build)/tests/files damaged_resume 7' \
     '$(build)/tests/adapters damaged 7' '$(build)/tests/pictures damaged 20'
 $(results)/damaged: $(patsubst %,$(build)/tests/%,tokenizer files adapters pictures) always
@@ -108,11 +108,13 @@ $(results)/damaged: $(patsubst %,$(build)/tests/%,tokenizer files adapters pictu
 damage: $(patsubst %,$(build)/tests/%,tokenizer files data adapters pictures)
 	@sh tests/run.sh $(results)/damage '$(build)/tests/tokenizer damage' '$(build)/tests/files' '$(build)/tests/data damaged' $(damage)
 	@sh tests/run.sh --sum $(results)/damage
-# The others one after the other: some of them time what they run.
-further := $(wildcard tests/test_*.py) \
-    'tools/compare_torch.py $(build)/tests/torch_steps' 'tools/compare_tokenizers.py --babygpt $(build)/babygpt' \
-    'tools/compare_transformers.py --babygpt $(build)/babygpt' 'tools/compare_measures.py --babygpt $(build)/babygpt --retrieval $(build)/examples/retrieval' \
+# With other people's programs. What times something stands alone, at the end.
+compared := 'tools/compare_torch.py $(build)/tests/torch_steps' 'tools/compare_transformers.py --babygpt $(build)/babygpt' \
     'tools/compare_gguf.py --babygpt $(build)/babygpt' 'tools/compare_peft.py --babygpt $(build)/babygpt'
+$(results)/compared: $(build)/babygpt $(build)/tests/torch_steps always
+	@sh tests/run.sh $@ $(compared)
+further := $(wildcard tests/test_*.py) 'tools/compare_tokenizers.py --babygpt $(build)/babygpt' \
+    'tools/compare_measures.py --babygpt $(build)/babygpt --retrieval $(build)/examples/retrieval'
 test-all: $(side_by_side) $(build)/ceilings $(tests:%=$(build)/tests/%) examples
 	@BABYGPT=$(build)/babygpt sh tests/run.sh $(results)/further $(further)
 	@sh tests/run.sh --sum $(side_by_side) $(results)/further
@@ -149,8 +151,8 @@ cuda-bench: $(build)/cuda/babygpt $(build)/cuda/products
 	@python3 -u tools/bench/bench.py --cuda --babygpt $< --folder $(build)/bench --pairs 1 --seconds 3 --save $(build)/cuda/bench.json $(options)
 	@for batch in 512 64; do echo; $< bench --profile --backend cuda --precision bf16 --batch $$batch --seconds 2 || exit 0; \
 	    python3 tools/bench/kernels.py $< --batch $$batch --precision bf16; $(build)/cuda/products $$batch; done
-matrix: $(results)/matrix.sh
-	@sh tests/run.sh --sum $<
+matrix: $(results)/matrix.g++ $(results)/matrix.clang++
+	@sh tests/run.sh --sum $^
 clean:
 	rm -rf build
 help:
