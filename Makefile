@@ -100,7 +100,7 @@ $(results)/matrix.%: tests/matrix.sh always
 test: $(quick)
 	@sh tests/run.sh --sum $^
 # Damaged files: what make test does less often.
-damage := '$(build)/tests/tokenizer small_gpt2_damage 20' '$(build)/tests/tokenizer gpt2_damage 100' '$(build)/tests/tokenizer piece_damage 20' '$(build)/tests/tokenizer real_damage 40' \
+damage := '$(build)/tests/tokenizer small_gpt2_damage 20' '$(build)/tests/tokenizer large_gpt2_damage 100' '$(build)/tests/tokenizer piece_damage 40' '$(build)/tests/tokenizer real_damage 40' \
     '$(build)/tests/files huggingface 14' '$(build)/tests/files gguf_damage 3' '$(build)/tests/files damaged_resume 7' \
     '$(build)/tests/adapters damaged 7' '$(build)/tests/pictures damaged 20'
 $(results)/damaged: $(patsubst %,$(build)/tests/%,tokenizer files adapters pictures) always

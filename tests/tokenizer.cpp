@@ -636,7 +636,7 @@ TEST(small_gpt2_damage, "a damaged vocab.bpe, encoder.json or .tiktoken file cra
     CHECK(memory.used == 0 && memory.blocks == 0);
 }
 
-TEST(gpt2_damage, "a damaged vocab.bpe, encoder.json or .tiktoken file of GPT-2's crashes") {
+TEST(large_gpt2_damage, "a damaged vocab.bpe, encoder.json or .tiktoken file of GPT-2's crashes") {
     if (read_shared("tokenizers/gpt2/vocab.bpe").empty()) SKIP("../shared/data/tokenizers/gpt2 is absent");
     Runtime runtime;
     GptFiles disk;
