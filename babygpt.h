@@ -15698,6 +15698,14 @@ BABYGPT_INLINE void prefetch(const void* p) {
     (void)p;
 #endif
 }
+// Into the second cache, not the first.
+BABYGPT_INLINE void prefetch_far(const void* p) {
+#if BABYGPT_VECTORS
+    __builtin_prefetch(p, 0, 2);
+#else
+    (void)p;
+#endif
+}
 
 constexpr int ahead = 8;  // rows that lie apart are prefetched so many before
 
@@ -15841,14 +15849,14 @@ struct Products {
     }
 
     // rows x columns of C: c[r][j] = start[r][j] + sum over k < depth of a[r * a_row + k * a_step] * b[k * b_row + j], a chain; start null: 0.
-    // Meanwhile it fetches what is needed next: `depth` places from `next` on, in steps; null: nothing.
+    // Meanwhile it fetches what is needed next: for each k next_step elements, from `next` on; null: nothing.
     // `unroll` values of k at a time: where another thread shares the core, the number of instructions bounds it, not that of multiply-adds.
     template <int rows, int columns, int unroll, class E>
     static BABYGPT_INLINE void tile(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a, int64_t a_row,
                                     int64_t a_step, const E* b, int64_t b_row, int depth, const float* scale = nullptr,
                                     const E* next = nullptr, int64_t next_step = 0) {
-        constexpr int vectors = columns / Set::width,
-                      streams = unroll % 4 == 0 ? 4 : 1;  // memory gives more to several streams than to one
+        constexpr int vectors = columns / Set::width, line = 64 / static_cast<int>(sizeof(E));
+        constexpr int streams = unroll % 4 == 0 ? 4 : 1;  // memory gives more to several than to one
         const int64_t stream = depth / streams * next_step;
         V sum[static_cast<size_t>(rows * vectors)], by;
         BABYGPT_UNROLL
@@ -15863,7 +15871,8 @@ struct Products {
         }
         int64_t k = 0;
         for (; k + unroll <= depth; k += unroll, b += unroll * b_row) {
-            if (next) {
+            if (next && unroll * next_step <= line) prefetch_far(next), next += unroll * next_step;  // many rows: not needed soon
+            else if (next) {
                 BABYGPT_UNROLL
                 for (int i = 0; i < unroll; ++i) prefetch(next + i % streams * stream + i / streams * next_step);
                 next += unroll / streams * next_step;
@@ -15971,11 +15980,9 @@ struct Products {
                     const float* below = r + height < rows ? c + height * p.c_stride : p.c + row * p.c_stride + j + tile_columns;
                     // Where C is larger than the caches. (A matrix unit is so fast that this has to be spread over its work.)
                     for (int i = 0; i < tile_rows && !Set::tiles; ++i) prefetch(below + i * p.c_stride);
-                    // Many rows hide the fetching of one panel, and another one would take the first cache from what they need.
-                    const Next next = Set::tiles ? Next{below, 0, p.c_stride}
-                                      : rows < row_block
-                                          ? Next{panel + apart, r * depth / rows * tile_columns, most(1, height * tile_columns / rows)}
-                                          : Next{nullptr, 0, 0};
+                    const Next next = Set::tiles
+                                          ? Next{below, 0, p.c_stride}
+                                          : Next{panel + apart, r * depth / rows * tile_columns, most(1, height * tile_columns / rows)};
                     if (a) panel_tile<tile_rows, down, float>(to, c_row, start, start_row, from, tile_rows, panel, next, k0, depth);
                     else if constexpr (!Set::pairs) {
                         if (tall == tile_rows)
