@@ -15733,8 +15733,8 @@ BABYGPT_CALL inline void copy_rows(float* to, int64_t to_row, const float* from,
 }  // namespace babygpt
 // ---- products of matrices -------------------------------------------------------------------------------------------------
 // C = start + A B, each element of C one chain along the depth. The scheme is that of Goto & van de Geijn ("Anatomy of high-performance
-// matrix multiplication", 2008): B is copied into panels in the order in which it is read, in training A, too (as one stream it comes
-// faster from the second cache), and a tile of C stays in registers while rows of A and a panel of B stream by. The depth is cut in blocks
+// matrix multiplication", 2008): B is copied into panels in the order in which it is read, in training A, too, where that pays (in one stream
+// it comes faster from the second cache), and a tile of C stays in registers while rows of A and a panel of B stream by. The depth is cut in blocks
 // small enough for the caches; a tile goes on from where the last block left it in C.
 
 namespace babygpt {
@@ -17802,7 +17802,8 @@ struct Walk {
     void product(const Product& all) const { product(kernels.exact, all); }
     void product(const ProductKernels& by, const Product& all, const Work* then = nullptr) const {
         const int width = by.tile_columns, words = by.words(all.depth);
-        const bool packs_a = by.packs_a || (tape.training && all.rows > 1);
+        const bool pays = all.a.runs == down || all.columns >= 768;  // to pack A: each number of it is used often enough
+        const bool packs_a = by.packs_a || (tape.training && all.rows > 1 && pays);
         const int64_t deep = least(words, least_piece);
         const int wide = static_cast<int>(least<int64_t>(round_up(all.columns, width), scratch.panels / deep / width * width));
         const int64_t room = least(scratch.panels / wide, packs_a ? scratch.slot / row_block : static_cast<int64_t>(INT64_MAX));
