@@ -15733,9 +15733,9 @@ BABYGPT_CALL inline void copy_rows(float* to, int64_t to_row, const float* from,
 }  // namespace babygpt
 // ---- products of matrices -------------------------------------------------------------------------------------------------
 // C = start + A B, each element of C one chain along the depth. The scheme is that of Goto & van de Geijn ("Anatomy of high-performance
-// matrix multiplication", 2008): B is copied into panels in the order in which it is read, in training A, too, where that pays (in one stream
-// it comes faster from the second cache), and a tile of C stays in registers while rows of A and a panel of B stream by. The depth is cut in blocks
-// small enough for the caches; a tile goes on from where the last block left it in C.
+// matrix multiplication", 2008): B is copied into panels in the order in which it is read, and in training A, where that pays (in one
+// stream it comes faster from the second cache). A tile of C stays in registers while rows of A and a panel of B stream by. The depth is cut
+// in blocks small enough for the caches; a tile goes on from where the last block left it in C.
 
 namespace babygpt {
 namespace {
@@ -15768,16 +15768,13 @@ struct Products {
                 for (; k < depth; ++k)
                     for (int i = first; i < first + 4; ++i) to[k * size + i] = from[i * stride + k];
             }
-        } else if (size % Set::width == 0) {
+        } else {
             V v;
             for (int k = 0; k < depth; ++k, to += size, from += stride) {
                 for (int j = 0; j < size; j += 16) prefetch(from + ahead * stride + j);
-                for (int j = 0; j < size; j += Set::width) Set::load(v, from + j), Set::store(to + j, v);
-            }
-        } else {
-            for (int k = 0; k < depth; ++k, to += size, from += stride) {
-                for (int j = 0; j < size; j += 16) prefetch(from + ahead * stride + j);
-                for (int j = 0; j < size; j += 4) memcpy(to + least(j, size - 4), from + least(j, size - 4), 4 * sizeof(float));
+                for (int j = 0; j < size && size % Set::width == 0; j += Set::width) Set::load(v, from + j), Set::store(to + j, v);
+                for (int j = 0; j < size && size % Set::width != 0; j += 4)
+                    memcpy(to + least(j, size - 4), from + least(j, size - 4), 4 * sizeof(float));
             }
         }
     }
@@ -15871,7 +15868,7 @@ struct Products {
         }
         int64_t k = 0;
         for (; k + unroll <= depth; k += unroll, b += unroll * b_row) {
-            if (next && unroll * next_step <= line) prefetch_far(next), next += unroll * next_step;  // many rows: not needed soon
+            if (next && unroll * next_step <= line) prefetch_far(next), next += unroll * next_step;  // little: not needed soon
             else if (next) {
                 BABYGPT_UNROLL
                 for (int i = 0; i < unroll; ++i) prefetch(next + i % streams * stream + i / streams * next_step);
@@ -16562,9 +16559,9 @@ struct Rows {
                 get(sum_w, dw + i, left);
                 if (db) get(sum_b, db + i, left);
                 for (int r = 0; r < count; ++r) {
-                    prefetch(dy + start + static_cast<int64_t>(r + ahead) * n + i),
-                        prefetch(x + start + static_cast<int64_t>(r + ahead) * n + i);
-                    get(d, dy + start + static_cast<int64_t>(r) * n + i, left), get(h, x + start + static_cast<int64_t>(r) * n + i, left);
+                    const int64_t at = start + static_cast<int64_t>(r) * n + i, next = at + static_cast<int64_t>(ahead) * n;
+                    prefetch(dy + next), prefetch(x + next);
+                    get(d, dy + at, left), get(h, x + at, left);
                     Set::splat(mean, statistics[(row + r) * 2]), Set::splat(scale, statistics[(row + r) * 2 + 1]);
                     h = (h - mean) * scale;
                     Set::fma(sum_w, d, h);
@@ -16584,8 +16581,9 @@ struct Rows {
                 V sum, v;
                 get(sum, db + i, c1 - i);
                 for (int r = 0; r < count; ++r) {
-                    prefetch(d + static_cast<int64_t>(r + ahead) * n + i);
-                    get(v, d + static_cast<int64_t>(r) * n + i, c1 - i), sum = sum + v;
+                    const float* at = d + static_cast<int64_t>(r) * n + i;
+                    prefetch(at + static_cast<int64_t>(ahead) * n);
+                    get(v, at, c1 - i), sum = sum + v;
                 }
                 put(db + i, sum, c1 - i);
             }
@@ -17777,8 +17775,7 @@ struct Walk {
         const int tall = packs_a > 0 ? least(row_block, round_up((p.rows + threads - 1) / threads, by.tile_rows)) : row_block;
         const int row_blocks = (p.rows + tall - 1) / tall;
         const bool is_small = static_cast<int64_t>(p.rows) * p.columns * p.depth < 1 << 17;
-        const int items = p.rows > 16 ? 8 * threads : 2 * threads;  // where B comes from memory, few streams are faster
-        const int groups = is_small || threads == 1 ? 1 : least((items + row_blocks - 1) / row_blocks, (all_panels + 3) / 4);
+        const int groups = is_small || threads == 1 ? 1 : least((8 * threads + row_blocks - 1) / row_blocks, (all_panels + 3) / 4);
         int packed_row[max_threads];
         for (int w = 0; w < threads; ++w) packed_row[w] = -1;
         divide(row_blocks * groups, [&](int i, int worker) {
