@@ -15723,7 +15723,7 @@ BABYGPT_CALL inline void transpose(float* to, int64_t to_row, const float* from,
 // Copies rows x cols; columns from `cols` to `padded` become 0.
 BABYGPT_CALL inline void copy_rows(float* to, int64_t to_row, const float* from, int64_t from_row, int rows, int cols, int padded) {
     for (int r = 0; r < rows; ++r, to += to_row, from += from_row) {
-        for (int c = 0; c < cols; c += 16) prefetch(from + ahead * from_row + c);
+        for (int c = 0; c < cols; c += 16) prefetch(from + ahead * from_row + c), prefetch(to + ahead * to_row + c);
         memcpy(to, from, static_cast<size_t>(cols) * sizeof(float));
         memset(to + cols, 0, static_cast<size_t>(padded - cols) * sizeof(float));
     }
@@ -15778,16 +15778,28 @@ struct Products {
             }
         }
     }
-    static BABYGPT_INLINE void pack_a(float* to, const Factor& a, int row, int depth, int rows) {
-        pack<tile_rows>(to, a.element(0, row), a.stride, a.runs, depth, least(tile_rows, rows - row));
+    // Columns [from, end) of a factor, into as many panels as they take. (Where rows lie apart, few at a time go to all panels, since what
+    // memory and caches hand out are lines, which belong to several panels.)
+    template <int size>
+    static BABYGPT_INLINE void pack(float* to, const Factor& f, int from, int end, int depth) {
+        const int some = f.runs == down ? ahead : depth;
+        for (int k = 0; k < depth; k += some)
+            for (int j = from; j < end; j += size)
+                pack<size>(to + static_cast<int64_t>(j - from) * depth + k * size, f.element(k, j), f.stride, f.runs,
+                           least(some, depth - k), least(size, end - j));
     }
-    static BABYGPT_INLINE void pack_b(float* to, const Factor& b, int column, int depth, int columns, Dtype dtype) {
-        const int count = least(tile_columns, columns - column);
+    static BABYGPT_INLINE void pack_a(float* to, const Factor& a, int row, int end, int depth) { pack<tile_rows>(to, a, row, end, depth); }
+    static BABYGPT_INLINE void pack_b(float* to, const Factor& b, int column, int end, int depth) {
+        pack<tile_columns>(to, b, column, end, depth);
+    }
+    // One panel.
+    static BABYGPT_INLINE void pack_weights(float* to, const Factor& b, int column, int end, int depth, Dtype dtype) {
+        end = least(end, column + tile_columns);
         if constexpr (Set::is_narrow) {
-            if (dtype == Dtype::bf16) return pack_narrow<uint16_t>(to, b.element(0, column), b.stride, b.runs, depth, count);
-            if (dtype == Dtype::int8) return pack_narrow<int8_t>(to, b.element(0, column), b.stride, b.runs, depth, count);
+            if (dtype == Dtype::bf16) return pack_narrow<uint16_t>(to, b.element(0, column), b.stride, b.runs, depth, end - column);
+            if (dtype == Dtype::int8) return pack_narrow<int8_t>(to, b.element(0, column), b.stride, b.runs, depth, end - column);
         }
-        pack<tile_columns>(to, b.element(0, column), b.stride, b.runs, depth, count);
+        pack_b(to, b, column, end, depth);
     }
 
     // A panel's elements are floats, uint16_t (the upper halves of floats), or int8_t, with the columns' scales and their inverses before.
@@ -16074,7 +16086,7 @@ struct Products {
 template <class Set>
 struct Rounded {
     using P = Products<Set>;
-    static BABYGPT_INLINE void round_panel(float* panel, int64_t n) {
+    static BABYGPT_INLINE void round_panels(float* panel, int64_t n) {
         typename Set::V v;
         typename Set::U bits;
         for (int64_t i = 0; i < n; i += Set::width) {
@@ -16089,13 +16101,13 @@ struct Rounded {
             else Set::store_part(panel + i, v, left);
         }
     }
-    static BABYGPT_INLINE void pack_a(float* to, const Factor& a, int row, int depth, int rows) {
-        P::pack_a(to, a, row, depth, rows);
-        round_panel(to, static_cast<int64_t>(depth) * P::tile_rows);
+    static BABYGPT_INLINE void pack_a(float* to, const Factor& a, int row, int end, int depth) {
+        P::pack_a(to, a, row, end, depth);
+        round_panels(to, static_cast<int64_t>(depth) * round_up(end - row, P::tile_rows));
     }
-    static BABYGPT_INLINE void pack_b(float* to, const Factor& b, int column, int depth, int columns) {
-        P::pack_b(to, b, column, depth, columns, Dtype::f32);
-        round_panel(to, static_cast<int64_t>(depth) * P::tile_columns);
+    static BABYGPT_INLINE void pack_b(float* to, const Factor& b, int column, int end, int depth) {
+        P::pack_b(to, b, column, end, depth);
+        round_panels(to, static_cast<int64_t>(depth) * round_up(end - column, P::tile_columns));
     }
 };
 
@@ -16234,13 +16246,16 @@ struct Pairs {
         }
     }
 #endif
-    static BABYGPT_INLINE void pack_a(float* to, const Factor& a, int row, int depth, int rows) {
-        const int count = least(P::tile_rows, rows - row);
-        if constexpr (Set::tiles) pack_for_tiles(to, a.element(0, row), a.stride, a.runs, depth, count);
-        else pack<P::tile_rows>(to, a.element(0, row), a.stride, a.runs, depth, count);
+    static BABYGPT_INLINE void pack_a(float* to, const Factor& a, int row, int end, int depth) {
+        for (int i = row; i < end; i += P::tile_rows, to += P::tile_rows * words(depth)) {
+            const int count = least(P::tile_rows, end - i);
+            if constexpr (Set::tiles) pack_for_tiles(to, a.element(0, i), a.stride, a.runs, depth, count);
+            else pack<P::tile_rows>(to, a.element(0, i), a.stride, a.runs, depth, count);
+        }
     }
-    static BABYGPT_INLINE void pack_b(float* to, const Factor& b, int column, int depth, int columns) {
-        pack<P::tile_columns>(to, b.element(0, column), b.stride, b.runs, depth, least(P::tile_columns, columns - column));
+    static BABYGPT_INLINE void pack_b(float* to, const Factor& b, int column, int end, int depth) {
+        for (int j = column; j < end; j += P::tile_columns, to += P::tile_columns * words(depth))
+            pack<P::tile_columns>(to, b.element(0, j), b.stride, b.runs, depth, least(P::tile_columns, end - j));
     }
 
     template <int rows>
@@ -16980,22 +16995,24 @@ struct Rows {
     // ---- attention ----
     //
     // Products of small matrices, by tiles of `tall` rows by `wide` columns in registers:
-    //   forward, for `tall` queries: scores = q K^T, softmax along each row, y = p V;
+    //   forward, for some queries: scores = q K^T, softmax along each row, y = p V;
     //   backward, for blocks of queries and keys: scores and dp = dy V^T, from these p and ds, then dq += ds K, dk += ds^T q, dv += p^T dy.
     // Queries of a tile see different numbers of keys: what all see is one product; the triangle that is left follows (or, for dk and dv,
     // comes first), so that nothing is added to a chain that is not in it. Scores above the diagonal are computed where a tile holds them,
     // and not used.
 
-    static constexpr int tall = Set::calls ? 2 : 6, wide = 2 * W, block = tall * W;  // block: a multiple of both
-    static constexpr int together = W == 16 ? 2 : 4, wide_single = together * W;     // of one row: more columns, a divisor of a page
+    static constexpr int tall = Set::calls ? 2 : 6, wide = 2 * W, block = 96;     // block: a multiple of both
+    static constexpr int together = W == 16 ? 2 : 4, wide_single = together * W;  // of one row: more columns, a divisor of a page
     static constexpr int page = kv_page;
+    static constexpr int some_queries = 8 * tall;  // that pass over keys and values together
+    static constexpr int some_keys = 8 * page;     // whose values, `wide` columns of them, stay in the first cache
 
-    // c[r][0..columns) += sum over k < n of a[r * a_row + k * a_step] * b[k * b_row + 0..columns); fresh: c was 0.
-    template <int rows, int columns = wide>
-    static BABYGPT_INLINE void tile(float* c, int64_t c_row, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row,
-                                    int n, bool fresh) {
-        if constexpr (rows == tall && columns == wide) Called<Set>::tile(c, c_row, fresh ? nullptr : c, a, a_row, a_step, b, b_row, n);
-        else Products<Set>::template tile<rows, columns, 1>(c, c_row, fresh ? nullptr : c, c_row, a, a_row, a_step, b, b_row, n);
+    // c[r][j] += sum over k < n of A[r][k] * b[k * b_row + j], r < tall, j < wide; fresh: c was 0. A is a[r * a_stride + k], or, where it runs
+    // down, a[k * a_stride + r].
+    template <Depth a_runs>
+    static BABYGPT_INLINE void tile(float* c, int64_t c_row, const float* a, int64_t a_stride, const float* b, int64_t b_row, int n,
+                                    bool fresh) {
+        Called<Set>::template tile<a_runs>(c, c_row, fresh ? nullptr : c, a, a_stride, b, b_row, n);
     }
     // One row: c[0..columns) += sum over k < n of a[k] * b[k * b_row + 0..columns), for so many vectors of columns; fresh: c was 0. Of what
     // is read after this it fetches as much as it reads: rows at `next` (null: none).
@@ -17045,7 +17062,7 @@ struct Rows {
     // Floats of scratch for one thread. `keys`: the longest position + length of a sequence.
     static int64_t attention_scratch(int keys, int dim, bool training) {
         const int64_t padded = round_up(dim, wide), pages = round_up(keys, page), blocks = round_up(keys, block);
-        const int64_t forward = tall * (dim + padded + pages) + pages * (dim + padded);
+        const int64_t forward = some_queries * (dim + padded + pages) + pages * (dim + padded);
         const int64_t backward = blocks * (3 * padded + 1) + block * (3 * padded + 2 * dim + 2 * block);
         return round_up(training ? most(forward, backward) : forward, static_cast<int64_t>(16));
     }
@@ -17070,10 +17087,10 @@ struct Rows {
         const int dim = a.dim, before = a.before, keys = before + a.keys, padded = round_up(dim, wide);
         const bool cached = a.has_cache();
         const float *new_keys = a.k + kv_column, *new_values = a.v + kv_column;
-        float *queries = scratch, *out = queries + tall * dim, *scores = out + tall * padded, inverse[static_cast<size_t>(tall)] = {};
+        float *queries = scratch, *out = queries + some_queries * dim, *scores = out + some_queries * padded;
         const int64_t scores_row = round_up(keys, page);
         Cache cache;
-        cache.keys = scores + tall * scores_row;
+        cache.keys = scores + some_queries * scores_row;
         cache.values = cache.keys + scores_row * dim;
         cache.pages = cached ? a.s.pages : nullptr;
         cache.offset = (a.layer * 2 * a.kv_width + kv_column) * page;
@@ -17098,24 +17115,23 @@ struct Rows {
             const int64_t column = static_cast<int64_t>(head) * dim;
             const float* q = a.q + column;
             for (int i = 0, n; i < a.queries; i += n) {
-                n = least(tall, a.queries - i);
+                n = least(some_queries, a.queries - i);
                 if (n <= 2) n = 1;  // one by one
-                const int first = a.seen_by(i), last = a.seen_by(i + n - 1);
                 copy_rows(queries, dim, q + i * a.q_stride, a.q_stride, n, dim, dim);
-                for (int j = n * dim; j < tall * dim && n > 1; ++j) queries[j] = 0;
-                if (n == 1) scores_of_one(scores, queries, cache, last);
-                else scores_of(scores, scores_row, queries, cache, last);
+                for (int j = n * dim; j < round_up(n, tall) * dim && n > 1; ++j) queries[j] = 0;
+                if (n == 1) scores_of_one(scores, queries, cache, a.seen_by(i));
+                else scores_of(scores, scores_row, queries, cache, a, i, n);
                 for (int r = 0; r < n; ++r) {
-                    float* statistics = a.softmax + (static_cast<int64_t>(i + r) * a.heads + head) * 2;
-                    softmax_row(scores + r * scores_row, a.seen_by(i + r), dim, drop, a.row + i + r, head, statistics);
-                    inverse[r] = 1.0f / statistics[1];
+                    for (int d = 0; d < dim; d += 16) prefetch(a.y + (i + r) * a.width + column + d);
+                    softmax_row(scores + r * scores_row, a.seen_by(i + r), dim, drop, a.row + i + r, head,
+                                a.softmax + (static_cast<int64_t>(i + r) * a.heads + head) * 2);
                 }
-                if (n == 1) mix_values_of_one(out, scores, cache, first);
-                else mix_values(out, scores, scores_row, cache, first, last - first);
+                if (n == 1) mix_values_of_one(out, scores, cache, a.seen_by(i));
+                else mix_values(out, scores, scores_row, cache, a, i, n);
                 for (int r = 0; r < n; ++r) {
                     float* to = a.y + (i + r) * a.width + column;
                     V v, scale;
-                    Set::splat(scale, inverse[r]);
+                    Set::splat(scale, 1.0f / a.softmax[(static_cast<int64_t>(i + r) * a.heads + head) * 2 + 1]);
                     for (int d = 0; d < dim; d += W) {
                         Set::load(v, out + r * padded + d);
                         v = v * scale;
@@ -17125,9 +17141,14 @@ struct Rows {
             }
         }
     }
-    static BABYGPT_INLINE void scores_of(float* scores, int64_t scores_row, const float* queries, const Cache& cache, int keys) {
-        for (int k = 0; k < keys; k += wide)
-            tile<tall>(scores + k, scores_row, queries, cache.dim, 1, cache.key_page(k / page) + k % page, page, cache.dim, true);
+    // Of n queries from the i-th on.
+    static BABYGPT_INLINE void scores_of(float* scores, int64_t scores_row, const float* queries, const Cache& cache,
+                                         const Attention<float>& a, int i, int n) {
+        for (int k = 0; k < a.seen_by(i + n - 1); k += wide)
+            for (int r = 0; r < n; r += tall)
+                if (k < a.seen_by(i + least(r + tall, n) - 1))
+                    tile<along>(scores + r * scores_row + k, scores_row, queries + r * cache.dim, cache.dim,
+                                cache.key_page(k / page) + k % page, page, cache.dim, true);
     }
     // A query alone reads all keys and values for little arithmetic: what sets the time is how early they are fetched.
     static BABYGPT_INLINE void scores_of_one(float* scores, const float* query, const Cache& cache, int keys) {
@@ -17173,15 +17194,22 @@ struct Rows {
             Set::store(scores + k, v);
         }
     }
-    // out = p V. All queries see `keys` keys; then each sees one more than the one before, up to `more`.
-    static BABYGPT_INLINE void mix_values(float* out, const float* p, int64_t p_row, const Cache& cache, int keys, int more) {
-        const float* last[static_cast<size_t>(tall - 1)] = {};
-        for (int e = 0; e < more; ++e) last[e] = cache.value(keys + e);
-        const int run = cache.copied ? keys : page;  // so many follow each other in memory
+    // out = p V, of n queries from the i-th on. All queries of a tile see the keys of its first; then each sees one more than the one before.
+    static BABYGPT_INLINE void mix_values(float* out, const float* p, int64_t p_row, const Cache& cache, const Attention<float>& a, int i,
+                                          int n) {
+        const int run = cache.copied ? some_keys : page;  // so many follow each other in memory
         for (int c = 0; c < cache.row; c += wide) {
-            for (int k = 0; k < keys; k += run)
-                tile<tall>(out + c, cache.row, p + k, p_row, 1, cache.value(k) + c, cache.row, least(run, keys - k), k == 0);
-            triangle<false>(out + c, cache.row, p + keys, p_row, 1, last, c, more);
+            for (int k = 0; k < a.seen_by(i + n - 1); k += run)
+                for (int r = 0; r < n; r += tall)
+                    if (k < a.seen_by(i + r))
+                        tile<along>(out + r * cache.row + c, cache.row, p + r * p_row + k, p_row, cache.value(k) + c, cache.row,
+                                    least(run, a.seen_by(i + r) - k), k == 0);
+            for (int r = 0; r < n && a.causal; r += tall) {
+                const int keys = a.seen_by(i + r), more = least(tall, n - r) - 1;
+                const float* last[static_cast<size_t>(tall - 1)] = {};
+                for (int e = 0; e < more; ++e) last[e] = cache.value(keys + e);
+                triangle<false>(out + r * cache.row + c, cache.row, p + r * p_row + keys, p_row, 1, last, c, more);
+            }
         }
     }
     static BABYGPT_INLINE void mix_values_of_one(float* out, const float* p, const Cache& cache, int keys) {
@@ -17215,7 +17243,10 @@ struct Rows {
         memset(q + n * padded, 0, static_cast<size_t>((rows - n) * padded) * sizeof(float));
         memset(dout + n * padded, 0, static_cast<size_t>((rows - n) * padded) * sizeof(float));
         start_rows(dq, padded, a.dq + column, a.q_stride, n, dim, a.adds_q);
-        for (int i = 0; i < n; ++i) D[i] = dot(dout + i * padded, y + i * a.width, dim);
+        for (int i = 0; i < n; ++i) {
+            for (int d = 0; d < dim; d += 16) prefetch(y + (i + ahead) * a.width + d);
+            D[i] = dot(dout + i * padded, y + i * a.width, dim);
+        }
 
         for (int k0 = 0; k0 < a.keys; k0 += block) {
             const int keys = least(block, a.keys - k0);
@@ -17234,8 +17265,8 @@ struct Rows {
                 for (int i = 0; i < queries; i += tall)
                     for (int j = 0; j < (diagonal ? least(i + tall, keys) : keys); j += wide)
                         for (int which = 0; which < 2; ++which)
-                            tile<tall>((which ? ds : p) + i * block + j, block, (which ? dout_block : q_block) + i * padded, padded, 1,
-                                       (which ? vt : kt) + j, block, dim, true);
+                            tile<along>((which ? ds : p) + i * block + j, block, (which ? dout_block : q_block) + i * padded, padded,
+                                        (which ? vt : kt) + j, block, dim, true);
                 for (int i = 0; i < queries; ++i)
                     softmax_row_backward(p + i * block, ds + i * block, D[q0 + i], softmax + static_cast<int64_t>(q0 + i) * a.heads * 2,
                                          diagonal ? i + 1 : keys, dim, drop, a.row + q0 + i, head * 65536 + k0);
@@ -17292,7 +17323,7 @@ struct Rows {
             for (int e = 0; e < tall - 1; ++e) last[e] = b + (i + 1 + e) * padded;
             for (int c = 0; c < padded; c += wide) {
                 float* to = d + i * padded + c;
-                tile<tall>(to, padded, a + i * block, block, 1, b + c, padded, diagonal ? i + 1 : keys, false);
+                tile<along>(to, padded, a + i * block, block, b + c, padded, diagonal ? i + 1 : keys, false);
                 if (diagonal) triangle<false>(to, padded, a + i * block + i + 1, block, 1, last, c, least(tall, queries - i) - 1);
             }
         }
@@ -17306,7 +17337,7 @@ struct Rows {
             for (int c = 0; c < padded; c += wide) {
                 float* to = d + j * padded + c;
                 if (diagonal) triangle<true>(to, padded, a + j * block + j, 1, block, first, c, start - j);
-                tile<tall>(to, padded, a + start * block + j, 1, block, b + start * padded + c, padded, queries - start, false);
+                tile<down>(to, padded, a + start * block + j, block, b + start * padded + c, padded, queries - start, false);
             }
         }
     }
@@ -17481,8 +17512,8 @@ struct ProductKernels {
     const char* name;
     int tile_rows, tile_columns, numbers, depth_unit;
     bool packs_a;  // always, not only where its depth runs down
-    void (*pack_a)(float* to, const Factor& a, int row, int depth, int rows);
-    void (*pack_b)(float* to, const Factor& b, int column, int depth, int columns);
+    void (*pack_a)(float* to, const Factor& a, int row, int end, int depth);
+    void (*pack_b)(float* to, const Factor& b, int column, int end, int depth);
     void (*block)(const Product& p, const float* a, const float* b, int row, int column, int end);
     double (*ceiling)(int64_t rounds, float* result);
     int words(int depth) const { return round_up((depth + numbers - 1) / numbers, depth_unit); }
@@ -17492,7 +17523,7 @@ struct Kernels {
     ProductKernels exact, rounded;
     int64_t (*attention_scratch)(int keys, int dim, bool training);
     int64_t (*panel_floats)(Dtype dtype, int depth);
-    void (*pack_weights)(float* to, const Factor& b, int column, int depth, int columns, Dtype dtype);
+    void (*pack_weights)(float* to, const Factor& b, int column, int end, int depth, Dtype dtype);
     void (*single_row)(const Product& p, const float* b, int column, int end);
     void (*forward)(const Work& work, int from, int to);
     void (*backward)(const Work& work, int from, int to);
@@ -17505,9 +17536,11 @@ struct Kernels {
 #define BABYGPT_KERNELS(set, Set, name, target)                                                                                            \
     template <>                                                                                                                            \
     struct Called<Set> {                                                                                                                   \
-        target static BABYGPT_CALL void tile(float* c, int64_t c_row, const float* start, const float* a, int64_t a_row, int64_t a_step,   \
+        template <Depth a_runs>                                                                                                            \
+        target static BABYGPT_CALL void tile(float* c, int64_t c_row, const float* start, const float* a, int64_t a_stride,                \
                                              const float* b, int64_t b_row, int n) {                                                       \
-            constexpr int unroll = Set::calls ? 1 : 2; /* strides that only the caller knows need registers */                             \
+            constexpr int unroll = Set::calls ? 1 : 4;                                                                                     \
+            const int64_t a_row = a_runs == along ? a_stride : 1, a_step = a_runs == along ? 1 : a_stride;                                 \
             Products<Set>::template tile<Rows<Set>::tall, Rows<Set>::wide, unroll>(c, c_row, start, c_row, a, a_row, a_step, b, b_row, n); \
         }                                                                                                                                  \
         template <int rows, Depth a_runs, class E>                                                                                         \
@@ -17522,21 +17555,21 @@ struct Kernels {
         target static BABYGPT_CALL void add(float* y, const float* a, const float* b, int64_t n) { Rows<Set>::add(y, a, b, n); }           \
     };                                                                                                                                     \
     struct set {                                                                                                                           \
-        target static void pack_a(float* to, const Factor& a, int row, int depth, int rows) {                                              \
-            Products<Set>::pack_a(to, a, row, depth, rows);                                                                                \
+        target static void pack_a(float* to, const Factor& a, int row, int end, int depth) {                                               \
+            Products<Set>::pack_a(to, a, row, end, depth);                                                                                 \
         }                                                                                                                                  \
-        target static void pack_rounded_a(float* to, const Factor& a, int row, int depth, int rows) {                                      \
-            Rounded<Set>::pack_a(to, a, row, depth, rows);                                                                                 \
+        target static void pack_rounded_a(float* to, const Factor& a, int row, int end, int depth) {                                       \
+            Rounded<Set>::pack_a(to, a, row, end, depth);                                                                                  \
         }                                                                                                                                  \
         static int64_t panel_floats(Dtype dtype, int depth) { return Products<Set>::panel_floats(dtype, depth); }                          \
-        target static void pack_weights(float* to, const Factor& b, int column, int depth, int columns, Dtype dtype) {                     \
-            Products<Set>::pack_b(to, b, column, depth, columns, dtype);                                                                   \
+        target static void pack_weights(float* to, const Factor& b, int column, int end, int depth, Dtype dtype) {                         \
+            Products<Set>::pack_weights(to, b, column, end, depth, dtype);                                                                 \
         }                                                                                                                                  \
-        static void pack_b(float* to, const Factor& b, int column, int depth, int columns) {                                               \
-            pack_weights(to, b, column, depth, columns, Dtype::f32);                                                                       \
+        target static void pack_b(float* to, const Factor& b, int column, int end, int depth) {                                            \
+            Products<Set>::pack_b(to, b, column, end, depth);                                                                              \
         }                                                                                                                                  \
-        target static void pack_rounded_b(float* to, const Factor& b, int column, int depth, int columns) {                                \
-            Rounded<Set>::pack_b(to, b, column, depth, columns);                                                                           \
+        target static void pack_rounded_b(float* to, const Factor& b, int column, int end, int depth) {                                    \
+            Rounded<Set>::pack_b(to, b, column, end, depth);                                                                               \
         }                                                                                                                                  \
         target static void block(const Product& p, const float* a, const float* b, int row, int column, int end) {                         \
             Products<Set>::block(p, a, b, row, column, end);                                                                               \
@@ -17595,28 +17628,26 @@ BABYGPT_UNHURRIED_END
 #endif
 
 // Products of pairs.
-#define BABYGPT_PAIR_PRODUCTS(set, Set, name, target)                                                                                \
-    template <>                                                                                                                      \
-    struct Called<Set> {                                                                                                             \
-        template <int rows, Depth a_runs, class E>                                                                                   \
-        target static BABYGPT_CALL void panel_tile(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a,   \
-                                                   int64_t, const E* b, int depth, const E*, const E* next, int64_t next_step) {     \
-            Pairs<Set>::template tile<rows>(c, c_row, start, start_row, a, b, depth, next, next_step);                               \
-        }                                                                                                                            \
-    };                                                                                                                               \
-    struct set {                                                                                                                     \
-        target static void pack_a(float* to, const Factor& a, int row, int depth, int rows) {                                        \
-            Pairs<Set>::pack_a(to, a, row, depth, rows);                                                                             \
-        }                                                                                                                            \
-        target static void pack_b(float* to, const Factor& b, int column, int depth, int columns) {                                  \
-            Pairs<Set>::pack_b(to, b, column, depth, columns);                                                                       \
-        }                                                                                                                            \
-        target static void block(const Product& p, const float* a, const float* b, int row, int column, int end) {                   \
-            Pairs<Set>::block(p, a, b, row, column, end);                                                                            \
-        }                                                                                                                            \
-        target static double ceiling(int64_t rounds, float* result) { return Pairs<Set>::ceiling(rounds, result); }                  \
-        static constexpr int height = Products<Set>::tile_rows, width = Products<Set>::tile_columns;                                 \
-        static constexpr ProductKernels table = {name, height, width, 2, Set::depth_unit, true, &pack_a, &pack_b, &block, &ceiling}; \
+#define BABYGPT_PAIR_PRODUCTS(set, Set, name, target)                                                                                      \
+    template <>                                                                                                                            \
+    struct Called<Set> {                                                                                                                   \
+        template <int rows, Depth a_runs, class E>                                                                                         \
+        target static BABYGPT_CALL void panel_tile(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a,         \
+                                                   int64_t, const E* b, int depth, const E*, const E* next, int64_t next_step) {           \
+            Pairs<Set>::template tile<rows>(c, c_row, start, start_row, a, b, depth, next, next_step);                                     \
+        }                                                                                                                                  \
+    };                                                                                                                                     \
+    struct set {                                                                                                                           \
+        target static void pack_a(float* to, const Factor& a, int row, int end, int depth) { Pairs<Set>::pack_a(to, a, row, end, depth); } \
+        target static void pack_b(float* to, const Factor& b, int column, int end, int depth) {                                            \
+            Pairs<Set>::pack_b(to, b, column, end, depth);                                                                                 \
+        }                                                                                                                                  \
+        target static void block(const Product& p, const float* a, const float* b, int row, int column, int end) {                         \
+            Pairs<Set>::block(p, a, b, row, column, end);                                                                                  \
+        }                                                                                                                                  \
+        target static double ceiling(int64_t rounds, float* result) { return Pairs<Set>::ceiling(rounds, result); }                        \
+        static constexpr int height = Products<Set>::tile_rows, width = Products<Set>::tile_columns;                                       \
+        static constexpr ProductKernels table = {name, height, width, 2, Set::depth_unit, true, &pack_a, &pack_b, &block, &ceiling};       \
     };
 
 #if BABYGPT_TILES
@@ -17787,8 +17818,7 @@ struct Walk {
             Product part = p;
             part.rows = least(row + tall, p.rows);
             float* a = packs_a > 0 ? slot(worker) : nullptr;
-            for (int k = row; k < part.rows && a && packed_row[worker] != row; k += by.tile_rows)
-                by.pack_a(a + static_cast<int64_t>(k - row) * p.depth, p.a, k, packs_a, p.rows);
+            if (a && packed_row[worker] != row) by.pack_a(a, p.a, row, part.rows, packs_a);
             packed_row[worker] = row;
             by.block(part, a, b, row, from * columns, least(to * columns, p.columns));
             if (then && groups == 1) kernels.forward(*then, row, part.rows);
@@ -17817,8 +17847,8 @@ struct Walk {
                 p.a.at = all.a.element(k, 0);
                 p.b.at = all.b.element(k, column);
                 share((p.columns + width - 1) / width, static_cast<int64_t>(p.depth) * width, [&](int from, int to, float*) {
-                    for (int i = from; i < to; ++i)
-                        by.pack_b(panels + static_cast<int64_t>(i) * width * p.depth, p.b, i * width, deepness, p.columns);
+                    by.pack_b(panels + static_cast<int64_t>(from) * width * p.depth, p.b, from * width, least(to * width, p.columns),
+                              deepness);
                 });
                 const bool is_last = k + depth >= all.depth && wide >= all.columns;
                 multiply(by, p, panels, packs_a ? deepness : 0, -column, is_last ? then : nullptr);
@@ -18048,7 +18078,7 @@ struct Walk {
         const int columns = kernels.exact.tile_columns;
         const Factor factor = forward_factor(tape, op, w);
         parallel(runtime, (op.out + columns - 1) / columns, [&](int i) {
-            kernels.pack_weights(to + i * kernels.panel_floats(tape.dtype, op.in), factor, i * columns, op.in, op.out, tape.dtype);
+            kernels.pack_weights(to + i * kernels.panel_floats(tape.dtype, op.in), factor, i * columns, op.out, op.in, tape.dtype);
         });
     }
     BABYGPT_CALL void forward() const {

@@ -262,14 +262,14 @@ TEST(products, "a product of matrices is wrong, or adds in another order") {
                                 depth,
                                 false,
                                 dtype};
-                for (int j = 0; j < columns; j += kernels.exact.tile_columns)
-                    kernels.pack_weights(panels.items + j / kernels.exact.tile_columns * kernels.panel_floats(dtype, depth), fb, j, depth,
-                                         columns, dtype);
+                if (dtype == Dtype::f32) kernels.exact.pack_b(panels.items, fb, 0, columns, depth);
+                for (int j = 0; j < columns && dtype != Dtype::f32; j += kernels.exact.tile_columns)
+                    kernels.pack_weights(panels.items + j / kernels.exact.tile_columns * kernels.panel_floats(dtype, depth), fb, j, columns,
+                                         depth, dtype);
                 if (rows == 1 && a_across) kernels.single_row(p, panels.items, 0, columns);
                 else
                     for (int row = 0; row < rows; row += row_block) {
-                        for (int i = row; i < least(row + row_block, rows) && !a_across; i += kernels.exact.tile_rows)
-                            kernels.exact.pack_a(a_panels.items + i * depth, fa, i, depth, rows);
+                        if (!a_across) kernels.exact.pack_a(a_panels.items + row * depth, fa, row, least(row + row_block, rows), depth);
                         kernels.exact.block(p, a_across ? nullptr : a_panels.items + row * depth, panels.items, row, 0, columns);
                     }
                 if (!CHECK(same("product", want, have)))
@@ -463,7 +463,7 @@ TEST(not_finite, "an overflow in training with bf16 would look like a number") {
             float from[64], panel[32 * 64 + 16];
             for (int i = 0; i < 64; ++i) from[i] = bits_as<float>(bits);
             const ProductKernels& by = *ways[way];
-            by.pack_b(panel, Factor{from, 1, along}, 0, 1, by.tile_columns);
+            by.pack_b(panel, Factor{from, 1, along}, 0, by.tile_columns, 1);
             const uint32_t word = bits_as<uint32_t>(panel[0]), half = by.numbers == 1 ? word : word << 16;
             CHECK((half & 0x7f800000u) == 0x7f800000u && (half & 0xffffu) == 0);
             const bool is_number = (bits & 0x7fffffu) == 0 || bits == 0x7f7fffffu;
@@ -731,7 +731,7 @@ TEST(speed, "a compiler no longer makes vectors of the kernels") {
     const Kernels& kernels = *choose(Isa::automatic).kernels;
     if (&kernels == &KernelsPortable::table) SKIP("this machine has only the portable kernels");
     const Product p{c.items, size, nullptr, 0, Factor{a.items, size, along}, Factor{b.items, size, down}, rows, size, size};
-    for (int j = 0; j < size; j += kernels.exact.tile_columns) kernels.exact.pack_b(panels.items + j * size, p.b, j, size, size);
+    kernels.exact.pack_b(panels.items, p.b, 0, size, size);
     double best = 0;
     for (int i = 0; i < 20; ++i) {
         const double start = seconds_now();
