@@ -17803,7 +17803,9 @@ struct Walk {
             });
             return finish_forward(then);
         }
-        const int tall = packs_a > 0 ? least(row_block, round_up((p.rows + threads - 1) / threads, by.tile_rows)) : row_block;
+        // Items so small that nobody waits long for another thread's last one.
+        const int fair = most((p.rows + 16 * threads - 1) / (16 * threads), row_block / 2);
+        const int tall = threads == 1 ? row_block : least(row_block, round_up(fair, by.tile_rows));
         const int row_blocks = (p.rows + tall - 1) / tall;
         const bool is_small = static_cast<int64_t>(p.rows) * p.columns * p.depth < 1 << 17;
         const int groups = is_small || threads == 1 ? 1 : least((8 * threads + row_blocks - 1) / row_blocks, (all_panels + 3) / 4);
