@@ -17037,10 +17037,10 @@ struct Rows {
         BABYGPT_UNROLL
         for (int j = 0; j < vectors; ++j) Set::store(c + j * W, sum[j]);
     }
-    // The triangle of a tile: step e = 0..count-1 adds a[r * a_row + e * a_step] * b[e][0..wide) to the rows r > e (lower: r <= e).
-    template <bool lower>
-    static BABYGPT_INLINE void triangle(float* c, int64_t c_row, const float* a, int64_t a_row, int64_t a_step, const float* const* b,
-                                        int64_t b_column, int count) {
+    // The triangle of a tile: step e = 0..count-1 adds A[r][e] * b[e][0..wide) to the rows r > e (where A runs down: r <= e).
+    template <Depth a_runs>
+    static BABYGPT_INLINE void triangle(float* c, int64_t c_row, const float* a, int64_t a_stride, const float* const* b, int64_t b_column,
+                                        int count) {
         V sum[static_cast<size_t>(tall)][2], b0, b1, s;
         BABYGPT_UNROLL
         for (int r = 0; r < tall; ++r) Set::load(sum[r][0], c + r * c_row), Set::load(sum[r][1], c + r * c_row + W);
@@ -17050,8 +17050,8 @@ struct Rows {
             Set::load(b0, b[e] + b_column), Set::load(b1, b[e] + b_column + W);
             BABYGPT_UNROLL
             for (int r = 0; r < tall; ++r) {
-                if (lower ? r > e : r <= e) continue;
-                Set::splat(s, a[r * a_row + e * a_step]);
+                if (a_runs == down ? r > e : r <= e) continue;
+                Set::splat(s, a[a_runs == down ? e * a_stride + r : r * a_stride + e]);
                 Set::fma(sum[r][0], s, b0), Set::fma(sum[r][1], s, b1);
             }
         }
@@ -17208,7 +17208,7 @@ struct Rows {
                 const int keys = a.seen_by(i + r), more = least(tall, n - r) - 1;
                 const float* last[static_cast<size_t>(tall - 1)] = {};
                 for (int e = 0; e < more; ++e) last[e] = cache.value(keys + e);
-                triangle<false>(out + r * cache.row + c, cache.row, p + r * p_row + keys, p_row, 1, last, c, more);
+                triangle<along>(out + r * cache.row + c, cache.row, p + r * p_row + keys, p_row, last, c, more);
             }
         }
     }
@@ -17324,7 +17324,7 @@ struct Rows {
             for (int c = 0; c < padded; c += wide) {
                 float* to = d + i * padded + c;
                 tile<along>(to, padded, a + i * block, block, b + c, padded, diagonal ? i + 1 : keys, false);
-                if (diagonal) triangle<false>(to, padded, a + i * block + i + 1, block, 1, last, c, least(tall, queries - i) - 1);
+                if (diagonal) triangle<along>(to, padded, a + i * block + i + 1, block, last, c, least(tall, queries - i) - 1);
             }
         }
     }
@@ -17336,7 +17336,7 @@ struct Rows {
             for (int e = 0; e < tall - 1; ++e) first[e] = b + (j + e) * padded;
             for (int c = 0; c < padded; c += wide) {
                 float* to = d + j * padded + c;
-                if (diagonal) triangle<true>(to, padded, a + j * block + j, 1, block, first, c, start - j);
+                if (diagonal) triangle<down>(to, padded, a + j * block + j, block, first, c, start - j);
                 tile<down>(to, padded, a + start * block + j, block, b + start * padded + c, padded, queries - start, false);
             }
         }

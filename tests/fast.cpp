@@ -196,6 +196,9 @@ constexpr Shape shapes[] = {
     {2, 2, 48, 40, 3, 67, true, true, Activation::gelu, 0.1, 0, Positions::learned, Architecture::gpt2, 0, false, false, 0, false},
     {2, 4, 40, 3, 7, 17, true, true, Activation::gelu, 0.1, 0, Positions::learned, Architecture::gpt2, 2, false, false, 0, false, 10, 13},
     {1, 2, 34, 21, 5, 33, true, true, Activation::silu, 0, 0.1, Positions::rotary, Architecture::llama, 1, true, false, 0, false, 5},
+    // longer than what attention takes at a time: of queries, of keys, of both backward
+    {1, 2, 20, 31, 1, 301, true, true, Activation::gelu_tanh, 0.1, 0},
+    {1, 2, 64, 31, 2, 131, true, true, Activation::gelu_tanh, 0, 0, Positions::learned, Architecture::gpt2, 1, false, false, 1},
 };
 Config config_of(const Shape& s) {
     Config c;
@@ -659,8 +662,8 @@ TEST(muon, "Muon's step does not go equally far in all directions, or is not the
     }
 }
 
-// Reads `length` ids in one run or one by one, with a KV cache; returns the logits of the last.
-static void talk(Bench<float>& b, const BackendFunctions& backend, const Config& config, int length, bool one_by_one) {
+// Reads `length` ids with a KV cache, so many at a time; returns the logits of the last.
+static void talk(Bench<float>& b, const BackendFunctions& backend, const Config& config, int length, int at_a_time) {
     const int pages = (config.context + kv_page - 1) / kv_page;
     CHECK(b.kv.resize(static_cast<size_t>(b.tape.kv_page_block() * pages)) && b.pages.resize(static_cast<size_t>(pages)) &&
           b.logits.resize(static_cast<size_t>(config.vocab)) && b.packed.resize(static_cast<size_t>(packed_block(backend, b.tape))));
@@ -668,10 +671,10 @@ static void talk(Bench<float>& b, const BackendFunctions& backend, const Config&
     pack_all(backend, b.runtime, b.tape, b.r.weights, b.packed.items);
     b.r.packed = b.packed.count ? b.packed.items : nullptr;
     b.run.sequences.size = 1;
-    for (int i = 0; i < length; i += one_by_one ? 1 : length) {
-        b.sequences[0] = Sequence{0, one_by_one ? 1 : length, i, b.pages.items, b.logits.items};
+    for (int i = 0; i < length; i += at_a_time) {
+        b.sequences[0] = Sequence{0, least(at_a_time, length - i), i, b.pages.items, b.logits.items};
         b.run.rows = b.sequences[0].length, b.run.ids = b.ids.items + i, b.run.targets = b.targets.items + i;
-        if (one_by_one) b.r.losses = b.losses.items + i, b.r.ranks = b.ranks.items + i;
+        b.r.losses = b.losses.items + i, b.r.ranks = b.ranks.items + i;
         backend.forward(b.runtime, b.tape, b.r, b.run);
         b.run.source.rows = 0;  // it has been read; what the decoder sees of it stays
     }
@@ -684,11 +687,11 @@ TEST(talking, "a token read with the KV cache gives other logits than the whole 
         if (!s.causal) continue;
         const Config config = config_of(s);
         Bench<float> plain(config, 1, s.length, false, 1, 0, 0, nullptr);
-        talk(plain, *plain_backend(), config, s.length, false);
+        talk(plain, *plain_backend(), config, s.length, s.length);
         for (int set = 0; set < count; ++set)
-            for (int way = 0; way < 4; ++way) {
-                Bench<float> fast(config, 1, s.length, false, way < 2 ? 1 : 3, 0, 0, sets[set].backend);
-                talk(fast, *sets[set].backend, config, s.length, way % 2 != 0);
+            for (int way = 0; way < 6; ++way) {
+                Bench<float> fast(config, 1, s.length, false, way < 3 ? 1 : 3, 0, 0, sets[set].backend);
+                talk(fast, *sets[set].backend, config, s.length, way % 3 == 0 ? s.length : way % 3 == 1 ? 1 : (s.length + 2) / 3);
                 CHECK(same("logits", plain.logits, fast.logits) && same("losses", plain.losses, fast.losses) &&
                       same("ranks", plain.ranks, fast.ranks));
             }
