@@ -17701,9 +17701,9 @@ struct Scratch {
     int chunk;       // rows of the chunk
     Scratch(const Kernels& kernels, const Tape& tape) {
         // Logits at a time: in training, W and its gradient are read once a chunk, so that many rows are better than few.
-        const int64_t wide = round_up(tape.head_out, column_group), some = int64_t(1) << 18, many = int64_t(1) << 23;
+        const int64_t wide = round_up(tape.head_out, column_group), some = int64_t(1) << 18, many = int64_t(20) << 20;
         const int64_t rows =
-            most<int64_t>(1, tape.training ? most(some / wide, least<int64_t>(many / wide, 192)) : most<int64_t>(some / wide, 8));
+            most<int64_t>(1, tape.training ? most(some / wide, least<int64_t>(many / wide, 384)) : most<int64_t>(some / wide, 8));
         const int64_t all = tape.head_rows(), chunks = (all + rows - 1) / rows, even = (all + chunks - 1) / most<int64_t>(chunks, 1);
         chunk = static_cast<int>(least<int64_t>(round_up<int64_t>(even, 12), all));
         logits = round_up<int64_t>(chunk * wide, 16);
