@@ -2813,8 +2813,8 @@ struct WordCounter {
         if (known >= 0) return words.items[known].count += times, true;
         if (text.count + word_of_text.size > INT32_MAX)
             return status = fail(Error::unsupported, "the text has more than 2 GiB of different words"), false;
-        const bool good =
-            index.insert(hash, words.count) && words.push(Word{text.count, word_of_text.size, times}) && append(text, word_of_text);
+        const Word added{text.count, word_of_text.size, times};  // what the index names is there, whatever there was no memory for
+        const bool good = append(text, word_of_text) && words.push(added) && index.insert(hash, words.count - 1);
         if (!good) status = out_of_memory(text.count + word_of_text.size);
         return good;
     }
@@ -15764,7 +15764,10 @@ struct Products {
             for (int j = 0; j < size; j += 4) {
                 const int first = least(j, size - 4);  // the last four may overlap those before
                 int k = 0;
-                for (; k + 4 <= depth; k += 4) transpose(to + k * size + first, size, from + first * stride + k, stride);
+                for (; k + 4 <= depth; k += 4) {
+                    for (int i = 0; i < 4 && k % 16 == 0; ++i) prefetch(from + (first + size + i) * stride + k);  // the next panel's
+                    transpose(to + k * size + first, size, from + first * stride + k, stride);
+                }
                 for (; k < depth; ++k)
                     for (int i = first; i < first + 4; ++i) to[k * size + i] = from[i * stride + k];
             }
@@ -17442,8 +17445,10 @@ BABYGPT_INLINE void backward_part(const Work& work, int from, int to) {
             for (int row = work.by_columns ? 0 : from, left; (left = (work.by_columns ? in.rows : to) - row) > 0; row += 4) {
                 const int64_t at = static_cast<int64_t>(row) * op.out, c0 = work.by_columns ? column : 0,
                               c1 = work.by_columns ? end : op.out;
-                for (int i = 0; i < least(4, left) && op.activation != Activation::none; ++i)
+                for (int i = 0; i < least(4, left) && op.activation != Activation::none; ++i) {
+                    for (int64_t c = c0; c < c1; c += 16) prefetch(aux + at + (i + ahead) * op.out + c);
                     R::activation_backward(dy + at + i * op.out + c0, aux + at + i * op.out + c0, c1 - c0, op.activation);
+                }
                 if (work.by_columns) R::bias_backward(db, dy + at, least(4, left), op.out, column, end);
             }
             return;
