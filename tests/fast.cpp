@@ -527,6 +527,7 @@ TEST(whole_steps_in_bf16, "training in bf16 gives other bits with another number
 #endif
     for (size_t k = 1; k < sizeof shapes / sizeof shapes[0]; k += 2) {  // half of them: the products are few
         const Shape& s = shapes[k];
+        if (s.length > 100) continue;  // attention, for which these are so long, rounds nothing
         const Config config = config_of(s);
         const auto run = [&](const Set& set, bool rounds, int threads, Array<float>& gradients) {
             Bench<float> b(config, s.batch, s.length, true, threads, s.dropout, s.smoothing, set.backend);
