@@ -15366,26 +15366,30 @@ struct Simd : VectorTypes<width_> {
 #if BABYGPT_VECTORS
     using typename VectorTypes<width_>::Half;
     using typename VectorTypes<width_>::Quarter;
-    // The lower halves, or quarters, of numbers of 32 bits. (GCC knows instructions for one step at a time.)
-    static BABYGPT_INLINE void store_low(uint16_t* to, const U& bits) {
-        const Half half = __builtin_convertvector(bits, Half);
-        memcpy(to, &half, sizeof half);
+    // Two vectors of numbers in fewer bits. bf16, the upper half of a float: a number of each in one word, which a shift and a mask take apart.
+    // int8: one after the other, of whole numbers the last byte. (GCC knows instructions for one step at a time.)
+    static BABYGPT_INLINE void store(uint16_t* to, const U& v, const U& w) {
+        const U both = v >> 16 | (w & 0xffff0000u);
+        memcpy(to, &both, sizeof both);
     }
-    static BABYGPT_INLINE void store_low(int8_t* to, const U& bits) {
-        const Half half = __builtin_convertvector(bits, Half);
-        const Quarter quarter = __builtin_convertvector(half, Quarter);
-        memcpy(to, &quarter, sizeof quarter);
+    static BABYGPT_INLINE void store(int8_t* to, const U& v, const U& w) {
+        Half half[2] = {__builtin_convertvector(v, Half), __builtin_convertvector(w, Half)};
+        for (int i = 0; i < 2; ++i) {
+            const Quarter quarter = __builtin_convertvector(half[i], Quarter);
+            memcpy(to + i * width, &quarter, sizeof quarter);
+        }
+    }
+    static BABYGPT_INLINE void load(V& v, V& w, const uint16_t* p) {
+        U both;
+        memcpy(&both, p, sizeof both);
+        from_bits(v, both << 16), from_bits(w, both & 0xffff0000u);
     }
 #endif
-    // bf16 is the upper half of a float. int8: two vectors of them, times int8_unit. (Clang refuses 512 bits in assembly here, and GCC 12
-    // takes such conversions apart; with 256 bits a shuffle into the upper bytes is faster than sign extension.)
+    static BABYGPT_INLINE void load(V& v, V& w, const float* p) { load(v, p), load(w, p + width); }
+    // int8, times int8_unit. (Clang refuses 512 bits in assembly here, and GCC 12 takes such conversions apart; with 256 bits a shuffle into the
+    // upper bytes is faster than sign extension.)
 #if defined(__clang__)
     static constexpr float int8_unit = 1;
-    static BABYGPT_INLINE void load(V& v, const uint16_t* p) {
-        typedef uint16_t Shorts __attribute__((vector_size(2 * width_), aligned(2), may_alias));
-        const U wide = __builtin_convertvector(*reinterpret_cast<const Shorts*>(p), U) << 16;
-        from_bits(v, wide);
-    }
     static BABYGPT_INLINE void load(V& v, V& w, const int8_t* p) {
         typedef int8_t Bytes __attribute__((vector_size(width_), aligned(1), may_alias));
         v = __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), V);
@@ -15393,12 +15397,6 @@ struct Simd : VectorTypes<width_> {
     }
 #elif BABYGPT_VECTORS && BABYGPT_X86
     static constexpr float int8_unit = width_ == 8 ? 0x1p24f : 1;
-    static BABYGPT_INLINE void load(V& v, const uint16_t* p) {
-        struct __attribute__((may_alias)) Shorts {
-            uint16_t each[static_cast<size_t>(width_)];
-        };
-        __asm__("vpmovzxwd {%1, %0|%0, %1}\n\tvpslld {$16, %0, %0|%0, %0, 16}" : "=v"(v) : "m"(*reinterpret_cast<const Shorts*>(p)));
-    }
     static BABYGPT_INLINE void load(V& v, V& w, const int8_t* p) {
         struct __attribute__((may_alias)) Bytes {
             int8_t each[16];
@@ -15824,7 +15822,7 @@ struct Products {
         float piece[static_cast<size_t>(some * tile_columns)], scale[static_cast<size_t>(tile_columns)];
         E* narrow = reinterpret_cast<E*>(to + scales<E>);
         V by[2], v[2], magic;
-        U bits, no_sign;
+        U bits[2], no_sign;
         Set::splat(magic, 12582912.0f), Set::splat(no_sign, 0x7fffffffu), Set::splat(by[0], 0), by[1] = by[0];
         for (int pass = sizeof(E) == 1 ? 0 : 1; pass < 2; ++pass) {  // first what is largest in each column, then the numbers
             for (int k = 0; k < depth; k += some) {
@@ -15835,18 +15833,16 @@ struct Products {
                     for (int j = 0; j < 2; ++j) {
                         Set::load(v[j], piece + (2 * i + j) * Set::width);
                         if (pass == 0) {
-                            Set::bits(bits, v[j]);
-                            bits = bits & no_sign;
-                            Set::from_bits(v[j], bits);
+                            Set::bits(bits[j], v[j]);
+                            bits[j] = bits[j] & no_sign;
+                            Set::from_bits(v[j], bits[j]);
                             Set::larger(by[j], by[j], v[j]);
                             continue;
                         }
                         if constexpr (sizeof(E) == 1) v[j] = v[j] * by[j] + magic;  // its last byte is the whole number
-                        Set::bits(bits, v[j]);
-                        if constexpr (sizeof(E) == 2) bits = bits >> 16;
-                        Set::store_low(narrow, bits);
-                        narrow += Set::width;
+                        Set::bits(bits[j], v[j]);
                     }
+                    if (pass == 1) Set::store(narrow, bits[0], bits[1]), narrow += tile_columns;
                 }
             }
             if (pass == 1) break;
@@ -15907,10 +15903,7 @@ struct Products {
     static BABYGPT_INLINE void add_outer(V* sum, const float* a, int64_t a_row, int64_t at, const E* b) {
         V right[static_cast<size_t>(vectors)], left;
         BABYGPT_UNROLL
-        for (int j = 0; j < vectors; ++j) {
-            if constexpr (sizeof(E) > 1) Set::load(right[j], b + j * Set::width);
-            else if (j % 2 == 0) Set::load(right[j], right[j + 1], b + j * Set::width);
-        }
+        for (int j = 0; j < vectors; j += 2) Set::load(right[j], right[j + 1], b + j * Set::width);
         BABYGPT_UNROLL
         for (int r = 0; r < rows; ++r) {
             Set::splat(left, (a + r * a_row)[at]);
@@ -16008,7 +16001,7 @@ struct Products {
         }
     }
 
-    // One row of C, columns [column, end): each panel of B is read once, four side by side, which is as fast as memory can.
+    // One row of C, columns [column, end), where A runs along: each panel of B is read once, four side by side.
     static BABYGPT_INLINE void single_row(const Product& p, const float* b, int column, int end) {
         constexpr int most_panels = Set::calls ? 1 : 4;
         for (int j = column; j < end; j += most_panels * tile_columns) {
@@ -16047,16 +16040,24 @@ struct Products {
     }
     template <int count, class E>
     static BABYGPT_INLINE void add_row(V* sum, const Product& p, const E* panel, int64_t apart) {
-        V x, y, z;
-        for (int k = 0; k < p.depth; ++k, panel += tile_columns) {
-            Set::splat(x, *p.a.element(k, 0));
+        constexpr int unroll = Set::calls ? 1 : 4;
+        const float* const a = p.a.at;
+        int k = 0;
+        for (; k + unroll <= p.depth; k += unroll) {
             BABYGPT_UNROLL
-            for (int i = 0; i < 2 * count; i += 2) {
-                const E* pair = panel + i / 2 * apart;
-                if constexpr (sizeof(E) > 1) Set::load(y, pair), Set::load(z, pair + Set::width);
-                else Set::load(y, z, pair);
-                Set::fma(sum[i], x, y), Set::fma(sum[i + 1], x, z);
-            }
+            for (int i = 0; i < unroll; ++i, panel += tile_columns) add_multiple<count>(sum, a[k + i], panel, apart);
+        }
+        for (; k < p.depth && unroll > 1; ++k, panel += tile_columns) add_multiple<count>(sum, a[k], panel, apart);
+    }
+    // sum += x times a row of so many panels, two vectors of each
+    template <int count, class E>
+    static BABYGPT_INLINE void add_multiple(V* sum, float x, const E* row, int64_t apart) {
+        V left, y, z;
+        Set::splat(left, x);
+        BABYGPT_UNROLL
+        for (int i = 0; i < 2 * count; i += 2) {
+            Set::load(y, z, row + i / 2 * apart);
+            Set::fma(sum[i], left, y), Set::fma(sum[i + 1], left, z);
         }
     }
 
