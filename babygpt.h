@@ -1294,12 +1294,13 @@ BABYGPT_INLINE T round_up(T value, T to) {
     return (value + to - 1) / to * to;
 }
 
-// Large blocks ask for huge pages: first touch of 4 KiB pages costs ten times more.
+// Large blocks ask for huge pages: first touch of 4 KiB pages costs ten times more. So does an end that would fill half of one.
 inline void* default_allocate(void*, size_t bytes, size_t alignment) {
 #if defined(_WIN32)
     return _aligned_malloc(bytes, alignment);
 #else
-    const bool huge = bytes >= 2 * huge_page;
+    const bool huge = bytes >= huge_page;
+    if (huge && bytes % huge_page >= huge_page / 2) bytes = round_up(bytes, huge_page);
     void* memory = nullptr;
     if (posix_memalign(&memory, huge ? huge_page : most(alignment, sizeof(void*)), bytes) != 0) return nullptr;
 #if defined(MADV_HUGEPAGE)
@@ -11220,7 +11221,8 @@ Status bind_weights(Runtime& runtime, const Model& model, Tape& tape, const Back
     return status;
 }
 
-// Gives a session `count` pages, of which the first `shared` stay what they are; what stands in the others of a context is copied.
+// Gives a session `count` pages, of which the first `shared` stay what they are; what stands in the others of a context is copied. They are
+// not cleared: what lies beyond a session's last position counts for nothing.
 BABYGPT_RARE Status take_pages(Session& session, int shared, int64_t count) {
     SessionState& s = *session.state;
     const int in_context = context_pages(s.tape.context);
@@ -11233,7 +11235,7 @@ BABYGPT_RARE Status take_pages(Session& session, int shared, int64_t count) {
         taken->on = s.on, ++s.on->users;
         s.on->lock.enter();
         status = s.on->functions->take_pages(s.on->generator, bytes, taken->there);
-    } else if (!taken->memory.take(*session.runtime, bytes, !s.own)) status = out_of_memory(bytes);
+    } else if (!taken->memory.take(*session.runtime, bytes, false)) status = out_of_memory(bytes);
     for (int i = shared; status.ok() && s.own && i < in_context; ++i)
         status = copy_page(s, taken->begin() + pages_bytes(s, i - shared), s.pages[i]);
     if (s.on) s.on->lock.leave();
@@ -13864,23 +13866,24 @@ BABYGPT_LOOPS void widen(float* BABYGPT_ALONE to, const signed char* from, int64
 }
 BABYGPT_UNHURRIED_BEGIN
 
-// Reads a tensor in pieces of whole rows, and lets threads turn them into floats: f(thread, row, its bytes). (A new block's pages are made
-// when they are first written to, which takes as long as the reading: so threads share that too.)
+// Reads a tensor in pieces of whole rows that stay in a cache, and lets threads turn them into floats: f(thread, row, its bytes). (A new
+// block's pages are made when they are first written to, which takes as long as the reading: so threads share that too.)
 constexpr int reading_threads = 16;
 template <class F>
 Status read_rows(Runtime& runtime, const StoredTensor& tensor, int64_t rows, const F& f) {
     const int64_t row_bytes = static_cast<int64_t>(tensor.end - tensor.begin) / rows;
-    const int64_t some = least(most(int64_t(1), (int64_t(1) << 20) / row_bytes), rows),
+    const int64_t some = least(most(int64_t(1), (int64_t(1) << 18) / row_bytes), rows),
                   threads = least(runtime.thread_count(), reading_threads);
-    Array<char> piece(runtime);
-    if (!piece.resize(static_cast<size_t>(some * row_bytes))) return out_of_memory(static_cast<uint64_t>(some * row_bytes));
+    const uint64_t bytes = static_cast<uint64_t>(some * row_bytes);
+    Block piece;
+    if (!piece.take(runtime, bytes, false)) return out_of_memory(bytes);
     for (int64_t row = 0; row < rows; row += some) {
         const int64_t count = least(some, rows - row);
         BABYGPT_TRY(
-            tensor.read(tensor.begin + static_cast<uint64_t>(row * row_bytes), piece.items, static_cast<uint64_t>(count * row_bytes)));
+            tensor.read(tensor.begin + static_cast<uint64_t>(row * row_bytes), piece.memory, static_cast<uint64_t>(count * row_bytes)));
         parallel(runtime, static_cast<int>(threads), [&](int thread) {
             for (int64_t i = thread * count / threads; i < (thread + 1) * count / threads; ++i)
-                f(thread, row + i, piece.items + i * row_bytes);
+                f(thread, row + i, piece.memory + i * row_bytes);
         });
     }
     return Status();
