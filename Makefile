@@ -90,7 +90,7 @@ run: $(build)/babygpt
 results := $(build)/results
 quick := $(patsubst %,$(results)/%,$(filter-out $(emulated),$(programs)) test_cli.sh)
 # The longest stand first.
-side_by_side := $(patsubst %,$(results)/%,$(emulated) nvcc.sh matrix.g++ matrix.clang++ compared platforms.sh damaged) $(quick)
+side_by_side := $(patsubst %,$(results)/%,$(emulated) nvcc.sh matrix.g++ matrix.clang++ compared platforms.sh sanitized damaged) $(quick)
 $(programs:%=$(results)/%): $(results)/%: $(build)/tests/% always
 	@sh tests/run.sh $@ $<
 $(results)/%.sh: tests/%.sh $(build)/babygpt always
@@ -108,6 +108,10 @@ $(results)/damaged: $(patsubst %,$(build)/tests/%,tokenizer files adapters pictu
 damage: $(patsubst %,$(build)/tests/%,tokenizer files data adapters pictures)
 	@sh tests/run.sh $(results)/damage '$(build)/tests/tokenizer damage' '$(build)/tests/files' '$(build)/tests/data damaged' $(damage)
 	@sh tests/run.sh --sum $(results)/damage
+# What reads other people's files: with the sanitizers, too.
+sanitized := $(patsubst %,build/sanitize/results/%,tokenizer files adapters)
+$(results)/sanitized: always
+	@mkdir -p $(@D); echo 'with sanitizers:'; MAKEFLAGS= $(MAKE) -s config=sanitize $(sanitized) && cat $(sanitized) > $@
 # With other people's programs. What times something stands alone, at the end.
 compared := 'tools/compare_torch.py $(build)/tests/torch_steps' 'tools/compare_transformers.py --babygpt $(build)/babygpt' \
     'tools/compare_gguf.py --babygpt $(build)/babygpt' 'tools/compare_peft.py --babygpt $(build)/babygpt'
