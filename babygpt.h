@@ -11871,7 +11871,7 @@ void adjust(Session& session, const SampleConfig& c, Text start) {
     }
     if (tokenizer.unknown >= 0) s.adjusted[tokenizer.unknown] = never;
     const bool each = c.banned.size > 0 || c.guard || start.size > 0 || s.holes;
-    for (int32_t i = each || tokenizer.kind == TokenizerKind::none ? 0 : tokenizer.vocab; i < vocab; ++i)
+    for (int32_t i = each ? 0 : tokenizer.kind == TokenizerKind::none ? vocab : tokenizer.vocab; i < vocab; ++i)
         if ((s.seen[i] & seen_banned) || !may_come(session, start, i)) s.adjusted[i] = never;
 }
 
