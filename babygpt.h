@@ -1294,7 +1294,7 @@ BABYGPT_INLINE T round_up(T value, T to) {
     return (value + to - 1) / to * to;
 }
 
-// Large blocks ask for huge pages: first touch of 4 KiB pages costs ten times more. So does an end that would fill half of one.
+// Large blocks ask for huge pages, also for an end that fills half of one: first touch of 4 KiB pages costs ten times more.
 inline void* default_allocate(void*, size_t bytes, size_t alignment) {
 #if defined(_WIN32)
     return _aligned_malloc(bytes, alignment);
@@ -16052,7 +16052,7 @@ struct Products {
         }
         for (; k < p.depth && unroll > 1; ++k, panel += tile_columns) add_multiple<count>(sum, a[k], panel, apart);
     }
-    // sum += x times a row of so many panels, two vectors of each
+    // sum += x times a row of so many panels, two vectors of each.
     template <int count, class E>
     static BABYGPT_INLINE void add_multiple(V* sum, float x, const E* row, int64_t apart) {
         V left, y, z;
