@@ -1,7 +1,7 @@
 # make            build/babygpt, the command line
 # make run        train a small GPT on the talk of a village (at most two minutes), then chat with it
 # make test       the tests that need a compiler and make, nothing more (some two minutes on two cores)
-# make test-all   these, and what needs Python, PyTorch, clang, cross-compilers or ../shared: says in a line what is not here and is left out
+# make test-all   these, some with sanitizers, too, and what needs Python, PyTorch, clang, cross-compilers or ../shared: says in a line what is not here and is left out
 # make damage     damaged files for the readers: small ones cut at every byte and changed some 20,000 times, large ones cut at 1,000 places
 # make exam       asks the villagers that make run trained 78 questions, each in three spellings
 # make examples   every program in examples/
@@ -109,7 +109,7 @@ damage: $(patsubst %,$(build)/tests/%,tokenizer files data adapters pictures)
 	@sh tests/run.sh $(results)/damage '$(build)/tests/tokenizer damage' '$(build)/tests/files' '$(build)/tests/data damaged' $(damage)
 	@sh tests/run.sh --sum $(results)/damage
 # What reads other people's files: with the sanitizers, too.
-sanitized := $(patsubst %,build/sanitize/results/%,tokenizer files adapters)
+sanitized := $(patsubst %,build/sanitize/results/%,tokenizer files)
 $(results)/sanitized: always
 	@mkdir -p $(@D); echo 'with sanitizers:'; MAKEFLAGS= $(MAKE) -s config=sanitize $(sanitized) && cat $(sanitized) > $@
 # With other people's programs. What times something stands alone, at the end.
