@@ -16004,7 +16004,7 @@ struct Products {
         }
     }
 
-    // One row of C, columns [column, end), where A runs along: each panel of B is read once, four side by side.
+    // One row of C, columns [column, end): each panel of B is read once, four side by side.
     static BABYGPT_INLINE void single_row(const Product& p, const float* b, int column, int end) {
         constexpr int most_panels = Set::calls ? 1 : 4;
         for (int j = column; j < end; j += most_panels * tile_columns) {
@@ -16045,12 +16045,13 @@ struct Products {
     static BABYGPT_INLINE void add_row(V* sum, const Product& p, const E* panel, int64_t apart) {
         constexpr int unroll = Set::calls ? 1 : 4;
         const float* const a = p.a.at;
-        int k = 0;
+        const int64_t step = p.a.runs == along ? 1 : p.a.stride;
+        int64_t k = 0;
         for (; k + unroll <= p.depth; k += unroll) {
             BABYGPT_UNROLL
-            for (int i = 0; i < unroll; ++i, panel += tile_columns) add_multiple<count>(sum, a[k + i], panel, apart);
+            for (int i = 0; i < unroll; ++i, panel += tile_columns) add_multiple<count>(sum, a[(k + i) * step], panel, apart);
         }
-        for (; k < p.depth && unroll > 1; ++k, panel += tile_columns) add_multiple<count>(sum, a[k], panel, apart);
+        for (; k < p.depth && unroll > 1; ++k, panel += tile_columns) add_multiple<count>(sum, a[k * step], panel, apart);
     }
     // sum += x times a row of so many panels, two vectors of each.
     template <int count, class E>
