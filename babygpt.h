@@ -15369,8 +15369,8 @@ struct Simd : VectorTypes<width_> {
 #if BABYGPT_VECTORS
     using typename VectorTypes<width_>::Half;
     using typename VectorTypes<width_>::Quarter;
-    // Two vectors of numbers in fewer bits. bf16, the upper half of a float: a number of each in one word, which a shift and a mask take apart.
-    // int8: one after the other, of whole numbers the last byte. (GCC knows instructions for one step at a time.)
+    // Two vectors of numbers in fewer bits. bf16, the upper half of a float: one of each in a word, which a shift and a mask take
+    // apart. int8: one after the other, of whole numbers the last byte. (GCC knows instructions for one step at a time.)
     static BABYGPT_INLINE void store(uint16_t* to, const U& v, const U& w) {
         const U both = v >> 16 | (w & 0xffff0000u);
         memcpy(to, &both, sizeof both);
@@ -15389,8 +15389,8 @@ struct Simd : VectorTypes<width_> {
     }
 #endif
     static BABYGPT_INLINE void load(V& v, V& w, const float* p) { load(v, p), load(w, p + width); }
-    // int8, times int8_unit. (Clang refuses 512 bits in assembly here, and GCC 12 takes such conversions apart; with 256 bits a shuffle into the
-    // upper bytes is faster than sign extension.)
+    // int8, times int8_unit. (Clang refuses 512 bits in assembly here, and GCC 12 takes such conversions apart; with 256 bits a shuffle into
+    // the upper bytes is faster than sign extension.)
 #if defined(__clang__)
     static constexpr float int8_unit = 1;
     static BABYGPT_INLINE void load(V& v, V& w, const int8_t* p) {
