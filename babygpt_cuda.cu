@@ -204,6 +204,14 @@ __device__ __forceinline__ float warp_most(float x) {
     for (int apart = warp / 2; apart > 0; apart /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, apart));
     return x;
 }
+__device__ __forceinline__ int warp_most(int x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(0xffffffffu, x);
+#else
+    for (int apart = warp / 2; apart > 0; apart /= 2) x = greater(x, __shfl_xor_sync(0xffffffffu, x, apart));
+    return x;
+#endif
+}
 
 // What activations and their gradients are in memory is called Real: float, or, with Precision::bf16, __nv_bfloat16, or, with Precision::fp16,
 // __half. They are computed with as float.
@@ -1052,13 +1060,6 @@ __global__ void add_parts(float* to, const float* parts, int splits, int64_t n) 
 
 // ---- activations and the gated one: over elements, over rows. Real bytes: 2, 3; 3, 5 ------------------------------------------------
 
-__device__ __forceinline__ float activated(float x, Activation activation) {
-    if (activation == Activation::gelu) return 0.5f * x * (1 + erff(x * 0.70710678f));
-    if (activation == Activation::gelu_tanh) return x / (1 + expf(-x * fmaf(0.07135481627f, x * x, 1.59576912161f)));
-    if (activation == Activation::silu) return x / (1 + expf(-x));
-    if (activation == Activation::relu) return x > 0 ? x : 0;
-    return x;
-}
 // In 16 bits: as exact as these deserve.
 __device__ __forceinline__ float power_of_2(float x) {
 #if defined(__CUDA_ARCH__)
@@ -1082,6 +1083,14 @@ template <class Real>
 __device__ __forceinline__ float sigmoid(float x) {
     if constexpr (sizeof(Real) == 2) return inverse(1 + power_of_2(x * -1.44269504f));
     else return 1 / (1 + expf(-x));
+}
+template <class Real = float>
+__device__ __forceinline__ float activated(float x, Activation activation) {
+    if (activation == Activation::gelu) return 0.5f * x * (1 + erff(x * 0.70710678f));
+    if (activation == Activation::gelu_tanh) return x * sigmoid<Real>(x * fmaf(0.07135481627f, x * x, 1.59576912161f));
+    if (activation == Activation::silu) return x * sigmoid<Real>(x);
+    if (activation == Activation::relu) return x > 0 ? x : 0;
+    return x;
 }
 template <class Real>
 __device__ __forceinline__ float activated_slope(float x, Activation activation) {
@@ -3392,18 +3401,20 @@ void Gpu::walk(int which, bool marked) {
 // in a prompt, and on other devices, the groups are parts of a cooperative grid, with one barrier for all. How a sum is divided depends on neither,
 // so that a session's bits are the same alone, beside others, and on either kind of device.
 //
-// What does not depend on activations is not waited for: while blocks meet, each has 18 pieces of 16 bytes a thread of the next product's weights
-// under way (72 KiB a block, all that it needs of baby's in bf16), and the norm's. What then follows the barrier is one trip to the cache for rows
-// of x, the norm, the multiplications, and the sum over warps. In so short a step it is instructions that cost, those of each warp before it gets to
-// work: so there are few warps, with many registers, what they need to know is shifted and masked rather than divided, and what is no product is a
-// function apart, so that it does not take registers from those.
+// What does not depend on activations is not waited for: once a block has multiplied, the weights of its next product go to shared memory, by one bulk
+// copy where all fit (72 KiB, what a block needs of baby's in bf16), and the norm's and the bias. What then follows the barrier is one trip to the cache
+// for rows of x, the norm, the multiplications, and the sum over warps. In so short a step it is instructions that cost, those of each warp before it
+// gets to work, and whatever waits in line: a register that is spilled comes back from the cache, behind all else; of loads with a branch between, each
+// waits for the one before. So there are few warps, with many registers, what they need to know is shifted and masked rather than divided, loads come
+// first and together, and what is no product is a function apart, so that it does not take registers from those.
 //
-// Activations are floats, or, between two products that nothing stands between, what is multiplied. Matrices are [out][depth], whole or in bf16 as the
-// runtime says, and so are keys and values; sums are floats.
+// Activations are floats, or, between two products that nothing stands between, what is multiplied. Matrices are packed as warps read them, whole or in
+// bf16 as the runtime says, and so are keys and values; sums are floats.
 //
-// Baby in bf16 (6 layers, 6 heads, width 384) on an H200, a token of each session in microseconds: 1 session 158, 8 173, 64 271, 256 668. What its
+// Baby in bf16 (6 layers, 6 heads, width 384) on an H200, a token of each session in microseconds: 1 session 126, 8 138, 64 209, 256 500. What its
 // bytes alone would take: of one session 12 (21 MB of weights by 16 multiprocessors, 64 bytes a clock each); of 256 as 7 clusters of 37 rows 30 for
-// the weights (7 times 21 MB from the cache at 5.5 TB/s), 30 for x, and 53 for keys and values (96 positions seen, 226 MB from memory).
+// the weights (7 times 21 MB from the cache at 5.5 TB/s), 30 for x, and 53 for keys and values (96 positions seen, 226 MB from memory). Of one session's
+// 250 thousand cycles barriers and their fences take 40, what stands between a barrier and x 50, multiplying 40, attention 35, what is left 85.
 
 enum class StepKind : int { embed, norm, product, attend };
 enum class Before : int { nothing, norm, gate };  // a product multiplies
@@ -3414,18 +3425,19 @@ struct alignas(16) Step {
     Activation activation;  // of a product's sums, or of the gate
     const float *norm_w, *norm_b;
     const float *table, *positions;  // embed: of tokens, of positions
-    const void* w;                   // product: [out][apart], zeros behind the first `in` of each row
+    const void* w;                   // product: as pack_matrix leaves it, `apart` columns
     const float* bias;
     float *x, *y;
     const float* addend;  // y = addend + what is computed
     int64_t apart;
     int in, out;
     int log_parts;                    // product: 2^log_parts warps share a sum; it follows from the depth alone
+    int first, end;                   // this block's tiles, as it finds out itself
     int layer, heads, kv_heads, dim;  // attend
     bool centred, turns, waves, is_head;
     bool narrow_x, narrow_y;  // bf16, which is what is multiplied
 };
-// A matrix that is not read as it came.
+// A matrix, and where it is packed to.
 struct Copied {
     int64_t from;
     int rows, columns;
@@ -3455,13 +3467,13 @@ struct alignas(16) Reading {
     int wanted;                              // scores: rows that want logits besides: the host's `wanted_rows`
     const int *wanted_rows, *targets;
     const float* waves;
-    float* logits;      // the host's, [wanted][vocab]
-    float* all_logits;  // scores: [rows][vocab]
-    double* losses;     // the host's
-    const Draw* draws;  // the host's, of each wanted row; null: nobody wants a token
-    int32_t* drawn;     // the host's
-    int64_t stride;     // of floats, between two rows of activations
-    int depth, vocab;   // depth: of the deepest product
+    float* logits;             // the host's, [wanted][vocab]
+    float* all_logits;         // scores: [rows][vocab]
+    double* losses;            // the host's
+    const Draw* draws;         // the host's, of each wanted row; null: nobody wants a token
+    int32_t* drawn;            // the host's
+    int64_t stride;            // of floats, between two rows of activations
+    int depth, normed, vocab;  // of the deepest product, and of the deepest that a norm is before
     float epsilon;
 };
 
@@ -3487,13 +3499,14 @@ inline int talk_pages(int context) { return (context + kv_page - 1) / kv_page; }
 // Where warps keep what they work on, of a head: its query, and the probabilities of a page; and of each part the sum. A warp has all parts of a
 // head, or 2^log_warps warps share them: no fewer than the sums have room for.
 struct HeadSpace {
-    float *q, *p, *outs, *mosts, *totals;
+    float *p, *q, *outs, *totals;
+    int* mosts;
     __device__ HeadSpace(unsigned char* shared, int dim)
-        : q(reinterpret_cast<float*>(shared)),
-          p(q + talk_warps * dim),
-          outs(p + talk_warps * kv_page),
-          mosts(outs + sums(dim) * dim),
-          totals(mosts + sums(dim)) {}
+        : p(reinterpret_cast<float*>(shared)),
+          q(p + talk_warps * kv_page),
+          outs(q + talk_warps * dim),
+          totals(outs + sums(dim) * dim),
+          mosts(reinterpret_cast<int*>(totals + sums(dim))) {}
     __host__ __device__ static constexpr int least_log_warps(int dim) {
         constexpr int room = (32 << 10) / static_cast<int>(sizeof(float));
         int log_warps = 0;
@@ -3510,22 +3523,26 @@ struct HeadSpace {
 constexpr size_t draw_bytes(int vocab) {
     return vocab <= drawn_vocab ? (sizeof(float) + sizeof(int)) * static_cast<size_t>(talk_warps * vocab) : 0;
 }
-// What a block has in shared memory, and which it is of its group.
+// What a block has in shared memory, after the run itself, and which it is of its group.
 template <class T>
 struct Space {
-    static constexpr int most_outputs = talk_rounds<T> * talk_warps * talk_outputs;
+    static constexpr int most_outputs = talk_rounds<T> * talk_warps * talk_outputs, barriers = talk_warps + 2,
+                         weights_ahead = talk_warps * talk_rounds<T> * part_steps * warp * 8;
     int thread, lane, block, blocks;
+    uint64_t* arrivals;  // of each warp's weights, and of all
+    float* bias;         // of the outputs in work, and of the next
+    T* weights;          // under way or in work: [step][piece][lane] of 16 bytes
     Step* steps;
+    float *norm_w, *norm_b;  // of the next product
     TileHere* tile;
     RowHere* row;
-    float *norm_w, *norm_b;  // of the next product
-    float* bias;             // of the outputs in work
-    unsigned char* rest;     // attention's, or
-    T* x;                    // [rows][talk_apart]
-    float* parts;            // and [tile][part][rows][8]
-    __host__ __device__ static constexpr size_t fixed(int steps, int of_tile, int depth) {
-        return (sizeof(Reading<T>) + sizeof(Step) * static_cast<size_t>(steps) + static_cast<size_t>(of_tile) + 127) / 128 * 128 +
-               sizeof(float) * static_cast<size_t>(2 * depth + most_outputs);
+    unsigned char* rest;  // attention's, or
+    T* x;                 // [rows][talk_apart], and sums [tile][part][rows][8]
+    __host__ __device__ static constexpr size_t fixed(int steps, int of_tile, int normed) {
+        return (sizeof(Reading<T>) + sizeof(uint64_t) * barriers + sizeof(float) * 2 * most_outputs + sizeof(T) * weights_ahead +
+                sizeof(Step) * static_cast<size_t>(steps) + sizeof(float) * static_cast<size_t>(2 * normed) + static_cast<size_t>(of_tile) +
+                127) /
+               128 * 128;
     }
     static int tile_bytes(int rows, int context) {
         return static_cast<int>(parts_of(
@@ -3534,25 +3551,33 @@ struct Space {
                    16)) *
                16;
     }
-    static size_t bytes(int steps, int context, int depth, int dim, int vocab, int rows) {
+    static size_t bytes(int steps, int context, int depth, int normed, int dim, int vocab, int rows) {
         const size_t product =
             sizeof(T) * static_cast<size_t>(rows * talk_apart<T>(depth)) + sizeof(float) * static_cast<size_t>(most_outputs * rows);
-        return fixed(steps, tile_bytes(rows, context), depth) + greater(product, greater(HeadSpace::bytes(dim), draw_bytes(vocab)));
+        return fixed(steps, tile_bytes(rows, context), normed) + greater(product, greater(HeadSpace::bytes(dim), draw_bytes(vocab)));
     }
     __device__ Space(unsigned char* memory, const Reading<T>& r)
         : thread(static_cast<int>(threadIdx.x)),
           lane(thread % warp),
           block(static_cast<int>(blockIdx.x) % r.blocks),
           blocks(r.blocks),
-          steps(reinterpret_cast<Step*>(memory + sizeof(Reading<T>))),
-          tile(reinterpret_cast<TileHere*>(steps + r.count)),
+          arrivals(reinterpret_cast<uint64_t*>(memory + sizeof(Reading<T>))),
+          bias(reinterpret_cast<float*>(arrivals + barriers)),
+          weights(reinterpret_cast<T*>(bias + 2 * most_outputs)),
+          steps(reinterpret_cast<Step*>(weights + weights_ahead)),
+          norm_w(reinterpret_cast<float*>(steps + r.count)),
+          norm_b(norm_w + r.normed),
+          tile(reinterpret_cast<TileHere*>(norm_b + r.normed)),
           row(reinterpret_cast<RowHere*>(tile + 1)),
-          rest(memory + fixed(r.count, r.used, r.depth)),
-          x(reinterpret_cast<T*>(rest)) {
-        bias = reinterpret_cast<float*>(rest) - most_outputs, norm_b = bias - r.depth, norm_w = norm_b - r.depth;
-    }
+          rest(memory + fixed(r.count, r.used, r.normed)),
+          x(reinterpret_cast<T*>(rest)) {}
     __device__ T* const* pages(int i) const { return reinterpret_cast<T* const*>(row + tile->rows) + row[i].pages; }
     __device__ int first_warp() const { return block * talk_warps + thread / warp; }
+    __device__ int number() const { return thread / warp; }
+    // Piece `which` of this lane's, of a step.
+    __device__ __forceinline__ T* piece(int step, int which) const {
+        return weights + ((step * static_cast<int>(sizeof(T) / 2) + which) * warp + lane) * (16 / static_cast<int>(sizeof(T)));
+    }
     // Asked anew, so that nothing that follows from it is kept for the next step, where registers are needed for other things.
     __device__ void ask_thread() {
 #ifdef __CUDACC__
@@ -3572,11 +3597,11 @@ __device__ __forceinline__ void grid_barrier() {
 // A barrier of a group's blocks, in two halves: who has waited sees what all have written before they arrived, but not what they write between.
 // One thread's fence is for its block: if all had one, each would wait for the others'.
 __device__ __forceinline__ void arrive(bool cluster) {
+    __syncthreads();
 #if defined(BABYGPT_CUDA_EMULATOR)
     if (cluster) emulator::cluster_arrive();
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     if (cluster) {
-        __syncthreads();
         if (threadIdx.x == 0) asm volatile("fence.acq_rel.cluster;" ::: "memory");
         asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
     }
@@ -3596,13 +3621,17 @@ __device__ __forceinline__ void wait(bool cluster) {
     grid_barrier();
 }
 
-// to[out][apart] = the matrix, zeros behind it. Over elements. 4 and 2 or 4 bytes.
+// The matrix as warps read it, with zeros behind: [tile of 8 rows][32 of the depth][piece of 16 bytes][lane]. Lane 4 g + t has, of row g, the 8 from 8 t
+// on. Over elements. 4 and 2 or 4 bytes.
 template <class T>
-__global__ void copy_matrix(T* to, const float* from, int rows, int columns, int64_t apart, bool across) {
-    const int64_t all = static_cast<int64_t>(rows) * apart;
+__global__ void pack_matrix(T* to, const float* from, int rows, int columns, int64_t apart, bool across) {
+    constexpr int size = 16 / static_cast<int>(sizeof(T)), of_step = 8 / size;
+    const int64_t all = parts_of(rows, talk_outputs) * talk_outputs * apart, steps = apart / talk_depth;
     for (int64_t i = first_element(); i < all; i += all_threads()) {
-        const int64_t row = i / apart, column = i % apart;
-        put(to + i, column >= columns ? 0.0f : from[across ? column * rows + row : row * columns + column]);
+        const int64_t lane = i / size % warp, piece = i / (size * warp) % of_step, step = i / (talk_outputs * talk_depth);
+        const int64_t row = step / steps * talk_outputs + lane / 4,
+                      column = step % steps * talk_depth + lane % 4 * 8 + piece * size + i % size;
+        put(to + i, column >= columns || row >= rows ? 0.0f : from[across ? column * rows + row : row * columns + column]);
     }
 }
 
@@ -3651,22 +3680,31 @@ __device__ __forceinline__ void put_four(__nv_bfloat16* to, const Four& x) {
 // The first 512 columns of a row, of which a lane has every 32nd four: all of them under way at once.
 constexpr int fours_held = 4;
 __device__ __forceinline__ void bring_row(Four (&held)[fours_held], const Step& s, int lane, const float* x, int from = 0) {
+    if (s.in % 4 == 0) {  // nothing but loads, so that none waits for another
+        BABYGPT_TIMES (i, fours_held) {
+            const int c = from + (i * warp + lane) * 4;
+            float4 all = make_float4(0, 0, 0, 0);
+            if (c < s.in) all = *reinterpret_cast<const float4*>(x + c);
+            held[i].of[0] = all.x, held[i].of[1] = all.y, held[i].of[2] = all.z, held[i].of[3] = all.w;
+        }
+        return;
+    }
     BABYGPT_TIMES (i, fours_held) {
         const int c = from + (i * warp + lane) * 4;
-        held[i] = four(x + c, s.in - c, s.in % 4 == 0);
+        held[i] = four(x + c, s.in - c, false);
     }
 }
 // f(four, from which column) of what the norm makes of a row, whose first columns are `held`. A warp does it. w, b: the norm's, the latter perhaps null.
-template <class F>
+// `fits`: all of it is held, and its columns are fours.
+template <bool fits, class F>
 __device__ __forceinline__ void over_normed(const Step& s, int lane, const Four (&held)[fours_held], const float* x, const float* w,
                                             const float* b, float epsilon, const F& f) {
     constexpr int apart = 4 * warp;
     const int n = s.in, first = lane * 4;
-    const bool whole = n % 4 == 0;
     const auto over = [&](const auto& g) {
         BABYGPT_TIMES (i, fours_held)
             if (first + i * apart < n) g(held[i], first + i * apart);
-        for (int from = fours_held * apart; from < n; from += fours_held * apart) {
+        for (int from = fours_held * apart; from < n && !fits; from += fours_held * apart) {
             Four some[fours_held];
             bring_row(some, s, lane, x, from);
             BABYGPT_TIMES (i, fours_held)
@@ -3675,16 +3713,17 @@ __device__ __forceinline__ void over_normed(const Step& s, int lane, const Four 
     };
     float mean = 0, square = 0;
     if (s.centred) over([&](const Four& some, int) { mean += some.of[0] + some.of[1] + (some.of[2] + some.of[3]); });
-    mean = warp_sum(mean) / static_cast<float>(n);
+    const float by_n = 1 / static_cast<float>(n);
+    if (s.centred) mean = warp_sum(mean) * by_n;
     over([&](const Four& some, int c) {
-        for (int e = 0; e < 4; ++e)
-            if (c + e < n) square = fmaf(some.of[e] - mean, some.of[e] - mean, square);
+        BABYGPT_TIMES (e, 4)
+            if (fits || c + e < n) square = fmaf(some.of[e] - mean, some.of[e] - mean, square);
     });
-    const float scale = 1 / sqrtf(warp_sum(square) / static_cast<float>(n) + epsilon);
+    const float scale = rsqrtf(fmaf(warp_sum(square), by_n, epsilon));
     over([&](const Four& some, int c) {
-        const Four by = four(w + c, n - c, whole), plus = b ? four(b + c, n - c, whole) : Four();
+        const Four by = four(w + c, n - c, fits || n % 4 == 0), plus = b ? four(b + c, n - c, fits || n % 4 == 0) : Four();
         Four y;
-        for (int e = 0; e < 4; ++e) y.of[e] = fmaf((some.of[e] - mean) * scale, by.of[e], plus.of[e]);
+        BABYGPT_TIMES (e, 4) y.of[e] = fmaf((some.of[e] - mean) * scale, by.of[e], plus.of[e]);
         f(y, c);
     });
 }
@@ -3694,7 +3733,7 @@ __device__ void norm_rows(const Step& s, const Reading<T>& r, const Space<T>& sp
         const int64_t place = (space.tile->first + i) * r.stride;
         Four held[fours_held];
         bring_row(held, s, space.lane, s.x + place);
-        over_normed(s, space.lane, held, s.x + place, s.norm_w, s.norm_b, r.epsilon, [&](const Four& y, int c) {
+        over_normed<false>(s, space.lane, held, s.x + place, s.norm_w, s.norm_b, r.epsilon, [&](const Four& y, int c) {
             for (int e = 0; e < 4; ++e)
                 if (c + e < s.in) s.y[place + c + e] = y.of[e];
         });
@@ -3704,18 +3743,32 @@ __device__ void norm_rows(const Step& s, const Reading<T>& r, const Space<T>& sp
 // ---- a product: y = f(x) W^T ----
 
 // A block has neighbouring tiles of 8 outputs, goes through `each` of them in a round, and divides a tile's depth into 2^log_parts parts, each a warp's.
+// What is ahead in shared memory are whole tiles, or, of those too deep for it, each warp's.
 struct Share {
-    int log_parts, each, first, end;
+    int log_parts, each, first, end, steps;
     int tile, part, begin, stop;  // this warp's: which tile of a round, and its steps of the depth
-    __device__ void of(const Step& s, int thread, int block, int blocks) {
-        const uint32_t tiles = static_cast<uint32_t>(s.out + talk_outputs - 1) / talk_outputs,
-                       steps = static_cast<uint32_t>(s.apart) / talk_depth, number = static_cast<uint32_t>(thread) / warp,
-                       here = number & ((1u << s.log_parts) - 1);
-        log_parts = s.log_parts, each = talk_warps >> log_parts;
-        first = static_cast<int>(tiles * static_cast<uint32_t>(block) / static_cast<uint32_t>(blocks));
-        end = static_cast<int>(tiles * static_cast<uint32_t>(block + 1) / static_cast<uint32_t>(blocks));
-        tile = static_cast<int>(number >> log_parts), part = static_cast<int>(here);
-        begin = static_cast<int>(here * steps >> log_parts), stop = static_cast<int>((here + 1) * steps >> log_parts);
+    bool whole;
+    int base, stride;  // where its first step is, and how much further that of the next round
+    __device__ __forceinline__ Share(const Step& s, int number, int rounds) {
+        steps = static_cast<int>(s.apart) / talk_depth;
+        log_parts = s.log_parts, each = talk_warps >> log_parts, first = s.first, end = s.end;
+        tile = number >> log_parts, part = number & ((1 << log_parts) - 1);
+        begin = part * steps >> log_parts, stop = (part + 1) * steps >> log_parts;
+        whole = steps <= part_steps << log_parts;
+        base = whole ? tile * steps + begin : number * rounds * part_steps, stride = whole ? each * steps : part_steps;
+    }
+    // A block's tiles, before anything is asked of them.
+    __device__ static void divide(Step& s, int block, int blocks) {
+        const uint32_t tiles = static_cast<uint32_t>(s.out + talk_outputs - 1) / talk_outputs;
+        s.first = static_cast<int>(tiles * static_cast<uint32_t>(block) / static_cast<uint32_t>(blocks));
+        s.end = static_cast<int>(tiles * static_cast<uint32_t>(block + 1) / static_cast<uint32_t>(blocks));
+    }
+    // How many tiles the rounds have that begin at `from`, and how many of these rounds have one for this warp.
+    __device__ int tiles_of(int from, int rounds) const { return lesser(rounds * each, end - from); }
+    __device__ int rounds_of(int from, int most) const {
+        int rounds = 0;
+        for (int round = 0; round < most; ++round) rounds += tile_of(from, round) >= 0;
+        return rounds;
     }
     // That of this warp in a round of those that begin at `from`, or -1.
     __device__ int tile_of(int from, int round) const {
@@ -3730,22 +3783,86 @@ struct Eight {
     __device__ __forceinline__ void bring(const T* from) {
         for (size_t i = 0; i < sizeof(T) / 2; ++i) of[i] = reinterpret_cast<const uint4*>(from)[i];
     }
-};
-// Weights under way, of as many rounds and steps as fit. Lane 4 g + t has, of each 32 of the depth, the 8 from 8 t on, of output g.
-template <class T>
-struct Ahead {
-    Share share;
-    Eight<T> of[talk_rounds<T>][part_steps];
-    __device__ __forceinline__ void bring(const Step& s, int lane, int from, int begin) {
-        BABYGPT_TIMES (round, talk_rounds<T>) {
-            const int here = share.tile_of(from, round);
-            if (here < 0) continue;
-            const T* const w = global(static_cast<const T*>(s.w)) + lesser(here * talk_outputs + lane / 4, s.out - 1) * s.apart +
-                               begin * talk_depth + lane % 4 * 8;
-            BABYGPT_TIMES (i, part_steps)
-                if (begin + i < share.stop) of[round][i].bring(w + i * talk_depth);
-        }
+    __device__ __forceinline__ void widen(float (&to)[8]) const {
+        const uint32_t words[] = {of[0].x,
+                                  of[0].y,
+                                  of[0].z,
+                                  of[0].w,
+                                  of[sizeof(T) / 2 - 1].x,
+                                  of[sizeof(T) / 2 - 1].y,
+                                  of[sizeof(T) / 2 - 1].z,
+                                  of[sizeof(T) / 2 - 1].w};
+        BABYGPT_TIMES (i, 8) to[i] = sizeof(T) == 4 ? __uint_as_float(words[i]) : i % 2 == 0 ? low_of(words[i / 2]) : high_of(words[i / 2]);
     }
+};
+// Weights under way to shared memory, of as many rounds and steps as fit. From sm_90 on these are bulk copies, whose bytes a barrier counts: one for
+// all of a block's tiles, or of what is not whole one a warp and round. With older devices each lane brings its own.
+template <class T>
+struct Weights {
+    static constexpr int of_step = warp * 8;  // a tile's, of 32 of the depth
+    uint32_t turn = 0, turn_of_all = 0;       // of the barriers
+    __device__ __forceinline__ static uint32_t place(const void* at) {
+#if defined(__CUDA_ARCH__)
+        return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+#else
+        return at != nullptr;
+#endif
+    }
+    __device__ __forceinline__ static const T* source(const Step& s, const Share& share, int which, int begin) {
+        return static_cast<const T*>(s.w) + (static_cast<int64_t>(which) * share.steps + begin) * of_step;
+    }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    __device__ __forceinline__ static void begin(const Space<T>& space) {
+        if (space.thread <= talk_warps)
+            asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(place(space.arrivals + space.thread)) : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __device__ __forceinline__ static void expect(uint64_t* barrier, int count) {
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(place(barrier)), "r"(count * static_cast<int>(sizeof(T)))
+                     : "memory");
+    }
+    __device__ __forceinline__ static void copy(T* to, const T* from, int count, uint64_t* barrier) {
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(place(to)),
+                     "l"(__cvta_generic_to_global(from)), "r"(count * static_cast<int>(sizeof(T))), "r"(place(barrier))
+                     : "memory");
+    }
+    __device__ __forceinline__ static void wait(const uint64_t* barrier, uint32_t& turn) {
+        asm volatile("{\n.reg .pred done;\nagain_%=:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again_%=;\n}\n" ::"r"(
+                         place(barrier)),
+                     "r"(turn)
+                     : "memory");
+        turn ^= 1;
+    }
+    // Those of the tiles from `from` on, whose rounds begin there, and of a warp's steps from `begin` on.
+    __device__ __forceinline__ static void bring(const Step& s, const Space<T>& space, const Share& share, int from, int begin) {
+        if (share.whole && space.thread == talk_threads - 1) {
+            const int count = share.tiles_of(from, talk_rounds<T>) * share.steps * of_step;
+            uint64_t* const barrier = space.arrivals + talk_warps;
+            expect(barrier, count), copy(space.weights, source(s, share, from, 0), count, barrier);
+        }
+        if (share.whole || space.lane != 0) return;
+        const int rounds = share.rounds_of(from, talk_rounds<T>), count = lesser(share.stop - begin, part_steps) * of_step;
+        uint64_t* const barrier = space.arrivals + space.number();
+        if (rounds > 0) expect(barrier, rounds * count);
+        for (int round = 0; round < rounds; ++round)
+            copy(space.piece(share.base + round * share.stride, 0), source(s, share, share.tile_of(from, round), begin), count, barrier);
+    }
+    __device__ __forceinline__ void arrive(const Space<T>& space, const Share& share, int from) {
+        if (share.whole) wait(space.arrivals + talk_warps, turn_of_all);
+        else if (share.tile_of(from, 0) >= 0) wait(space.arrivals + space.number(), turn);
+    }
+#else
+    __device__ __forceinline__ static void begin(const Space<T>&) {}
+    __device__ __forceinline__ static void bring(const Step& s, const Space<T>& space, const Share& share, int from, int begin) {
+        constexpr int pieces = static_cast<int>(sizeof(T)) / 2, size = 16 / static_cast<int>(sizeof(T));
+        const int rounds = share.rounds_of(from, talk_rounds<T>), there = lesser(share.stop - begin, part_steps);
+        for (int round = 0; round < rounds; ++round)
+            for (int i = 0; i < there * pieces; ++i)
+                copy_piece(space.piece(share.base + round * share.stride, i),
+                           source(s, share, share.tile_of(from, round), begin) + (i * warp + space.lane) * size, true);
+    }
+    __device__ __forceinline__ void arrive(const Space<T>&, const Share&, int) { copies_arrive(); }
+#endif
 };
 // A tile's sums, or a part's, of so many rows, and what a lane has of x, 32 of the depth of them. On tensor cores lane 4 g + t has rows g and g + 8 of
 // x: they do not mind in which order a sum's parts come, so that all is read 16 bytes at a time. In floats a lane has sums of all rows.
@@ -3808,15 +3925,21 @@ struct TileSums<float> {
         }
     }
 };
-// All that a product needs and no activation decides.
+// All that a product's rounds from tile `from` on need and no activation decides. The last warp brings what is no weight, under way until its
+// copies_arrive. bias: where to.
 template <class T>
-__device__ __forceinline__ void bring_ahead(const Step& s, const Space<T>& space, Ahead<T>& ahead) {
-    for (int c = 4 * space.thread; c < s.in && s.before == Before::norm; c += 4 * talk_threads) {
+__device__ __forceinline__ void bring_ahead(const Step& s, const Space<T>& space, int from, float* bias) {
+    const Share share(s, space.number(), talk_rounds<T>);
+    if (share.first == share.end) return;
+    Weights<T>::bring(s, space, share, from, share.begin);
+    if (space.number() != talk_warps - 1) return;
+    for (int c = 4 * space.lane; from == s.first && s.before == Before::norm && c < s.in; c += 4 * warp) {
         copy_piece(space.norm_w + c, s.norm_w + c, true);
         if (s.norm_b) copy_piece(space.norm_b + c, s.norm_b + c, true);
     }
-    ahead.share.of(s, space.thread, space.block, space.blocks);
-    ahead.bring(s, space.lane, ahead.share.first, ahead.share.begin);
+    const int outputs = share.tiles_of(from, talk_rounds<T>) * talk_outputs;
+    for (int i = 4 * space.lane; s.bias && i < outputs; i += 4 * warp)
+        copy_piece(bias + i, s.bias + from * talk_outputs + i, from * talk_outputs + i < s.out);
 }
 // The tile's rows of x to shared memory, as they are multiplied. A row is a warp's where a norm wants its sum, and the next one on its way meanwhile;
 // else several warps'.
@@ -3831,8 +3954,10 @@ __device__ __forceinline__ void load_side(const Step& s, const Reading<T>& r, co
         for (int i = number; i < rows; i += talk_warps) {
             if (i + talk_warps < rows) bring_row(next, s, space.lane, row_at(i + talk_warps));
             T* const to = space.x + i * apart;
-            over_normed(s, space.lane, held, row_at(i), space.norm_w, norm_b, r.epsilon,
-                        [&](const Four& y, int c) { put_four(to + c, y); });
+            const auto put = [&](const Four& y, int c) { put_four(to + c, y); };
+            if (s.in % 4 == 0 && s.in <= fours_held * 4 * warp)
+                over_normed<true>(s, space.lane, held, nullptr, space.norm_w, norm_b, r.epsilon, put);
+            else over_normed<false>(s, space.lane, held, row_at(i), space.norm_w, norm_b, r.epsilon, put);
             for (int c = (s.in + 3) / 4 * 4 + space.lane * 4; c < padded; c += 4 * warp) put_four(to + c, Four());
             BABYGPT_TIMES (k, fours_held) held[k] = next[k];
         }
@@ -3860,72 +3985,144 @@ __device__ __forceinline__ void load_side(const Step& s, const Reading<T>& r, co
         }
     }
 }
-template <class T>
-__device__ void multiply_rows(const Step& s, const Reading<T>& r, const Space<T>& space, Ahead<T>& ahead) {
+// So many rounds' sums of a warp's part, of the rows from `row` on. exact: the part has as many steps as are under way at once.
+template <int rounds, bool exact, class T>
+__device__ __forceinline__ void multiply_part(const Step& s, const Space<T>& space, const Share& share, Weights<T>& weights, int from,
+                                              int row, int rows, int apart, float* parts) {
+    TileSums<T> sums[static_cast<size_t>(rounds)];
+    for (int begin = share.begin; begin < share.stop; begin += part_steps) {
+        if (!exact && (begin > share.begin || (row > 0 && share.stop - share.begin > part_steps))) {
+            __syncwarp();  // all have read those before
+            weights.bring(s, space, share, from, begin);
+            weights.arrive(space, share, from);
+        }
+        BABYGPT_UNROLL(3)  // more, and registers that others need hold what is not multiplied yet
+        for (int i = 0; i < part_steps; ++i) {
+            if (!exact && begin + i >= share.stop) continue;
+            typename TileSums<T>::Side side;
+            side.bring(space.x + row * apart + (begin + i) * talk_depth, space.lane, apart, rows - row);
+            BABYGPT_TIMES (round, rounds) {
+                if (!exact && share.tile_of(from, round) < 0) continue;
+                Eight<T> w;
+                for (int which = 0; which < static_cast<int>(sizeof(T) / 2); ++which)
+                    w.of[which] = *reinterpret_cast<const uint4*>(space.piece(share.base + round * share.stride + i, which));
+                sums[round].add(w, side);
+            }
+        }
+        if (exact) break;
+    }
+    float* to = parts + (space.thread / warp * rows + row) * talk_outputs;
+    BABYGPT_TIMES (round, rounds) {
+        if (exact || share.tile_of(from, round) >= 0) sums[round].leave(to, space.lane, rows - row);
+        to += talk_warps * rows * talk_outputs;
+    }
+}
+// What a thread makes of an output's sums over parts, for rows from `row` on, `step` apart: addend + f(sum + bias).
+struct Outputs {
+    const float *parts, *addend;  // of this output
+    int of_tile, log_parts, step, rows;
+    int64_t stride;
+    float bias;
+    Activation activation;
+    // What is added to as many rows.
+    template <size_t many>
+    __device__ __forceinline__ void bring(float (&more)[many], int row) const {
+        if (!addend || row >= rows) return;
+        BABYGPT_TIMES (k, many) more[k] = addend[lesser(row + k * step, rows - 1) * stride];
+    }
+    // f(row, y) of them. more: what is added.
+    template <class T, size_t many, size_t all, class F>
+    __device__ __forceinline__ void finish(int row, const float (&more)[all], const F& f) const {
+        float sum[many] = {};
+        BABYGPT_UNROLL(2)
+        for (int i = 0; i < 1 << log_parts; ++i)
+            BABYGPT_TIMES (k, many) sum[k] += parts[i * of_tile + lesser(row + k * step, rows - 1) * talk_outputs];
+        BABYGPT_TIMES (k, many) sum[k] += bias;
+        if (activation == Activation::gelu_tanh) {
+            BABYGPT_TIMES (k, many) sum[k] = activated<T>(sum[k], Activation::gelu_tanh);
+        } else if (activation != Activation::none) {
+            BABYGPT_TIMES (k, many) sum[k] = activated<T>(sum[k], activation);
+        }
+        BABYGPT_TIMES (k, many)
+            if (row + k * step < rows) f(row + k * step, sum[k] + more[k]);
+    }
+};
+// meet: waits until x is there. ahead: brings what the next product needs.
+template <class T, class F, class G>
+__device__ __forceinline__ void multiply_rows(const Step& s, const Reading<T>& r, const Space<T>& space, Weights<T>& weights, int& set,
+                                              const F& meet, const G& ahead) {
     constexpr int rounds = talk_rounds<T>;
+    constexpr size_t together = 4;
     const TileHere& here = *space.tile;
     const int rows = s.is_head ? here.heads : here.rows, of_tile = rows * talk_outputs, apart = talk_apart<T>(r.depth),
               thread = space.thread;
-    if (rows == 0) return;
+    const Share share(s, space.number(), rounds);
+    if (rows == 0 || share.first == share.end) {
+        meet();
+        if (share.first < share.end) weights.arrive(space, share, share.first);
+        __syncthreads();
+        return ahead();
+    }
     float *const parts = reinterpret_cast<float*>(space.x + rows * apart), *const logits = r.scores ? r.all_logits : r.logits;
-    const Share& share = ahead.share;
     for (int from = share.first; from < share.end;) {
-        const int tiles = lesser(rounds * share.each, share.end - from), next = from + tiles, outputs = tiles * talk_outputs;
+        const int tiles = share.tiles_of(from, rounds), next = from + tiles, outputs = tiles * talk_outputs;
         // At the end a thread has an output, and of the rows every `step`th.
         const int log_wide = outputs <= 32    ? 5
                              : outputs <= 128 ? 7
                                               : 8,
                   number = thread & ((1 << log_wide) - 1), step = talk_threads >> log_wide, output = from * talk_outputs + number,
                   first_row = number < outputs && output < s.out ? thread >> log_wide : rows;
-        const auto addend_of = [&](int row) {
-            return s.addend && row < rows ? global(s.addend)[(here.first + row) * r.stride + output] : 0.0f;
-        };
-        // On their way with x: of this thread's first rows, and the bias.
-        const float first_addend = addend_of(first_row), second_addend = addend_of(first_row + step);
-        for (int i = 4 * thread; s.bias && i < outputs; i += 4 * talk_threads)
-            copy_piece(space.bias + i, s.bias + from * talk_outputs + i, from * talk_outputs + i < s.out);
+        Outputs of{parts + (number / talk_outputs << share.log_parts) * of_tile + number % talk_outputs,
+                   s.addend ? global(s.addend) + here.first * r.stride + output : nullptr,
+                   of_tile,
+                   share.log_parts,
+                   step,
+                   rows,
+                   r.stride,
+                   0,
+                   s.before == Before::gate ? Activation::none : s.activation};
+        const int mine = share.rounds_of(from, rounds);
+        if (from == share.first) meet();
+        float more[together] = {};
+        of.bring(more, first_row);  // on their way with x
         if (from == share.first) {
             load_side(s, r, space, rows);
             copies_arrive();
             __syncthreads();
+        } else copies_arrive();
+        weights.arrive(space, share, from);
+        for (int row = 0; row < rows && mine > 0; row += TileSums<T>::rows) {
+            const auto multiply = [&](auto many, auto exact) {
+                multiply_part<decltype(many)::value, decltype(exact)::value>(s, space, share, weights, from, row, rows, apart, parts);
+            };
+            if (share.stop - share.begin != part_steps) multiply(Size<rounds>(), Size<0>());
+            else if (mine == 1) multiply(Size<1>(), Size<1>());
+            else if (mine == 2) multiply(Size<2>(), Size<1>());
+            else multiply(Size<rounds>(), Size<1>());
         }
-        for (int row = 0; row < rows; row += TileSums<T>::rows) {
-            TileSums<T> sums[static_cast<size_t>(rounds)];
-            for (int begin = share.begin; begin < share.stop; begin += part_steps) {
-                if (begin > share.begin || (row > 0 && share.stop - share.begin > part_steps)) ahead.bring(s, space.lane, from, begin);
-                typename TileSums<T>::Side side[static_cast<size_t>(part_steps)];
-                BABYGPT_TIMES (i, part_steps)
-                    if (begin + i < share.stop)
-                        side[i].bring(space.x + row * apart + (begin + i) * talk_depth, space.lane, apart, rows - row);
-                BABYGPT_TIMES (round, rounds) {
-                    if (share.tile_of(from, round) < 0) continue;
-                    BABYGPT_TIMES (i, part_steps)
-                        if (begin + i < share.stop) sums[round].add(ahead.of[round][i], side[i]);
-                }
-            }
-            float* to = parts + thread / warp * of_tile + row * talk_outputs;
-            BABYGPT_TIMES (round, rounds) {
-                if (share.tile_of(from, round) >= 0) sums[round].leave(to, space.lane, rows - row);
-                to += talk_warps * of_tile;
-            }
-        }
-        if (next < share.end) ahead.bring(s, space.lane, next, share.begin);
-        copies_arrive();
         __syncthreads();
-        for (int row = first_row; row < rows; row += step) {
-            const float* const mine =
-                parts + ((number / talk_outputs << share.log_parts) * rows + row) * talk_outputs + number % talk_outputs;
-            float sum = 0;
-            BABYGPT_UNROLL(4)
-            for (int i = 0; i < 1 << share.log_parts; ++i) sum += mine[i * of_tile];
-            if (s.bias) sum += space.bias[number];
-            if (s.before != Before::gate) sum = activated(sum, s.activation);
-            if (s.addend) sum += row == first_row ? first_addend : row == first_row + step ? second_addend : addend_of(row);
-            float* const y =
-                global(s.is_head ? logits + static_cast<int64_t>(here.logits + row) * s.out : s.y + (here.first + row) * r.stride);
-            if (s.narrow_y) put(reinterpret_cast<T*>(y) + output, sum);
-            else y[output] = sum;
-            if (s.is_head && r.draws) r.all_logits[static_cast<int64_t>(here.logits + row) * s.out + output] = sum;
+        float* const bias = space.bias + set * Space<T>::most_outputs;
+        set ^= 1;
+        if (next < share.end) bring_ahead(s, space, next, space.bias + set * Space<T>::most_outputs);
+        else ahead();
+        if (s.bias && number < outputs) of.bias = bias[number];
+        const bool draws = s.is_head && r.draws;
+        float* const y = s.is_head ? logits + static_cast<int64_t>(here.logits) * s.out : s.y + here.first * r.stride;
+        float* const again = r.all_logits + static_cast<int64_t>(here.logits) * s.out;
+        const int64_t y_stride = s.is_head ? s.out : r.stride;
+        const auto leave = [&](int row, float sum) {
+            float* const to = global(y + row * y_stride);
+            if (s.narrow_y) put(reinterpret_cast<T*>(to) + output, sum);
+            else to[output] = sum;
+            if (draws) again[static_cast<int64_t>(row) * s.out + output] = sum;
+        };
+        if (rows <= step) {
+            if (first_row < rows) of.template finish<T, 1>(first_row, more, leave);
+        } else {
+            for (int row = first_row; row < rows; row += static_cast<int>(together) * step) {
+                if (row > first_row) of.bring(more, row);
+                of.template finish<T, together>(row, more, leave);
+            }
         }
         from = next;
         if (from < share.end) __syncthreads();
@@ -3935,12 +4132,14 @@ __device__ void multiply_rows(const Step& s, const Reading<T>& r, const Space<T>
 // ---- attention over the pages of a KV cache ----
 
 // Element d of a head of row i, turned where the positions are rotary.
-__device__ __forceinline__ float turned(const Step& s, const float* waves, const float* head, int position, int d) {
-    if (!s.turns) return head[d];
+__device__ __forceinline__ float turned_pair(const Step& s, const float* waves, const float* head, int position, int d) {
     const int half = s.dim / 2, k = d % half;
     const float* const wave = waves + static_cast<int64_t>(position) * s.dim;
     const float a = head[k], b = head[half + k];
     return d < half ? fmaf(a, wave[k], -(b * wave[half + k])) : fmaf(a, wave[half + k], b * wave[k]);
+}
+__device__ __forceinline__ float turned(const Step& s, const float* waves, const float* head, int position, int d) {
+    return s.turns ? turned_pair(s, waves, head, position, d) : head[d];
 }
 // Where the keys [dim][page], or the values [page][dim], of a head begin in a page.
 template <class T>
@@ -3963,43 +4162,79 @@ __device__ __forceinline__ void store_row(const Step& s, const float* waves, T* 
         put(values + at * s.dim + d, v[d]);
     }
 }
-// What a warp has found out about a head of a row: the biggest score, the sum of e^(score - biggest), and the sum of the values times these, in `out`.
+// A head's scores are s = q . k / sqrt(dim) * log2(e), its output the sum of 2^(s - most) v, by that of 2^(s - most). A part of what it sees, every 8th
+// page, has its own `most`, which is whole: what was summed with one is taken to another without rounding.
+constexpr float most_bound = 1 << 28;
+__device__ __forceinline__ int most_of(float score) { return static_cast<int>(ceilf(fminf(fmaxf(score, -most_bound), most_bound))); }
+__device__ __forceinline__ float two_to(int n) {
+    return n < -126 ? 0.0f : __uint_as_float(static_cast<uint32_t>(127 + n) << 23);
+}  // n <= 0
 struct Seen {
-    float most, total;
+    int most = -static_cast<int>(most_bound);
+    float total = 0;
 };
-// s = q . k / sqrt(dim), p = e^(s - the biggest so far), and so on, as in chapter 5, of every `head_parts`th page, of which the first is number `part`.
-// Of a page's keys a lane has one, or, in bf16, two neighbours of half the dimensions; of its values, columns. p: [page].
+// What it is about: a head of row i of the tile, which sees `seen` positions of the pages and, in the last part, where rows are `alone`, its own, which
+// nobody has stored before.
 template <class T>
-__device__ void see_pages(const Step& s, T* const* pages, int head, int part, int seen, const float* q, float* out, float* p, Seen& now) {
-    constexpr bool narrow = sizeof(T) == 2;
-    const int dim = s.dim;
-    for (int begin = part * kv_page; begin < seen; begin += head_parts * kv_page) {
-        const int count = lesser(kv_page, seen - begin);
-        T* const page = pages[begin / kv_page];
-        const T *const keys = keys_of(s, page, head), *const values = values_of(s, page, head);
-        float score[2] = {0, -INFINITY};
-        if constexpr (narrow) {
-            const int j = lane() % 16 * 2;
-            score[1] = 0;
-            for (int d = lane() / 16; d < dim; d += 2) {
-                if (j < count) score[0] = fmaf(q[d], static_cast<float>(keys[d * kv_page + j]), score[0]);
-                if (j + 1 < count) score[1] = fmaf(q[d], static_cast<float>(keys[d * kv_page + j + 1]), score[1]);
-            }
-            for (int i = 0; i < 2; ++i) {
-                score[i] += __shfl_xor_sync(0xffffffffu, score[i], 16);
-                if (j + i >= count) score[i] = -INFINITY;
-            }
+struct HeadOf {
+    const Step& s;
+    const float *waves, *x;
+    T* const* pages;
+    int position, seen, head, kv_head;
+    bool alone;
+    __device__ __forceinline__ HeadOf(const Step& step, const Reading<T>& r, const Space<T>& space, int i, int which)
+        : s(step),
+          waves(r.waves),
+          x(global(step.x) + (space.tile->first + i) * r.stride),
+          pages(space.pages(i)),
+          position(space.row[i].position),
+          seen(position + (r.alone ? 0 : 1)),
+          head(which),
+          kv_head(which / (step.heads / step.kv_heads)),
+          alone(r.alone) {}
+    __device__ __forceinline__ const float* query() const { return x + head * s.dim; }
+    __device__ __forceinline__ const float* key() const { return x + (s.heads + kv_head) * s.dim; }
+    __device__ __forceinline__ const float* value() const { return x + (s.heads + s.kv_heads + kv_head) * s.dim; }
+    // Elements d, d + 8 and so on of the query or the key, whose loads do not wait for each other.
+    template <size_t many>
+    __device__ __forceinline__ void bring(float (&to)[many], const float* from, int d) const {
+        if (s.turns) {
+            BABYGPT_TIMES (i, many) to[i] = turned_pair(s, waves, from, position, d + 8 * i);
         } else {
-            for (int d = 0; d < dim && lane() < count; ++d) score[0] = fmaf(q[d], static_cast<float>(keys[d * kv_page + lane()]), score[0]);
-            if (lane() >= count) score[0] = -INFINITY;
+            BABYGPT_TIMES (i, many) to[i] = from[d + 8 * i];
         }
-        const float before = now.most;
-        now.most = fmaxf(before, warp_most(fmaxf(score[0], score[1])));
-        const float factor = expf(before - now.most), one = expf(score[0] - now.most), other = expf(score[1] - now.most);
-        now.total = fmaf(now.total, factor, warp_sum(lane() < 16 || !narrow ? one + other : 0.0f));
-        __syncwarp();  // p and out are as the page before has left them
-        if (!narrow) p[lane()] = one;
-        else if (lane() < 16) p[lane() * 2] = one, p[lane() * 2 + 1] = other;
+    }
+    // As it will be read from the page.
+    __device__ __forceinline__ static float rounded(float of) {
+        T narrow;
+        put(&narrow, of);
+        return static_cast<float>(narrow);
+    }
+};
+constexpr float log2_e = 1.44269504f;
+// One part, of any number of dimensions. A lane has a key of a page; then columns of the values. q: [dim], p: [page].
+template <class T>
+__device__ Seen see_part(const HeadOf<T>& of, int part, const float* q, float* out, float* p) {
+    const int dim = of.s.dim;
+    Seen now;
+    const bool owns = of.alone && part == head_parts - 1;
+    float own = 0;
+    for (int d = lane(); owns && d < dim; d += warp) own = fmaf(q[d], of.rounded(turned(of.s, of.waves, of.key(), of.position, d)), own);
+    if (owns) own = warp_sum(own), now.most = most_of(own), now.total = power_of_2(own - static_cast<float>(now.most));
+    for (int d = lane(); d < dim; d += warp) out[d] = owns ? now.total * of.rounded(of.value()[d]) : 0.0f;
+    for (int begin = part * kv_page; begin < of.seen; begin += head_parts * kv_page) {
+        const int count = lesser(kv_page, of.seen - begin);
+        T* const page = of.pages[begin / kv_page];
+        const T *const keys = keys_of(of.s, page, of.kv_head), *const values = values_of(of.s, page, of.kv_head);
+        float score = 0;
+        for (int d = 0; d < dim && lane() < count; ++d) score = fmaf(q[d], static_cast<float>(keys[d * kv_page + lane()]), score);
+        if (lane() >= count) score = -INFINITY;
+        const int before = now.most;
+        now.most = greater(before, warp_most(most_of(score)));
+        const float factor = two_to(before - now.most), mine = power_of_2(score - static_cast<float>(now.most));
+        now.total = fmaf(now.total, factor, warp_sum(mine));
+        __syncwarp();  // p is as the page before has left it
+        p[lane()] = mine;
         __syncwarp();
         for (int d = lane(); d < dim; d += warp) {
             float sum = out[d] * factor;
@@ -4008,137 +4243,143 @@ __device__ void see_pages(const Step& s, T* const* pages, int head, int part, in
         }
     }
     __syncwarp();
+    return now;
 }
-// The same in bf16, 16 bytes at a time, where a head has 8, 16, 32, 64, 128 or 256 dimensions. Lane 4 g + t has every 8th dimension's 8 keys
-// from 8 t on; then dim / 8 lanes have a value, and others the next ones: all of a page's of 64 dimensions, on their way while the keys are used.
-constexpr int values_ahead = 8;
-__device__ void see_pages_fast(const Step& s, __nv_bfloat16* const* pages, int head, int part, int seen, const float* q, float* out,
-                               float* p, Seen& now) {
-    const int dim = s.dim, across = dim / 8, first = lane() / across, column = lane() % across * 8, j0 = lane() % 4 * 8, g = lane() / 4;
-    float sum[8];
-    for (int e = 0; e < 8; ++e) sum[e] = first == 0 ? out[column + e] : 0.0f;
-    const auto low = [](uint32_t pair) { return __uint_as_float(pair << 16); };
-    const auto high = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
-    for (int begin = part * kv_page; begin < seen; begin += head_parts * kv_page) {
-        const int count = lesser(kv_page, seen - begin);
-        __nv_bfloat16* const page = pages[begin / kv_page];
-        const __nv_bfloat16 *const keys = keys_of(s, page, head), *const values = values_of(s, page, head);
-        float score[8] = {};
-        if (j0 + 8 <= count) {
-            BABYGPT_UNROLL(8)
-            for (int d = g; d < dim; d += 8) {
-                const uint4 k = *reinterpret_cast<const uint4*>(keys + d * kv_page + j0);
-                const float x = q[d];
-                score[0] = fmaf(x, low(k.x), score[0]), score[1] = fmaf(x, high(k.x), score[1]);
-                score[2] = fmaf(x, low(k.y), score[2]), score[3] = fmaf(x, high(k.y), score[3]);
-                score[4] = fmaf(x, low(k.z), score[4]), score[5] = fmaf(x, high(k.z), score[5]);
-                score[6] = fmaf(x, low(k.w), score[6]), score[7] = fmaf(x, high(k.w), score[7]);
-            }
-        } else {
-            for (int d = g; d < dim; d += 8)
-                for (int e = 0; e < 8; ++e)
-                    if (j0 + e < count) score[e] = fmaf(q[d], static_cast<float>(keys[d * kv_page + j0 + e]), score[e]);
+// Sums of eight over lanes that differ in the bits from `least` to 16 of their numbers, divided among them: a lane has from x[0] on those that begin
+// at what is returned.
+template <int least>
+__device__ __forceinline__ int divide_sums(float (&x)[8]) {
+    int from = 0;
+    BABYGPT_TIMES (i, 3) {
+        const int apart = 16 >> i, kept = 4 >> i;
+        if (apart < least) continue;
+        const bool upper = (lane() & apart) != 0;
+        BABYGPT_TIMES (e, 4) {
+            if (e >= kept) continue;
+            const float mine = upper ? x[e + kept] : x[e], other = upper ? x[e] : x[e + kept];
+            x[e] = mine + __shfl_xor_sync(0xffffffffu, other, apart);
         }
-        uint4 v[values_ahead] = {};
-        BABYGPT_TIMES (i, values_ahead) {
-            const int j = first + i * (warp / across);
-            if (j < count) v[i] = *reinterpret_cast<const uint4*>(values + j * dim + column);
-        }
-        float biggest = -INFINITY;
-        for (int e = 0; e < 8; ++e) {
-            for (int apart = 4; apart < warp; apart *= 2) score[e] += __shfl_xor_sync(0xffffffffu, score[e], apart);
-            if (j0 + e >= count) score[e] = -INFINITY;
-            biggest = fmaxf(biggest, score[e]);
-        }
-        for (int apart = 1; apart < 4; apart *= 2) biggest = fmaxf(biggest, __shfl_xor_sync(0xffffffffu, biggest, apart));
-        const float before = now.most;
-        now.most = fmaxf(before, biggest);
-        const float factor = expf(before - now.most);
-        float all = 0;
-        __syncwarp();  // who reads p of the page before has done it
-        for (int e = 0; e < 8; ++e) {
-            const float one = expf(score[e] - now.most);
-            all += one;
-            if (e == g) p[j0 + e] = one;
-        }
-        for (int apart = 1; apart < 4; apart *= 2) all += __shfl_xor_sync(0xffffffffu, all, apart);
-        now.total = fmaf(now.total, factor, all);
-        __syncwarp();
-        for (int e = 0; e < 8; ++e) sum[e] *= factor;
-        const auto add = [&](float x, const uint4& of) {
-            sum[0] = fmaf(x, low(of.x), sum[0]), sum[1] = fmaf(x, high(of.x), sum[1]);
-            sum[2] = fmaf(x, low(of.y), sum[2]), sum[3] = fmaf(x, high(of.y), sum[3]);
-            sum[4] = fmaf(x, low(of.z), sum[4]), sum[5] = fmaf(x, high(of.z), sum[5]);
-            sum[6] = fmaf(x, low(of.w), sum[6]), sum[7] = fmaf(x, high(of.w), sum[7]);
-        };
-        BABYGPT_TIMES (i, values_ahead) {
-            const int j = first + i * (warp / across);
-            if (j < count) add(p[j], v[i]);
-        }
-        for (int j = first + values_ahead * (warp / across); j < count; j += warp / across)
-            add(p[j], *reinterpret_cast<const uint4*>(values + j * dim + column));
+        from += upper ? kept : 0;
     }
-    for (int e = 0; e < 8; ++e) {
-        for (int apart = across; apart < warp; apart *= 2) sum[e] += __shfl_xor_sync(0xffffffffu, sum[e], apart);
-        if (first == 0) out[column + e] = sum[e];
-    }
-    __syncwarp();
+    return from;
 }
-// The parts of a warp, from number `from` on every `apart`th, of a head of a row, which sees `seen` positions of the pages and, where it is `alone`, its
-// own, which nobody has stored before: with the last part, which stores it, too. `slot`: where the first part's sum belongs.
-template <class T>
-__device__ void see_head(const Step& s, const float* waves, T* const* pages, const float* x, int position, int seen, int head, int from,
-                         int apart, bool alone, int slot, const HeadSpace& space) {
-    constexpr bool narrow = sizeof(T) == 2;
-    const int dim = s.dim, number = static_cast<int>(threadIdx.x) / warp, group = s.heads / s.kv_heads, kv_head = head / group;
-    float *const q = space.q + number * dim, *const p = space.p + number * kv_page;
-    const float scale = 1 / sqrtf(static_cast<float>(dim));
-    for (int d = lane(); d < dim; d += warp) q[d] = turned(s, waves, x + head * dim, position, d) * scale;
-    __syncwarp();
+// A warp's parts, from number `from` on every `apart`th, of 32, 64 or 128 dimensions, of 16 bytes at a time. Lane 4 g + t has every 8th dimension's
+// 8 keys from 8 t on, and ends with one score; then dim / 8 lanes have 8 values each of a position, dim / 8 positions after one another. The next page
+// is on its way meanwhile.
+template <int dim, class T>
+__device__ void see_parts(const HeadOf<T>& of, int from, int apart, int slot, const HeadSpace& space) {
+    constexpr int across = dim / 8, loads = across;
+    const int first = lane() / across * loads, column = lane() % across * 8, t = lane() % 4 * 8, g = lane() / 4,
+              count = (of.seen + kv_page - 1) / kv_page, number = static_cast<int>(threadIdx.x) / warp;
+    float* const weights = space.p + number * kv_page;
+    Eight<T> keys[static_cast<size_t>(loads)], values[static_cast<size_t>(loads)];
+    const auto bring_keys = [&](int page) {
+        const T* const at = keys_of(of.s, of.pages[page], of.kv_head) + g * kv_page + t;
+        BABYGPT_TIMES (i, loads) keys[i].bring(at + i * 8 * kv_page);
+    };
+    const auto bring_values = [&](int page) {  // of the last page perhaps its last position several times
+        const T* const at = values_of(of.s, of.pages[page], of.kv_head) + column;
+        const int last = of.seen - page * kv_page - 1;
+        BABYGPT_TIMES (i, loads) values[i].bring(at + lesser(first + i, last) * dim);
+    };
+    constexpr bool both = sizeof(T) == 2;  // registers have room for both
+    if (from < count) bring_keys(from);
+    if (both && from < count) bring_values(from);
+    float q[static_cast<size_t>(loads)], own_key[static_cast<size_t>(loads)] = {}, own_value[8] = {};
+    of.bring(q, of.query(), g);
+    if (of.alone && from == apart - 1) {  // the last part is one of its
+        of.bring(own_key, of.key(), g);
+        load(reinterpret_cast<float(&)[4]>(own_value[0]), of.value() + column),
+            load(reinterpret_cast<float(&)[4]>(own_value[4]), of.value() + column + 4);
+    }
+    const float scale = log2_e / sqrtf(static_cast<float>(dim));
+    BABYGPT_TIMES (i, loads) q[i] *= scale;
     for (int part = from; part < head_parts; part += apart) {
-        float* const out = space.outs + (slot + part) * dim;
-        const bool owns = alone && part == head_parts - 1;
-        Seen now{-INFINITY, 0};
-        if (!owns && part * kv_page >= seen) {
-            if (lane() == 0) space.mosts[slot + part] = now.most;
+        Seen now;
+        float sum[8] = {}, eight[8];
+        if (part >= count && !(of.alone && part == head_parts - 1)) {
+            if (lane() == 0) space.mosts[slot + part] = now.most, space.totals[slot + part] = 0;
             continue;
         }
-        for (int d = lane(); d < dim && !owns; d += warp) out[d] = 0;
-        if (owns) {
-            const float *k = x + (s.heads + kv_head) * dim, *v = k + s.kv_heads * dim;
+        if (of.alone && part == head_parts - 1) {
             float score = 0;
-            T rounded;
-            for (int d = lane(); d < dim; d += warp) {
-                put(&rounded, turned(s, waves, k, position, d));
-                score = fmaf(q[d], static_cast<float>(rounded), score);
-                put(&rounded, v[d]);
-                out[d] = static_cast<float>(rounded);
-            }
-            now.most = warp_sum(score), now.total = 1;
-            if (head % group == 0) store_row(s, waves, pages, position, x, kv_head);
+            BABYGPT_TIMES (i, loads) score = fmaf(q[i], of.rounded(own_key[i]), score);
+            for (int lanes = 4; lanes < warp; lanes *= 2) score += __shfl_xor_sync(0xffffffffu, score, lanes);
+            now.most = most_of(score);
+            const float p = power_of_2(score - static_cast<float>(now.most));
+            if (lane() == 0) now.total = p;
+            BABYGPT_TIMES (e, 8)
+                if (first == 0) sum[e] = p * of.rounded(own_value[e]);
         }
-        __syncwarp();
-        if constexpr (narrow) {
-            if (dim % 8 == 0 && dim <= 8 * warp && warp % (dim / 8) == 0) see_pages_fast(s, pages, kv_head, part, seen, q, out, p, now);
-            else see_pages(s, pages, kv_head, part, seen, q, out, p, now);
-        } else see_pages(s, pages, kv_head, part, seen, q, out, p, now);
+        for (int page = part; page < count; page += head_parts) {
+            float score[8] = {};
+            BABYGPT_TIMES (i, loads) {
+                keys[i].widen(eight);
+                BABYGPT_TIMES (e, 8) score[e] = fmaf(q[i], eight[e], score[e]);
+            }
+            const int next = page + head_parts < count ? page + head_parts : part + apart < head_parts ? part + apart : count;
+            if (both && next < count) bring_keys(next);
+            if (!both) bring_values(page);
+            const int key = t + divide_sums<4>(score), before = now.most;
+            const float mine = page * kv_page + key < of.seen ? score[0] : -INFINITY;
+            now.most = greater(before, warp_most(most_of(mine)));
+            const float factor = two_to(before - now.most), p = power_of_2(mine - static_cast<float>(now.most));
+            now.total = fmaf(now.total, factor, p);
+            __syncwarp();  // who reads the weights of the page before has done it
+            weights[key] = p;
+            __syncwarp();
+            BABYGPT_TIMES (e, 8) sum[e] *= factor;
+            BABYGPT_TIMES (four, loads / 4) {
+                float w[4];
+                load(w, weights + first + 4 * four);
+                BABYGPT_TIMES (i, 4) {
+                    values[4 * four + i].widen(eight);
+                    BABYGPT_TIMES (e, 8) sum[e] = fmaf(w[i], eight[e], sum[e]);
+                }
+            }
+            if (both && next < count) bring_values(next);
+            if (!both && next < count) bring_keys(next);
+        }
+        now.total = warp_sum(now.total);
+        float* const out = space.outs + (slot + part) * dim + column + divide_sums<across>(sum);
+        BABYGPT_TIMES (e, dim / warp) out[e] = sum[e];
         if (lane() == 0) space.mosts[slot + part] = now.most, space.totals[slot + part] = now.total;
     }
 }
-// y, from what was found out of the parts in the slots from `first` on, those apart that have seen nothing. f(d, y) for each; a warp does it.
+// `slot`: where the first part's sum belongs.
+template <class T>
+__device__ void see_head(const HeadOf<T>& of, int from, int apart, int slot, const HeadSpace& space) {
+    const int dim = of.s.dim, number = static_cast<int>(threadIdx.x) / warp;
+    if (dim == 32) see_parts<32>(of, from, apart, slot, space);
+    else if (dim == 64) see_parts<64>(of, from, apart, slot, space);
+    else {
+        float *const q = space.q + number * dim, *const p = space.p + number * kv_page;
+        for (int d = lane(); d < dim; d += warp)
+            q[d] = turned(of.s, of.waves, of.query(), of.position, d) * (log2_e / sqrtf(static_cast<float>(dim)));
+        __syncwarp();
+        for (int part = from; part < head_parts; part += apart) {
+            const Seen now = see_part(of, part, q, space.outs + (slot + part) * dim, p);
+            if (lane() == 0) space.mosts[slot + part] = now.most, space.totals[slot + part] = now.total;
+        }
+    }
+}
+// y, from what was found out of the parts in the slots from `first` on. f(d, y) for each; a warp does it.
 template <class F>
 __device__ __forceinline__ void put_together(const HeadSpace& space, int first, int dim, const F& f) {
-    float factors[head_parts], most = -INFINITY, total = 0;
-    BABYGPT_TIMES (i, head_parts) factors[i] = space.mosts[first + i], most = fmaxf(most, factors[i]);
+    int mosts[head_parts], most = -static_cast<int>(most_bound);
+    float factors[head_parts], total = 0;
+    BABYGPT_TIMES (i, head_parts) mosts[i] = space.mosts[first + i], factors[i] = space.totals[first + i], most = greater(most, mosts[i]);
     BABYGPT_TIMES (i, head_parts) {
-        factors[i] = expf(factors[i] - most);
-        if (factors[i] > 0) total = fmaf(space.totals[first + i], factors[i], total);
+        const float seen = factors[i];
+        factors[i] = two_to(mosts[i] - most), total = fmaf(seen, factors[i], total);
     }
+    const float by = 1 / total;
+    BABYGPT_UNROLL(2)
     for (int d = lane(); d < dim; d += warp) {
         float sum = 0;
         BABYGPT_TIMES (i, head_parts)
             if (factors[i] > 0) sum = fmaf(space.outs[(first + i) * dim + d], factors[i], sum);
-        f(d, sum / total);
+        f(d, sum * by);
     }
 }
 // Where rows see each other's, before any is looked for.
@@ -4149,34 +4390,34 @@ __device__ void store_rows(const Step& s, const Reading<T>& r, const Space<T>& s
         store_row(s, r.waves, space.pages(row), space.row[row].position, s.x + (space.tile->first + row) * r.stride, i % s.kv_heads);
     }
 }
-// A block has every `blocks`th head of a row; 2^log_warps warps share one, more of them where there are few; then a warp puts the parts together.
+// A block has every `blocks`th head of keys of a row, and those that look at it; 2^log_warps warps share one, more of them where there are few; then a warp puts the parts together.
 template <class T>
 __device__ void attend_rows(const Step& s, const Reading<T>& r, const Space<T>& space) {
     const HeadSpace seen(space.rest, s.dim);
-    const int tasks = space.tile->rows * s.heads, number = static_cast<int>(threadIdx.x) / warp,
-              count = space.block < tasks ? (tasks - space.block - 1) / space.blocks + 1 : 0;
+    const int group = s.heads / s.kv_heads, all = space.tile->rows * s.kv_heads, number = static_cast<int>(threadIdx.x) / warp,
+              stored = space.block < all ? (all - space.block - 1) / space.blocks + 1 : 0, count = stored * group;
     int log_warps = HeadSpace::least_log_warps(s.dim);
     while (log_warps < log_head_parts && (count << (log_warps + 1)) <= talk_warps) ++log_warps;
     const int at_once = talk_warps >> log_warps;
+    const auto row_of = [&](int i) { return (space.block + i * space.blocks) / s.kv_heads; };
+    const auto head_of = [&](int i, int row) { return space.block + i * space.blocks - row * s.kv_heads; };
     for (int first = 0; first < count; first += at_once) {
-        const auto task_of = [&](int i) { return space.block + (first + i) * space.blocks; };
-        const int mine = number >> log_warps;
-        if (first + mine < count) {
-            const int row = task_of(mine) / s.heads, position = space.row[row].position;
-            see_head(s, r.waves, space.pages(row), global(s.x) + (space.tile->first + row) * r.stride, position,
-                     r.alone ? position : position + 1, task_of(mine) - row * s.heads, number & ((1 << log_warps) - 1), 1 << log_warps,
-                     r.alone, mine * head_parts, seen);
-        }
+        const int mine = number >> log_warps, task = first + mine, which = group == 1 ? task : task / group, row = row_of(which),
+                  head = head_of(which, row) * group + task - which * group, place = number & ((1 << log_warps) - 1);
+        if (task < count) see_head(HeadOf<T>(s, r, space, row, head), place, 1 << log_warps, mine * head_parts, seen);
         __syncthreads();
-        if (number < at_once && first + number < count) {
-            const int row = task_of(number) / s.heads, head = task_of(number) - row * s.heads;
+        if (place == 0 && task < count) {
             float* const y = global(s.y) + (space.tile->first + row) * r.stride;
-            put_together(seen, number * head_parts, s.dim, [&](int d, float value) {
+            put_together(seen, mine * head_parts, s.dim, [&](int d, float value) {
                 if (s.narrow_y) put(reinterpret_cast<T*>(y) + head * s.dim + d, value);
                 else y[head * s.dim + d] = value;
             });
         }
         if (first + at_once < count) __syncthreads();
+    }
+    for (int i = talk_warps - 1 - number; r.alone && i < stored; i += talk_warps) {  // what all who share it have read
+        const int row = row_of(i);
+        store_row(s, r.waves, space.pages(row), space.row[row].position, s.x + (space.tile->first + row) * r.stride, head_of(i, row));
     }
 }
 
@@ -4330,23 +4571,40 @@ __global__ void __launch_bounds__(talk_threads) read_rows(const __grid_constant_
     copy(memory, &r, sizeof r);
     copy(space.steps, r.steps, static_cast<size_t>(r.count) * sizeof(Step));
     if (group < r.tiles) bring_tile(group);
+    Weights<T> weights;
+    int set = 0;  // of what is brought ahead: which of two biases
+    weights.begin(space);
     __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < r.count; i += talk_threads) Share::divide(space.steps[i], space.block, space.blocks);
+    __syncthreads();
+    // Of the first product from step i on.
+    const auto ahead = [&](int i) {
+        while (i < r.count && space.steps[i].kind != StepKind::product) ++i;
+        if (i < r.count) bring_ahead(space.steps[i], space, space.steps[i].first, space.bias + set * Space<T>::most_outputs);
+    };
+    if (group < r.tiles) ahead(0);
     for (int i = 0; i < r.count; ++i) {
         const Step& s = space.steps[i];
-        Ahead<T> ahead;
         space.ask_thread();
         if (i > 0) arrive(r.cluster);
-        if (s.kind == StepKind::product && group < r.tiles) bring_ahead(s, space, ahead);
-        copies_arrive();
-        if (i > 0) wait(r.cluster);
-        __syncthreads();  // what was copied after the arrival, others see only now
-        if (s.kind == StepKind::product) {
+        const auto meet = [&] {
+            copies_arrive();
+            if (i > 0) wait(r.cluster);
+            __syncthreads();  // what was copied after the arrival, others see only now
+        };
+        if (s.kind == StepKind::product && group < r.tiles) {
             over_tiles([&](int number) {
-                if (number > group) bring_ahead(s, space, ahead), copies_arrive(), __syncthreads();
-                multiply_rows(s, r, space, ahead);
+                const auto meet_here = [&] {
+                    if (number == group) return meet();
+                    copies_arrive();
+                    __syncthreads();
+                };
+                multiply_rows(s, r, space, weights, set, meet_here, [&] { ahead(number + r.groups < r.tiles ? i : i + 1); });
             });
             continue;
         }
+        meet();
+        if (s.kind == StepKind::product) continue;
         if (s.kind == StepKind::attend && !r.alone) {
             over_tiles([&](int) { store_step<T>(i); });
             grid_barrier();
@@ -4381,7 +4639,7 @@ struct TalkInput {
 
 struct Talker {
     bool narrow = false;
-    int ordinal = 0, processors = 1, steps_there = 0, copies_there = 0, depth = 0, vocab = 0, context = 0;
+    int ordinal = 0, processors = 1, steps_there = 0, copies_there = 0, depth = 0, normed = 0, vocab = 0, context = 0;
     int tile_rows = 0;                                               // that shared memory has room for
     int clusters[parts_of(sizeof cluster_sizes, sizeof(int))] = {};  // of each size: how many run at once
     float epsilon = 0;
@@ -4494,12 +4752,10 @@ Status Talker::plan_steps(const DevicePlan& plan, Plan& there) {
             const bool across = !s.is_head && !plan.output_rows;
             s.apart = parts_of(op.in, talk_depth) * talk_depth;
             while ((1 << s.log_parts) < talk_warps && (part_steps << s.log_parts) * talk_depth < s.apart) ++s.log_parts;
-            s.w = values(op.w);
-            if (narrow || across || op.in % talk_depth != 0) {
-                unsigned char* const to = there.take<unsigned char>(static_cast<int64_t>(element) * op.out * s.apart, "matrices");
-                s.w = to;
-                copies[copies_there++] = Copied{weight(op.w).offset, op.out, op.in, s.apart, to, across};
-            }
+            unsigned char* const to = there.take<unsigned char>(
+                static_cast<int64_t>(element) * parts_of(op.out, talk_outputs) * talk_outputs * s.apart, "matrices");
+            s.w = to;
+            copies[copies_there++] = Copied{weight(op.w).offset, op.out, op.in, s.apart, to, across};
         } else good = false;
         if (!good) break;
         const auto touch = [&](int tensor) {
@@ -4583,6 +4839,8 @@ Status Talker::create(const DevicePlan& plan) {
     depth = static_cast<int>(parts_of(depth, talk_depth)) * talk_depth;
     Plan there;
     BABYGPT_CUDA_TRY(plan_steps(plan, there));
+    for (int i = 0; i < steps_there; ++i)
+        if (steps[i].before == Before::norm) normed = greater(normed, static_cast<int>(parts_of(steps[i].in, talk_depth)) * talk_depth);
     BABYGPT_CUDA_TRY(narrow ? plan_launch<__nv_bfloat16>(dim, optin, generation) : plan_launch<float>(dim, optin, generation));
     BABYGPT_CUDA_TRY(take_block(there.bytes, block, "take a smaller model, or the backend cpu"));
     there = Plan{static_cast<char*>(block), 0};
@@ -4612,7 +4870,7 @@ template <class T>
 Status Talker::plan_launch(int dim, int optin, int generation) {
     constexpr int64_t much = int64_t(4) << 20;
     for (tile_rows = talk_rows; tile_rows > 0; --tile_rows) {
-        shared_bytes = Space<T>::bytes(steps_there, context, depth, dim, vocab, tile_rows);
+        shared_bytes = Space<T>::bytes(steps_there, context, depth, normed, dim, vocab, tile_rows);
         if (shared_bytes <= static_cast<size_t>(optin)) break;
     }
     if (tile_rows == 0)
@@ -4704,7 +4962,7 @@ Status Talker::read(const Run& run, double* losses) {
     r.alone = !r.scores && run.sequences.size == static_cast<size_t>(run.rows);
     r.wanted_rows = input.wanted, r.targets = input.targets, r.waves = memory.waves;
     r.logits = input.logits, r.all_logits = memory.all_logits, r.losses = input.losses;
-    r.stride = stride, r.depth = depth, r.vocab = vocab, r.epsilon = epsilon;
+    r.stride = stride, r.depth = depth, r.normed = normed, r.vocab = vocab, r.epsilon = epsilon;
     int each = 0;
     divide(r, each);
     send(run, r, each);
@@ -5133,11 +5391,11 @@ Status set_weights(Generator* g, const float* from) {
         config.gridDim = dim3(static_cast<unsigned>(lesser<int64_t>(parts_of(c.rows * c.apart, block_threads), g->processors * 32)));
         config.blockDim = dim3(block_threads), config.stream = g->stream;
         if (g->narrow)
-            BABYGPT_CUDA(cudaLaunchKernelEx(&config, copy_matrix<__nv_bfloat16>, static_cast<__nv_bfloat16*>(c.to), matrix, c.rows,
+            BABYGPT_CUDA(cudaLaunchKernelEx(&config, pack_matrix<__nv_bfloat16>, static_cast<__nv_bfloat16*>(c.to), matrix, c.rows,
                                             c.columns, c.apart, c.across));
         else
             BABYGPT_CUDA(
-                cudaLaunchKernelEx(&config, copy_matrix<float>, static_cast<float*>(c.to), matrix, c.rows, c.columns, c.apart, c.across));
+                cudaLaunchKernelEx(&config, pack_matrix<float>, static_cast<float*>(c.to), matrix, c.rows, c.columns, c.apart, c.across));
     }
     BABYGPT_CUDA(cudaStreamSynchronize(g->stream));
     return Status();

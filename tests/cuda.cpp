@@ -1002,6 +1002,13 @@ TEST(generation, "a session on a GPU would say something else than on the proces
     says_the_same("says: norms after, sines", c, Precision::f32, usual);
     c = speaker("lecture");
     says_the_same("says: as in a lecture", c, Precision::f32, usual);
+    c = speaker("gpt2"), c.layers = 1;
+    c.hidden = 8 * 6 * 32 + 96;  // deeper than what is brought to shared memory at once: of 8 warps
+#ifndef ON_A_GPU
+    c.hidden /= 2;  // of 4
+#endif
+    says_the_same("says: deep", c, Precision::f32, usual);
+    says_the_same("says in bf16: deep", c, Precision::bf16, 3e-2);
 #ifdef ON_A_GPU
     c = small("gpt2");
     CHECK_OK(preset("baby", c));
@@ -1011,9 +1018,10 @@ TEST(generation, "a session on a GPU would say something else than on the proces
     CHECK_OK(preset_architecture("llama", c));
     says_the_same("says in bf16: baby, llama", c, Precision::bf16, 5e-2, Backend::cpu);
 #else
-    emulator::settings.shared_optin = 16 << 10;  // then the depth of a product is brought in parts
     c = speaker("gpt2"), c.width = 96, c.hidden = 300, c.layers = 1;
+    emulator::settings.shared_optin = 64 << 10;  // then few rows fit in a tile
     says_the_same("says: in parts", c, Precision::f32, usual);
+    emulator::settings.shared_optin = 50 << 10;
     says_the_same("says in bf16: in parts", c, Precision::bf16, 3e-2);
     emulator::settings.shared_optin = 227 << 10;
 #endif
