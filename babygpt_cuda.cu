@@ -4166,9 +4166,8 @@ __device__ __forceinline__ void store_row(const Step& s, const float* waves, T* 
 // page, has its own `most`, which is whole: what was summed with one is taken to another without rounding.
 constexpr float most_bound = 1 << 28;
 __device__ __forceinline__ int most_of(float score) { return static_cast<int>(ceilf(fminf(fmaxf(score, -most_bound), most_bound))); }
-__device__ __forceinline__ float two_to(int n) {
-    return n < -126 ? 0.0f : __uint_as_float(static_cast<uint32_t>(127 + n) << 23);
-}  // n <= 0
+// 2^n, of an n that is not positive.
+__device__ __forceinline__ float two_to(int n) { return n < -126 ? 0.0f : __uint_as_float(static_cast<uint32_t>(127 + n) << 23); }
 struct Seen {
     int most = -static_cast<int>(most_bound);
     float total = 0;
@@ -4263,7 +4262,7 @@ __device__ __forceinline__ int divide_sums(float (&x)[8]) {
     }
     return from;
 }
-// A warp's parts, from number `from` on every `apart`th, of 32, 64 or 128 dimensions, of 16 bytes at a time. Lane 4 g + t has every 8th dimension's
+// A warp's parts, from number `from` on every `apart`th, of 32 or 64 dimensions, 16 bytes at a time. Lane 4 g + t has every 8th dimension's
 // 8 keys from 8 t on, and ends with one score; then dim / 8 lanes have 8 values each of a position, dim / 8 positions after one another. The next page
 // is on its way meanwhile.
 template <int dim, class T>
@@ -4390,7 +4389,8 @@ __device__ void store_rows(const Step& s, const Reading<T>& r, const Space<T>& s
         store_row(s, r.waves, space.pages(row), space.row[row].position, s.x + (space.tile->first + row) * r.stride, i % s.kv_heads);
     }
 }
-// A block has every `blocks`th head of keys of a row, and those that look at it; 2^log_warps warps share one, more of them where there are few; then a warp puts the parts together.
+// A block has every `blocks`th head of keys of a row, and all that look at it, which are stored to when these have been read. 2^log_warps warps share a
+// head, more of them where there are few; then one puts the parts together.
 template <class T>
 __device__ void attend_rows(const Step& s, const Reading<T>& r, const Space<T>& space) {
     const HeadSpace seen(space.rest, s.dim);

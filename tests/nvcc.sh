@@ -1,6 +1,6 @@
 #!/bin/sh
 # babygpt_cuda.cu under nvcc: for the oldest and a present architecture, with g++ and clang++ as hosts, without a warning, and linked into a
-# program that says clearly what it lacks. No GPU is needed. all=1 in the environment: for every major architecture (a minute more).
+# program that says clearly what it lacks. No GPU is needed. all=1 in the environment: for every major architecture instead of these two.
 # nvcc is the one on the PATH, in /usr/local/cuda, or of Python's packages nvidia-cuda-nvcc, -runtime, -crt, -cccl, nvidia-nvvm and nvidia-cublas.
 nvcc=
 for place in "$(command -v nvcc)" /usr/local/cuda/bin/nvcc \
@@ -21,12 +21,14 @@ fi
 . tests/check.sh
 
 compile="$nvcc -std=c++17 -I$root -Werror all-warnings -Xcompiler -Wall,-Wextra -c $root/babygpt_cuda.cu"
-check "sm_75 with g++" $compile -O3 -arch=sm_75 -o old.o
-check "sm_90 with g++" $compile -O3 -arch=sm_90 -o cuda.o
+if [ -n "$all" ]; then check "every major architecture with g++" $compile -O3 -arch=all-major -t 0 -o cuda.o
+else
+    check "sm_75 with g++" $compile -O3 -arch=sm_75 -o old.o
+    check "sm_90 with g++" $compile -O3 -arch=sm_90 -o cuda.o
+fi
 if command -v clang++ > /dev/null; then check "sm_80 with clang++" $compile -O1 -arch=sm_80 -ccbin clang++ -o clang.o
 else echo "skipped: clang++ is not here"; fi
 check "tools/bench/products.cu" $nvcc -std=c++17 -Werror all-warnings -Xcompiler -Wall,-Wextra -O1 -arch=sm_80 -c $root/tools/bench/products.cu -o products.o
-[ -z "$all" ] || check "every major architecture" $compile -O3 -arch=all-major -t 0 -o all.o
 
 cat > program.cpp <<'END'
 #include <stdio.h>
