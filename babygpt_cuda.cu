@@ -3529,7 +3529,7 @@ struct Space {
     static constexpr int most_outputs = talk_rounds<T> * talk_warps * talk_outputs, barriers = talk_warps + 2,
                          weights_ahead = talk_warps * talk_rounds<T> * part_steps * warp * 8;
     int thread, lane, block, blocks;
-    uint64_t* arrivals;  // of each warp's weights, and of all
+    uint64_t* arrivals;  // of each warp's weights, and of all; one more, so that what follows lies at a multiple of 16 bytes
     float* bias;         // of the outputs in work, and of the next
     T* weights;          // under way or in work: [step][piece][lane] of 16 bytes
     Step* steps;
