@@ -48,7 +48,7 @@
 //         printf("%s%.*s\n", s.message, static_cast<int>(said.size()), said.data());
 //     }
 //
-// Options.  There are no macros to set but BABYGPT_IMPLEMENTATION. Memory, threads, files, log and backend are members of Runtime.
+// Options.  There are no macros to set but BABYGPT_IMPLEMENTATION. Memory, threads, files and backend are members of Runtime.
 //
 // What it promises.  Nothing here throws, prints, exits, reads the environment, opens a file it was not given or changes the host's
 // floating-point mode, locale or signals. What data, disk or memory can spoil returns a Status with a message. A training step and a
@@ -150,7 +150,6 @@ struct Span {
     X(mismatch, "two things that must agree do not")            \
     X(not_finite, "a number is not finite")                     \
     X(no_room, "the caller's storage is too small")             \
-    X(cancelled, "cancelled by the caller")                     \
     X(not_built, "not built into this program")                 \
     X(device, "the graphics processor failed")
 
@@ -203,7 +202,7 @@ struct FileHooks {
     int (*sync_folder)(void* user, const char* path_inside) = nullptr;  // the folder that holds the path
 };
 
-// Memory, threads, log, files and backend. Zero and null mean the default (malloc, all cores, silence, the file system).
+// Memory, threads, files and backend. Zero and null mean the default (malloc, all cores, the file system); of `files`, `open` decides for all.
 // Set the fields, then use it; do not change them while an object made with it lives. Move- and copy-free.
 // Threads: any thread may use a Runtime at any time. When two threads need its workers at once, one of them works alone.
 struct Runtime {
@@ -216,12 +215,10 @@ struct Runtime {
     void* (*allocate)(void* user, size_t bytes, size_t alignment) = nullptr;  // null: out of memory
     void (*release)(void* user, void* memory, size_t bytes) = nullptr;
 
-    // The host's own job system: call task(context, i) for each i in [0, count), in any order, on any threads; return when all are done.
+    // The host's own job system: call task(context, i) for each i in [0, count), in any order, on any threads; return when all are done. It
+    // may do other jobs while it waits.
     void* parallel_user = nullptr;
     void (*parallel)(void* user, int count, void (*task)(void* context, int index), void* context) = nullptr;
-
-    void* log_user = nullptr;
-    void (*log)(void* user, Text line) = nullptr;
 
     FileHooks files;
 
@@ -576,7 +573,8 @@ struct Model {
     Status load_memory(Runtime& runtime, Text bytes, Purpose purpose = Purpose::training);  // a checkpoint, GGUF or a .bin
     Status save(Text path) const;  // a checkpoint: temporary file, sync, rename, sync of the folder
     Status save_memory(Array<char>& bytes) const;
-    // For other people's programs; what these cannot express is an error that says so. The folder must be there; transformers loads it.
+    // For other people's programs; what these cannot express is an error that says so. The folder must be there; transformers loads it. Its
+    // tokenizer.json stays where the model has none.
     Status save_huggingface(Text folder) const;
     Status save_llama2c(Text path) const;
     // llama.cpp's, of architecture gpt2 or llama: f32 as F32, bf16 as BF16, int8 as Q8_0 (the same numbers; matrices whose rows are no whole
@@ -824,7 +822,8 @@ struct Guard {
     };
     Array<Element> elements;
     Array<Range> ranges;
-    Array<int32_t> ends;  // where each pattern ends in `elements`
+    Array<int32_t> ends;       // where each pattern ends in `elements`
+    uint64_t fingerprint = 0;  // of all that
     Status create(Runtime& runtime, Span<const Text> patterns);
     Status find(Text text, bool& found) const;  // does a text hold a match?
 };
@@ -911,7 +910,8 @@ struct SearchResult {
 // One conversation: a KV cache and a sampler over a shared, read-only model. One thread at a time; different sessions at the same time.
 // Past the end of the context the older half of the text is forgotten (in a chat: whole turns) and the rest is read again.
 // After create, a token allocates nothing. With Backend::cuda the weights, once for all sessions of a model, and the KV cache are on the GPU (the
-// one that is current when the model's first session is made), which reads 256 ids at once; sampling is the processor's.
+// one that is current when the model's first session is made), which reads 256 ids at once; the
+// processor draws, but of 16 sessions and more, up to 256 logits and nothing but temperature, top_k, top_p and min_p, the GPU does.
 // Precision::bf16: matrices, keys and values are rounded to bf16, and what matrices multiply; tf32 computes as f32.
 struct Session {
     const Model* model = nullptr;
@@ -1251,7 +1251,8 @@ BABYGPT_RARE Status fail(Error error, Parts... parts) {
 }
 
 BABYGPT_RARE inline Status out_of_memory(uint64_t bytes) {
-    return fail(Error::out_of_memory, "out of memory: ", bytes, " bytes were asked for");
+    return bytes ? fail(Error::out_of_memory, "out of memory: ", bytes, " bytes were asked for")
+                 : fail(Error::out_of_memory, "out of memory");
 }
 
 // if (Status s = ...; !s.ok()) return s;
@@ -1379,7 +1380,10 @@ bool Array<T>::push(const T& value) {
 }
 template <class T>
 bool Array<T>::append(const T* values, size_t n) {
+    const bool inside = values >= items && values < items + count;  // of this array
+    const size_t at = inside ? static_cast<size_t>(values - items) : 0;
     if (n > SIZE_MAX - count || !reserve(count + n)) return false;
+    if (inside) values = items + at;
     if (n) memcpy(static_cast<void*>(items + count), values, n * sizeof(T));
     count += n;
     return true;
@@ -1431,13 +1435,6 @@ struct Block {
         if (memory) release(*runtime, memory, bytes);
         memory = nullptr;
         bytes = 0;
-    }
-    void swap(Block& other) {
-        Runtime* const its_runtime = other.runtime;
-        char* const its_memory = other.memory;
-        const size_t its_bytes = other.bytes;
-        other.runtime = runtime, other.memory = memory, other.bytes = bytes;
-        runtime = its_runtime, memory = its_memory, bytes = its_bytes;
     }
 };
 
@@ -1870,10 +1867,8 @@ struct File {
 };
 
 // A whole file, or a pipe to its end. A file is read into memory of its own size, a pipe into memory that grows with it.
-inline Status read_file(Runtime& runtime, Text path, Array<char>& bytes) {
+inline Status read_file(Runtime& runtime, File& file, Array<char>& bytes) {
     bytes = Array<char>(runtime);
-    File file(runtime);
-    BABYGPT_TRY(file.open(path, FileMode::read));
     const int64_t size = file.size();
     int64_t got = 0;
     if (size >= 0) {
@@ -1890,6 +1885,11 @@ inline Status read_file(Runtime& runtime, Text path, Array<char>& bytes) {
         bytes.count += static_cast<size_t>(got);
     } while (got == static_cast<int64_t>(piece));
     return Status();
+}
+inline Status read_file(Runtime& runtime, Text path, Array<char>& bytes) {
+    File file(runtime);
+    BABYGPT_TRY(file.open(path, FileMode::read));
+    return read_file(runtime, file, bytes);
 }
 
 // Where the bytes come from: a file or memory.
@@ -1922,10 +1922,10 @@ struct ByteSource {
     }
 };
 
-// Writes beside the path, syncs, renames over it, syncs the folder. Until the rename the old file is whole; after it the new one is.
-// write(file) writes the content.
-template <class Write>
-Status write_atomically(Runtime& runtime, Text path, const Write& write) {
+// Writes beside the path, syncs, runs `then`, renames over the path, syncs the folder. Until the rename the old file is whole; after it the new
+// one is. write(file) writes the content. then(): what must have succeeded for the new file to take its place: files that belong together nest.
+template <class Write, class Then>
+Status write_atomically(Runtime& runtime, Text path, const Write& write, const Then& then) {
     const Path from(path, ".tmp"), to(path);
     if (!from.fits || path.size == 0) return fail(Error::cannot_write, "cannot write '", path, "': the path is empty or too long");
     File file(runtime);
@@ -1934,6 +1934,7 @@ Status write_atomically(Runtime& runtime, Text path, const Write& write) {
     if (status.ok() && file.hooks.sync(file.hooks.user, file.handle) != 0)
         status = fail(Error::cannot_write, "cannot write '", path, "' to the disk: is it full?");
     if (!file.close() && status.ok()) status = fail(Error::cannot_write, "cannot close '", path, "': is the disk full?");
+    if (status.ok()) status = then();
     if (status.ok() && file.hooks.rename(file.hooks.user, from.text, to.text) != 0)
         status = fail(Error::cannot_write, "cannot rename '", Text(from.text), "' to '", path, "'");
     if (!status.ok()) {
@@ -1943,6 +1944,15 @@ Status write_atomically(Runtime& runtime, Text path, const Write& write) {
     if (file.hooks.sync_folder(file.hooks.user, to.text) != 0)
         return fail(Error::cannot_write, "'", path, "' is written, but its folder cannot be synced");
     return status;
+}
+template <class Write>
+Status write_atomically(Runtime& runtime, Text path, const Write& write) {
+    return write_atomically(runtime, path, write, [] { return Status(); });
+}
+template <class... Then>
+Status write_bytes(Runtime& runtime, Text path, const Array<char>& bytes, const Then&... then) {
+    const auto write = [&](File& file) { return file.write(bytes.items, static_cast<int64_t>(bytes.count)); };
+    return write_atomically(runtime, path, write, then...);
 }
 
 BABYGPT_UNHURRIED_END
@@ -5942,16 +5952,24 @@ Status Tokenizer::save_memory(Array<char>& json) const {
     }
     return good ? Status() : out_of_memory(json.count);
 }
+namespace {
+// What a file of this name holds.
+Status tokenizer_file(const Tokenizer& tokenizer, Text path, Array<char>& content) {
+    const bool pieces = tokenizer.kind == TokenizerKind::sentencepiece;
+    if (pieces && ends_with(path, ".model")) {
+        content.runtime = tokenizer.runtime;
+        if (!append(content, view(tokenizer.tables->proto))) return out_of_memory(tokenizer.tables->proto.count);
+    } else if (pieces && fits_unigram_json(*tokenizer.tables)) {
+        content.runtime = tokenizer.runtime;
+        if (!write_unigram_json(*tokenizer.tables, tokenizer.begin_of_text, content)) return out_of_memory(content.count);
+    } else BABYGPT_TRY(tokenizer.save_memory(content));
+    return Status();
+}
+}  // namespace
 Status Tokenizer::save(Text path) const {
-    Array<char> json;
-    if (kind == TokenizerKind::sentencepiece && ends_with(path, ".model")) {
-        json.runtime = runtime;
-        if (!append(json, view(tables->proto))) return out_of_memory(tables->proto.count);
-    } else if (kind == TokenizerKind::sentencepiece && fits_unigram_json(*tables)) {
-        json.runtime = runtime;
-        if (!write_unigram_json(*tables, begin_of_text, json)) return out_of_memory(json.count);
-    } else BABYGPT_TRY(save_memory(json));
-    return write_atomically(*runtime, path, [&](File& file) { return file.write(json.items, static_cast<int64_t>(json.count)); });
+    Array<char> content;
+    BABYGPT_TRY(tokenizer_file(*this, path, content));
+    return write_bytes(*runtime, path, content);
 }
 
 Status Tokenizer::copy(Runtime& to, const Tokenizer& from) {
@@ -6199,7 +6217,6 @@ struct Slice {
     int outputs;
 };
 
-// One sequence of a run: `length` rows from `row` on, which stand at `position` and after in their text.
 // What decides a sequence's next token, where nothing else does, so that a device can draw it, too (chapter 8, draw).
 struct Draw {
     double below;  // so far below the biggest logit those begin that are left out; negative
@@ -6209,6 +6226,7 @@ struct Draw {
     int32_t unknown, limit;  // this id, and all from `limit` on, never come
     int32_t id = -1;         // what was drawn; -1: nothing
 };
+// One sequence of a run: `length` rows from `row` on, which stand at `position` and after in their text.
 struct Sequence {
     int row, length, position;
     float* const* pages;      // running with a KV cache: where its pages lie; null: training, positions are those of this run
@@ -8178,6 +8196,7 @@ BABYGPT_RARE Status check(const Config& config) {
     BABYGPT_TRY(among("architecture", c.architecture, Architecture::llama, "gpt2 or llama"));
     BABYGPT_TRY(among("activation", c.activation, Activation::silu, "gelu, gelu_tanh, relu or silu"));
     BABYGPT_TRY(among("norm", c.norm, Norm::rms, "layer or rms"));
+    BABYGPT_TRY(among("dtype", c.dtype, Dtype::int8, "f32, bf16 or int8"));
     BABYGPT_TRY(among("positions", c.positions, Positions::none, "learned, rotary, sinusoidal or none"));
     if (c.activation == Activation::none) return fail(Error::invalid_argument, "activation must be gelu, gelu_tanh, relu or silu");
     if (!(c.norm_epsilon > 0 && c.norm_epsilon < 1))
@@ -8246,15 +8265,20 @@ namespace {
 Status give_back(const Borrowed& borrowed);  // chapter 7: brings them
 inline Status bring(const Model& model) {
     if (!model.state) return Status();
-    if (!model.state->only_runs) return give_back(model.state->borrowed);
+    if (!model.state->only_runs) {
+        model.state->lock.enter();
+        const Status status = give_back(model.state->borrowed);
+        model.state->lock.leave();
+        return status;
+    }
     return fail(Error::unsupported, "the model was loaded only to run, and this needs its weights: load it without Purpose::running");
 }
 inline float* block_of(const Model& model) { return reinterpret_cast<float*>(model.state->weights.memory); }
 
 // The scales of a matrix in int8, one for each of its rows, or each of its columns.
 Status int8_scales(const Weight& weight, const float* w, Array<float>& scales) {
-    if (!scales.resize(static_cast<size_t>(weight.scaled_rows ? weight.rows : weight.cols)))
-        return out_of_memory(sizeof(float) * static_cast<uint64_t>(weight.cols));
+    const size_t count = static_cast<size_t>(weight.scaled_rows ? weight.rows : weight.cols);
+    if (!scales.resize(count)) return out_of_memory(count * sizeof(float));
     for (float& scale : scales) scale = 0;
     for (int64_t row = 0; row < weight.rows; ++row)
         for (int64_t col = 0; col < weight.cols; ++col, ++w) {
@@ -8394,9 +8418,11 @@ Status Model::create(Runtime& from, const Config& wanted, Tokenizer&& taken, uin
     Config full = wanted;
     if (full.vocab == 0) full.vocab = taken.vocab + (fills_gaps(full) && mask_of(taken) < 0);
     if (full.vocab < taken.vocab) return fail(Error::mismatch, "vocab is ", full.vocab, ", but the tokenizer has ", taken.vocab, " ids");
+    BABYGPT_TRY(check(full));
     Tokenizer kept = static_cast<Tokenizer&&>(taken);  // it may be this model's own
     *this = Model();
-    BABYGPT_TRY(allocate_weights(from, *this, full, true));
+    const Status made = allocate_weights(from, *this, full, true);
+    if (!made.ok()) return *this = Model(), made;
     tokenizer = static_cast<Tokenizer&&>(kept);
     for (size_t t = 0; t < state->plans.count; ++t) {
         const WeightPlan& plan = state->plans[t];
@@ -8412,14 +8438,21 @@ Status Model::create(Runtime& from, const Config& wanted, Tokenizer&& taken, uin
                 for (int64_t j = i; j < least(i + 2, size); ++j) w[j] = static_cast<float>(plan.deviation * pair[j - i]);
             }
     }
-    return full.dtype == Dtype::f32 ? Status() : convert(full.dtype);
+    if (full.dtype == Dtype::f32) return Status();
+    config.dtype = Dtype::f32;  // until it is converted
+    return convert(full.dtype);
 }
 Status Model::convert(Dtype to) {
     const FloatMode mode;
     if (!state) return fail(Error::invalid_argument, "an empty model cannot be converted");
     BABYGPT_TRY(bring(*this));
     for (const Weight& weight : names) BABYGPT_TRY(must_be_finite(weight, weights + weight.offset));
+    int64_t most_scales = 0;
+    for (const Weight& weight : names)
+        if (!weight.is_vector) most_scales = most(most_scales, most(weight.rows, weight.cols));
     Array<float> scales(*runtime);
+    if (to == Dtype::int8 && !scales.resize(static_cast<size_t>(most_scales)))  // now, while nothing has been rounded
+        return out_of_memory(sizeof(float) * static_cast<uint64_t>(most_scales));
     for (const Weight& weight : names) BABYGPT_TRY(round_weight(weight, weights + weight.offset, to, scales));
     config.dtype = to;
     ++version;
@@ -8486,8 +8519,9 @@ Status check(const AdapterConfig& config) {
     return Status();
 }
 
-// Memory for its weights, all zero, and their names.
-BABYGPT_RARE Status allocate_adapter(Runtime& runtime, const Model& model, const AdapterConfig& config, Adapter& adapter) {
+// Memory for its weights, all zero, and their names. at_most: so many numbers are there for it.
+BABYGPT_RARE Status allocate_adapter(Runtime& runtime, const Model& model, const AdapterConfig& config, Adapter& adapter,
+                                     uint64_t at_most = ~uint64_t(0)) {
     adapter = Adapter();
     if (!model.state) return fail(Error::invalid_argument, "the model is empty: create or load it first");
     BABYGPT_TRY(check(config));
@@ -8500,6 +8534,9 @@ BABYGPT_RARE Status allocate_adapter(Runtime& runtime, const Model& model, const
     Tape tape(runtime);
     BABYGPT_TRY(record(tape, model.config, 0, false, 0, 1, &adapter.config));
     BABYGPT_TRY(check_targets(tape, adapter.config.targets));
+    if (static_cast<uint64_t>(tape.adapter_parameters) > at_most)
+        return fail(Error::invalid_argument, "an adapter of rank ", config.rank, " has ", tape.adapter_parameters,
+                    " numbers, but here are ", at_most);
     for (const WeightPlan& plan : tape.adapter)
         if (!state->names.push(plan.weight)) return out_of_memory(sizeof(Weight));
     size_t bytes;
@@ -8576,11 +8613,11 @@ Status merge(Model& model, const Adapter& adapter) {
 
 Status Model::set_chat(Text user_turn, Text reply_turn, bool plain_words) {
     if (!runtime) return fail(Error::invalid_argument, "the model is empty: create or load it first");
-    chat.plain_words = plain_words;
     if (!is_utf8(user_turn) || !is_utf8(reply_turn)) return fail(Error::invalid_argument, "a chat's turns must be UTF-8");
-    chat.user_turn = Array<char>(*runtime);
-    chat.reply_turn = Array<char>(*runtime);
-    if (!append(chat.user_turn, user_turn) || !append(chat.reply_turn, reply_turn)) return out_of_memory(user_turn.size + reply_turn.size);
+    Array<char> user(*runtime), reply(*runtime);  // the arguments may be the model's own
+    if (!append(user, user_turn) || !append(reply, reply_turn)) return out_of_memory(user_turn.size + reply_turn.size);
+    chat.user_turn = static_cast<Array<char>&&>(user), chat.reply_turn = static_cast<Array<char>&&>(reply);
+    chat.plain_words = plain_words;
     return Status();
 }
 
@@ -8592,8 +8629,10 @@ Status Model::set_labels(Text lines) {
         return fail(Error::invalid_argument, "the names of classes must be UTF-8, and a line each");
     if (count != config.classes)
         return fail(Error::invalid_argument, "there are ", count, " names of classes, but ", config.classes, " classes");
-    labels = Array<char>(*runtime);
-    return append(labels, lines) ? Status() : out_of_memory(lines.size);
+    Array<char> taken(*runtime);
+    if (!append(taken, lines)) return out_of_memory(lines.size);
+    labels = static_cast<Array<char>&&>(taken);
+    return Status();
 }
 Text Model::label(int of) const {
     size_t start = 0;
@@ -8614,6 +8653,7 @@ int Model::copy_weights(const Model& from) {
         memcpy(weights + weight.offset, from.weights + there->offset, static_cast<size_t>(weight.rows * weight.cols) * sizeof(float));
         ++copied;
     }
+    if (copied > 0) config.dtype = Dtype::f32;
     ++version;
     return copied;
 }
@@ -8921,14 +8961,15 @@ struct Reader {
     Status enter() {
         if (seen == place.source && place.offset >= window_at && place.offset - window_at <= window.size) return Status();
         const Source& of = source();
+        if (!of.in_memory && opened != place.source) {
+            opened = seen = SIZE_MAX;
+            (void)file.close();
+            BABYGPT_TRY(file.open(view(of.name), FileMode::read));
+            opened = place.source;
+        }
         seen = place.source;
         window = of.memory;
         window_at = of.in_memory ? 0 : place.offset;
-        if (of.in_memory || opened == seen) return Status();
-        opened = SIZE_MAX;
-        (void)file.close();
-        BABYGPT_TRY(file.open(view(of.name), FileMode::read));
-        opened = seen;
         return Status();
     }
     // Makes at least `wanted` bytes unread, or all that are left.
@@ -8993,15 +9034,20 @@ struct Reader {
             is_all = true;
             return Status();
         }
+        const auto look = [&] {  // no farther than the next piece: all of a text in memory is unread at once
+            rest = unread();
+            is_all = is_all_read() && rest.size <= wanted + 2;
+            rest.size = least(rest.size, wanted + 2);
+        };
+        look();
         size_t end = 0;
-        if (corpus.split_documents && find_block_end(unread(), is_all_read(), end)) {
-            rest = Text(unread().data, end);
+        if (corpus.split_documents && find_block_end(rest, is_all, end)) {
+            rest.size = end;
             is_all = true;
             return Status();
         }
         BABYGPT_TRY(fill(wanted));
-        rest = unread();
-        is_all = is_all_read();
+        look();
         if (corpus.split_documents && find_block_end(rest, is_all, end)) rest.size = end, is_all = true;
         return Status();
     }
@@ -9178,8 +9224,7 @@ inline Status add_file(CorpusState& state, Text path, TextFormat format) {
     const int64_t size = file.size();
     source->size = static_cast<uint64_t>(size);
     if (size >= 0) return Status();
-    (void)file.close();
-    BABYGPT_TRY(read_file(state.runtime, path, source->kept));
+    BABYGPT_TRY(read_file(state.runtime, file, source->kept));  // opened once: a pipe would wait for a second writer
     return keep_in_memory(*source, view(source->kept)), Status();
 }
 
@@ -9416,6 +9461,19 @@ struct CacheEnd {
     uint64_t vocab = 0, count = 0, fingerprint = 0;
 };
 
+// What is there already must be such a file, to be written over.
+inline Status check_cache(Runtime& runtime, Text path) {
+    File file(runtime);
+    if (!file.open(path, FileMode::read).ok()) return Status();
+    CacheEnd end;
+    const int64_t size = file.size(), whole = static_cast<int64_t>(sizeof end);
+    int64_t got = 0;
+    end.magic[0] = '\0';
+    if (size >= whole) BABYGPT_TRY(file.read(size - whole, &end, whole, got));
+    const bool good = size == 0 || memcmp(end.magic, CacheEnd().magic, sizeof end.magic) == 0;
+    return good ? Status() : fail(Error::invalid_argument, "'", path, "' is there and keeps no tokens: name another file for them");
+}
+
 // Reads a part once from its beginning to its end: counts, and keeps the ids (in memory, or in `file` where there is one).
 inline Status read_ids(Data& data, DataState& state, uint64_t memory_limit, File* file) {
     IdStream& stream = *state.stream;
@@ -9475,6 +9533,7 @@ inline Status create_data(Data& data, DataState& state, const Corpus& corpus, Pa
             end.count = data.tokens, end.fingerprint = data.fingerprint;
             return file.write(&end, sizeof end);
         };
+        BABYGPT_TRY(check_cache(runtime, cache));
         BABYGPT_TRY(write_atomically(runtime, cache, write));
         BABYGPT_TRY(state.cache.open(cache, FileMode::read));
         state.where = IdPlace::file;
@@ -9919,7 +9978,7 @@ Status sort_places(NgramState& s, int order) {
             uint32_t* const sorted = to;
             to = from, from = sorted;
         }
-        if (from == other.items) memcpy(to, from, count * sizeof(uint32_t));
+        if (count > 0 && from == other.items) memcpy(to, from, count * sizeof(uint32_t));
         begin = s.ends[last], first = last + 1;
     }
     return Status();
@@ -10071,10 +10130,13 @@ namespace babygpt {
 // Warm-up is linear from lr / warmup; then lr falls to min_lr, along half a cosine (Loshchilov & Hutter 2017), a line, not at all, along a
 // line over the last fifth of the run (wsd, Hu et al. 2024), or as lr sqrt(warmup / step) (Vaswani et al. 2017, equation 3).
 double Trainer::learning_rate(int64_t step) const {
+    const FloatMode mode;
     const double low = config.schedule == Schedule::constant ? config.lr : config.min_lr;
     if (step < config.warmup) return config.lr * static_cast<double>(step + 1) / static_cast<double>(config.warmup);
     const int64_t start = config.schedule == Schedule::wsd ? most(config.warmup, config.steps - config.steps / 5) : config.warmup;
-    const double done = config.steps > start ? static_cast<double>(step - start) / static_cast<double>(config.steps - start) : 1;
+    const double done = config.steps > start ? static_cast<double>(step - start) / static_cast<double>(config.steps - start)
+                        : step < start       ? 0.0
+                                             : 1.0;
     const double left = 1 - least(most(done, 0.0), 1.0);
     switch (config.schedule) {
         case Schedule::constant:
@@ -10385,6 +10447,7 @@ Status fill(Trainer& trainer, Runtime& from, const Model& of, Adapter* adapter, 
 }
 
 Status start(Trainer& t, Runtime& from, const Model& of, Adapter* adapter, const TrainConfig& wanted, Data& data, Data* held_out) {
+    const FloatMode mode;
     t = Trainer();
     Status status = fill(t, from, of, adapter, wanted, data);
     if (status.ok()) status = check_data(of, data);
@@ -10425,7 +10488,7 @@ Status Trainer::create(Runtime& from, const Model& of, Adapter& learner, const T
 Status Trainer::create(Runtime& from, Model& of, const TrainConfig& wanted, Data& data, Data* held_out) {
     BABYGPT_TRY(start(*this, from, of, nullptr, wanted, data, held_out));
     state->trained = &of;
-    of.config.dtype = Dtype::f32;
+    if (of.config.dtype != Dtype::f32) of.config.dtype = Dtype::f32, ++of.version;  // sessions have packed copies of the other
     return Status();
 }
 
@@ -10674,6 +10737,7 @@ Status begin(Trainer& t, const Given& given) {
     s.regions.weights = t.model->weights;
     s.regions.adapter = t.adapter ? t.adapter->weights : nullptr;
     uint64_t& version = t.adapter ? t.adapter->version : s.trained->version;
+    if (s.trained && s.trained->config.dtype != Dtype::f32) s.trained->config.dtype = Dtype::f32, ++version;  // converted meanwhile
     const int64_t number = t.step_count + 1;
     double loss = 0, weight = 0;
     uint64_t first_row[3] = {};
@@ -10793,7 +10857,7 @@ struct Sums {  // what an evaluation is made of
     }
     void finish(const Data& data, Evaluation& result) const {
         const double count = static_cast<double>(tokens);
-        const double of_all = data.evaluation_example(0) ? 1 : count / static_cast<double>(data.tokens - 1);
+        const double of_all = count / static_cast<double>(data.tokens - (data.evaluation_example(0) ? 0 : 1));
         const double bytes = static_cast<double>(data.bytes) * of_all;
         result.tokens = tokens;
         result.loss = loss / weight;
@@ -10852,6 +10916,8 @@ Status Trainer::evaluate(Data& data, Evaluation& result) {
 
 Status evaluate(Runtime& runtime, const Model& model, Data& data, Evaluation& result, int batch, bool (*progress)(void* user, double done),
                 void* user, const Adapter* adapter) {
+    if (!model.state) return fail(Error::invalid_argument, "the model is empty: create or load it first");
+    const FloatMode mode;
     const BackendFunctions* backend;
     BABYGPT_TRY(backend_for(runtime, backend));
     TrainConfig config;
@@ -10879,6 +10945,7 @@ Status evaluate(Runtime& runtime, const Model& model, Data& data, Evaluation& re
 BABYGPT_RARE Status evaluate(Runtime& runtime, const Ngram& model, Data& data, Evaluation& result) {
     if (!model.state) return no_ngrams();
     if (data.tokens < 2) return nothing_to_evaluate();
+    const FloatMode mode;
     NgramState text(runtime, model.vocab);
     Array<char> learnt(runtime);
     BABYGPT_TRY(copy_ids(data, data.tokens, text, &learnt));
@@ -10930,9 +10997,10 @@ Status Trainer::run(const RunConfig& how, RunResult& result) {
             return fail(Error::cannot_open, "'", how.out,
                         "', the best model of the run so far, is missing: put it back beside the resume file");
     }
+    bool interrupted = false;
     const auto go_on = [&](double done) {
-        evaluation_due = how.evaluating && !how.evaluating(how.user, done);
-        return !evaluation_due;
+        interrupted = how.evaluating && !how.evaluating(how.user, done);
+        return !interrupted;
     };
     const auto report = [&](Progress& progress) {
         progress.steps = config.steps;
@@ -10953,6 +11021,8 @@ Status Trainer::run(const RunConfig& how, RunResult& result) {
         }
         return Status();
     };
+    bool saved = false;                                                        // just now
+    if (under_way == steps_ahead) BABYGPT_TRY(report_steps(steps_ahead - 1));  // the caller had begun as many
     while (evaluation_due || step_count < config.steps) {
         if (config.patience > 0 && bad_evaluations >= config.patience) {
             result.stopped_early = true;
@@ -10975,32 +11045,35 @@ Status Trainer::run(const RunConfig& how, RunResult& result) {
             BABYGPT_TRY(finish(*this, step_result));
             progress.step = &step_result;
         }
-        evaluation_due = false;
-        if (scheduled && validation) {
+        evaluation_due = scheduled && validation;  // until it is made and what is best is saved: an error may end this before
+        interrupted = false;
+        if (evaluation_due) {
             const Status status = evaluate_windows(*runtime, *state, *model, adapter, config.batch, *validation, evaluation, go_on);
-            if (!evaluation_due) BABYGPT_TRY(status);  // of what was interrupted nothing may have counted yet
+            if (!interrupted) BABYGPT_TRY(status);  // of what was interrupted nothing may have counted yet
         }
-        if (scheduled && validation && !evaluation_due) {
+        if (evaluation_due && !interrupted) {
             progress.evaluation = &evaluation;
             // A classifier's loss rises while more and more is right: few examples, of which it is too sure, outweigh the others.
             const bool by_loss = model->config.classes == 0 || !(evaluation.top1 < best_accuracy || evaluation.top1 > best_accuracy);
             const bool better = by_loss ? evaluation.loss < best_validation_loss : evaluation.top1 > best_accuracy;
             progress.best = is_finite(evaluation.loss) && (best_step < 0 || better);
+            if (progress.best && saves) BABYGPT_TRY(adapter ? adapter->save(how.out) : model->save(how.out));
+            evaluation_due = false;
             ++bad_evaluations;
             if (progress.best) {
                 best_validation_loss = evaluation.loss, best_step = step_count, bad_evaluations = 0;
                 if (model->config.classes > 0) best_accuracy = evaluation.top1;
-                if (saves) BABYGPT_TRY(adapter ? adapter->save(how.out) : model->save(how.out));
             }
         }
         result.stopped_early = config.patience > 0 && bad_evaluations >= config.patience;
         if (scheduled) report(progress);
         if (evaluation_due) result.cancelled = true;
-        if (how.save_every > 0 ? step_count % how.save_every == 0 : scheduled) BABYGPT_TRY(save_all());
+        saved = how.save_every > 0 ? step_count % how.save_every == 0 : scheduled;
+        if (saved) BABYGPT_TRY(save_all());
         if (result.cancelled || result.stopped_early) break;
     }
     BABYGPT_TRY(report_steps(0));
-    BABYGPT_TRY(save_all());
+    if (!saved) BABYGPT_TRY(save_all());
     result.step = step_count;
     result.best_step = best_step;
     result.best_validation_loss = best_step < 0 ? 0 : best_validation_loss;
@@ -11151,9 +11224,9 @@ struct SessionState {
     bool ready = false;      // logits are there
     bool holes = false;      // the tokenizer has ids without a text
     bool line_open = false;  // what was read last does not end a line
-    bool watches = false;    // said.watch is up to date for the guard that ...
-    const Guard* watched = nullptr;
-    Array<uint64_t> states;  // ... these are of: said.watch's, then those of a token on trial
+    bool watches = false;    // said.watch is up to date for the guard of ...
+    uint64_t watched = 0;    // ... this fingerprint
+    Array<uint64_t> states;  // of it: said.watch's, then those of a token on trial
     explicit SessionState(Runtime& runtime) : tape(runtime), states(runtime) {}
     ~SessionState() { drop(own), drop(common), OnDevice::drop(on); }
     static void drop(Pages*& pages) {
@@ -11213,7 +11286,10 @@ Status bind_weights(Runtime& runtime, const Model& model, Tape& tape, const Back
                       "the model was loaded only to run, and with other kernels than these: load it without Purpose::running");
     if (status.ok() && mine->version != model.version) {
         status = mine->take(*model.runtime, tape, backend, model.version);
-        if (status.ok()) pack_all(backend, runtime, tape, block_of(model), mine->floats.items);
+        // Under the lock, which another job of the host's might want while its parallel() waits:
+        Runtime alone;
+        alone.threads = 1;
+        if (status.ok()) pack_all(backend, runtime.parallel ? alone : runtime, tape, block_of(model), mine->floats.items);
     }
     r.weights = block_of(model);
     r.packed = status.ok() && mine->floats.count > 0 ? mine->floats.items : nullptr;
@@ -11509,11 +11585,12 @@ namespace {
 // From now on the session computes on the processor, which reads once more what has been read.
 BABYGPT_RARE Status leave_device(Session& session) {
     SessionState& s = *session.state;
+    BABYGPT_TRY(bind_weights(*session.runtime, *session.model, s.tape, *s.backend, s.regions));
     OnDevice* on = s.on;
     Pages* own = s.own;
     const bool narrow = s.narrow_pages;
     const int64_t activations = round_up(s.tape.activation_block, static_cast<int64_t>(16));
-    const uint64_t bytes = static_cast<uint64_t>(activations + s.backend->scratch(s.tape, session.runtime->thread_count())) * sizeof(float);
+    const uint64_t bytes = static_cast<uint64_t>(activations + s.backend->scratch(s.tape, s.regions.threads)) * sizeof(float);
     if (!s.here_memory.take(*session.runtime, bytes, true)) return out_of_memory(bytes);
     s.regions.activations = reinterpret_cast<float*>(s.here_memory.memory);
     s.regions.scratch = s.regions.activations + activations;
@@ -11521,7 +11598,6 @@ BABYGPT_RARE Status leave_device(Session& session) {
     const Status status = take_pages(session, 0, context_pages(s.tape.context));
     if (!status.ok()) return s.on = on, s.own = own, s.narrow_pages = narrow, status;
     SessionState::drop(own), OnDevice::drop(on);
-    BABYGPT_TRY(bind_weights(session));
     const int count = session.position;
     session.position = 0;
     return count > 0 ? read_ids(session, s.history, count, nullptr, -1) : Status();
@@ -11536,6 +11612,9 @@ Status Session::use(const Adapter* adapter, bool keep_cache) {
     if (adapter && !adapter->weights) return fail(Error::invalid_argument, "the adapter is empty: create or load it first");
     if (adapter) BABYGPT_TRY(give_back(adapter->state->borrowed));
     if (adapter && s.on) BABYGPT_TRY(leave_device(*this));
+    const bool again = !keep_cache && (position > 0 || s.source.length > 0);
+    if (again) BABYGPT_TRY(bind_weights(*this));  // while all is as it was
+    if (again && s.shared > 0) BABYGPT_TRY(take_pages(*this, 0, s.page_count));
     const auto put = [&](const Adapter* wanted) {
         s.tape.unadapt();
         s.adapter = nullptr;
@@ -11551,9 +11630,7 @@ Status Session::use(const Adapter* adapter, bool keep_cache) {
     const Adapter* const before = s.adapter;
     const Status status = put(adapter);
     if (!status.ok()) return (void)put(before), status;  // as before, or, where there is no memory even for that, without one
-    if (keep_cache || (position == 0 && s.source.length == 0)) return Status();
-    BABYGPT_TRY(bind_weights(*this));
-    if (s.shared > 0) BABYGPT_TRY(take_pages(*this, 0, s.page_count));
+    if (!again) return Status();
     if (s.source.length > 0) look_at_source(*this);
     const int count = position;
     position = 0;
@@ -11571,12 +11648,18 @@ BABYGPT_RARE Status Session::fork(Session& from) {
         return fail(Error::no_room, "the session has filled its context, ", context, ", so that another one could not go on");
     Status status = fill(*this, *from.runtime, *from.model, &from, !from.state->on);
     if (status.ok() && from.state->adapter) status = use(from.state->adapter, true);
+    if (status.ok() && from.state->watches && !state->states.resize(from.state->states.count))
+        status = out_of_memory(from.state->states.count * 8);
     if (!status.ok()) return *this = Session(), status;
     SessionState &s = *state, &f = *from.state;
     position = from.position, forgotten = from.forgotten, sampled = from.sampled;
     memcpy(s.history, f.history, static_cast<size_t>(position) * sizeof(int32_t));
     memcpy(s.logits, f.logits, static_cast<size_t>(s.tape.head_out) * sizeof(float));
     memcpy(s.said.tail, f.said.tail, s.said.count = f.said.count);
+    if (f.watches) {
+        s.watches = true, s.watched = f.watched, s.said.watch = f.said.watch, s.said.watch.states = s.states.items;
+        memcpy(s.states.items, f.states.items, s.states.count * sizeof(uint64_t));
+    }
     s.turn = f.turn, s.ready = f.ready, s.line_open = f.line_open;
     if (s.shared > 0 && !f.common) f.common = s.common, ++f.common->users;
     f.shared = most(f.shared, s.shared), f.kept = position;
@@ -11806,13 +11889,13 @@ bool guard_refuses(const Guard* guard, const Watch& w, uint64_t* states, Text te
 // The session's watch, from what it has read, where it is not up to date.
 Status begin_watch(Session& session, const Guard* guard) {
     SessionState& s = *session.state;
-    if (!guard || (s.watches && s.watched == guard && s.states.count >= 2 * guard->ends.count)) return Status();
+    if (!guard || (s.watches && s.watched == guard->fingerprint && s.states.count >= 2 * guard->ends.count)) return Status();
     if (s.states.count < 2 * guard->ends.count && !s.states.resize(2 * guard->ends.count)) return out_of_memory(16 * guard->ends.count);
     start_watch(*guard, s.said.watch, s.states.items);
     for (int i = 0; i < session.position; ++i)
         (void)guard_reads(*guard, s.said.watch, said_by(session.model->tokenizer, s.history[i]), Span<const Text>());
     s.said.watch.is_fresh = true;
-    s.watches = true, s.watched = guard;
+    s.watches = true, s.watched = guard->fingerprint;
     return Status();
 }
 
@@ -11823,13 +11906,16 @@ size_t find_in(Text text, Text part) {
     return text.size;
 }
 
-// Would the text said so far and this token hold one of these?
+// Would the text said so far and this token hold one of these, of which the token is a part?
 bool completes(const Said& said, Span<const Text> strings, Text token) {
     if (strings.size == 0 || token.size == 0) return false;
     memcpy(said.tail + said.count, token.data, token.size);
     const Text text(said.tail, said.count + token.size);
-    for (const Text& string : strings)
-        if (find_in(text, string) < text.size) return true;
+    for (const Text& string : strings) {
+        const size_t before = string.size > 0 ? least(said.count, string.size - 1) : 0;  // so much of it may have been said
+        const Text end(text.data + (said.count - before), before + token.size);
+        if (find_in(end, string) < end.size) return true;
+    }
     return false;
 }
 
@@ -11846,7 +11932,7 @@ void remember(Said& said, Text token) {
 bool may_come(const Session& session, Text start, int32_t id) {
     const Tokenizer& tokenizer = session.model->tokenizer;
     if (tokenizer.kind == TokenizerKind::none) return true;
-    return id < tokenizer.vocab && id != tokenizer.unknown && (start.size == 0 || starts_with(tokenizer.bytes(id), start)) &&
+    return id < tokenizer.vocab && id != tokenizer.unknown && (start.size == 0 || starts_with(said_by(tokenizer, id), start)) &&
            (!session.state->holes || tokenizer.bytes(id).size > 0);
 }
 
@@ -11893,6 +11979,17 @@ Status check(const SampleConfig& c) {
     return Status();
 }
 
+// And the rest, which a session's model decides about.
+BABYGPT_RARE Status check(const Session& session, const SampleConfig& c) {
+    const int vocab = session.model->config.vocab;
+    BABYGPT_TRY(check(c));
+    BABYGPT_TRY(check_strings("banned", c.banned));
+    for (const LogitBias& bias : c.bias)
+        if (bias.id < 0 || bias.id >= vocab)
+            return fail(Error::invalid_argument, "a bias names the id ", bias.id, ", which is none of the model's ", vocab);
+    return check_strings("stop", c.stop);
+}
+
 // Whether nothing but the logits and a few numbers decides the next token.
 bool is_plain(const Session& session, const SampleConfig& c) {
     const bool penalised = c.repetition_penalty < 1 || c.repetition_penalty > 1;
@@ -11919,17 +12016,12 @@ bool is_drawn(const Session& session, const SampleConfig& c) {
 
 // Next, where the token's text must begin with `start` (empty: anything goes).
 Status draw_token(Session& session, const SampleConfig& c, Text start, int32_t& id, float* logprob) {
-    BABYGPT_TRY(check_session(session, Span<const int32_t>()));
     SessionState& s = *session.state;
     const Model& model = *session.model;
     const int vocab = model.config.vocab;
-    BABYGPT_TRY(check(c));
+    BABYGPT_TRY(check(session, c));
     if (!s.ready) return fail(Error::invalid_argument, "nothing has been read yet: feed the session at least one id");
-    BABYGPT_TRY(check_strings("banned", c.banned));
     BABYGPT_TRY(begin_watch(session, c.guard));
-    for (const LogitBias& bias : c.bias)
-        if (bias.id < 0 || bias.id >= vocab)
-            return fail(Error::invalid_argument, "a bias names the id ", bias.id, ", which is none of the model's ", vocab);
     const uint64_t key = random_key(c.seed, session.sampled, random_sample, 0);
     bool found = start.size == 0 && is_drawn(session, c);
     if (found) id = s.ahead.id;
@@ -11978,6 +12070,9 @@ void draw_tokens(Span<Session* const> sessions, Span<const SampleConfig> configs
         for (size_t k = 0; k < count && status.ok(); ++k) status = draw_one(k);
         return;
     }
+    for (size_t k = 0; k < count && status.ok(); ++k)  // here, since it may allocate
+        status = begin_watch(*sessions[k], configs[configs.size == 1 ? 0 : k].guard);
+    if (!status.ok()) return;
     size_t failed = count;
     Bell lock;
     parallel(*sessions[0]->runtime, static_cast<int>((count + each - 1) / each), [&](int part) {
@@ -12158,7 +12253,6 @@ size_t overlap(Text text, Text stop) {
 Status continue_text(Session& session, const SampleConfig& c, Text start, Generation& result) {
     SessionState& s = *session.state;
     const Tokenizer& tokenizer = session.model->tokenizer;
-    BABYGPT_TRY(check_strings("stop", c.stop));
     const double begin = seconds_now();
     Output output(result, *session.runtime);
     size_t held = 0;
@@ -12239,14 +12333,27 @@ BABYGPT_RARE Text take_last_space(const Tokenizer& tokenizer, Text& prompt, bool
                             (tokenizer.kind == TokenizerKind::sentencepiece && tokenizer.tables->add_dummy_prefix);
     if (new_document ? !puts_space : prompt.size < 2 || prompt[prompt.size - 1] != ' ' || prompt[prompt.size - 2] == ' ') return Text();
     bool is_possible = false;  // in some SentencePiece models the space belongs to the word before it
-    for (int32_t id = 0; id < tokenizer.vocab && !is_possible; ++id)
-        is_possible = id != tokenizer.end_of_text && starts_with(tokenizer.bytes(id), Text(" "));
+    for (int32_t id = 0; id < tokenizer.vocab && !is_possible; ++id) is_possible = starts_with(said_by(tokenizer, id), Text(" "));
     if (!is_possible) return Text();
     if (!new_document) prompt = Text(prompt.data, prompt.size - 1);
     return Text(" ");
 }
 
-inline void start_result(Generation& result) {
+// Reads a prompt, and before it what begins a text; of nothing, what stands before a document. start: what the first token must begin with.
+BABYGPT_RARE Status read_prompt(Session& session, Text prompt, Text& start, Generation& result) {
+    const Tokenizer& tokenizer = session.model->tokenizer;
+    start = take_last_space(tokenizer, prompt, session.position == 0 && prompt.size == 0);
+    BABYGPT_TRY(begin_text(session));
+    BABYGPT_TRY(feed_text(session, prompt, session.position == 0 && prompt.size == 0, result));
+    if (session.position > 0 || prompt.size == 0) return Status();
+    start = take_last_space(tokenizer, prompt = Text(), true);  // of white space a tokenizer may make no ids
+    return feed_text(session, prompt, true, result);
+}
+
+inline void start_result(Generation& result, Runtime& runtime) {
+    if (result.text && !result.text->runtime) result.text->runtime = &runtime;
+    if (result.ids && !result.ids->runtime) result.ids->runtime = &runtime;
+    if (result.logprobs && !result.logprobs->runtime) result.logprobs->runtime = &runtime;
     result.generated = 0;
     result.seconds = 0;
     result.cancelled = result.stopped = result.refused = false;
@@ -12257,8 +12364,11 @@ inline void start_result(Generation& result) {
 
 BABYGPT_RARE Status Guard::create(Runtime& from, Span<const Text> patterns) {
     elements = Array<Element>(from), ranges = Array<Range>(from), ends = Array<int32_t>(from);
+    fingerprint = patterns.size;
     for (size_t p = 0; p < patterns.size; ++p) {
         const Text text = patterns[p];
+        for (const char c : text) fingerprint = mix(fingerprint ^ static_cast<unsigned char>(c));
+        fingerprint = mix(fingerprint ^ 256);  // it ends
         const auto wrong = [&](const char* what) {
             return fail(Error::invalid_argument, "pattern ", uint64_t(p), ", '", text, "', ", what);
         };
@@ -12326,20 +12436,21 @@ BABYGPT_RARE Status Guard::find(Text text, bool& found) const {
 
 Status Session::generate(Text prompt, const SampleConfig& config, Generation& result) {
     BABYGPT_TRY(check_session(*this, Span<const int32_t>()));
+    BABYGPT_TRY(check(*this, config));
     const FloatMode mode;
-    start_result(result);
-    const Text start = take_last_space(model->tokenizer, prompt, position == 0 && prompt.size == 0);
+    start_result(result, *runtime);
+    Text start;
     const double begin = seconds_now();
-    BABYGPT_TRY(begin_text(*this));
-    BABYGPT_TRY(feed_text(*this, prompt, position == 0 && prompt.size == 0, result));
+    BABYGPT_TRY(read_prompt(*this, prompt, start, result));
     result.seconds = seconds_now() - begin;
     return continue_text(*this, config, start, result);
 }
 
 Status Session::reply(Text user, const SampleConfig& config, Generation& result, Text reply_turn) {
     BABYGPT_TRY(check_session(*this, Span<const int32_t>()));
+    BABYGPT_TRY(check(*this, config));
     const FloatMode mode;
-    start_result(result);
+    start_result(result, *runtime);
     if (reply_turn.size == 0) reply_turn = view(model->chat.reply_turn);
     Array<char> prompt(*runtime);
     bool good = (position == 0 || !state->line_open || append(prompt, "\n")) && append(prompt, view(model->chat.user_turn));
@@ -12373,7 +12484,7 @@ namespace {
 struct BeamSearch {
     const BeamConfig& config;
     SearchMemory& memory;
-    int vocab, limit, keep;  // keep: candidates of a step, so many that `beams` are left however many of them end
+    int vocab, limit, keep;  // keep: candidates of a step, so many that `beams` are left however many of them are ids that end
     void* user;
     bool (*may_go_on)(void* user, int beam, int32_t id);  // with this token
     bool (*would_end)(void* user, int beam, int32_t id);  // the hypothesis
@@ -12692,15 +12803,13 @@ Status Session::search(Text prompt, const BeamConfig& config, SearchResult& resu
     const double begin = seconds_now();
     Text start;
     Generation read;
-    if (prompt.size > 0 || position == 0) start = take_last_space(model->tokenizer, prompt, position == 0 && prompt.size == 0);
-    BABYGPT_TRY(begin_text(*this));
-    if (prompt.size > 0 || !state->ready) BABYGPT_TRY(feed_text(*this, prompt, position == 0 && prompt.size == 0, read));
+    if (prompt.size > 0 || !state->ready) BABYGPT_TRY(read_prompt(*this, prompt, start, read));
     result.unknown = read.unknown;
     if (!state->ready) return fail(Error::invalid_argument, "nothing has been read yet: feed the session at least one id");
     BABYGPT_TRY(prepare(*this));
     BABYGPT_TRY(make_room(*this, least(config.tokens, piece_rows(*this))));
     const int limit = least(config.tokens, model->config.context - position + 1);
-    // Of a step's best candidates, so many that `beams` are left however many of the ways to end they hold.
+    // Of a step's best candidates, so many that `beams` are left where each way to end is one id. (Of a stop string's many ids more might.)
     const size_t ends = least(1 + config.stop_ids.size + config.stop.size, static_cast<size_t>(model->config.vocab));
     const int64_t most_candidates = static_cast<int64_t>(config.beams) * model->config.vocab;
     const int64_t candidates = least(static_cast<int64_t>(config.beams) * static_cast<int64_t>(1 + ends), most_candidates);
@@ -12720,6 +12829,7 @@ Status Session::score(Text text, Array<int32_t>& ids, Array<float>& logprobs, do
     const FloatMode mode;
     BABYGPT_TRY(prepare(*this));
     BABYGPT_TRY(begin_text(*this));
+    state->said.count = 0;
     state->watches = false;
     ids = Array<int32_t>(*runtime);
     logprobs = Array<float>(*runtime);
@@ -12964,6 +13074,7 @@ BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpos
     {                 // the model's own, and the adapter's
         Tape tape(runtime);
         BABYGPT_TRY(record(tape, config, 0, false, 0, 1, adapter));
+        tape.dtype = config.dtype;
         if (!training && !(find_device(runtime) && runs_on_device(config))) leave_out_packed(tape, *backend);
         memory.weights = static_cast<uint64_t>(tape.weight_block) * sizeof(float);
         memory.records = sizeof(ModelState) + tape.weights.capacity * sizeof(WeightPlan) + tape.names.capacity * sizeof(Weight);
@@ -13007,17 +13118,19 @@ BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpos
         EncoderState state(runtime);
         state.backend = backend;
         BABYGPT_TRY(record(state.tape, config, config.context, false, 0));
+        state.tape.dtype = config.dtype;
         lay_out(layout, state, runtime.thread_count());
         layout.bytes *= static_cast<size_t>(batch);  // `batch` encoders of one model
         memory.weights += static_cast<uint64_t>(packed_block(*backend, state.tape)) * sizeof(float);
         memory.activations = activations(state.tape) * static_cast<uint64_t>(batch);
         memory.scratch = scratch(state.tape) * static_cast<uint64_t>(batch);
-        memory.records += sizeof(EncoderState) + record_bytes(state.tape);
+        memory.records += static_cast<uint64_t>(batch) * (sizeof(EncoderState) + record_bytes(state.tape));
     } else {
         SessionState state(runtime);
         state.backend = backend;
         const DeviceFunctions* const device = adapter || !runs_on_device(config) ? nullptr : find_device(runtime);
         BABYGPT_TRY(record(state.tape, config, device ? device_rows : chunk_rows(config), false, 0, 1, adapter));
+        state.tape.dtype = config.dtype;
         lay_out(layout, state, device != nullptr, runtime.thread_count(), longest_stop);
         if (device) {
             state.narrow_pages = runtime.precision == Precision::bf16;
@@ -13029,7 +13142,7 @@ BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpos
             memory.scratch = scratch(state.tape);
             memory.kv = pages_bytes(state, context_pages(config.context));
         }
-        memory.records += sizeof(SessionState) + sizeof(Pages) + record_bytes(state.tape);
+        memory.records += static_cast<uint64_t>(batch) * (sizeof(SessionState) + sizeof(Pages) + record_bytes(state.tape));
         layout.bytes *= static_cast<size_t>(batch);  // `batch` sessions of one model
         memory.records += static_cast<uint64_t>(batch) * static_cast<uint64_t>(state.tape.low_block()) * sizeof(float);
         memory.activations *= static_cast<uint64_t>(batch), memory.scratch *= static_cast<uint64_t>(batch),
@@ -13056,11 +13169,14 @@ BABYGPT_RARE Status summary(Runtime& runtime, const Config& config, int batch, A
         layer.put(op_name(op.kind));
         layer.put(")");
         shape.put("["), shape.put(batch), shape.put(", "), shape.put(length), shape.put(", "), shape.put(op.out), shape.put("]");
-        const bool owns = op.kind == OpKind::head ? !tape.tied : op.kind != OpKind::embedding || op.lookup < 1;
+        const bool owns = op.kind == OpKind::head ? !tape.tied : op.kind != OpKind::embedding || op.lookup < (tape.tied ? 1 : 0);
         if (op.w != nothing && owns) row.parameters += tape.weight(op.w).rows * tape.weight(op.w).cols;
         if (op.b != nothing) row.parameters += tape.weight(op.b).rows * tape.weight(op.b).cols;
-        if (op.kind == OpKind::linear || op.kind == OpKind::head) row.multiply_adds = tokens * op.in * op.out;
-        if (op.kind == OpKind::attention) row.multiply_adds = tokens * op.out * seen;
+        const int64_t each = op.kind == OpKind::linear || op.kind == OpKind::head ? int64_t(op.in) * op.out
+                             : op.kind == OpKind::attention                       ? int64_t(op.out) * seen
+                                                                                  : 0;
+        if (each > INT64_MAX / tokens) return fail(Error::invalid_argument, "batch is ", batch, ": more multiply-adds than can be counted");
+        row.multiply_adds = tokens * each;
         row.bytes = op.kind == OpKind::head ? 0 : tokens * op.out * static_cast<int64_t>(sizeof(float));
         if (!rows.push(row)) return out_of_memory(sizeof row);
     }
@@ -13334,6 +13450,7 @@ struct TrainingState {
     double loss_scale, loss_scale_steps;
     bool evaluation_due;
     uint64_t training_tokens, training_fingerprint, validation_tokens, validation_fingerprint;
+    uint64_t base_fingerprint;  // of the weights that an adapter stands beside; 0: none, or not known
 };
 template <class F>
 void each_field(const TrainingState*, const F& f) {
@@ -13346,6 +13463,7 @@ void each_field(const TrainingState*, const F& f) {
     own("training_fingerprint", &TrainingState::training_fingerprint);
     own("validation_tokens", &TrainingState::validation_tokens);
     own("validation_fingerprint", &TrainingState::validation_fingerprint);
+    own("base_fingerprint", &TrainingState::base_fingerprint);
     own("best_accuracy", &TrainingState::best_accuracy);
     own("evaluation_due", &TrainingState::evaluation_due);
     own("loss_scale", &TrainingState::loss_scale);
@@ -13386,10 +13504,22 @@ constexpr const char* beyond_gpt2[] = {"num_key_value_heads", "n_inner", "gated"
 constexpr const char* beyond_decoders[] = {"encoder_layers", "causal", "classes", "pool_first", "features", "norm_last", "head_bias"};
 // What files of the first kind, or other people's, may lack; it then has its default.
 inline bool is_optional(const char* key) {
-    static constexpr const char* names[] = {
-        "position_embedding_type", "dtype",      "optimizer",          "muon_lr",      "model_type",    "tie_word_embeddings", "bias",
-        "attention_bias",          "hidden_act", "layer_norm_epsilon", "rms_norm_eps", "best_accuracy", "evaluation_due",      "loss_scale",
-        "loss_scale_steps"};
+    static constexpr const char* names[] = {"position_embedding_type",
+                                            "dtype",
+                                            "optimizer",
+                                            "muon_lr",
+                                            "model_type",
+                                            "tie_word_embeddings",
+                                            "bias",
+                                            "attention_bias",
+                                            "hidden_act",
+                                            "layer_norm_epsilon",
+                                            "rms_norm_eps",
+                                            "best_accuracy",
+                                            "evaluation_due",
+                                            "loss_scale",
+                                            "loss_scale_steps",
+                                            "base_fingerprint"};
     return is_one_of(key, names) || is_one_of(key, beyond_gpt2) || is_one_of(key, beyond_decoders);
 }
 template <class Record>
@@ -13441,11 +13571,12 @@ struct Words {
     operator Text() const { return Text(text); }
 };
 
-enum class Stored : int32_t { f32, f16, bf16, int8, q8_0 };  // the last in GGUF only
-constexpr Word<Stored> stored_words[] = {{Stored::f32, "F32"}, {Stored::f16, "F16"}, {Stored::bf16, "BF16"}, {Stored::int8, "I8"}};
+enum class Stored : int32_t { f32, f16, bf16, int8, mask, q8_0 };  // mask: no weight (is_idle); q8_0: in GGUF only
+constexpr Word<Stored> stored_words[] = {{Stored::f32, "F32"}, {Stored::f16, "F16"}, {Stored::bf16, "BF16"},
+                                         {Stored::int8, "I8"}, {Stored::mask, "U8"}, {Stored::mask, "BOOL"}};
 inline Stored stored_as(Dtype dtype) { return dtype == Dtype::f32 ? Stored::f32 : dtype == Dtype::bf16 ? Stored::bf16 : Stored::int8; }
 inline uint64_t stored_size(Stored type) {  // of a number; q8_0 has 34 bytes for 32 numbers
-    return type == Stored::f32 ? 4 : type == Stored::int8 ? 1 : 2;
+    return type == Stored::f32 ? 4 : type == Stored::int8 || type == Stored::mask ? 1 : 2;
 }
 
 struct StoredTensor {
@@ -13533,7 +13664,9 @@ bool read_tensor_entry(Json& json, StoredTensor& tensor, uint64_t& elements) {
     };
     elements = 1;
     for (json.enter_object(); json.next_key();) {
-        if (json.key_is("dtype")) once(1) && read_word(json, stored_words, tensor.type, "only the dtypes F32, F16, BF16 and I8 are read");
+        if (json.key_is("dtype"))
+            once(1) &&
+                read_word(json, stored_words, tensor.type, "only the dtypes F32, F16, BF16 and I8 are read, and U8 and BOOL of masks");
         else if (json.key_is("shape")) {
             const size_t start = (json.peek(), json.at);
             if (!once(2) || !json.enter_array()) continue;
@@ -13646,7 +13779,8 @@ Status read_metadata(Runtime& runtime, const Checkpoint& c, Text name, Array<cha
 // `foreign`: of another program, where "dtype" is about the file.
 BABYGPT_RARE Status parse_config(Runtime& runtime, Text text, Text where, Config& config, bool foreign = false) {
     for (Json json(runtime, text); json.enter_object();) {  // its architecture decides what the other keys are
-        while (json.next_key()) json.key_is("model_type") ? read_value(json, config.architecture) : json.skip();
+        while (json.next_key())
+            json.key_is("model_type") && json.peek() != JsonType::null ? read_value(json, config.architecture) : json.skip();
         BABYGPT_TRY(json.finish(where));
         break;
     }
@@ -13782,6 +13916,8 @@ Status find_tensor(const Checkpoint& c, Text prefix, const Weight& weight, const
     const bool same = weight.is_vector ? tensor->dimensions == 1 && tensor->shape[0] == weight.cols
                                        : tensor->dimensions == 2 && tensor->shape[0] == shape_rows && tensor->shape[1] == shape_cols;
     if (!same) return c.bad(": the tensor '", Text(name), "' has the shape ", Shown(tensor->shown), ", but its config wants ", Text(shape));
+    if (tensor->type == Stored::mask)
+        return c.bad(": the tensor '", Text(name), "' is U8 or BOOL, but only F32, F16, BF16 and I8 are read as weights");
     if (tensor->type == Stored::q8_0 && weight.is_vector)
         return c.bad(": the tensor '", Text(name), "' is Q8_0, which only a matrix may be");
     if (tensor->type != Stored::int8) return Status();
@@ -13794,8 +13930,9 @@ Status find_tensor(const Checkpoint& c, Text prefix, const Weight& weight, const
 // A tensor for every weight of the config. No other tensors but the moments of a resume file.
 Status match_tensors(Runtime& runtime, Checkpoint& c, bool moments) {
     // The tape knows the weights by name. A layer has six at least; so the tape is in proportion to the header.
-    if (c.tensors.count / 6 < static_cast<size_t>(c.config.layers))
-        return c.bad(" has ", c.tensors.count, " tensors, too few for the ", c.config.layers, " layers of its config");
+    const int64_t layers = int64_t(c.config.layers) + c.config.encoder_layers;
+    if (c.tensors.count / 6 < static_cast<size_t>(layers))
+        return c.bad(" has ", c.tensors.count, " tensors, too few for the ", layers, " layers of its config");
     Tape tape(runtime);
     BABYGPT_TRY(record(tape, c.config, 0, false, 0));
     const StoredTensor *found, *scales;
@@ -14168,9 +14305,8 @@ Status open_shards(Runtime& runtime, Text folder, Text index, Shards& shards) {
     (void)sort_by_name(files);
     for (size_t i = 0; i < files.count; ++i) {
         if (i && equal(files[i].name, files[i - 1].name)) continue;
-        const Words slash("/", files[i].name);
-        const Path path(folder, slash);
-        if (!path.fits) return fail(Error::cannot_open, "the path of '", Text(slash), "' is too long");
+        const Path inside("/", files[i].name), path(folder, Text(inside.text));
+        if (!inside.fits || !path.fits) return fail(Error::cannot_open, "the path of '", Shown(files[i].name), "' is too long");
         BABYGPT_TRY(shards.open(Text(path.text)));
     }
     return files.count ? Status() : fail(Error::bad_file, "'", Text(where), "' names no file");
@@ -14367,7 +14503,9 @@ BABYGPT_RARE Status load_gguf(Runtime& runtime, ByteSource& source, Purpose purp
     BABYGPT_TRY(read_weights(runtime, c, purpose, model));
     double plain_words = 0;
     BABYGPT_TRY(g.read("babygpt.plain_words", plain_words));
-    BABYGPT_TRY(model.set_chat(g.text("babygpt.user_turn"), g.text("babygpt.reply_turn"), plain_words != 0));
+    const Status status = model.set_chat(g.text("babygpt.user_turn"), g.text("babygpt.reply_turn"), plain_words != 0);
+    if (status.error == Error::invalid_argument) return c.bad(": ", Text(status.message));
+    BABYGPT_TRY(status);
     result = static_cast<Model&&>(model);
     return Status();
 }
@@ -14475,7 +14613,7 @@ BABYGPT_RARE Status build_header(const Model& model, Span<const Section> section
     Array<char> config(runtime), tokenizer(runtime), chat(runtime);
     bool good = config.push('{') && append_config(config, model.config) && config.push('}');
     if (model.tokenizer.kind != TokenizerKind::none) BABYGPT_TRY(model.tokenizer.save_memory(tokenizer));
-    if (!model.chat.empty()) {
+    if (!model.chat.empty() || model.chat.plain_words) {
         good = good && chat.push('{') && append_member(chat, "user_turn", view(model.chat.user_turn));
         good = good && append_member(chat, "reply_turn", view(model.chat.reply_turn));
         good = good && append_member(chat, "plain_words", model.chat.plain_words) && chat.push('}');
@@ -14619,7 +14757,9 @@ Status read_adapter_config(Runtime& runtime, Checkpoint& c, AdapterConfig& confi
 Status read_adapter(Runtime& runtime, const Checkpoint& c, const Model& model, const AdapterConfig& config, Adapter& result) {
     Adapter adapter;
     const char* prefix;
-    const Status status = allocate_adapter(runtime, model, config, adapter);
+    uint64_t numbers = 0;
+    for (const StoredTensor& tensor : c.tensors) numbers += (tensor.end - tensor.begin) / stored_size(tensor.type);
+    const Status status = allocate_adapter(runtime, model, config, adapter, numbers);
     if (status.error == Error::invalid_argument) return c.bad(": ", Text(status.message));
     BABYGPT_TRY(status);
     BABYGPT_TRY(match_adapter(c, adapter, false, prefix));
@@ -14848,7 +14988,7 @@ BABYGPT_RARE Status build_gguf(const Model& model, GgufWriter& to) {
     if (llama) own("rope.freq_base", c.rope_base), own("rope.dimension_count", c.width / c.heads);
     if (model.tokenizer.kind == TokenizerKind::none) keys.key("tokenizer.ggml.model", "none");
     else BABYGPT_TRY(GgufTokenizer(model.tokenizer, keys).put(c.vocab));
-    if (!model.chat.empty()) {
+    if (!model.chat.empty() || model.chat.plain_words) {
         keys.key("babygpt.user_turn", view(model.chat.user_turn));
         keys.key("babygpt.reply_turn", view(model.chat.reply_turn));
         keys.key("babygpt.plain_words", model.chat.plain_words);
@@ -14873,8 +15013,14 @@ BABYGPT_RARE Status build_gguf(const Model& model, GgufWriter& to) {
 
 // ---- the state of training -------------------------------------------------------------------------------------------
 
+uint64_t fingerprint_of(const Model& model) {
+    uint64_t hash = 0;
+    for (int64_t i = 0; i < model.block; ++i) hash = (hash ^ bits_as<uint32_t>(model.weights[i])) * 0x100000001b3u;
+    return mix(hash) | 1;
+}
 TrainingState state_of(const Trainer& t) {
     TrainingState state{};
+    if (t.adapter) state.base_fingerprint = fingerprint_of(*t.model);
     state.step_count = t.step_count, state.best_step = t.best_step, state.bad_evaluations = t.bad_evaluations;
     state.best_validation_loss = t.best_validation_loss, state.best_accuracy = t.best_accuracy, state.evaluation_due = t.evaluation_due;
     state.loss_scale = static_cast<double>(t.loss_scale[0]), state.loss_scale_steps = static_cast<double>(t.loss_scale[1]);
@@ -14889,7 +15035,7 @@ Status parse_training(Runtime& runtime, const Checkpoint& c, TrainConfig& config
     BABYGPT_TRY(read_metadata(runtime, c, "babygpt.training", text));
     if (text.count == 0) return c.bad(" holds no state of training to resume from: that is in the .resume.safetensors beside the model");
     uint64_t in_config = 0, in_state = 0;
-    state.best_accuracy = 0, state.evaluation_due = false;  // where an older version wrote the file
+    state.best_accuracy = 0, state.evaluation_due = false, state.base_fingerprint = 0;  // where an older version wrote the file
     state.loss_scale = 256, state.loss_scale_steps = 0;
     Json json(runtime, view(text));
     for (json.enter_object(); json.next_key();) {
@@ -14904,8 +15050,8 @@ Status parse_training(Runtime& runtime, const Checkpoint& c, TrainConfig& config
     BABYGPT_TRY(all_seen(state, in_state, where));
     const int64_t steps = state.step_count;
     const bool possible = steps >= 0 && steps >> 53 == 0 && state.best_step >= -1 && state.best_step <= steps &&
-                          state.bad_evaluations >= 0 && state.bad_evaluations <= steps && state.loss_scale > 0 && state.loss_scale < 1e38 &&
-                          state.loss_scale_steps >= 0 && state.loss_scale_steps < 1e6;
+                          state.bad_evaluations >= 0 && state.bad_evaluations <= steps && state.loss_scale >= 1e-37 &&
+                          state.loss_scale < 1e38 && state.loss_scale_steps >= 0 && state.loss_scale_steps < 1e6;
     return possible ? Status()
                     : fail(Error::bad_file, "'", Text(where), "' cannot be: ", steps, " steps, the best of them number ", state.best_step,
                            ", and ", state.bad_evaluations, " evaluations that were worse");
@@ -14930,7 +15076,7 @@ Status check_resume(const Trainer& t, const Checkpoint& c) {
     BABYGPT_TRY(same_turn("user_turn", chat.user_turn, t.model->chat.user_turn));
     BABYGPT_TRY(same_turn("reply_turn", chat.reply_turn, t.model->chat.reply_turn));
     if (chat.plain_words != t.model->chat.plain_words)
-        return fail(Error::mismatch, "the checkpoint was made ", chat.plain_words ? "with" : "without", " plain_words");
+        return fail(Error::mismatch, "'", name, "' was made ", chat.plain_words ? "with" : "without", " plain_words");
     return Status();
 }
 Status check_resume(const Trainer& t, Text name, const TrainConfig& config, const TrainingState& there) {
@@ -14941,6 +15087,8 @@ Status check_resume(const Trainer& t, Text name, const TrainConfig& config, cons
                     "), but here are ", our_tokens, " (fingerprint ", our_fingerprint, ")");
     };
     const TrainingState here = state_of(t);
+    if (there.base_fingerprint && there.base_fingerprint != here.base_fingerprint)
+        return fail(Error::mismatch, "'", name, "' was made beside a model with other weights than this one");
     BABYGPT_TRY(same_data("training", there.training_tokens, there.training_fingerprint, here.training_tokens, here.training_fingerprint));
     return same_data("validation", there.validation_tokens, there.validation_fingerprint, here.validation_tokens,
                      here.validation_fingerprint);
@@ -15013,14 +15161,14 @@ BABYGPT_RARE Status Model::save_huggingface(Text folder) const {
     if (!path.fits || !tokenizer_path.fits || !config_path.fits) return fail(Error::cannot_write, "the path of the folder is too long");
     Config floats = config;
     if (config.dtype == Dtype::int8) floats.dtype = Dtype::f32;
-    Array<char> json(*runtime);
+    Array<char> json(*runtime), ids(*runtime);
     if (!json.push('{') || !append_config(json, floats) || !append(json, "}\n")) return out_of_memory(json.count);
-    const bool llama = config.architecture == Architecture::llama;
+    const bool llama = config.architecture == Architecture::llama, tokens = tokenizer.kind != TokenizerKind::none;
     const Section sections[] = {{llama ? "" : "transformer.", weights, floats.dtype, true}};
-    BABYGPT_TRY(save_checkpoint(*this, sections, Text(), Text(path.text)));
-    if (tokenizer.kind != TokenizerKind::none) BABYGPT_TRY(tokenizer.save(Text(tokenizer_path.text)));
-    return write_atomically(*runtime, Text(config_path.text),
-                            [&](File& file) { return file.write(json.items, static_cast<int64_t>(json.count)); });
+    if (tokens) BABYGPT_TRY(tokenizer_file(tokenizer, Text(tokenizer_path.text), ids));
+    const auto tensors = [&] { return save_checkpoint(*this, sections, Text(), Text(path.text)); };
+    return write_bytes(*runtime, Text(config_path.text), json,
+                       [&] { return tokens ? write_bytes(*runtime, Text(tokenizer_path.text), ids, tensors) : tensors(); });
 }
 
 Status Model::save_llama2c(Text path) const {
@@ -15105,12 +15253,11 @@ BABYGPT_RARE Status Adapter::save_peft(Text folder) const {
     if (!path.fits || !config_path.fits) return fail(Error::cannot_write, "the path of the folder is too long");
     Array<char> json(*runtime);
     if (!append_adapter_config(json, *this) || !json.push('\n')) return out_of_memory(json.count);
-    BABYGPT_TRY(save(Text(path.text)));
-    return write_atomically(*runtime, Text(config_path.text),
-                            [&](File& file) { return file.write(json.items, static_cast<int64_t>(json.count)); });
+    return write_bytes(*runtime, Text(config_path.text), json, [&] { return save(Text(path.text)); });
 }
 
 Status Model::save_gguf(Text path) const {
+    const FloatMode mode;
     if (!state) return fail(Error::invalid_argument, "an empty model cannot be saved to '", path, "'");
     BABYGPT_TRY(bring(*this));
     BABYGPT_TRY(must_be_plain(config, "GGUF's"));
@@ -15133,7 +15280,7 @@ Status Model::save_gguf(Text path) const {
 }
 
 Status Trainer::save(Text path) const {
-    if (!model) return fail(Error::invalid_argument, "an empty trainer cannot be saved to '", path, "'");
+    if (!state) return fail(Error::invalid_argument, "an empty trainer cannot be saved to '", path, "'");
     BABYGPT_TRY(bring_all(*state));
     Array<char> training_json(*runtime);
     bool good = append(training_json, "{\"config\":{") && append_fields(training_json, config) && append(training_json, "},\"state\":{");
@@ -15149,7 +15296,7 @@ Status Trainer::save(Text path) const {
 
 Status Trainer::load(Text path) {
     const FloatMode mode;
-    if (!model) return fail(Error::invalid_argument, "create the trainer before it loads '", path, "'");
+    if (!state) return fail(Error::invalid_argument, "create the trainer before it loads '", path, "'");
     File file(*runtime);
     ByteSource source(file);
     BABYGPT_TRY(source.open(path));
@@ -18270,6 +18417,7 @@ BABYGPT_RARE Status profile(Runtime& runtime, const Config& config, int batch, d
     rows = Array<ProfileRow>(runtime);
     Model model;
     BABYGPT_TRY(model.create(runtime, config, Tokenizer()));
+    BABYGPT_TRY(check_batch(batch, config.context));
     TrainConfig how;
     how.batch = batch, how.schedule = Schedule::constant;
     const size_t tokens = static_cast<size_t>(batch) * static_cast<size_t>(config.context);

@@ -613,10 +613,16 @@ TEST(windows_do_not_depend_on_where_the_ids_lie, "a resumed run with a token cac
         CHECK_OK(memory.create(runtime, corpus, Part::training, tokenizer));
         CHECK_OK(small.create(runtime, corpus, Part::training, tokenizer, "", 100000));
         CHECK_OK(file.create(runtime, corpus, Part::training, tokenizer, "ids.cache"));
-        disk.files["small.cache"] = "not trusted";
+        const string old = disk.files["ids.cache"];
+        disk.files["small.cache"] = "not trusted" + old.substr(old.size() - 40);
         CHECK_OK(small_file.create(runtime, corpus, Part::training, tokenizer, "small.cache", 100000));
         CHECK(memory.tokens == expected.size() && memory.bytes == corpus.training_bytes + separators && memory.unknown == 0);
         CHECK(disk.files["ids.cache"] == disk.files["small.cache"] && disk.files["ids.cache"].size() == 2 * expected.size() + 40);
+        Data refused;
+        disk.files["precious"] = string(100, 'x');
+        CHECK(refused.create(runtime, corpus, Part::training, tokenizer, "precious").error == Error::invalid_argument);
+        CHECK(disk.files["precious"] == string(100, 'x') && refused.tokens == 0);
+        disk.files.erase("precious");
         Data* const all[] = {&host, &memory, &small, &file, &small_file};
         const int context = 100;
         const uint64_t windows[] = {memory.windows(context), small.windows(context)};
@@ -1084,6 +1090,7 @@ TEST(every_allocation_may_fail, "a host without memory would crash or lose what 
         if (status.ok()) status = training.create_pairs(runtime, corpus, Part::training, tokenizer, 8);
         return status;
     };
+    const string old = "the old one" + string("babytok") + string(33, '\0');
     for (int kind = 0; kind < 3; ++kind) {
         memory.fail_at = -1;
         CHECK_OK(all(kind));
@@ -1100,12 +1107,12 @@ TEST(every_allocation_may_fail, "a host without memory would crash or lose what 
         memory.fail_at = -1;
         for (disk.fail_at = 0; disk.fail_at < 100000; ++disk.fail_at) {
             disk.calls = 0;
-            disk.files["ids"] = "the old one";
+            disk.files["ids"] = old;
             const Status status = all(kind);
             CHECK(memory.now == 0 && disk.handles == 0 && !disk.files.count("ids.tmp"));
             if (status.ok()) break;
             CHECK(status.error == Error::cannot_open || status.error == Error::cannot_read || status.error == Error::cannot_write);
-            CHECK(disk.files["ids"] == "the old one" || kind == 2);
+            CHECK(disk.files["ids"] == old || kind == 2);
         }
         disk.fail_at = -1;
     }

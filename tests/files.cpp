@@ -1,5 +1,6 @@
 // The checkpoint: what is saved is loaded again in every bit, whatever fails leaves the old file whole, and no file can do harm.
 #include <ctype.h>
+#include <fenv.h>
 #include <math.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -434,6 +435,14 @@ TEST(every_allocation_fails, "too little memory would crash, leak, or spoil a fi
         CHECK_OK(t.model.save("m"));
         CHECK_OK(t.trainer.save("r"));
         const std::string model_file = host.files["m"], resume_file = host.files["r"], before = t.snapshot();
+        fail_every_allocation(host, [&]() {
+            Model made;
+            Config config = small_config();
+            config.vocab = 5;
+            const Status status = made.create(host.runtime, config, Tokenizer());
+            CHECK(status.ok() == (made.state != nullptr) && status.ok() == (made.weights != nullptr));
+            return status;
+        });
         fail_every_allocation(host, [&]() { return t.model.save("m"); });
         fail_every_allocation(host, [&]() {
             Array<char> bytes;
@@ -698,6 +707,23 @@ TEST(large_claims, "a small file could make the reader allocate or work without 
     const std::string start = "{\"__metadata__\":{\"babygpt.format_version\":\"1\",\"babygpt.config\":\"{\\\"x\\\":";
     CHECK(has(loaded.load_memory(host.runtime, with_header(start + deep + "\"}}", "")), Error::bad_file, "deeper than 64"));
     CHECK(!loaded.load_memory(host.runtime, with_header("{\"a\":{\"shape\":" + deep, "")).ok());
+    // A config or a rank that wants far more than the file has.
+    Model model;
+    Adapter adapter;
+    if (!make(host.runtime, small_config(), model)) return;
+    const auto refused = [&](const std::string& bytes, const char* words, bool is_adapter) {
+        host.files["x"] = bytes;
+        host.start_counting();
+        CHECK(has(is_adapter ? adapter.load(host.runtime, model, "x") : loaded.load(host.runtime, "x"), Error::bad_file, words));
+        CHECK(host.total < memory_bound(bytes.size()));
+    };
+    const std::string few = saved(model);
+    refused(with_header(replaced(header_of(few), "\\\"n_layer\\\":1", "\\\"encoder_layers\\\":1000,\\\"n_layer\\\":1"), data_of(few)),
+            "too few for the 1001 layers", false);
+    CHECK_OK(adapter.create(host.runtime, model, {2, 4, ""}));
+    CHECK_OK(adapter.save("a"));
+    const std::string small = host.files["a"];
+    refused(with_header(replaced(header_of(small), "\\\"r\\\":2", "\\\"r\\\":65536"), data_of(small)), "rank 65536", true);
 }
 
 // ---- other people's files --------------------------------------------------------------------------------------------
@@ -751,8 +777,32 @@ TEST(huggingface_folders, "a model would not come back from Hugging Face's form 
             CHECK(host.files.size() == 2);
             CHECK_OK(loaded.load(host.runtime, "f"));
             CHECK(same(model, loaded));
+            // With what other programs leave beside the weights.
+            const std::string plain = host.files["f/model.safetensors"];
+            for (const char* dtype : {"U8", "BOOL", "F32"}) {
+                const std::string data = data_of(plain), end = std::to_string(data.size() + (*dtype == 'F' ? 16 : 4));
+                const std::string mask = "{\"transformer.h.0.attn.bias\":{\"dtype\":\"" + std::string(dtype) +
+                                         "\",\"shape\":[1,1,2,2],\"data_offsets\":[" + std::to_string(data.size()) + "," + end + "]},";
+                host.files["f/model.safetensors"] =
+                    with_header(replaced(header_of(plain), "{", mask), data + std::string(*dtype == 'F' ? 16 : 4, '\1'));
+                Model masked;
+                CHECK_OK(masked.load(host.runtime, "f"));
+                CHECK(same(model, masked));
+            }
+            host.files["f/model.safetensors"] = with_header(replaced(header_of(plain), "\"F32\"", "\"U8\""), data_of(plain));
+            CHECK(!loaded.load(host.runtime, "f").ok() && same(model, loaded));
+            host.files["f/model.safetensors"] = plain;
             // In two pieces, of which one is cut or missing.
             split(host.files);
+            for (const size_t size : {174u, 175u, 200u}) {  // of a long name, too
+                const std::string name(size - 12, 'n'), index = host.files["f/model.safetensors.index.json"];
+                host.files["f/" + name + ".safetensors"] = host.files["f/b.safetensors"];
+                host.files["f/model.safetensors.index.json"] = replaced(index, "\"b.", "\"" + name + ".");
+                Model pieces;
+                CHECK_OK(pieces.load(host.runtime, "f"));
+                host.files.erase("f/" + name + ".safetensors");
+                host.files["f/model.safetensors.index.json"] = index;
+            }
             Model pieces;
             CHECK_OK(pieces.load(host.runtime, "f"));
             CHECK(same(model, pieces));
@@ -791,6 +841,32 @@ TEST(huggingface_folders, "a model would not come back from Hugging Face's form 
             }
             CHECK(host.open_files == 0);
         }
+}
+
+TEST(folder_survives, "a disk that is full would leave a folder with the weights of one model and the config of another") {
+    Host host;
+    Model old, fresh;
+    if (!make(host.runtime, foreign_config("llama"), old)) return;
+    Config other = foreign_config("llama");
+    other.rope_base = 500000;
+    if (!make(host.runtime, other, fresh, 2)) return;
+    CHECK_OK(old.save_huggingface("f"));
+    const std::map<std::string, std::string> whole = host.files;
+    host.start_counting();
+    CHECK_OK(fresh.save_huggingface("f"));
+    const int64_t calls = host.calls;
+    CHECK(calls > 15 && host.files.size() == 3);
+    int kept = 0;
+    for (int64_t n = 1; n <= calls; ++n) {
+        host.files = whole;
+        host.start_counting();
+        host.fail_call = n;
+        CHECK(fresh.save_huggingface("f").error == Error::cannot_write && host.files.size() == 3);
+        if (strcmp(host.failed, "open") == 0 || strcmp(host.failed, "write") == 0 || strcmp(host.failed, "sync") == 0 ||
+            strcmp(host.failed, "close") == 0)
+            ++kept, CHECK(host.files == whole);
+    }
+    CHECK(kept > 10);
 }
 
 TEST(foreign_allocations_fail, "too little memory or a failing disk would crash or leak while other people's files are read and written") {
@@ -849,6 +925,11 @@ TEST(huggingface_configs, "a config that means another model would be taken for 
     CHECK(loads("\"rope_theta\":10000", "\"rope_parameters\":{\"rope_type\":\"default\",\"rope_theta\":77.0}", nullptr).rope_base == 77);
     loads("{", "{\"rope_parameters\":{\"rope_type\":\"yarn\"},", "rope_type");
     loads("\"intermediate_size\":6,", "", "lacks 'intermediate_size'");
+    Model plain, untyped;
+    if (!make_foreign(host, foreign_config("gpt2"), plain)) return;
+    CHECK_OK(plain.save_huggingface("g"));
+    host.files["g/config.json"] = replaced(host.files["g/config.json"], "\"model_type\":\"gpt2\"", "\"model_type\":null");
+    CHECK_OK(untyped.load(host.runtime, "g"));
     Config other = foreign_config("llama");
     other.norm_after = true;
     Model unusual;
@@ -997,6 +1078,30 @@ TEST(gguf_round_trip, "a model would not come back from GGUF as it was") {
                 }
 }
 
+TEST(plain_words_alone, "a trainer would refuse its own resume file where a text is plain words without turns") {
+    Host host;
+    Model model, loaded;
+    if (!make(host.runtime, foreign_config("gpt2"), model)) return;
+    CHECK_OK(model.set_chat("", "", true));
+    CHECK_OK(model.save("m"));
+    CHECK_OK(model.save_gguf("m.gguf"));
+    for (const char* path : {"m", "m.gguf"}) {
+        CHECK_OK(loaded.load(host.runtime, path));
+        CHECK(loaded.chat.plain_words && loaded.chat.empty());
+    }
+}
+
+TEST(gguf_in_a_host, "a host that rounds another way would get another file") {
+    Host host;
+    Model model;
+    if (!make_gguf(host, "llama", "pieces", model)) return;
+    CHECK_OK(model.save_gguf("m.gguf"));
+    CHECK(fesetround(FE_UPWARD) == 0);
+    CHECK_OK(model.save_gguf("up.gguf"));
+    fesetround(FE_TONEAREST);
+    CHECK(host.files["up.gguf"] == host.files["m.gguf"]);
+}
+
 TEST(begin_of_text_in_files,
      "what stands before each text would be lost between GGUF, folders and checkpoints, or other than llama.cpp has it") {
     Host host;
@@ -1143,6 +1248,7 @@ TEST(gguf_claims, "a GGUF file that means another model, or none, would be taken
             "output_norm.weight");
     refused(replaced(file, "blk.1.attn_q.weight", "blk.0.attn_q.weight"), Error::bad_file, "two tensors 'blk.0.attn_q.weight'");
     refused(file + std::string(64, '\0'), Error::bad_file, "at its end");
+    refused(replaced(file, gguf_text("You: "), gguf_text("You\xff ")), Error::bad_file, "UTF-8");
     Model unusual;
     Config other = foreign_config("llama");
     other.activation = Activation::relu;
@@ -1387,6 +1493,12 @@ TEST(damaged_resume_files, "a damaged resume file could crash or half-load a tra
     }
     damaged = with_header(replaced(header_of(file), "\\\"step_count\\\":1", "\\\"step_count\\\":-1"), data_of(file));
     CHECK(has(t.trainer.load("d"), Error::bad_file, "cannot be: -1 steps"));
+    damaged = with_header(replaced(header_of(file), "0x1p+8", "0x1p-200"), data_of(file));
+    CHECK(has(t.trainer.load("d"), Error::bad_file, "cannot be"));
+    Trainer moved = static_cast<Trainer&&>(t.trainer);
+    CHECK(has(t.trainer.save("d"), Error::invalid_argument, "empty trainer") &&
+          has(t.trainer.load("d"), Error::invalid_argument, "create"));
+    t.trainer = static_cast<Trainer&&>(moved);
     damaged = with_header(replaced(header_of(file), "\\\"step_count\\\":1,", ""), data_of(file));
     CHECK(has(t.trainer.load("d"), Error::bad_file, "lacks 'step_count'"));
 }

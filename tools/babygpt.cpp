@@ -474,7 +474,6 @@ struct Common {
         const char* names[] = {"automatic", "sse2", "avx2", "avx512", "neon", "portable"};
         for (int i = 0; i < 6; ++i)
             if (isa == names[i]) runtime.isa = Isa(i);
-        runtime.log = [](void*, Text line) { note(to_string(line)); };
     }
 };
 
