@@ -1053,6 +1053,31 @@ TEST(damaged_real_files, "a download that broke off could crash or hang the host
     }
 }
 
+TEST(lost_file, "a file that went away while it is trained on would crash where it is asked for again") {
+    Runtime runtime;
+    Disk disk;
+    disk.lend(runtime);
+    disk.files["one.txt"] = random_text(100000), disk.files["two.txt"] = random_text(100000);
+    const Text paths[] = {"one.txt", "two.txt"};
+    Corpus corpus;
+    Tokenizer tokenizer;
+    Data data;
+    CHECK_OK(corpus.open(runtime, paths));
+    CHECK_OK(tokenizer.create_bytes(runtime));
+    CHECK_OK(data.create(runtime, corpus, Part::all, tokenizer, "", 1000));
+    const uint64_t last = data.evaluation_windows(64) - 1;
+    int32_t x[64], y[64];
+    int length;
+    CHECK_OK(data.evaluation_window(last, 64, x, y, length));
+    CHECK_OK(data.evaluation_window(0, 64, x, y, length));
+    const string two = disk.files["two.txt"];
+    disk.files.erase("two.txt");
+    for (int i = 0; i < 2; ++i) CHECK(data.evaluation_window(last, 64, x, y, length).error == Error::cannot_open);
+    CHECK_OK(data.evaluation_window(0, 64, x, y, length));
+    disk.files["two.txt"] = two;
+    CHECK_OK(data.evaluation_window(last, 64, x, y, length));
+}
+
 TEST(every_allocation_may_fail, "a host without memory would crash or lose what it had") {
     Runtime runtime;
     runtime.threads = 1;

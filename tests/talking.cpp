@@ -281,6 +281,28 @@ TEST(banned_strings, "a banned word would be said, though cut into other tokens"
     const Text banned[] = {"well", "e"};
     config.banned = banned, config.tokens = 60;
     CHECK(say(session, "You: how are you\nMira: ", config).find('e') == std::string::npos);
+    const std::string said = say(session, "You: how are you\nMira: ", greedy());  // what has been said stands; it is not said again
+    const Text word = Text(said.data(), 4);
+    config.banned = Span<const Text>(&word, 1);
+    CHECK(say(session, "", config).find(said.substr(0, 4)) == std::string::npos);
+    // What was said before a score is not joined with what comes after it.
+    const Text across = "ca";
+    Array<int32_t> ids(runtime);
+    Array<float> logprobs(runtime);
+    double sum = 0;
+    LogitBias letter[] = {{0, 1e9f}};
+    const auto says = [&](const char* text) {
+        Array<int32_t> one(runtime);
+        CHECK_OK(model().tokenizer.encode(text, one));
+        letter[0].id = one[0];
+        return say(session, "", config) == text;
+    };
+    config = greedy();
+    config.bias = letter, config.tokens = 1;
+    CHECK(says("c"));
+    CHECK_OK(session.score("you", ids, logprobs, sum));
+    config.banned = Span<const Text>(&across, 1);
+    CHECK(says("a") && says("c") && !says("a"));
     const LogitBias bias[] = {{model().tokenizer.end_of_text, 1e9f}};
     config = greedy();
     config.bias = bias;
@@ -463,6 +485,43 @@ TEST(guards,
     }
 }
 
+TEST(guards_go_on,
+     "a guard made anew in its place would look for the old patterns, or a fork would forget what its parent's guard has seen") {
+    Runtime runtime;
+    const Model& m = model();
+    Guard guard;
+    SampleConfig config = greedy();
+    config.guard = &guard, config.tokens = 4;
+    Session session, fork;
+    CHECK_OK(session.create(runtime, m));
+    const Text first = "qqqq", second = "well";
+    CHECK_OK(guard.create(runtime, Span<const Text>(&first, 1)));
+    CHECK(say(session, "You: how are you\nMira: I am", config).substr(0, 4) == " wel");
+    CHECK_OK(guard.create(runtime, Span<const Text>(&second, 1)));
+    CHECK_OK(fork.fork(session));
+    const std::string next = say(session, "", config);
+    CHECK(next.substr(0, 1) != "l");
+    CHECK(say(fork, "", config) == next);
+    // A match that ends at a word's edge is decided by the token after it.
+    const Text edge = "x-\\b";
+    CHECK_OK(guard.create(runtime, Span<const Text>(&edge, 1)));
+    std::vector<LogitBias> letter;
+    for (int32_t id = 0; id < m.config.vocab; ++id) {
+        const Text bytes = m.tokenizer.bytes(id);
+        letter.push_back(LogitBias{id, bytes.size == 1 && bytes[0] == '-'   ? 1000.0f
+                                       : bytes.size == 1 && bytes[0] == 'a' ? 500.0f
+                                                                            : -1000.0f});
+    }
+    config.bias = Span<const LogitBias>(letter.data(), letter.size()), config.tokens = 1;
+    session.reset();
+    CHECK(say(session, "x", config) == "-");
+    CHECK_OK(fork.fork(session));
+    letter[0].bias = 0;
+    for (LogitBias& one : letter) one.bias = one.bias > 600 ? -2000 : one.bias;
+    const std::string after = say(session, "", config);
+    CHECK(after != "a" && say(fork, "", config) == after);
+}
+
 TEST(inspection, "a host would not see the text before it is shown, word by word or line by line, or could not change or stop it") {
     Runtime runtime;
     Session session;
@@ -570,6 +629,46 @@ TEST(spaces, "a prompt that ends in a space, or none, would put two spaces or on
             CHECK(prompt + std::string(found.text_of(0).data, found.text_of(0).size) == "one two three");
         }
     }
+}
+
+TEST(odd_prompts,
+     "white space that a tokenizer drops would be an error, or a token that begins texts, and has a name with a space, a crash") {
+    Runtime runtime;
+    Tokenizer tokenizer;
+    TokenizerConfig words;
+    words.kind = TokenizerKind::wordpiece, words.vocab = 60;
+    CHECK_OK(tokenizer.train(runtime, words, "one two three one two three"));
+    Model m;
+    learn_line(runtime, static_cast<Tokenizer&&>(tokenizer), "one two three", m);
+    Session session;
+    CHECK_OK(session.create(runtime, m));
+    for (const char* prompt : {" ", "\n", "\xcc\x81"}) {
+        session.reset();
+        CHECK(say(session, prompt, greedy()) == "one two three");
+        session.reset();
+        SearchResult found;
+        CHECK_OK(session.search(prompt, BeamConfig(), found));
+        CHECK(found.best.size() == 1);
+    }
+    Model marked;
+    Tokenizer spaced;
+    Config config;
+    config.layers = 1, config.heads = 1, config.width = 8, config.context = 32;
+    CHECK_OK(spaced.train(runtime, {TokenizerKind::bpe, 300}, text()));
+    int32_t mark = 0;
+    while (!(spaced.bytes(mark).size > 1 && spaced.bytes(mark)[0] == ' ')) ++mark;
+    spaced.begin_of_text = mark;
+    CHECK_OK(marked.create(runtime, config, static_cast<Tokenizer&&>(spaced)));
+    CHECK_OK(session.create(runtime, marked));
+    const LogitBias likely[] = {{mark, 1000.0f}};
+    SampleConfig how;
+    how.bias = likely, how.tokens = 1;
+    Generation result;
+    Array<int32_t> ids;  // of no runtime: it gets the session's
+    Array<char> said;
+    result.ids = &ids, result.text = &said;
+    CHECK_OK(session.generate("how ", how, result));
+    CHECK(ids.size() == 1 && ids[0] != mark);
 }
 
 TEST(streaming, "a stream would cut a character in two, or not stop when told") {
@@ -1299,6 +1398,38 @@ static void create_kind(Runtime& runtime, int kind, Model& m) {
 }
 static const char* const kinds[] = {"gpt2", "llama, keys shared by two", "encoder-decoder", "lecture, keys shared by four"};
 
+// A host's job system that does another job while it waits: here one that talks with the model, too.
+struct OtherJobs {
+    Runtime alone;
+    const Model* model = nullptr;
+    bool inside = false;
+    static void parallel(void* user, int count, void (*task)(void* context, int index), void* context) {
+        OtherJobs& jobs = *static_cast<OtherJobs*>(user);
+        if (jobs.model && !jobs.inside) {
+            jobs.inside = true;
+            Session session;
+            jobs.alone.threads = 1;
+            CHECK_OK(session.create(jobs.alone, *jobs.model));
+            jobs.inside = false;
+        }
+        for (int i = 0; i < count; ++i) task(context, i);
+    }
+};
+TEST(other_jobs, "a host's job that makes a session while another one of the same model is made would wait for ever") {
+    Runtime runtime;
+    OtherJobs jobs;
+    Model fresh;
+    Config config;
+    config.layers = 1, config.heads = 1, config.width = 32, config.context = 16, config.vocab = 90;
+    CHECK_OK(fresh.create(runtime, config, Tokenizer()));
+    jobs.model = &fresh;
+    runtime.parallel = &OtherJobs::parallel, runtime.parallel_user = &jobs;
+    Session session;
+    CHECK_OK(session.create(runtime, fresh));
+    const int32_t ids[] = {1, 2, 3};
+    CHECK_OK(session.feed(ids));
+}
+
 TEST(loaded_to_run,
      "a model that was loaded only to run would say something else, take as much memory as a whole one, or crash where it cannot serve") {
     for (int kind = 0; kind < 4; ++kind)
@@ -1669,7 +1800,9 @@ TEST(plain_words, "HELLO! and hello would be two questions to a model that was t
     CHECK(say(session, "HOW, are   YOU?!", greedy(), true) == "I am well, thank you.");
     session.reset();
     CHECK(say(session, "B\xc4\xb0R ODA VAR MI?", greedy(), true).find("Elbette") == 0);
-    CHECK_OK(m.set_chat("You: ", "Mira: ", false));
+    CHECK(m.set_chat("\xff", "Mira: ", false).error == Error::invalid_argument && m.chat.plain_words);
+    CHECK_OK(m.set_chat(m.chat.user_turn, m.chat.reply_turn, false));  // its own
+    CHECK(!m.chat.plain_words && std::string(m.chat.user_turn.data(), m.chat.user_turn.size()) == "You: ");
 }
 
 TEST(wrong_calls, "a wrong call would crash") {
@@ -1707,6 +1840,17 @@ TEST(wrong_calls, "a wrong call would crash") {
     };
     Session fresh;
     CHECK(search_fails(fresh));
+    {  // what is wrong is said before the prompt is read
+        SampleConfig wrong[3];
+        Generation result;
+        const std::string long_one(300, 'x');
+        const Text strings[] = {Text(long_one.data(), long_one.size())};
+        wrong[0].temperature = -1, wrong[1].stop = strings, wrong[2].bias = bias;
+        const int before = session.position;
+        for (const SampleConfig& how : wrong)
+            CHECK(session.generate("hello", how, result).error == Error::invalid_argument &&
+                  session.reply("hello", how, result).error == Error::invalid_argument && session.position == before);
+    }
     beams.beams = 0;
     CHECK(search_fails(session));
     beams.best = 5;

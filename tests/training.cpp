@@ -109,6 +109,30 @@ TEST(host_float_mode, "a host that flushes subnormals or rounds another way woul
     const uint64_t found = train(runtime, tiny_config(), tiny_run(20), 20);
     CHECK(fegetround() == FE_UPWARD);
     fesetround(FE_TONEAREST);
+    uint64_t llamas[2];
+    Evaluation of_models[2], of_counts[3];
+    for (const int up : {0, 1}) {  // only what is made and measured, not the steps
+        Model model;
+        Data data;
+        Trainer trainer;
+        StepResult result;
+        Ngram counts;
+        CHECK_OK(model.create(runtime, tiny_llama(), Tokenizer()));
+        CHECK_OK(data.create(runtime, Span<const int32_t>(some_ids(2000), 2000)));
+        CHECK_OK(counts.create(runtime, data, 29, 3));
+        fesetround(up ? FE_UPWARD : FE_TONEAREST);
+        CHECK_OK(trainer.create(runtime, model, tiny_run(20), data));
+        CHECK_OK(evaluate(runtime, model, data, of_models[up]));
+        CHECK_OK(evaluate(runtime, counts, data, of_counts[up]));
+        fesetround(FE_TONEAREST);
+        Runtime one;
+        one.threads = 1;
+        if (up) CHECK_OK(evaluate(one, counts, data, of_counts[2]));
+        for (int i = 0; i < 5; ++i) CHECK_OK(trainer.step(result));
+        llamas[up] = hash(model.weights, model.block);
+    }
+    CHECK(llamas[0] == llamas[1] && memcmp(&of_models[0], &of_models[1], sizeof *of_models) == 0);
+    CHECK(memcmp(&of_counts[0], &of_counts[1], sizeof *of_counts) == 0 && memcmp(&of_counts[0], &of_counts[2], sizeof *of_counts) == 0);
 #if defined(__SSE2__)
     CHECK((_mm_getcsr() & 0x8040u) == 0x8040u);
     _mm_setcsr(before & ~0x6000u);
@@ -295,6 +319,47 @@ TEST(wrong_examples, "an example that does not fit its model would be read beyon
     CHECK(trainer.step(Span<const Example>(&good, 1), result).error == Error::invalid_argument);
 }
 
+TEST(trained_after_conversion,
+     "a model in int8 that is trained, or gets weights, would be read beyond its end, or rounded when it is saved") {
+    Runtime runtime, plain;
+    plain.backend = Backend::plain;
+    const int32_t ids[] = {1, 2, 3, 4};
+    const auto says_the_same = [&](Session& session, const Model& model) {
+        Session other;
+        CHECK_OK(other.create(plain, model));
+        session.reset();
+        CHECK_OK(session.feed(ids));
+        CHECK_OK(other.feed(ids));
+        CHECK(memcmp(session.logits().data, other.logits().data, other.logits().size * sizeof(float)) == 0);
+    };
+    for (const Dtype dtype : {Dtype::bf16, Dtype::int8}) {
+        Model model, other;
+        Data data;
+        Trainer trainer;
+        Session session;
+        StepResult result;
+        Config config = tiny_config();
+        CHECK_OK(other.create(runtime, config, Tokenizer(), 2));
+        config.dtype = dtype;
+        CHECK_OK(model.create(runtime, config, Tokenizer()));
+        CHECK_OK(data.create(runtime, Span<const int32_t>(some_ids(500), 500)));
+        CHECK_OK(session.create(runtime, model));
+        says_the_same(session, model);
+        CHECK_OK(trainer.create(runtime, model, tiny_run(10), data));
+        CHECK(model.config.dtype == Dtype::f32);
+        says_the_same(session, model);
+        CHECK_OK(trainer.step(result));
+        CHECK_OK(model.convert(dtype));
+        says_the_same(session, model);
+        CHECK_OK(trainer.step(result));
+        CHECK(model.config.dtype == Dtype::f32);
+        says_the_same(session, model);
+        CHECK_OK(model.convert(dtype));
+        CHECK(model.copy_weights(other) > 0 && model.config.dtype == Dtype::f32);
+        says_the_same(session, model);
+    }
+}
+
 TEST(evaluating, "a loss would depend on who measures it, or a long measurement could not be watched and ended") {
     Runtime runtime;
     Model model;
@@ -317,6 +382,26 @@ TEST(evaluating, "a loss would depend on who measures it, or a long measurement 
     CHECK_OK(evaluate(runtime, model, data, part, 3, stop_late, &seen));
     CHECK(seen >= 0.5 && part.tokens >= 480 && part.tokens < 600);
     CHECK(evaluate(runtime, model, data, part, 0).error == Error::invalid_argument);
+    // Of pairs that were only begun, too, a byte has as many bits as of all.
+    Config translator = tiny_config();
+    translator.encoder_layers = 1;
+    char lines[4000];
+    size_t size = 0;
+    for (int i = 0; i < 100; ++i) size += static_cast<size_t>(snprintf(lines + size, sizeof lines - size, "abc d%02d\txyz u%02d\n", i, i));
+    Corpus corpus;
+    CorpusConfig how;
+    how.format = TextFormat::tsv;
+    Tokenizer bytes;
+    Model other;
+    Data pairs;
+    CHECK_OK(corpus.open_memory(runtime, Text(lines, size), how));
+    CHECK_OK(bytes.train(runtime, {TokenizerKind::bpe, 256 + 1}, Text(lines, size)));
+    translator.vocab = 0;
+    CHECK_OK(pairs.create_pairs(runtime, corpus, Part::all, bytes, translator.context));
+    CHECK_OK(other.create(runtime, translator, static_cast<Tokenizer&&>(bytes)));
+    CHECK_OK(evaluate(runtime, other, pairs, whole));
+    CHECK_OK(evaluate(runtime, other, pairs, part, 8, [](void*, double) { return false; }));
+    CHECK(part.tokens < whole.tokens / 4 && fabs(part.bits_per_byte / part.loss - whole.bits_per_byte / whole.loss) < 1e-9);
 }
 
 TEST(profiles, "nobody could see where the time of a step goes, or its work would be counted wrongly") {
@@ -433,12 +518,34 @@ static void check_memory(const Config& config) {
     }
     CHECK(counter.in_use == 0);
 }
+static void check_memory_of_several(const Config& config, Dtype dtype) {
+    Counter counter;
+    Runtime runtime;
+    runtime.threads = 1;
+    counter.attach(runtime);
+    Config narrow = config;
+    narrow.dtype = dtype;
+    Memory running;
+    CHECK_OK(memory_needed(runtime, narrow, Purpose::running, 5, running));
+    Model model;
+    Array<char> file(runtime);
+    CHECK_OK(model.create(runtime, narrow, Tokenizer()));
+    CHECK_OK(model.save_memory(file));
+    CHECK_OK(model.load_memory(runtime, Text(file.items, file.count), Purpose::running));
+    file.clear();
+    {
+        Session sessions[5];
+        for (Session& session : sessions) CHECK_OK(session.create(runtime, model));
+        CHECK(counter.in_use <= running.total() && counter.in_use + 4096 > running.total());
+    }
+}
 TEST(memory, "memory_needed would be a guess, or a step or a token would allocate") {
     check_memory(tiny_config());
     check_memory(tiny_llama());
     Config translator = tiny_config();
     translator.encoder_layers = 3;
     check_memory(translator);
+    for (const Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::int8}) check_memory_of_several(tiny_llama(), dtype);
 }
 
 TEST(out_of_memory, "an allocation that fails would crash or leak") {
@@ -517,6 +624,10 @@ TEST(wrong_calls, "wrong numbers would be taken, or crash") {
         Trainer trainer;
         CHECK_OK(data.create(runtime, Span<const int32_t>(some_ids(100), 100)));
         CHECK(trainer.create(runtime, empty, tiny_run(10), data).error == Error::invalid_argument);
+        Evaluation evaluation;
+        CHECK(evaluate(runtime, empty, data, evaluation).error == Error::invalid_argument);
+        Array<ProfileRow> rows;
+        CHECK(profile(runtime, tiny_config(), -1, 0.01, rows).error == Error::invalid_argument);
     }
     Runtime runtime;
     Model model;
@@ -524,6 +635,12 @@ TEST(wrong_calls, "wrong numbers would be taken, or crash") {
     Trainer trainer;
     Config config = tiny_config();
     config.heads = 5;
+    Tokenizer bytes;
+    CHECK_OK(bytes.create_bytes(runtime));
+    config.vocab = 256;
+    CHECK(model.create(runtime, config, static_cast<Tokenizer&&>(bytes)).error == Error::invalid_argument && bytes.vocab == 256);
+    config = tiny_config();
+    config.dtype = static_cast<Dtype>(9);
     CHECK(model.create(runtime, config, Tokenizer()).error == Error::invalid_argument);
     CHECK_OK(model.create(runtime, tiny_config(), Tokenizer()));
     CHECK_OK(data.create(runtime, Span<const int32_t>(some_ids(500), 500)));
@@ -539,6 +656,10 @@ TEST(wrong_calls, "wrong numbers would be taken, or crash") {
     ids[63] = 29;
     CHECK(trainer.step(Span<const int32_t>(ids), Span<const int32_t>(targets), result).error == Error::invalid_argument);
     CHECK(trainer.step(Span<const int32_t>(ids, 63), Span<const int32_t>(targets, 63), result).error == Error::invalid_argument);
+    for (int i = 0; i < 8; ++i) CHECK_OK(trainer.begin_step());  // as many as may be under way: run goes on behind them
+    RunResult ran;
+    CHECK_OK(trainer.run(RunConfig(), ran));
+    CHECK(ran.step == 10);
     Data too_short;
     CHECK_OK(too_short.create(runtime, Span<const int32_t>(some_ids(500), 1)));
     CHECK(trainer.create(runtime, model, tiny_run(10), data, &too_short).error == Error::invalid_argument && !trainer.state);
@@ -562,6 +683,8 @@ TEST(schedules, "the learning rate would not follow its schedule") {
           near(t.learning_rate(10000), 0.1));
     t.config.schedule = Schedule::wsd;
     CHECK(near(t.learning_rate(80), 1) && near(t.learning_rate(90), 0.55) && near(t.learning_rate(100), 0.1));
+    t.config.steps = 4, t.config.warmup = 0;
+    CHECK(near(t.learning_rate(0), 1) && near(t.learning_rate(3), 1) && near(t.learning_rate(4), 0.1));
 }
 
 TEST(best_and_patience, "the file would not be the best model, or training would not stop when it gets worse") {
