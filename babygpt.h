@@ -179,8 +179,9 @@ struct [[nodiscard]] Status {
 enum class Backend : int32_t { cpu, plain, cuda };
 // Of the numbers in a computation; sums, weights and their gradients, moments are f32. On a GPU: tf32: of what is multiplied; bf16: of activations and
 // their gradients, too; fp16, for GPUs before 2020: so, too, where a model is trained (sessions run in f32). On a processor (Backend::cpu) all is
-// f32, but bf16: in training, of what is multiplied with weights and into their gradients. It is for processors with AMX, or AMD's avx512_bf16 (which
-// only GCC's kernels use), and gains nothing on others; the bits are the same for any number of threads, but not on another kind of processor.
+// f32, but bf16: in training, and where a Trainer evaluates, of what is multiplied with weights and into their gradients. It is for processors with AMX,
+// or AMD's avx512_bf16 (which only GCC's kernels use), and gains nothing on others; the bits are the same for any number of threads, but not on
+// another kind of processor.
 enum class Precision : int32_t { f32, tf32, bf16, fp16 };
 enum class Isa : int32_t { automatic, sse2, avx2, avx512, neon, portable };  // which kernels; for tests. bits are the same
 
