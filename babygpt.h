@@ -1183,7 +1183,7 @@ struct Line {
 #if defined(__APPLE__) || defined(__wasm__) || defined(_WIN32)
     void put(size_t value) { put(static_cast<uint64_t>(value)); }
 #endif
-    void put(double value);  // six significant digits, as "%g" writes them
+    void put(double value);  // six significant digits
 };
 BABYGPT_RARE void Line::put(Text text) {
     const size_t n = least(text.size, room - 1 - count);
@@ -10314,6 +10314,16 @@ struct Layout {
         return place;
     }
 };
+// Takes the memory that lay(layout) wants: it is asked twice, for the size and then for the places.
+template <class Lay>
+Status take_block(Runtime& runtime, Block& block, bool zero, const Lay& lay) {
+    Layout layout;
+    lay(layout);
+    if (layout.bytes > block.bytes && !block.take(runtime, layout.bytes, zero)) return out_of_memory(layout.bytes);
+    layout = Layout{block.memory, 0};
+    lay(layout);
+    return Status();
+}
 
 // The order of the block. The first three are a trainer's open fields; an evaluation alone has none.
 inline void lay_out(Layout& layout, TrainerState& s, Trainer* trainer, const Config& config, int batch, int threads) {
@@ -10436,11 +10446,8 @@ Status fill(Trainer& trainer, Runtime& from, const Model& of, Adapter* adapter, 
     BABYGPT_TRY(record(state->tape, of.config, config.batch * of.config.context, true, config.dropout, config.batch,
                        adapter ? &adapter->config : nullptr));
     if (adapter) BABYGPT_TRY(check_adapter(state->tape, *adapter));
-    Layout layout;
-    lay_out(layout, *state, &trainer, of.config, config.batch, from.thread_count());
-    if (!state->memory.take(from, layout.bytes, true)) return out_of_memory(layout.bytes);
-    layout = Layout{state->memory.memory, 0};
-    lay_out(layout, *state, &trainer, of.config, config.batch, from.thread_count());
+    BABYGPT_TRY(take_block(from, state->memory, true,
+                           [&](Layout& layout) { lay_out(layout, *state, &trainer, of.config, config.batch, from.thread_count()); }));
     if (!state->on) return Status();
     DevicePlan plan = plan_of(from, state->tape, of.config, config.batch, state->text_room);
     plan.muon = config.optimizer == Optimizer::muon;
@@ -10932,11 +10939,8 @@ Status evaluate(Runtime& runtime, const Model& model, Data& data, Evaluation& re
     BABYGPT_TRY(record(state.tape, model.config, batch * model.config.context, false, 0, batch, adapter ? &adapter->config : nullptr));
     if (adapter) BABYGPT_TRY(check_adapter(state.tape, *adapter));
     if (adapter) BABYGPT_TRY(give_back(adapter->state->borrowed));
-    Layout layout;
-    lay_out(layout, state, nullptr, model.config, batch, runtime.thread_count());
-    if (!state.memory.take(runtime, layout.bytes, true)) return out_of_memory(layout.bytes);
-    layout = Layout{state.memory.memory, 0};
-    lay_out(layout, state, nullptr, model.config, batch, runtime.thread_count());
+    BABYGPT_TRY(take_block(runtime, state.memory, true,
+                           [&](Layout& layout) { lay_out(layout, state, nullptr, model.config, batch, runtime.thread_count()); }));
     if (state.on) BABYGPT_TRY(state.on->create(plan_of(runtime, state.tape, model.config, batch), state.device));
     start_pool(runtime);
     return evaluate_windows(runtime, state, model, adapter, batch, data, result,
@@ -11407,12 +11411,8 @@ Status fill(Session& session, Runtime& from, const Model& of, const Session* par
         longest_token = most(longest_token, size);
         state->holes |= size == 0;
     }
-    Layout layout;
-    const bool on_device = state->on != nullptr;
-    lay_out(layout, *state, on_device, from.thread_count(), longest_token);
-    if (!state->memory.take(from, layout.bytes, true)) return out_of_memory(layout.bytes);
-    layout = Layout{state->memory.memory, 0};
-    lay_out(layout, *state, on_device, from.thread_count(), longest_token);
+    BABYGPT_TRY(take_block(from, state->memory, true,
+                           [&](Layout& layout) { lay_out(layout, *state, state->on != nullptr, from.thread_count(), longest_token); }));
     BABYGPT_TRY(parent ? share_pages(session, *parent) : take_pages(session, 0, context_pages(of.config.context)));
     session.model = &of;
     start_pool(from);
@@ -12611,13 +12611,7 @@ struct SessionSearch {
         const int64_t wanted = longest + static_cast<int64_t>(config.beams) * own_pages();
         if (wanted > INT32_MAX) return out_of_memory(pages_bytes(s, wanted));
         if (wanted > s.page_count) BABYGPT_TRY(take_pages(session, s.shared, wanted));
-        Layout layout;
-        lay_out(layout);
-        if (layout.bytes > s.search.block.bytes && !s.search.block.take(*session.runtime, layout.bytes, false))
-            return out_of_memory(layout.bytes);
-        layout = Layout{s.search.block.memory, 0};
-        lay_out(layout);
-        return Status();
+        return take_block(*session.runtime, s.search.block, false, [&](Layout& layout) { lay_out(layout); });
     }
     void begin() {
         SessionState& s = *session.state;
@@ -12887,11 +12881,7 @@ Status fill(Encoder& encoder, Runtime& from, const Model& of) {
     s->backend = backend;
     BABYGPT_TRY(record(s->tape, of.config, of.config.context, false, 0));
     if (of.state->only_runs) leave_out_packed(s->tape, *backend);
-    Layout layout;
-    lay_out(layout, *s, from.thread_count());
-    if (!s->memory.take(from, layout.bytes, true)) return out_of_memory(layout.bytes);
-    layout = Layout{s->memory.memory, 0};
-    lay_out(layout, *s, from.thread_count());
+    BABYGPT_TRY(take_block(from, s->memory, true, [&](Layout& layout) { lay_out(layout, *s, from.thread_count()); }));
     encoder.model = &of;
     start_pool(from);
     return bind_weights(from, of, s->tape, *backend, s->regions);
@@ -13013,16 +13003,13 @@ Status Session::attention(int layer, Array<float>& probabilities, bool to_source
     // A tape planned as for training keeps queries, keys and softmax sums.
     Tape tape(*runtime);
     BABYGPT_TRY(record(tape, model->config, position, true, 0, 1, state->adapter ? &state->adapter->config : nullptr));
-    Layout layout;
     Regions<float> r;
     Block memory;
-    for (int pass = 0; pass < 2; ++pass) {
+    r.threads = runtime->thread_count();
+    BABYGPT_TRY(take_block(*runtime, memory, true, [&](Layout& layout) {
         r.activations = layout.take<float>(tape.activation_block);
-        r.threads = runtime->thread_count();
         r.scratch = layout.take<float>(state->backend->scratch(tape, r.threads));
-        if (pass == 0 && !memory.take(*runtime, layout.bytes, true)) return out_of_memory(layout.bytes);
-        layout = Layout{memory.memory, 0};
-    }
+    }));
     const Sequence sequence{0, position, 0, nullptr};
     Run run;
     run.rows = position;
@@ -18511,11 +18498,7 @@ struct Specimen {
         constexpr double dropout = 0.2;
         run.rows = first_length + second_length;
         BABYGPT_TRY(record(tape, config, run.rows, true, dropout));
-        Layout layout;
-        lay_out(layout, runtime, backend);
-        if (!memory.take(runtime, layout.bytes, true)) return out_of_memory(layout.bytes);
-        layout = Layout{memory.memory, 0};
-        lay_out(layout, runtime, backend);
+        BABYGPT_TRY(take_block(runtime, memory, true, [&](Layout& layout) { lay_out(layout, runtime, backend); }));
         for (size_t t = 0; t < tape.weights.count; ++t) {
             const Weight& weight = tape.weights[t].weight;
             const double middle = tape.weights[t].deviation < 0 ? 1 : 0;
