@@ -11347,11 +11347,9 @@ Status send_weights(const Model& model, OnDevice& device) {
     if (device.version.fetch_add(0) == model.version) return status;  // not load, which would stay in the object file as a function of std
     device.lock.enter();
     if (device.version.fetch_add(0) != model.version) {
-        model.state->lock.enter();
         status = bring(model);
         if (status.ok()) status = device.functions->set_weights(device.generator, model.weights);
         if (status.ok()) device.version.exchange(model.version);
-        model.state->lock.leave();
     }
     device.lock.leave();
     return status;
