@@ -911,8 +911,8 @@ struct SearchResult {
 // One conversation: a KV cache and a sampler over a shared, read-only model. One thread at a time; different sessions at the same time.
 // Past the end of the context the older half of the text is forgotten (in a chat: whole turns) and the rest is read again.
 // After create, a token allocates nothing. With Backend::cuda the weights, once for all sessions of a model, and the KV cache are on the GPU (the
-// one that is current when the model's first session is made), which reads 256 ids at once; the
-// processor draws, but of 16 sessions and more, up to 256 logits and nothing but temperature, top_k, top_p and min_p, the GPU does.
+// one that is current when the model's first session is made), which reads 256 ids at once. The processor draws; the GPU where 16 sessions or more
+// go on together with at most 256 logits and nothing but temperature, top_k, top_p and min_p.
 // Precision::bf16: matrices, keys and values are rounded to bf16, and what matrices multiply; tf32 computes as f32.
 struct Session {
     const Model* model = nullptr;
@@ -1187,7 +1187,7 @@ struct Line {
 };
 BABYGPT_RARE void Line::put(Text text) {
     const size_t n = least(text.size, room - 1 - count);
-    memcpy(to + count, text.data, n);
+    if (n) memcpy(to + count, text.data, n);  // an empty text may be null
     to[count += n] = '\0';
 }
 BABYGPT_RARE void Line::put(const char* text) { put(Text(text)); }
@@ -8422,7 +8422,7 @@ Status Model::create(Runtime& from, const Config& wanted, Tokenizer&& taken, uin
     BABYGPT_TRY(check(full));
     Tokenizer kept = static_cast<Tokenizer&&>(taken);  // it may be this model's own
     *this = Model();
-    const Status made = allocate_weights(from, *this, full, true);
+    Status made = allocate_weights(from, *this, full, true);
     if (!made.ok()) return *this = Model(), made;
     tokenizer = static_cast<Tokenizer&&>(kept);
     for (size_t t = 0; t < state->plans.count; ++t) {
@@ -8439,9 +8439,9 @@ Status Model::create(Runtime& from, const Config& wanted, Tokenizer&& taken, uin
                 for (int64_t j = i; j < least(i + 2, size); ++j) w[j] = static_cast<float>(plan.deviation * pair[j - i]);
             }
     }
-    if (full.dtype == Dtype::f32) return Status();
-    config.dtype = Dtype::f32;  // until it is converted
-    return convert(full.dtype);
+    if (full.dtype != Dtype::f32) made = convert(full.dtype);
+    if (!made.ok()) *this = Model();
+    return made;
 }
 Status Model::convert(Dtype to) {
     const FloatMode mode;
@@ -13490,23 +13490,11 @@ constexpr const char* beyond_gpt2[] = {"num_key_value_heads", "n_inner", "gated"
 constexpr const char* beyond_decoders[] = {"encoder_layers", "causal", "classes", "pool_first", "features", "norm_last", "head_bias"};
 // What files of the first kind, or other people's, may lack; it then has its default.
 inline bool is_optional(const char* key) {
-    static constexpr const char* names[] = {"position_embedding_type",
-                                            "dtype",
-                                            "optimizer",
-                                            "muon_lr",
-                                            "model_type",
-                                            "tie_word_embeddings",
-                                            "bias",
-                                            "attention_bias",
-                                            "hidden_act",
-                                            "layer_norm_epsilon",
-                                            "rms_norm_eps",
-                                            "best_accuracy",
-                                            "evaluation_due",
-                                            "loss_scale",
-                                            "loss_scale_steps",
-                                            "base_fingerprint"};
-    return is_one_of(key, names) || is_one_of(key, beyond_gpt2) || is_one_of(key, beyond_decoders);
+    static constexpr const char* of_model[] = {"position_embedding_type", "dtype",      "model_type",         "tie_word_embeddings", "bias",
+                                               "attention_bias",          "hidden_act", "layer_norm_epsilon", "rms_norm_eps"};
+    static constexpr const char* of_training[] = {"optimizer",  "muon_lr",          "best_accuracy",   "evaluation_due",
+                                                  "loss_scale", "loss_scale_steps", "base_fingerprint"};
+    return is_one_of(key, of_model) || is_one_of(key, of_training) || is_one_of(key, beyond_gpt2) || is_one_of(key, beyond_decoders);
 }
 template <class Record>
 Status all_seen(const Record& record, uint64_t seen, Text where) {
