@@ -360,6 +360,26 @@ TEST(trained_after_conversion,
     }
 }
 
+TEST(summaries, "the rows of a summary would not add up to the model") {
+    Runtime runtime;
+    for (const bool tied : {false, true})
+        for (const int encoder_layers : {0, 1}) {
+            Config config = tiny_config();
+            config.tied = tied, config.encoder_layers = encoder_layers;
+            Model model;
+            Array<SummaryRow> rows;
+            CHECK_OK(model.create(runtime, config, Tokenizer()));
+            CHECK_OK(summary(runtime, config, 2, rows));
+            int64_t parameters = 0;
+            for (const SummaryRow& row : rows) parameters += row.parameters;
+            CHECK(parameters == model.parameters);
+        }
+    Config huge = tiny_config();  // a batch that check allows
+    Array<SummaryRow> rows;
+    huge.width = 65536, huge.context = 65536, huge.vocab = 10000000;
+    CHECK(summary(runtime, huge, 256, rows).error == Error::invalid_argument);
+}
+
 TEST(evaluating, "a loss would depend on who measures it, or a long measurement could not be watched and ended") {
     Runtime runtime;
     Model model;
