@@ -2074,15 +2074,27 @@ inline bool append_utf8(Array<char>& to, uint32_t code) {
 // ---- plain words -----------------------------------------------------------------------------------------------------
 
 // The small letter of a Latin, Greek or Cyrillic capital (Unicode's simple mappings, by ranges); all four Turkish i's become one, since a
-// capital I does not say which language it is from.
+// capital I does not say which language it is from, and a final sigma is a sigma, as in Unicode's case folding.
 inline uint32_t small_letter(uint32_t c) {
+    static const struct {
+        uint16_t first, last, step;  // every step-th one is a capital
+        int16_t change;              // to its small letter
+    } capitals[] = {
+        {'A', 'Z', 1, 32},          {0xc0, 0xd6, 1, 32},     {0xd8, 0xde, 1, 32},    {0x100, 0x136, 2, 1},   {0x139, 0x147, 2, 1},
+        {0x14a, 0x176, 2, 1},       {0x178, 0x178, 1, -121}, {0x179, 0x17d, 2, 1},   {0x181, 0x181, 1, 210}, {0x186, 0x186, 1, 206},
+        {0x189, 0x18a, 1, 205},     {0x18e, 0x18e, 1, 79},   {0x18f, 0x18f, 1, 202}, {0x190, 0x190, 1, 203}, {0x191, 0x191, 1, 1},
+        {0x193, 0x193, 1, 205},     {0x194, 0x194, 1, 207},  {0x196, 0x196, 1, 211}, {0x197, 0x197, 1, 209}, {0x198, 0x198, 1, 1},
+        {0x19d, 0x19d, 1, 213},     {0x1a0, 0x1a4, 2, 1},    {0x1af, 0x1af, 1, 1},   {0x1b1, 0x1b2, 1, 217}, {0x1b3, 0x1b5, 2, 1},
+        {0x1b7, 0x1b7, 1, 219},     {0x1cd, 0x1db, 2, 1},    {0x1de, 0x1ee, 2, 1},   {0x1f8, 0x21e, 2, 1},   {0x222, 0x232, 2, 1},
+        {0x386, 0x386, 1, 38},      {0x388, 0x38a, 1, 37},   {0x38c, 0x38c, 1, 64},  {0x38e, 0x38f, 1, 63},  {0x391, 0x3a1, 1, 32},
+        {0x3a3, 0x3ab, 1, 32},      {0x3c2, 0x3c2, 1, 1},    {0x400, 0x40f, 1, 80},  {0x410, 0x42f, 1, 32},  {0x460, 0x480, 2, 1},
+        {0x48a, 0x4be, 2, 1},       {0x4c0, 0x4c0, 1, 15},   {0x4c1, 0x4cd, 2, 1},   {0x4d0, 0x52e, 2, 1},   {0x1e00, 0x1e94, 2, 1},
+        {0x1e9e, 0x1e9e, 1, -7615}, {0x1ea0, 0x1efe, 2, 1}};
     if (c == 'I' || c == 0x130 || c == 0x131) return 'i';
-    if ((c >= 'A' && c <= 'Z') || (c >= 0xc0 && c <= 0xde && c != 0xd7) || (c >= 0x391 && c <= 0x3a9) || (c >= 0x410 && c <= 0x42f))
-        return c + 32;
-    if (c >= 0x400 && c <= 0x40f) return c + 80;
-    if (c == 0x178) return 0xff;
-    if ((c >= 0x100 && c <= 0x137) || (c >= 0x14a && c <= 0x177)) return c | 1;
-    if ((c >= 0x139 && c <= 0x148) || (c >= 0x179 && c <= 0x17e)) return c + (c & 1);
+    for (const auto& range : capitals) {
+        if (c < range.first) break;
+        if (c <= range.last && (c - range.first) % range.step == 0) return c + static_cast<uint32_t>(range.change);
+    }
     return c;
 }
 // Is a small letter, or a digit, of a word?
@@ -2090,12 +2102,13 @@ inline bool is_of_word(uint32_t c) {
     return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') ||
            (c >= 0xc0 && c != not_utf8 && !(c >= 0x2000 && c < 0x2070) && !(c >= 0x3000 && c < 0x3040));
 }
-// Appends a text as plain words: small letters and digits, one space between words. An apostrophe closes the gap, other punctuation is a space.
+// Appends a text as plain words: small letters and digits, one space between words. An apostrophe closes the gap, other punctuation is a
+// space. A final sigma stays as it is.
 inline bool append_plain_words(Array<char>& to, Text text) {
     const size_t start = to.count;
     bool space = false, good = true;
     for (size_t i = 0, length; i < text.size && good; i += length) {
-        const uint32_t c = small_letter(decode_utf8(text.data + i, text.end(), length));
+        const uint32_t code = decode_utf8(text.data + i, text.end(), length), c = code == 0x3c2 ? code : small_letter(code);
         if (c == '\'' || c == 0x2019 || c == 0x307) continue;  // 0x307: the dot that some systems put over a small i
         const bool word = is_of_word(c);
         if (word && space && to.count > start) good = to.push(' ');

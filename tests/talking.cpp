@@ -370,6 +370,20 @@ TEST(patterns, "a pattern would find what it does not say, or miss what it says"
           !finds("b??d",
                  "b\xc3\xbc"
                  "d"));
+    const char* const capitals[][2] = {
+        {"\u03ac\u03ad\u03ae\u03af\u03cc\u03cd\u03ce\u03ca\u03cb\u03c2",
+         "\u0386\u0388\u0389\u038a\u038c\u038e\u038f\u03aa\u03ab\u03a3"},                  // Greek
+        {"\u0219\u021b\u0103", "\u0218\u021a\u0102"},                                      // Romanian
+        {"\u01a1\u01b0\u1ea1\u1ef9", "\u01a0\u01af\u1ea0\u1ef8"},                          // Vietnamese
+        {"\u0491\u0454\u0457", "\u0490\u0404\u0407"},                                      // Ukrainian
+        {"\u0259", "\u018f"},                                                              // Azerbaijani
+        {"\u049b\u04d9\u04a3\u04b1\u04e9\u052f", "\u049a\u04d8\u04a2\u04b0\u04e8\u052e"},  // Kazakh, and the last of its row
+        {"\u0253\u0257\u0199\u01b4", "\u0181\u018a\u0198\u01b3"},                          // Hausa
+        {"\u04cf\u04c2\u04ce", "\u04c0\u04c1\u04cd"},                                      // of the Caucasus
+        {"\u01ce\u01dc\u00df", "\u01cd\u01db\u1e9e"},
+        {"\u0142\u017c\u00ff\u00fe", "\u0141\u017b\u0178\u00de"}};
+    for (const auto& pair : capitals) CHECK(finds(pair[0], pair[1]) && finds(pair[1], pair[0]) && finds(pair[1], pair[1]));
+    CHECK(!finds("\u00d7", "\u00f7") && !finds("\u0490", "\u0413"));
     CHECK(finds("bad",
                 "b\xc2\xad"
                 "a\xe2\x80\x8b"
