@@ -296,7 +296,8 @@ Status parse_tokenizer(Text text, TokenizerConfig& config);
 //             letters, not Turkish: I and U+0130 give i, U+0131 stays; Turkish wants `cased`.
 // sentencepiece: unigram (Kudo 2018), or a .model file of that type or BPE. encode adds no <s> or </s>; decode leaves control pieces out.
 //             The end of text is what the file calls eos_piece, </s>; of llama2.c's tok512.bin it is <s>, which its documents begin with.
-//             Files often change the text. One that was trained here does not: decode(encode(x)) == x where all characters are known.
+//             Files often change the text. One that was trained here does not: decode(encode(x)) == x where all characters are known, but
+//             for U+2581, files' sign for a blank, which comes back as one.
 // Bytes and bpe: decode(encode(x)) == x for any bytes whatever. Read-only once filled: any number of threads may use it.
 // begin_of_text, <s>, is what some models of other people's have read before each text, and miss where it is absent. Data, Session and Encoder
 // put it there, encode does not. There is one where GGUF's add_bos_token says so (if it says nothing, llama.cpp's rule: with SentencePiece BPE);
@@ -334,7 +335,8 @@ struct Tokenizer {
     // Appends to `ids`. With `special`, names of special tokens in the text become their ids; without, they are plain text.
     // `unknown_count`, where not null, receives how many characters became `unknown`.
     Status encode(Text text, Array<int32_t>& ids, bool special = false, size_t* unknown_count = nullptr) const;
-    // The bytes of one id, a view that lives as long as the tokenizer. Unknown characters are U+FFFD. "" for an id out of range.
+    // The bytes of one id, a view that lives as long as the tokenizer; "" for an id out of range. `unknown` is U+FFFD (characters), [UNK]
+    // (wordpiece), or what the file says (sentencepiece; mostly U+2047 between blanks).
     Text bytes(int32_t id) const;
     // Appends the exact bytes; an id out of range is an error.
     Status decode(Span<const int32_t> ids, Array<char>& text) const;
@@ -3321,6 +3323,11 @@ struct WordPieceEncoder {
 enum PieceKind : unsigned char { piece_none, piece_normal, piece_unknown, piece_control, piece_user, piece_unused, piece_byte };
 
 constexpr char blank_symbol[] = "\xe2\x96\x81";  // U+2581, which files write for a blank
+constexpr char hex_digits[] = "0123456789ABCDEF";
+inline bool append_byte_name(Array<char>& to, unsigned byte) {  // <0x00> to <0xFF>
+    const char name[] = {'<', '0', 'x', hex_digits[byte / 16], hex_digits[byte % 16], '>'};
+    return to.append(name, sizeof name);
+}
 
 // Kudo & Richardson 2018: the text is normalised, blanks included, and cut without regard to words: by the most probable way (unigram,
 // Kudo 2018), or by merging neighbours (BPE).
@@ -3391,7 +3398,7 @@ struct PieceEncoder {
         const auto children = [](uint32_t u) { return u >> 10 << ((u & (1u << 9)) >> 6); };
         uint32_t at = children(unit(0));
         bool found = false;
-        for (size_t i = 0; i < input.size; ++i) {
+        for (size_t i = 0; i < least(input.size, size_t(256)); ++i) {  // a rule reads a few characters; a damaged one would go in a circle
             const uint32_t label = static_cast<unsigned char>(input[i]), u = unit(at ^= label);
             if ((u & 0x800000ffu) != label) break;
             if (matched) *matched = i + 1;  // some rule begins so
@@ -3782,7 +3789,6 @@ struct Protobuf {
     bool good = true;
     uint64_t field = 0, value = 0;
     Text bytes;
-    bool is_bytes = false;
     explicit Protobuf(Text message) : text(message) {}
     uint64_t number() {
         uint64_t result = 0;
@@ -3797,7 +3803,7 @@ struct Protobuf {
     bool next() {
         if (!good || at >= text.size) return false;
         const uint64_t key = number(), kind = key & 7;
-        field = key >> 3, value = 0, bytes = Text(), is_bytes = kind == 2;
+        field = key >> 3, value = 0, bytes = Text();
         if (kind == 0) return value = number(), good;
         const uint64_t size = kind == 2 ? number() : kind == 1 ? 8 : kind == 5 ? 4 : ~uint64_t(0);
         if (!good || size > text.size - at) return good = false;
@@ -3997,12 +4003,16 @@ struct TokenizerReader {
         if (find_pair(seen_pairs, merge.left, merge.right) >= 0) return bad("merge ", number, " is given twice");
         return seen_pairs.insert(mix(pair_key(merge.left, merge.right)), number) && tables.merges.push(merge) ? Status() : no_memory();
     }
-    Status finish() {
+    Status find_bytes() {
         for (int byte = 0; byte < 256; ++byte) {
             const char c = static_cast<char>(byte);
             tables.byte_ids[byte] = find(Text(&c, 1));
             if (tables.byte_ids[byte] < 0) return bad("byte ", byte, " has no token");
         }
+        return Status();
+    }
+    Status finish() {
+        BABYGPT_TRY(find_bytes());
         size_t specials = 0;
         for (const Tables::Token& token : tables.tokens) specials += token.special;
         if (specials > 4096) return unsupported(specials, " special tokens are too many");
@@ -4037,13 +4047,17 @@ struct TokenizerReader {
         BABYGPT_TRY(vocabulary(json, true));
         return json.finish(name);
     }
+    static Text next_line(Text text, size_t& at) {
+        const char* end = static_cast<const char*>(memchr(text.data + at, '\n', text.size - at));
+        Text line(text.data + at, end ? static_cast<size_t>(end - text.data) - at : text.size - at);
+        at += line.size + 1;
+        if (line.size && line[line.size - 1] == '\r') --line.size;
+        return line;
+    }
     // A line a merge, "left right"; the first line may be a comment.
     Status vocab_bpe(Text text) {
         for (size_t at = 0, line_number = 1; at < text.size; ++line_number) {
-            const char* end = static_cast<const char*>(memchr(text.data + at, '\n', text.size - at));
-            Text line(text.data + at, end ? static_cast<size_t>(end - text.data) - at : text.size - at);
-            at += line.size + 1;
-            if (line.size && line[line.size - 1] == '\r') --line.size;
+            const Text line = next_line(text, at);
             if (line.size == 0 || (line_number == 1 && starts_with(line, "#version"))) continue;
             BABYGPT_TRY(merge_line(line));
         }
@@ -4073,8 +4087,9 @@ struct TokenizerReader {
             if (!decode_base64(Text(text.data + start, at - start), scratch, memory))
                 return memory ? bad("line ", line_number, " is not in base 64") : no_memory();
             uint64_t id = 0;
+            const bool ends = at == text.size || text[at] == '\n';
             const size_t digits = ++at;
-            for (; at < text.size && text[at] >= '0' && text[at] <= '9'; ++at)
+            for (; !ends && at < text.size && text[at] >= '0' && text[at] <= '9'; ++at)
                 id = least(id * 10 + static_cast<uint64_t>(text[at] - '0'), uint64_t(INT32_MAX));
             if (at == digits) return bad("line ", line_number, " has no id");
             at += at < text.size && text[at] == '\r';
@@ -4082,19 +4097,13 @@ struct TokenizerReader {
             ++at;
             BABYGPT_TRY(add(static_cast<int64_t>(id), view(scratch), false));
         }
-        for (int byte = 0; byte < 256; ++byte) {
-            const char c = static_cast<char>(byte);
-            tables.byte_ids[byte] = find(Text(&c, 1));
-        }
+        BABYGPT_TRY(find_bytes());
         Array<int32_t> ids(runtime);
         Encoding encoder(tables, ids, runtime);
         for (size_t i = 0; i < tables.tokens.count; ++i) {
             const Text token = tables.bytes(static_cast<int32_t>(i));
             if (token.size < 2) continue;
             ids.count = 0;
-            for (const char c : token)
-                if (tables.byte_ids[static_cast<unsigned char>(c)] < 0)
-                    return bad("byte ", static_cast<int>(static_cast<unsigned char>(c)), " has no token");
             if (!ids.reserve(token.size) || !encoder.merge_word(token)) return no_memory();
             if (ids.count != 2) {
                 tables.whole_words_first = true;
@@ -4527,10 +4536,7 @@ struct TokenizerReader {
         tables.lower_case = tables.strip_accents = !ends_cased && path_has("uncased");
         int64_t id = 0;
         for (size_t at = 0; at < text.size; ++id) {
-            const char* end = static_cast<const char*>(memchr(text.data + at, '\n', text.size - at));
-            Text line(text.data + at, end ? static_cast<size_t>(end - text.data) - at : text.size - at);
-            at += line.size + 1;
-            if (line.size && line[line.size - 1] == '\r') --line.size;
+            const Text line = next_line(text, at);
             bool special = false;
             for (const char* known : bert_specials) special |= equal(line, known);
             BABYGPT_TRY(add_word(id, line, special));
@@ -4623,13 +4629,13 @@ struct TokenizerReader {
     }
 
     // ---- SentencePiece's .model ----
+    static constexpr char default_surface[] = " \xe2\x81\x87 ";  // of the unknown piece
     // A protobuf message, ModelProto (sentencepiece_model.proto): 1 the pieces, 2 the trainer's settings, 3 the normaliser's, 5 the
     // denormaliser's. It is kept as it is, for saving.
     Status sentencepiece(Text text) {
         file_size = text.size;
         if (!append(tables.proto, text)) return no_memory();
         const Text whole = view(tables.proto);
-        const Text default_surface(" \xe2\x81\x87 ");
         Text surface = default_surface, between = "</s>";
         Protobuf model(whole);
         uint64_t type = 1;
@@ -4699,7 +4705,7 @@ struct TokenizerReader {
         for (const int32_t id : tables.specials)
             if (equal(tables.bytes(id), between)) tables.piece_between = id;
         tables.unknown_surface = tables.text.count;
-        return append(tables.text, surface.size ? surface : default_surface) ? Status() : no_memory();
+        return append(tables.text, surface.size ? surface : Text(default_surface)) ? Status() : no_memory();
     }
     void note_plain_ascii() {
         for (unsigned c = 0x21; c < 0x80; ++c) {
@@ -4733,14 +4739,13 @@ struct TokenizerReader {
         if (!tables.piece_kinds.push(static_cast<unsigned char>(kind)) || !tables.scores.push(static_cast<double>(score)))
             return no_memory();
         if (kind == piece_byte) {
-            static const char digits[] = "0123456789ABCDEF";
             const void *high = nullptr, *low = nullptr;
             if (piece.size == 6 && starts_with(piece, "<0x") && piece[5] == '>')
-                high = memchr(digits, piece[3], 16), low = memchr(digits, piece[4], 16);
+                high = memchr(hex_digits, piece[3], 16), low = memchr(hex_digits, piece[4], 16);
             if (!high || !low) return bad("byte piece ", id, " is not <0x00> to <0xFF>");
             if (!tables.byte_fallback) return bad("piece ", id, " is a byte, but byte_fallback is off");
-            const size_t byte = static_cast<size_t>(static_cast<const char*>(high) - digits) * 16 +
-                                static_cast<size_t>(static_cast<const char*>(low) - digits);
+            const size_t byte = static_cast<size_t>(static_cast<const char*>(high) - hex_digits) * 16 +
+                                static_cast<size_t>(static_cast<const char*>(low) - hex_digits);
             if (tables.byte_ids[byte] >= 0) return bad("byte piece ", id, " is given twice");
             tables.byte_ids[byte] = static_cast<int32_t>(id);
             const char c = static_cast<char>(byte);
@@ -4783,7 +4788,7 @@ struct TokenizerReader {
         BABYGPT_TRY(sentencepiece_of(proto, 2, true, true, false, Text(), "<s>"));
         return begin_with(1, "<s>");
     }
-    // A SentencePiece model is made anew: its pieces first. Blanks become U+2581.
+    // A SentencePiece model is made anew: its pieces first. Blanks become U+2581, but for those in the names of special tokens.
     static bool put_field(Array<char>& to, char key, Text bytes) {
         bool good = to.push(key);
         size_t size = bytes.size;
@@ -4792,8 +4797,9 @@ struct TokenizerReader {
     }
     bool put_piece(Array<char>& proto, Text piece, uint32_t score, char kind) {
         left.count = right.count = 0;
+        const bool special = kind == piece_unknown || kind == piece_control;
         bool good = true;
-        for (const char c : piece) good = good && (c == ' ' ? append(left, blank_symbol) : left.push(c));
+        for (const char c : piece) good = good && (c == ' ' && !special ? append(left, blank_symbol) : left.push(c));
         good = good && put_field(right, 0x0a, view(left)) && right.push(0x15);
         for (int shift = 0; shift < 32; shift += 8) good = good && right.push(static_cast<char>(score >> shift & 0xff));
         return good && right.push(0x18) && right.push(kind) && put_field(proto, 0x0a, view(right));
@@ -5097,6 +5103,7 @@ struct UnigramTrainer {
         for (size_t i = 0, length; i < piece.size; i += length) {
             uint32_t c = decode_utf8(piece.data + i, piece.end(), length);
             if (c == not_utf8) c = 0xfffd;
+            if (c == 0x2581) c = ' ';  // as the encoder reads it
             const bool blank = c == ' ', letter = !blank && is_letter(c), begun = run_length > 1 || (run_length == 1 && run[0] != ' ');
             const bool new_line = ends_line(last) && !ends_line(c) && !document_begins;
             if (document_begins && !add_to_run(' ')) return false;  // as the encoder puts one before each text
@@ -5380,6 +5387,12 @@ struct UnigramTrainer {
         }
         return true;
     }
+    BABYGPT_RARE bool keep_probable(size_t count) {
+        probabilities.count = 0;
+        for (const Piece& piece : pieces)
+            if (!probabilities.push(piece.score + 1000)) return false;
+        return keep(probabilities, count);
+    }
     BABYGPT_RARE Status learn(size_t vocab, bool byte_fallback) {
         const Status no_memory = out_of_memory(runs.text.count * sizeof(Suffix));
         if (!make_seeds()) return no_memory;
@@ -5389,7 +5402,8 @@ struct UnigramTrainer {
                         others, " other pieces need ", others + single);
         const size_t wanted = vocab - others - single, more = wanted + vocab / 10;
         for (;;) {
-            if (!build_trie()) return no_memory;
+            while (!build_trie())  // very many long seeds: of these, the half that occurs most
+                if (trie.nodes < Trie::most_nodes - 1 || !keep_probable((pieces.count - single) / 2)) return no_memory;
             for (int i = 0; i < 2; ++i) {
                 if (!expect()) return no_memory;
                 maximize();
@@ -5400,10 +5414,7 @@ struct UnigramTrainer {
                 return no_memory;
             if (few) break;
         }
-        probabilities.count = 0;
-        for (const Piece& piece : pieces)
-            if (!probabilities.push(piece.score + 1000)) return no_memory;
-        return keep(probabilities, wanted) ? write(byte_fallback) : no_memory;
+        return keep_probable(wanted) ? write(byte_fallback) : no_memory;
     }
     // The model as a file: <unk>, <s>, </s>, the bytes, then the pieces, the most probable first.
     BABYGPT_RARE Status write(bool byte_fallback) {
@@ -5420,9 +5431,8 @@ struct UnigramTrainer {
         };
         bool good = put("<unk>", 0, piece_unknown) && put("<s>", 0, piece_control) && put("</s>", 0, piece_control);
         for (unsigned byte = 0; byte < 256 && byte_fallback; ++byte) {
-            static const char digits[] = "0123456789ABCDEF";
-            const char symbol[] = {'<', '0', 'x', digits[byte / 16], digits[byte % 16], '>'};
-            good = good && put(Text(symbol, 6), 0, piece_byte);
+            run.count = 0;
+            good = good && append_byte_name(run, byte) && put(view(run), 0, piece_byte);
         }
         for (size_t i = 0; i < pieces.count; ++i) good = good && heap_push(order, Item{pieces[i].score, i});
         while (good && order.count) {
@@ -5462,6 +5472,7 @@ BABYGPT_RARE inline Status finish_tokenizer(Tokenizer& made) {
 // A tokenizer that `fill(tables)` fills, in the place of what `tokenizer` was; that stays as it was where something fails.
 template <class Fill>
 Status make_tokenizer(Tokenizer& tokenizer, Runtime& runtime, TokenizerKind kind, const Fill& fill) {
+    const FloatMode mode;
     Tokenizer made;
     BABYGPT_TRY(begin_tokenizer(made, runtime, kind));
     BABYGPT_TRY(fill(*made.tables));
@@ -5777,9 +5788,13 @@ BABYGPT_RARE inline bool write_wordpiece_json(const Tables& tables, Array<char>&
 }
 
 // Whether a tokenizer.json of Hugging Face's can say what a SentencePiece model says.
-BABYGPT_RARE inline bool fits_unigram_json(const Tables& tables) {
+BABYGPT_RARE inline bool fits_unigram_json(const Tokenizer& tokenizer) {
+    const Tables& tables = *tokenizer.tables;
     bool fits = tables.unigram && tables.escape_whitespaces && !tables.treat_whitespace_as_suffix && tables.user_pieces.count == 0 &&
                 (tables.add_dummy_prefix || !tables.remove_extra_whitespaces);
+    // It does not say what ends a text, nor how an unknown piece looks.
+    fits = fits && equal(tokenizer.bytes(tokenizer.unknown), TokenizerReader::default_surface);
+    for (const int32_t id : tables.specials) fits = fits && equal(tables.bytes(id), "</s>") == (id == tokenizer.end_of_text);
     for (size_t i = 0; i < tables.tokens.count && fits; ++i)
         fits = tables.piece_kinds[i] == piece_byte ||
                (tables.piece_kinds[i] != piece_unused && is_utf8(tables.bytes(static_cast<int32_t>(i))));
@@ -5821,12 +5836,8 @@ BABYGPT_RARE inline bool write_unigram_json(const Tables& tables, int32_t begin,
     for (size_t i = 0; i < tables.tokens.count && good; ++i) {
         const Text bytes = tables.bytes(static_cast<int32_t>(i));
         piece.count = 0;
-        if (tables.piece_kinds[i] == piece_byte) {
-            static const char digits[] = "0123456789ABCDEF";
-            const unsigned byte = static_cast<unsigned char>(bytes[0]);
-            const char symbol[] = {'<', '0', 'x', digits[byte / 16], digits[byte % 16], '>'};
-            good = piece.append(symbol, 6);
-        } else
+        if (tables.piece_kinds[i] == piece_byte) good = append_byte_name(piece, static_cast<unsigned char>(bytes[0]));
+        else
             for (const char c : bytes) good = good && (c == ' ' && !tables.tokens[i].special ? append(piece, blank_symbol) : piece.push(c));
         good = good && append(to, i ? ",\n[" : "\n[") && append_json(to, view(piece)) && to.push(',') &&
                append_number(to, tables.scores[i]) && to.push(']');
@@ -5915,7 +5926,7 @@ Status Tokenizer::load(Runtime& from, Text path) {
     if (equal(path, "byte")) return create_bytes(from);
     const Status status = read_tokenizer_file(*this, from, path);
     if (status.ok() || status.error != Error::cannot_open || path.size == 0) return status;
-    static const char* const endings[] = {".json", ".tiktoken", ".bpe", ".txt", ".model", ".bin", "cased", ".gguf"};
+    static const char* const endings[] = {".json", ".tiktoken", ".bpe", ".txt", ".model", ".bin", ":cased", ":uncased", ".gguf"};
     for (const char* ending : endings)
         if (ends_with(path, ending)) return status;
     // Perhaps a folder; its files cannot be listed, so we try the usual names.
@@ -5934,6 +5945,7 @@ Status Tokenizer::load(Runtime& from, Text path) {
             refused = done;
             continue;
         }
+        if (done.error == Error::cannot_open) return fail(Error::bad_file, Text(done.message));  // half of one is no reason to do without
         BABYGPT_TRY(done);
         if (is_model) BABYGPT_TRY(read_begin_of_text(read, from, path));
         *this = static_cast<Tokenizer&&>(read);
@@ -5973,7 +5985,7 @@ Status tokenizer_file(const Tokenizer& tokenizer, Text path, Array<char>& conten
     if (pieces && ends_with(path, ".model")) {
         content.runtime = tokenizer.runtime;
         if (!append(content, view(tokenizer.tables->proto))) return out_of_memory(tokenizer.tables->proto.count);
-    } else if (pieces && fits_unigram_json(*tokenizer.tables)) {
+    } else if (pieces && fits_unigram_json(tokenizer)) {
         content.runtime = tokenizer.runtime;
         if (!write_unigram_json(*tokenizer.tables, tokenizer.begin_of_text, content)) return out_of_memory(content.count);
     } else BABYGPT_TRY(tokenizer.save_memory(content));
@@ -6023,6 +6035,7 @@ Status Tokenizer::encode(Text text, Array<int32_t>& ids, bool special, size_t* u
     if (unknown_count) *unknown_count = 0;
     if (!tables) return fail(Error::invalid_argument, "the tokenizer is empty: create, train or load it first");
     if (!ids.runtime) ids.runtime = runtime;
+    const FloatMode mode;
     const size_t before = ids.count;
     if (kind == TokenizerKind::bytes) {
         if (!ids.resize(before + text.size)) return out_of_memory((before + text.size) * sizeof(int32_t));
@@ -6116,9 +6129,7 @@ size_t Utf8Stream::push(Text piece, char* out) {
             size_t length;
             const uint32_t code = decode_utf8(held, held + count, length);
             // The start of a character that may still be completed is kept.
-            const unsigned char lead = pending[0];
-            const int wanted = lead < 0xc2 || lead > 0xf4 ? 1 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
-            if (code == not_utf8 && static_cast<int>(length) == count && count < wanted) break;
+            if (code == not_utf8 && static_cast<int>(length) == count && pending[0] >= 0xc2 && pending[0] <= 0xf4) break;
             memcpy(out + written, held, length);
             written += length;
             count -= static_cast<int>(length);
@@ -14814,10 +14825,6 @@ struct GgufTokenizer {
             if (tables.whole_words_first) return unsupported("that takes whole words before merges");
             if (kind == TokenizerKind::wordpiece && !(tables.lower_case && tables.strip_accents))
                 return unsupported("of WordPiece that tells capitals");
-            if (characters && tokenizer.vocab > 1) {
-                for (const uint32_t code : tables.codes)
-                    if (code == 0x2581) return unsupported("of characters with U+2581, its blank");
-            }
             Array<char> token(*tokenizer.runtime);
             for (int id = 0; id < tokenizer.vocab && to.good; ++id) BABYGPT_TRY(put_token(id, token));
         }
@@ -14866,6 +14873,7 @@ struct GgufTokenizer {
         bool good;
         if (special) good = append(token, bytes);
         else if (tokenizer.kind == TokenizerKind::wordpiece || tokenizer.kind == TokenizerKind::characters) {
+            if (starts_with(bytes, blank_symbol)) return unsupported("with U+2581, its sign for a blank");
             const bool blank = bytes[0] == ' ', bracketed = blank && bytes[1] == '[' && bytes.size > 2 && ends_with(bytes, "]");
             good = (!blank || bracketed || append(token, blank_symbol)) && append(token, Text(bytes.data + blank, bytes.size - blank));
         } else good = append_symbols(token, bytes);

@@ -1,4 +1,5 @@
 // Tokenizers: text to ids and back, learning, files. The reference implementations here are slow and simple on purpose.
+#include <fenv.h>
 #include <stdlib.h>
 
 #include <algorithm>
@@ -822,8 +823,9 @@ TEST(turkish_letters, "WordPiece that was trained uncased keeps a dot or an acce
 }
 
 // A SentencePiece model by hand: pieces of (text, score, kind), then the settings.
-static string field_of(char number, const string& bytes) {
-    string field(1, static_cast<char>(number * 8 + 2));
+static string field_of(int number, const string& bytes) {
+    string field(1, static_cast<char>(number < 16 ? number * 8 + 2 : (number * 8 + 2) % 128 + 128));
+    if (number >= 16) field += static_cast<char>(number / 16);
     for (size_t size = bytes.size();; size >>= 7) {
         field += static_cast<char>(size >= 128 ? (size & 127) | 128 : size);
         if (size < 128) return field + bytes;
@@ -909,6 +911,13 @@ TEST(sentencepiece, "a SentencePiece model cuts, joins or keeps blanks in anothe
         CHECK(decode(tokenizer, encode(tokenizer, string(100000, 'a'))) == string(100000, 'a'));
     }
     Tokenizer tokenizer;
+    // A charsmap whose only letter comes after itself: without end, looking it up would take a minute.
+    string circle("\0\x08\0\0\0\0\x04\0", 8);
+    circle.resize(4 + 2048 + 2);
+    circle.replace(4 + 4 * 0x161, 4, string("\x61\x84\x01\0", 4));
+    file.text = small_model(true, field_of(2, circle));
+    CHECK_OK(tokenizer.load(runtime, "small.model"));
+    CHECK(encode(tokenizer, string(100000, 'a')).size() == 100000);
     file.text = replaced(small_model(true), "\x12\x02\x18\x01", "\x12\x02\x18\x04");
     Status status = tokenizer.load(runtime, "small.model");
     CHECK(status.error == Error::unsupported && strstr(status.message, "CHAR"));
@@ -963,6 +972,20 @@ TEST(unigram_json_files, "a tokenizer.json of type Unigram cuts or joins in anot
     CHECK_OK(tokenizer.load(runtime, "small.model"));  // with a user-defined and an unused piece, which only a .model has
     CHECK_OK(tokenizer.save("x.json"));
     CHECK(file.text.find("babygpt") != string::npos && again.load(runtime, "x.json").ok());
+    // Hugging Face's form does not say what ends a text, nor how an unknown piece looks: then it is ours.
+    const string few = piece_of("<unk>", 0, 2) + piece_of("[SEP]", 0, 3) + piece_of("\xe2\x96\x81", -1) + piece_of("x", -2);
+    for (const string& settings : {string(), field_of(44, "<?>"), field_of(47, "[SEP]")}) {
+        file.text = few + field_of(2, "\x18\x01" + settings);
+        CHECK_OK(tokenizer.load(runtime, "small.model"));
+        CHECK_OK(tokenizer.save("x.json"));
+        CHECK((file.text.find("babygpt") == string::npos) == settings.empty());
+        CHECK_OK(again.load(runtime, "x.json"));
+        CHECK(again.end_of_text == tokenizer.end_of_text && decode(again, {0}) == decode(tokenizer, {0}));
+    }
+    // The name of a special token may have a blank in it.
+    CHECK_OK(again.load_memory(runtime, replaced(unigram_json, "<mask>", "<a mask>")));
+    CHECK(decode(again, {6}) == "b" && again.bytes(9).size == 8 && memcmp(again.bytes(9).data, "<a mask>", 8) == 0);
+    CHECK(encode(again, "a <a mask> b", true) == (Ids{5, 9, 3, 6}));
     const char* changes[][3] = {
         {"\"Strip\"", "\"NFKC\"", "NFKC"},
         {" {2,}", " {3,}", "Replace of ' {3,}'"},
@@ -1157,6 +1180,17 @@ TEST(unigram_training,
     CHECK(decode(tokenizer, encode(tokenizer, prose, false, &unknown)) == prose && unknown == 0);
     CHECK_OK(again.load_memory(runtime, saved(tokenizer)));
     CHECK(saved(again) == saved(tokenizer));
+    // What files write for a blank is read as one.
+    CHECK_OK(tokenizer.train(runtime, unigram(40), "the cat \xe2\x96\x81\xe2\x96\x81sat on the\xe2\x96\x81mat\n"));
+    CHECK(decode(tokenizer, encode(tokenizer, "cat\xe2\x96\x81 sat", false, &unknown)) == "cat  sat" && unknown == 0);
+    // A host that rounds another way has the same pieces, scores and ids.
+    CHECK_OK(tokenizer.train(runtime, unigram(200), text));
+    const Ids ids = encode(tokenizer, text);
+    CHECK(fesetround(FE_UPWARD) == 0);
+    const Ids upward = encode(tokenizer, text);
+    CHECK_OK(again.train(runtime, unigram(200), text));
+    CHECK(fegetround() == FE_UPWARD && fesetround(FE_TONEAREST) == 0);
+    CHECK(upward == ids && saved(again) == saved(tokenizer));
     // From a corpus in pieces.
     while (text.size() < 2500000) text += text.substr(random_below(20000), 30000);
     CorpusConfig all;
@@ -1285,12 +1319,47 @@ TEST(real_damage, "other people's files of which a part is missing would crash, 
     CHECK(memory.used == 0 && memory.blocks == 0);
 }
 
-TEST(missing_files, "a path with no tokenizer gives no clear error") {
+TEST(missing_files, "a path with no tokenizer gives no clear error, or a folder is taken for a file") {
     Runtime runtime;
     Tokenizer tokenizer;
     for (const char* path : {"tests/none.json", "tests", "", "tests/none/encoder.json", "nowhere"}) {
         const Status status = tokenizer.load(runtime, path);
         if (!CHECK(status.error == Error::cannot_open && strstr(status.message, path))) printf("    %s: %s\n", path, status.message);
+    }
+    OneFile file(runtime);
+    runtime.files.open = [](void* self, const char* path, FileMode) { return strcmp(path, "bert-uncased/vocab.txt") ? nullptr : self; };
+    file.text = "[UNK]\na\n##b\n";
+    CHECK_OK(tokenizer.load(runtime, "bert-uncased"));
+    CHECK(encode(tokenizer, "Ab") == (Ids{1, 2}));
+    runtime.files.open = [](void* self, const char* path, FileMode) { return strcmp(path, "half/vocab.json") ? nullptr : self; };
+    const Status status = tokenizer.load(runtime, "half");
+    CHECK(status.error == Error::bad_file && strstr(status.message, "half/merges.txt"));
+    runtime.files.open = [](void* self, const char*, FileMode) { return self; };
+    file.text = "YQ==\n0\n";
+    CHECK(strstr(tokenizer.load(runtime, "x.tiktoken").message, "line 1 has no id"));
+}
+
+TEST(sign_for_a_blank, "GGUF would be written that cannot be read, since a character is its sign for a blank") {
+    Runtime runtime;
+    OneFile file(runtime);
+    const char* const starts = "\xe2\x96\x81 \xe2\x96\x81x";
+    const struct {
+        const char *kind, *text;
+        bool fits;
+    } cases[] = {{"wordpiece:60", "x\xe2\x96\x81", false}, {"wordpiece:60", starts, true}, {"char", starts, false}, {"char", "x", true}};
+    for (const auto& a : cases) {
+        Tokenizer tokenizer, again;
+        TokenizerConfig how;
+        CHECK_OK(parse_tokenizer(a.kind, how));
+        CHECK_OK(tokenizer.train(runtime, how, a.text));
+        const string before = saved(tokenizer);
+        Config config;
+        config.layers = config.heads = 1, config.width = config.context = 8, config.vocab = tokenizer.vocab;
+        Model model;
+        if (!CHECK_OK(model.create(runtime, config, static_cast<Tokenizer&&>(tokenizer), 1))) return;
+        const Status status = model.save_gguf("m.gguf");
+        CHECK(status.ok() ? a.fits : !a.fits && status.error == Error::unsupported && strstr(status.message, "U+2581"));
+        if (status.ok() && CHECK_OK(again.load(runtime, "m.gguf"))) CHECK(saved(again) == before);
     }
 }
 
