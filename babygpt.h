@@ -655,7 +655,7 @@ struct SummaryRow {  // one row of info's table
     int64_t parameters, multiply_adds, bytes;  // multiply-adds: of a forward pass over the batch; bytes: of the output
 };
 Status summary(Runtime& runtime, const Config& config, int batch, Array<SummaryRow>& rows);
-// Multiply-adds x 2 of one token, averaged over a full context, attention counted causally. Training is three times that.
+// Multiply-adds x 2 of one token, averaged over a full context, of attention what it sees. Training is three times that.
 double flops_per_token(const Config& config);
 
 // ---- Trainer ----------------------------------------------------------------------------------------------------------
@@ -668,7 +668,7 @@ enum class Optimizer : int32_t { adamw, muon };
 
 struct TrainConfig {
     int batch = 16;
-    int accumulate = 1;    // micro-batches a step; the same bits as one batch of batch * accumulate
+    int accumulate = 1;    // micro-batches a step; in f32 the same bits as one batch of batch * accumulate
     int64_t steps = 1000;  // the total, and the schedule's horizon
     double lr = 1e-3;
     double min_lr = -1;   // negative: lr / 10, with inverse_sqrt 0
@@ -1011,10 +1011,10 @@ Status gpu_ceilings(Runtime& runtime, double& flops, double& bytes);
 
 struct ProfileRow {  // one op in a training step, forward or backward
     char op[48];
-    char kind[16];   // embedding, waves, norm, linear, gate, rope, attention, add, dropout, head, update
+    char kind[16];   // input, embedding, waves, norm, linear, gate, rope, attention, add, dropout, pool, head, update
     bool backward;   // head: both in its forward row
     double seconds;  // the mean of several steps
-    double flops;    // useful ones: 2 for a multiply-add; attention causal, nothing computed anew
+    double flops;    // useful ones: 2 for a multiply-add; of attention what it sees, nothing computed anew
     double bytes;    // that it must read and write: tensors, gradients and weights, each once; what the op before does on a GPU is its
 };
 // Trains a fresh model (config.vocab > 0) on random ids for about so many seconds. The last row is the update: the gradients' norm, AdamW,
@@ -1026,7 +1026,7 @@ struct CheckResult {
     double error, limit;  // relative, as max |difference| / max |reference|
     bool passed;
 };
-// Gradient checks in double and golden numbers, under the flags that this was compiled with.
+// Gradient checks in double and golden numbers, under the flags that this was compiled with; on a processor, in f32.
 Status selftest(Runtime& runtime, Array<CheckResult>& results);
 
 struct Difference {  // what `compare` finds
@@ -6706,10 +6706,11 @@ struct Tape {
         }
         if (on_device) merge_sums();
         activation_block = 0;
-        for (size_t i = 0; i < tensors.count; ++i) {
-            Tensor& t = tensors[i];
-            t.offset = place(i, false, t.born, t.dies, t.again);
-            if (t.gradient_dies >= 0) t.gradient = place(i, true, t.gradient_born, t.gradient_dies, -1);
+        Array<Place> taken(*runtime);
+        if (!taken.reserve(2 * tensors.count)) return out_of_memory(2 * tensors.count * sizeof(Place));
+        for (Tensor& t : tensors) {
+            t.offset = place(taken, elements(t), t.born, t.dies, t.again);
+            if (t.gradient_dies >= 0) t.gradient = place(taken, elements(t), t.gradient_born, t.gradient_dies, -1);
         }
         for (Tensor& t : tensors)
             if (t.shares != nothing) t.gradient = at(t.shares).gradient;
@@ -6906,26 +6907,25 @@ struct Tape {
         }
         return readers(tensor_index) == 1 ? maker : nothing;
     }
-    // The lowest place that no tensor placed before it needs at the same time.
-    int64_t place(size_t index, bool gradient, int born, int dies, int again) {
-        const int64_t size = elements(tensors[index]);
-        int64_t at = 0;
-        for (bool moved = true; moved;) {
-            moved = false;
-            for (size_t i = 0; i <= index; ++i) {
-                const Tensor& t = tensors[i];
-                const int64_t other = elements(t);
-                const auto meets = [&](int from, int to) { return (from <= dies && born <= to) || (from <= again && again <= to); };
-                if ((i < index || gradient) && (meets(t.born, t.dies) || (t.again >= 0 && meets(t.again, t.again))) &&
-                    at < t.offset + other && t.offset < at + size)
-                    at = t.offset + other, moved = true;
-                if (i < index && t.gradient >= 0 && meets(t.gradient_born, t.gradient_dies) && at < t.gradient + other &&
-                    t.gradient < at + size)
-                    at = t.gradient + other, moved = true;
-            }
+    // Of a tensor or a gradient: where it lies, and when. It is needed from `born` to `dies`, and once `again` (-1: never).
+    struct Place {
+        int64_t from, to;
+        int born, dies, again;
+        bool meets(int first, int last) const { return (first <= dies && born <= last) || (first <= again && again <= last); }
+    };
+    // The lowest one that nothing placed before needs at the same time. `taken`: from the lowest on, with room for one more.
+    int64_t place(Array<Place>& taken, int64_t size, int born, int dies, int again) {
+        Place own{0, size, born, dies, again};
+        for (const Place& other : taken) {
+            if (other.from >= own.to) break;
+            if (own.from < other.to && (own.meets(other.born, other.dies) || (other.again >= 0 && own.meets(other.again, other.again))))
+                own.from = other.to, own.to = other.to + size;
         }
-        activation_block = most(activation_block, at + size);
-        return at;
+        size_t i = taken.count++;
+        for (; i > 0 && taken[i - 1].from > own.from; --i) taken[i] = taken[i - 1];
+        taken[i] = own;
+        activation_block = most(activation_block, own.to);
+        return own.from;
     }
 };
 
@@ -7979,7 +7979,7 @@ inline const DeviceFunctions* find_device(const Runtime& runtime) {
 #elif defined(__ELF__)
     if (runtime.backend == Backend::cuda && babygpt_cuda_device) device = babygpt_cuda_device();
 #endif
-    for (size_t i = 0; device && i < 7; ++i)
+    for (size_t i = 0; device && i < sizeof device_sizes / sizeof device_sizes[0]; ++i)
         if (device->sizes[i] != device_sizes[i]) device = nullptr;
     (void)runtime;
     return device;
@@ -8224,8 +8224,8 @@ BABYGPT_RARE Status check(const Config& config) {
     BABYGPT_TRY(among("dtype", c.dtype, Dtype::int8, "f32, bf16 or int8"));
     BABYGPT_TRY(among("positions", c.positions, Positions::none, "learned, rotary, sinusoidal or none"));
     if (c.activation == Activation::none) return fail(Error::invalid_argument, "activation must be gelu, gelu_tanh, relu or silu");
-    if (!(c.norm_epsilon > 0 && c.norm_epsilon < 1))
-        return fail(Error::invalid_argument, "norm_epsilon is ", c.norm_epsilon, ", but must be above 0 and below 1");
+    if (!(c.norm_epsilon >= 1e-30 && c.norm_epsilon < 1))  // a float that is not 0
+        return fail(Error::invalid_argument, "norm_epsilon is ", c.norm_epsilon, ", but must be from 1e-30 to below 1");
     if (!(c.rope_base >= 1 && c.rope_base <= 1e12))
         return fail(Error::invalid_argument, "rope_base is ", c.rope_base, ", but must be from 1 to 1e12");
     if (c.positions != Positions::rotary && c.rope_base != Config().rope_base)
@@ -13174,7 +13174,7 @@ BABYGPT_RARE Status summary(Runtime& runtime, const Config& config, int batch, A
         const int64_t tokens = static_cast<int64_t>(batch) * length;
         SummaryRow row{};
         Line layer(row.layer, sizeof row.layer), shape(row.shape, sizeof row.shape);
-        layer.put(op.kind == OpKind::head ? "lm_head" : tape.at(op.y).name);
+        layer.put(op.kind != OpKind::head ? tape.at(op.y).name : config.classes > 0 ? "score" : "lm_head");
         layer.put(" (");
         layer.put(op_name(op.kind));
         layer.put(")");
@@ -15592,9 +15592,15 @@ struct Simd : VectorTypes<width_> {
 #endif
     }
     static BABYGPT_INLINE void splat(U& u, uint32_t s) {
-        V v;
-        splat(v, bits_as<float>(s));
-        bits(u, v);
+#if BABYGPT_X86 && BABYGPT_VECTORS && !defined(__clang__)
+        if constexpr (fused > 0) {
+            V v;
+            splat(v, bits_as<float>(s));
+            bits(u, v);
+            return;
+        }
+#endif
+        u = s - U{};  // not by floats: some bits are a signalling NaN's, which a subtraction changes
     }
     static BABYGPT_INLINE void bits(U& to, const V& from) { memcpy(&to, &from, sizeof to); }
     static BABYGPT_INLINE void from_bits(V& to, const U& from) { memcpy(&to, &from, sizeof to); }
@@ -15604,15 +15610,6 @@ struct Simd : VectorTypes<width_> {
         else if constexpr (width == 4) u = U{0, 1, 2, 3};
         else if constexpr (width == 8) u = U{0, 1, 2, 3, 4, 5, 6, 7};
         else u = U{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    }
-    // Elements from n on become 0 (n may be 0 or less, or width or more).
-    static BABYGPT_INLINE void keep_first(V& v, int n) {
-        U index, value, end;
-        count_up(index);
-        bits(value, v);
-        splat(end, static_cast<uint32_t>(most(n, 0)));
-        value = index < end ? value : U{};
-        from_bits(v, value);
     }
 
     // sum = a * b + sum, rounded once
@@ -16518,7 +16515,8 @@ struct FastPairs : PairsOf<Avx512> {
 //                        dropout_backward, head_rows; of sequences: pool_forward, pool_backward
 //   columns [c0, c1), all rows in order (threads best take multiples of 16 columns):
 //                        embedding_backward, norm_backward_columns, bias_backward
-//   any n elements:      activation_forward, activation_backward, add_forward, add_backward, adamw, square_sum, fold
+//   any n elements:      activation_forward, activation_backward, add_forward, add_backward, adamw, muon_momentum, square_sum,
+//                        scale, fold
 //   one kv head of one sequence, with the heads that it serves: attention_forward, attention_backward
 // Pointers are those of the whole tensors, except where a function says otherwise. No alignment is asked for.
 
@@ -17055,7 +17053,7 @@ struct Rows {
 
     // ---- the update ----
     //
-    // In whole vectors: there is room behind a weight, and behind Muon's matrices, up to a multiple of 16 elements.
+    // In whole vectors: there is room behind a weight, Muon's matrices, a row of logits and LoRA's h, up to a multiple of 16 elements.
 
     // What is nearer to 0 than 1e-30 becomes 0: moments of what gets no gradient would come to be subnormal numbers, which are slow.
     static BABYGPT_INLINE void flush(V& v) {
@@ -17517,7 +17515,6 @@ struct Work {
     float* logits = nullptr;  // head: a chunk of rows, from first_row on
     int64_t logits_stride = 0;
     int first_row = 0, chunk = 0;
-    bool logits_gradient = false;
 };
 
 template <class Set>
@@ -17556,8 +17553,8 @@ BABYGPT_INLINE void forward_part(const Work& work, int from, int to) {
             const int row = work.first_row + from;
             int32_t* ranks = work.r.ranks ? work.r.ranks + row : nullptr;
             R::head_rows(work.r.losses + row, ranks, aux + 2 * static_cast<int64_t>(row), work.logits + from * work.logits_stride,
-                         work.logits_stride, run.targets + row, op.out, run.label_smoothing, work.logits_gradient, to - from);
-            for (int i = from; i < to && run.row_weights && work.logits_gradient; ++i) {
+                         work.logits_stride, run.targets + row, op.out, run.label_smoothing, run.training, to - from);
+            for (int i = from; i < to && run.row_weights && run.training; ++i) {
                 float* logits = work.logits + i * work.logits_stride;
                 R::scale(logits, logits, op.out, run.row_weights[work.first_row + i]);
             }
@@ -17671,7 +17668,6 @@ struct ProductKernels {
     int words(int depth) const { return round_up((depth + numbers - 1) / numbers, depth_unit); }
 };
 struct Kernels {
-    const char* name;
     ProductKernels exact, rounded;
     int64_t (*attention_scratch)(int keys, int dim, bool training);
     int64_t (*panel_floats)(Dtype dtype, int depth);
@@ -17741,8 +17737,7 @@ struct Kernels {
         }                                                                                                                                  \
         target static double ceiling(int64_t rounds, float* result) { return Products<Set>::ceiling(rounds, result); }                     \
         static constexpr int height = Products<Set>::tile_rows, width = Products<Set>::tile_columns;                                       \
-        static constexpr Kernels table = {name,                                                                                            \
-                                          {name, height, width, 1, 1, false, &pack_a, &pack_b, &block, &ceiling},                          \
+        static constexpr Kernels table = {{name, height, width, 1, 1, false, &pack_a, &pack_b, &block, &ceiling},                          \
                                           {name, height, width, 1, 1, true, &pack_rounded_a, &pack_rounded_b, &block, &ceiling},           \
                                           &Rows<Set>::attention_scratch,                                                                   \
                                           &panel_floats,                                                                                   \
@@ -17914,8 +17909,9 @@ struct Walk {
     void share(int units, int64_t cost, const F& f) const {
         const int64_t worth = most(units * cost / least_cost, int64_t(1));
         const int64_t items = least(worth, static_cast<int64_t>(least(units, 8 * threads)));
-        divide(static_cast<int>(items),
-               [&](int i, int worker) { f(static_cast<int>(i * units / items), static_cast<int>((i + 1) * units / items), slot(worker)); });
+        divide(static_cast<int>(items), [&](int64_t i, int worker) {
+            f(static_cast<int>(i * units / items), static_cast<int>((i + 1) * units / items), slot(worker));
+        });
     }
     void share_forward(const Work& work, int units, int64_t cost) const {
         share(units, cost, [&](int from, int to, float*) { kernels.forward(work, from, to); });
@@ -17937,7 +17933,7 @@ struct Walk {
                   const Work* then = nullptr) const {
         const int columns = by.tile_columns;
         const int all_panels = (p.columns + columns - 1) / columns;
-        if (p.rows < 4 && packs_a == 0 && !p.is_symmetric) {
+        if (p.rows < 4 && packs_a == 0) {
             // Memory sets the speed: best if each thread reads the same weights for every token.
             const int units = (all_panels + 3) / 4, unit = 4 * columns;
             const int64_t worth = most(static_cast<int64_t>(p.depth) * p.columns / least_cost, int64_t(1));
@@ -18137,7 +18133,7 @@ struct Walk {
         const int in = op.in, out = op.out, all_rows = run.on(op.side).rows;
         const int64_t wide = round_up(out, column_group);
         Work work{tape, r, run, number};
-        work.logits = logits, work.logits_stride = wide, work.logits_gradient = run.training;
+        work.logits = logits, work.logits_stride = wide;
         for (int row = 0; row < all_rows && run.targets; row += scratch.chunk) {
             const int rows = least(scratch.chunk, all_rows - row);
             const int64_t at = static_cast<int64_t>(row) * in;
@@ -18391,7 +18387,8 @@ void count_work(const Tape& tape, const Op& op, double rows, ProfileRow& forward
     w *= number;
     if (op.kind == OpKind::embedding) w = dw = 8.0 * op.out * rows;  // the rows that were looked up
     if (op.kind == OpKind::linear || op.kind == OpKind::head) forward.flops = 2.0 * op.in * op.out * rows;
-    if (op.kind == OpKind::attention) forward.flops = 2.0 * op.out * (tape.context + 1) * rows;
+    if (op.kind == OpKind::attention)
+        forward.flops = 2.0 * op.out * (op.sight == Sight::causal ? tape.context + 1 : 2 * tape.context) * rows;
     backward.flops = 2 * forward.flops;
     forward.bytes = x + (op.kind == OpKind::add ? x : 0) + y + w;
     backward.bytes = y + x + w + dw + (Tape::backward_reads_x(op) ? x : 0);
@@ -18418,7 +18415,7 @@ BABYGPT_RARE Status profile(Runtime& runtime, const Config& config, int batch, d
     const size_t tokens = static_cast<size_t>(batch) * static_cast<size_t>(config.context);
     Array<int32_t> ids(runtime);
     if (!ids.resize(tokens + 1)) return out_of_memory(tokens * sizeof(int32_t));
-    for (size_t i = 0; i <= tokens; ++i) ids[i] = static_cast<int32_t>(mix(i) % static_cast<uint64_t>(config.vocab));
+    for (size_t i = 0; i <= tokens; ++i) ids[i] = static_cast<int32_t>(mix(i) % static_cast<uint64_t>(model.config.vocab));
     Data data;
     BABYGPT_TRY(data.create(runtime, Span<const int32_t>(ids.items, ids.count)));
     Trainer trainer;
@@ -18667,6 +18664,7 @@ Status selftest(Runtime& runtime, Array<CheckResult>& results) {
     results = Array<CheckResult>(runtime);
     if (runtime.backend == Backend::cuda)
         return fail(Error::unsupported, "the self-test is of the processor's backends: choose cpu or plain");
+    if (rounds(runtime)) return fail(Error::unsupported, "the self-test compares bits, which differ in bf16: choose the precision f32");
     SelfTest test{runtime, results};
     BABYGPT_TRY(test.functions());
     Config config;

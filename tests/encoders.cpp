@@ -97,6 +97,9 @@ TEST(classes, "a classifier would say other probabilities than those that traini
             CHECK(fabs(p - expected[c] / sum) < 1e-5);
             CHECK(fabs(-log(p) - loss_of(runtime, model, example, {c})) < 1e-5);
         }
+        Array<SummaryRow> rows;
+        CHECK_OK(summary(runtime, model.config, 1, rows));
+        CHECK(strcmp(rows[rows.count - 1].layer, "score (head)") == 0);
     }
 }
 TEST(vectors,

@@ -3,6 +3,7 @@
 #include <fenv.h>
 #include <math.h>
 #include <stdlib.h>
+#include <time.h>
 
 #include <initializer_list>
 
@@ -438,6 +439,11 @@ TEST(profiles, "nobody could see where the time of a step goes, or its work woul
     Config none = tiny_config();
     none.vocab = 0;
     CHECK(!profile(runtime, none, 4, 0.05, rows).ok());
+    none.causal = false;  // an encoder has a gap's id at least, and sees the whole text
+    CHECK_OK(profile(runtime, none, 4, 0, rows));
+    flops = 0, none.vocab = 1;
+    for (const ProfileRow& row : rows) flops += row.flops;
+    CHECK(fabs(flops / (3 * flops_per_token(none) * 4 * 16) - 1) < 1e-9);
 }
 
 TEST(resume, "an interrupted run would end with other weights than one that was not") {
@@ -615,6 +621,16 @@ TEST(baby_fits, "the ten-million-parameter baby would need more than 600 MB to t
     CHECK(fabs(flops_per_token(config) / 1e6 - 22.20) < 0.01);
 }
 
+TEST(deep, "to plan many layers would take long") {
+    Runtime runtime;
+    Config config = tiny_config();
+    Memory memory;
+    config.layers = 400;
+    const clock_t start = clock();
+    CHECK_OK(memory_needed(runtime, config, Purpose::training, 4, memory));
+    CHECK(clock() - start < 10 * CLOCKS_PER_SEC);  // it takes a hundredth of that
+}
+
 TEST(not_finite, "a loss that is not a number would reach the weights") {
     Runtime runtime;
     Model model;
@@ -662,6 +678,9 @@ TEST(wrong_calls, "wrong numbers would be taken, or crash") {
     config = tiny_config();
     config.dtype = static_cast<Dtype>(9);
     CHECK(model.create(runtime, config, Tokenizer()).error == Error::invalid_argument);
+    config = tiny_config();
+    config.norm_epsilon = 1e-60;  // 0 in 32 bits
+    CHECK(model.create(runtime, config, Tokenizer()).error == Error::invalid_argument);
     CHECK_OK(model.create(runtime, tiny_config(), Tokenizer()));
     CHECK_OK(data.create(runtime, Span<const int32_t>(some_ids(500), 500)));
     TrainConfig how = tiny_run(10);
@@ -683,6 +702,9 @@ TEST(wrong_calls, "wrong numbers would be taken, or crash") {
     Data too_short;
     CHECK_OK(too_short.create(runtime, Span<const int32_t>(some_ids(500), 1)));
     CHECK(trainer.create(runtime, model, tiny_run(10), data, &too_short).error == Error::invalid_argument && !trainer.state);
+    Array<CheckResult> results;
+    runtime.precision = Precision::bf16;
+    CHECK(selftest(runtime, results).error == Error::unsupported);
     runtime.backend = Backend::cuda;
     CHECK(trainer.create(runtime, model, tiny_run(10), data).error == Error::not_built);
 }
