@@ -54,6 +54,7 @@ run 2 trian;                                says 'did you mean train'
 run 2 train a.txt --out x --stesp 3;        says 'did you mean --steps'
 run 2 train a.txt --out x --steps many;     says "--steps 'many'"
 run 2 train a.txt --out x --steps 0;        says "--steps '0'"
+run 2 train a.txt --out x --batch 2000000;  says 'from 1 to 1000000'
 run 2 train a.txt --out x --lr nan;         says "--lr 'nan'"
 run 2 train a.txt --out x --schedule wild;  says "--schedule 'wild': must be one of cosine"
 run 2 train a.txt --out x --steps;          says '--steps needs a value'
@@ -61,10 +62,17 @@ run 2 train a.txt;                          says '--out'
 run 2 train a.txt --out x --preset huge;    says 'huge'
 run 2 train a.txt --out x --steps 3 --epochs 2; says 'only one of'
 run 2 train a.txt --out a.txt --steps 3;    says 'a.txt is a file to read from'
+run 2 train a.txt --out x --plot ./b.txt --tokenizer b.txt --steps 3; says '--plot b.txt is a file to read from'
+run 2 train a.txt --out x.safetensors --log ./x.safetensors --steps 3; says '--out and --log name the same file'
+run 2 train a.txt --out x.safetensors --log ../${PWD##*/}/x.resume.safetensors --steps 3; says "resume file and --log name the same file"
+run 2 train a.txt --out x --plain-words --steps 3; says '--plain-words belongs to --user-turn'
+run 2 train a.txt --out x --classes --plain-words --steps 3; says '--plain-words does not belong to --classes'
+run 2 train a.txt --out x --classes --answers-only --steps 3; says '--answers-only does not belong to --classes'
 run 1 train none.txt --out x --steps 3;     says 'none.txt'
 run 1 train a.txt --out no/where --steps 3; says 'no/where'
 run 1 generate none.safetensors --prompt a; says 'none.safetensors'
 run 1 train a.txt --out x --log b.txt --steps 3; says 'b.txt'
+cp b.txt kept; run 1 train a.txt --out x --token-cache b.txt --steps 3; says 'b.txt.*keeps no tokens'; same 'no cache, not written over' b.txt kept
 run 1 train a.txt --out x --log /dev/null --steps 3; says 'no ordinary file'
 run 1 train a.txt --out /dev/null --overwrite --steps 3; says 'no ordinary file'
 run 2 train a.txt --out x --lr 0 --steps 3; says 'lr is 0'
@@ -72,6 +80,7 @@ run 2 train a.txt --out x --precision tf32 --steps 3; says 'precision tf32 needs
 run 2 eval none --precision bf16 a.txt;     says 'precision bf16 is for training on a processor'
 run 2 bench decode --precision bf16;        says 'precision bf16 is of training'
 run 2 tokenizer a.txt --vocab 300 --out my-vocab.json; says 'vocab.json'
+for name in t.txt t.bin t.gguf; do run 2 tokenizer a.txt --vocab 300 --out $name; says "does not end in .${name#t.}"; done
 run 1 info --preset gpt2-xl --batch 1000000 --context 65536; says 'batch is 1000000'
 run 1 train a.txt --out x --plot no/p.svg --steps 3; says 'no/p.svg'
 check 'a refused training leaves no file' test ! -e x -a ! -e x.resume.lock -a ! -e x.resume.safetensors.lock
@@ -114,6 +123,8 @@ check 'text as errors=replace gives it' test "$(cat out)" = "$(printf '{"hex":"f
 printf '{"ids":[1]}\n{"ids":[300]}\n' > lines; input=lines run 1 decode byte --jsonl; says 'line 2.*300'
 printf '{"text":"a"}\000junk\n' > lines; input=lines run 1 encode byte --jsonl; says 'line 1'
 printf 'step,loss\n1e17,2\n' > huge.csv; run 1 plot huge.csv; says 'huge.csv, line 2'
+printf '\357\273\277step,loss\n1,0.001\n2,0.1\n3,1e30\n' > marked.csv; run 0 plot marked.csv
+check 'no tick is less than 0 by nothing' test "$(grep -c ' 0.00' out) $(grep -c -e '-0.0' out)" = '1 0'
 "$babygpt" encode byte < a.txt >&- 2> err; check 'a closed standard output is an error' test $? -eq 1; says 'standard output'
 printf '{"text":"a"}\n{"text":3}\n' > lines; input=lines run 1 encode byte --jsonl; says 'line 2'
 
@@ -128,6 +139,13 @@ has m.svg '</svg>'
 check 'a log row a step' test "$(wc -l < m.csv)" -eq 41
 run 0 plot m.csv --svg p.svg;               has p.svg validation
 run 0 plot m.csv;                           has out step
+run 2 plot m.csv --svg ./m.csv;             says 'm.csv is a file to read from'
+odd=$(printf 'a\377b.csv')
+if cp m.csv "$odd" 2> /dev/null; then  # not every system has such names
+    run 0 plot m.csv "$odd" --svg p.svg;    has p.svg '>a\\xffb, training<'
+fi
+run 0 train a.txt --out nan.safetensors $tiny --steps 20 --lr 10 --weight-decay 100 --clip 0 --json --log nan.csv --plot nan.svg
+json; has out '"sample":""'; has nan.csv 'e+17,.*nan'; has nan.svg '</svg>'  # it diverges
 check 'the lock is gone' test ! -e m.resume.safetensors.lock
 run 1 train a.txt --out m.safetensors $tiny --steps 40; says '--overwrite'
 run 1 train a.txt --out n.safetensors --resume;  says n.resume.safetensors
@@ -166,7 +184,7 @@ run 0 eval v.safetensors b.txt --json;      has out "\"loss\":$loss,"
 
 # ---- stopping and going on ----
 long="$tiny --steps 1000000 --save-every 10 --seed 7"
-run 0 train a.txt --out i.safetensors $long --stop-at 30 --log i.csv
+run 0 train a.txt --out i.safetensors $long --stop-at 30 --log i.csv --json; has out '^{"done":false,"step":30,'
 run 0 train a.txt --out r.safetensors $long --stop-at 11 --log r.csv
 run 0 train a.txt --out r.safetensors --resume --stop-at 30 --threads 2 --log r.csv
 run 0 compare i.resume.safetensors r.resume.safetensors
@@ -219,9 +237,13 @@ printf 'Hello\n/reset\nWho are you?\n\n' > talk
 input=talk run 0 chat c.safetensors --tokens 10;         check 'a line in, a line out' test "$(wc -l < out)" -eq 3
 input=talk run 0 chat c.safetensors --tokens 10 --json --reply-turn 'Bram: '; json; check 'an object a line' test "$(grep -c '^{"text":' out)" -eq 3
 input=talk run 0 chat m.safetensors --tokens 10;         has err 'no chat template'
+run 0 train a.txt --out typo.safetensors $tiny --steps 2 --user-turn 'You: ' --reply-turn 'Mirra: '
+has err "no line of the text begins with 'Mirra: '"; check 'but with the other turn' test "$(grep -c 'no line' err)" -eq 1
 run 0 eval m.safetensors b.txt --train a.txt --json; json; has out '^{"loss":[0-9.]*,"bits_per_byte":[0-9.]*,"perplexity":'; has out '"ngram_loss":'
 run 0 eval m.safetensors b.txt;             has out '^loss'
 input=b.txt run 0 score m.safetensors;      has out '^sum of'
+mkdir tokens; cp u.model tokens/tokenizer.model; run 0 train a.txt --out begins.safetensors $tiny --tokenizer tokens --steps 2
+input=b.txt run 0 score begins.safetensors; check 'what begins a text gives the first token a probability' test "$(grep -c ' - ' out)" -eq 0
 printf '{"text":"You: hello"}\n' > lines
 input=lines run 0 score m.safetensors --jsonl; json; has out '^{"ids":\[.*\],"logprobs":\[.*\],"sum":-[0-9.]*}$'
 # ---- pairs: a model that translates ----
@@ -243,6 +265,7 @@ run 0 translate p.safetensors lines --json; json;                  has out '^{"s
 run 0 translate p.safetensors lines --beams 3 --length-penalty 0.6; check 'beams: a line in, a line out' test "$(wc -l < out)" -eq 3
 run 0 generate p.safetensors --source 'one cat' --beams 2 --best 2; check 'two translations' test "$(wc -l < out)" -eq 2
 printf 'a\n%040d\n' 7 > lines; input=lines run 1 translate p.safetensors; says 'standard input, line 2: the source has'
+run 1 translate p.safetensors .;                                   says 'cannot read .: '
 run 0 generate p.safetensors --source 'one cat' --temperature 0
 run 1 generate p.safetensors;                                      says 'no source yet'
 run 2 generate m.safetensors --source x;                           says 'no encoder'
@@ -271,6 +294,8 @@ run 0 train b.txt --from c.safetensors --out l.safetensors --overwrite --lora 2 
 run 0 train b.txt --from c.safetensors --out l.safetensors --resume; has out 'chat c.safetensors --adapter l.safetensors'
 same 'resuming an adapter is exact' l.resume.safetensors whole
 run 1 train b.txt --out l.safetensors --resume;  says 'is an adapter.*say --from MODEL again'
+run 1 train b.txt --from f.safetensors --out l.safetensors --resume; says 'beside a model with other weights'
+run 2 train b.txt --from m.safetensors --out g.safetensors --lora 2 --user-turn 'You: ' --reply-turn 'Mira: '; says 'an adapter holds no chat template'
 run 0 eval c.safetensors b.txt --adapter l.safetensors --json; json; sed 's/,.*//' out > beside
 run 0 convert c.safetensors --merge l.safetensors --out merged.safetensors
 run 0 eval merged.safetensors b.txt --json; sed 's/,.*//' out > merged
@@ -330,6 +355,10 @@ run 0 info tuned.safetensors --json;             json; has out '"context":16,'; 
 run 1 train c.tsv --classes --from gaps.safetensors --width 8 --out none.safetensors;       says 'width 8 contradicts'
 run 2 train c.tsv --classes --from gaps.safetensors --tokenizer byte --out none.safetensors; says 'from has one'
 run 1 train c.tsv --classes --from p.safetensors --out none.safetensors;                 says 'translates'
+run 0 train c.tsv --classes --from m.safetensors --out decoder.safetensors --steps 2 --batch 4; has out 'babygpt classify'
+printf '\357\273\277a\t9\nb\t1a\nc\t10\na\t1a\nb\t9\n' > marked.tsv
+run 0 train marked.tsv --classes --tokenizer char --out order.safetensors --steps 2 $small; has err ': 5 training and 0 validation tokens'
+run 0 info order.safetensors; has out '3 classes: 9 10 1a'
 
 # ---- numbers of fewer bits ----
 run 0 convert m.safetensors --dtype int8 --out m8.safetensors;  has out 'm8.safetensors: .* kB in int8 (.* kB before)'
@@ -354,6 +383,7 @@ run 1 train a.txt --out l.safetensors --resume --arch gpt2;       says '--arch g
 run 2 train a.txt --out x --heads 4 --kv-heads 3 --width 8 --steps 3; says 'multiple of kv_heads, 3'
 run 0 convert l.safetensors l.bin;                                has out 'llama2.c file from a babygpt checkpoint; llama'
 run 0 convert l.bin l2.safetensors
+run 1 encode l2.safetensors;                                      says 'l2.safetensors has no tokenizer'
 run 0 compare l.safetensors l2.safetensors
 run 0 convert l2.safetensors lhf;                                 has lhf/config.json '"model_type":"llama"'
 run 0 convert lhf l3.safetensors
@@ -380,6 +410,7 @@ run 0 generate ngram:3 --train a.txt --prompt 'You: ' --tokens 40 --json; json; 
 run 0 generate ngram:8 --train a.txt --tokenizer bpe:300 --prompt 'You: i' --tokens 60 --temperature 0; cp out greedy
 run 0 generate ngram:8 --train a.txt --tokenizer bpe:300 --prompt 'You: i' --tokens 60 --top-k 1 --threads 1; same 'counting is greedy, too' out greedy
 run 2 eval ngram:9 b.txt --train a.txt;     says "'ngram:9': must be ngram:1 to ngram:8"
+run 0 generate ngram:3 --train a.txt --tokenizer tokens --tokens 5; check 'no blank before a document' test "$(cut -c1 out)" != ' '
 run 2 eval ngram:2 b.txt;                   says 'needs --train FILE'
 run 2 eval m.safetensors;                   says 'eval needs M FILE'
 run 2 eval m.safetensors b.txt --tokenizer char; says 'belongs to ngram:N'
@@ -397,6 +428,7 @@ run 2 nearest m.safetensors a +;            says 'with + or - between'
 printf 'the cat sat down here\n' > said; printf 'the cat sat up here now\r\n' > wanted; printf '0\n1\n1\n' > labels; printf '1\n1\n0\n' > guesses
 run 0 measure bleu said wanted;             has out '^BLEU  *34.98$'  # 100 exp(1 - 6/5) (4/5 2/4 1/3 1/4) ^ (1/4), of 5, 4, 3 and 2 n-grams
 run 0 measure bleu said wanted said --json; json; has out '^{"bleu":100,"precisions":\[100,100,100,100\],'
+{ printf '\357\273\277'; cat said; } > marked; run 0 measure bleu marked said --json; has out '^{"bleu":100,'
 run 0 measure distinct said wanted --json; json; has out '^{"distinct_1":0.636363636,"distinct_2":0.777777778,"repetition":0,"words":11}$'
 run 0 measure accuracy guesses labels --json; json; has out '^{"accuracy":0.333333333,"f1_macro":0.25,"f1":0.5,"positive":"1",'
 run 0 measure accuracy guesses labels --positive 0; has out '^F1 *0.0000 of 0'

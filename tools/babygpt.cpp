@@ -120,6 +120,13 @@ size_t utf8_length(Text text, size_t& bad) {
     return length;
 }
 
+void append_utf8(string& to, unsigned c) {
+    if (c < 0x80) to += char(c);
+    else if (c < 0x800) (to += char(0xC0 | c >> 6)) += char(0x80 | (c & 63));
+    else if (c < 0x10000) ((to += char(0xE0 | c >> 12)) += char(0x80 | (c >> 6 & 63))) += char(0x80 | (c & 63));
+    else (((to += char(0xF0 | c >> 18)) += char(0x80 | (c >> 12 & 63))) += char(0x80 | (c >> 6 & 63))) += char(0x80 | (c & 63));
+}
+
 size_t code_points(Text text) {
     return size_t(std::count_if(text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; }));
 }
@@ -354,12 +361,6 @@ struct JsonLine {
         at += 4;
         return value;
     }
-    static void append_utf8(string& to, unsigned c) {
-        if (c < 0x80) to += char(c);
-        else if (c < 0x800) (to += char(0xC0 | c >> 6)) += char(0x80 | (c & 63));
-        else if (c < 0x10000) ((to += char(0xE0 | c >> 12)) += char(0x80 | (c >> 6 & 63))) += char(0x80 | (c & 63));
-        else (((to += char(0xF0 | c >> 18)) += char(0x80 | (c >> 12 & 63))) += char(0x80 | (c >> 6 & 63))) += char(0x80 | (c & 63));
-    }
     string read_string() {
         if (!accept('"')) bad("a string");
         string result;
@@ -562,8 +563,7 @@ void set_number(const Option& option, const string& text, T& target) {
         return;
     }
     string may = whole ? "a whole number" : "a number";
-    if (std::isfinite(option.least) && option.most < 1e6) may += format(" from %g to %g", option.least, option.most);
-    else if (std::isfinite(option.least)) may += format(", %g or more", option.least);
+    if (std::isfinite(option.least)) may += format(" from %.15g to %.15g", option.least, option.most);
     usage(format("%s '%s': must be %s", option.name, text.c_str(), may.c_str()));
 }
 
@@ -654,9 +654,17 @@ bool exists(const string& path) {
     std::error_code ignored;
     return fs::exists(path_of(path), ignored);
 }
-bool same_file(const string& a, const string& b) {
+bool same_file(const string& a, const string& b) {  // files that are still to be written have only their paths
     std::error_code ignored;
-    return a == b || fs::equivalent(path_of(a), path_of(b), ignored);
+    const auto whole = [&](const string& path) { return fs::weakly_canonical(fs::absolute(path_of(path), ignored), ignored); };
+    const fs::path place = whole(a);
+    return a == b || fs::equivalent(path_of(a), path_of(b), ignored) || (!place.empty() && place == whole(b));
+}
+
+// Empty names are no files.
+void need_other_than(const vector<string>& inputs, const char* option, const string& path) {
+    for (const string& file : inputs)
+        if (!file.empty() && !path.empty() && same_file(file, path)) usage(format("%s %s is a file to read from", option, file.c_str()));
 }
 
 FILE* open_file(const string& path, const char* mode) {
@@ -688,6 +696,18 @@ string read_file(const string& path) {
     fclose(file);
     return text;
 }
+// Without their ends and a byte order mark. "-" is standard input.
+vector<string> read_lines(const string& path) {
+    const string text = path == "-" ? read_all(stdin, "standard input") : read_file(path);
+    vector<string> lines;
+    for (size_t at = starts_with(text, "\xEF\xBB\xBF") ? 3 : 0; at < text.size();) {
+        const size_t end = std::min(text.find('\n', at), text.size());
+        lines.push_back(text.substr(at, end - at));
+        if (!lines.back().empty() && lines.back().back() == '\r') lines.back().pop_back();
+        at = end + 1;
+    }
+    return lines;
+}
 void write_file(const string& path, const string& text) {
     FILE* file = open_file(path, "wb");
     bool good = file && fwrite(text.data(), 1, text.size(), file) == text.size();
@@ -701,13 +721,13 @@ void write_file(const string& path, const string& text) {
 
 // Lines of standard input, without their ends.
 enum class Line { text, end, broken_off };
-Line read_line(string& line) {
+Line read_line(string& line, const string& name = "standard input") {
     line.clear();
     for (;;) {
         errno = 0;
         const int c = fgetc(stdin);
         if (c == EOF && ferror(stdin)) {
-            if (errno != EINTR) error(string("cannot read standard input: ") + strerror(errno));
+            if (errno != EINTR) error("cannot read " + name + ": " + strerror(errno));
             clearerr(stdin);
             return Line::broken_off;
         }
@@ -740,18 +760,19 @@ bool is_gguf(const string& path) {
     return string(start, got) == "GGUF";
 }
 
+void need_tokenizer(const Model& model, const string& path) {
+    if (model.tokenizer.kind == TokenizerKind::none) error(path + " has no tokenizer, so it can neither read nor write text");
+}
+
 void load_tokenizer(Runtime& runtime, const string& path, Tokenizer& tokenizer) {
     if (is_checkpoint(path)) {
         Model model;
         must(model.load(runtime, path));
+        need_tokenizer(model, path);
         must(tokenizer.copy(runtime, model.tokenizer));
     } else {
         must(tokenizer.load(runtime, path));
     }
-}
-
-void need_tokenizer(const Model& model, const string& path) {
-    if (model.tokenizer.kind == TokenizerKind::none) error(path + " has no tokenizer, so it can neither read nor write text");
 }
 
 // An adapter that stands beside a model.
@@ -801,13 +822,9 @@ struct Labelled {
     void read(const vector<string>& files) {
         *this = Labelled();
         for (const string& path : files) {
-            const string all = path == "-" ? read_all(stdin, "standard input") : read_file(path);
-            size_t number = 1;
-            for (size_t at = 0; at < all.size(); ++number) {
-                const size_t end = std::min(all.find('\n', at), all.size());
-                string line = all.substr(at, end - at);
-                at = end + 1;
-                if (!line.empty() && line.back() == '\r') line.pop_back();
+            size_t number = 0;
+            for (const string& line : read_lines(path)) {
+                ++number;
                 if (line.empty()) continue;
                 const size_t tab = line.rfind('\t');
                 if (tab == string::npos || tab == 0 || tab + 1 == line.size())
@@ -818,11 +835,13 @@ struct Labelled {
         }
         if (texts.empty()) error("there is no line of a text, a tab and a label");
     }
-    // Sorted, numbers by their size; a line each.
+    // Sorted, a line each: first numbers, by their size.
     string names() const {
         const auto before = [](const string& a, const string& b) {
             const auto is_number = [](const string& text) { return text.find_first_not_of("0123456789") == string::npos; };
-            return is_number(a) && is_number(b) && a.size() != b.size() ? a.size() < b.size() : a < b;
+            const bool number = is_number(a);
+            if (number != is_number(b)) return number;
+            return number && a.size() != b.size() ? a.size() < b.size() : a < b;
         };
         vector<string> sorted = labels;
         std::sort(sorted.begin(), sorted.end(), before);
@@ -898,7 +917,7 @@ struct Axis {
     }
     vector<double> ticks() const {
         vector<double> result;
-        for (double i = std::ceil(low / step - 1e-9); i * step <= high + step * 1e-9; ++i) result.push_back(i * step);
+        for (double i = std::ceil(low / step - 1e-9); i * step <= high + step * 1e-9; ++i) result.push_back(i * step + 0.0);  // no -0
         return result;
     }
     double place(double value) const { return std::clamp((value - low) / (high - low), 0.0, 1.0); }
@@ -953,11 +972,11 @@ void chart_bounds(const vector<Curve>& curves, Axis& x, Axis& y, int x_ticks, in
 
 string xml(const string& text) {
     string result;
-    for (char c : text) {
+    for (const char c : visible(text, false)) {  // which is UTF-8, and has no control characters
         if (c == '<') result += "&lt;";
         else if (c == '&') result += "&amp;";
         else if (c == '"') result += "&quot;";
-        else if (static_cast<unsigned char>(c) >= 0x20) result += c;
+        else result += c;
     }
     return result;
 }
@@ -1094,7 +1113,7 @@ string draw_terminal(const Curve& curve) {
             const unsigned code = 0x2800 + dots[r][c];
             if (marks[r][c]) picture += "o";
             else if (dots[r][c] == 0) picture += r == counting_row ? "\xE2\x95\x8C" : " ";
-            else ((picture += char(0xE2)) += char(0x80 | (code >> 6 & 63))) += char(0x80 | (code & 63));
+            else append_utf8(picture, code);
         }
         picture += "\n";
     }
@@ -1115,17 +1134,12 @@ string draw_terminal(const Curve& curve) {
 const char* const log_header = "step,loss,lr,grad_norm,tokens_per_second,validation_loss";
 
 Curve read_log(const string& path) {
-    const string text = read_file(path);
     Curve curve;
     curve.name = to_string(path_of(path).stem());
     size_t number = 0;
     vector<string> names;
-    for (size_t at = 0; at < text.size();) {
-        const size_t end = std::min(text.find('\n', at), text.size());
-        string line = text.substr(at, end - at);
-        at = end + 1;
+    for (const string& line : read_lines(path)) {
         ++number;
-        if (!line.empty() && line.back() == '\r') line.pop_back();
         if (line.empty()) continue;
         vector<string> cells;
         for (size_t from = 0;;) {
@@ -1147,8 +1161,8 @@ Curve read_log(const string& path) {
             double* to = names[i] == "step" ? &step : names[i] == "loss" ? &loss : names[i] == "validation_loss" ? &validation : nullptr;
             if (!to || cells[i].empty() || cells[i] == "nan" || cells[i] == "-nan" || cells[i] == "inf") continue;
             if (!read_number(cells[i], value)) error(format("%s, line %zu: '%s' is not a number", path.c_str(), number, cells[i].c_str()));
-            if (std::fabs(value) > 1e12) error(format("%s, line %zu: '%s' is too large to draw", path.c_str(), number, cells[i].c_str()));
-            *to = value;
+            if (std::fabs(value) <= 1e12) *to = value;
+            else if (to == &step) error(format("%s, line %zu: '%s' is too large to draw", path.c_str(), number, cells[i].c_str()));
         }
         if (std::isfinite(step) && std::isfinite(loss)) curve.training.push_back({step, loss});
         if (std::isfinite(step) && std::isfinite(validation)) curve.validation.push_back({step, validation});
@@ -1190,6 +1204,7 @@ int plot(Arguments& in) {
     Common common;
     string svg;
     in.parse(common, {{"--svg", "FILE", "writes the picture there (without it: drawn in the terminal)", &svg}}, 1, 64);
+    need_other_than(in.operands, "--svg", svg);
     vector<Curve> curves;
     for (const string& path : in.operands) curves.push_back(read_log(path));
     if (!svg.empty()) {
@@ -1292,7 +1307,7 @@ struct TrainOptions {
                    {"--out", "M.safetensors", "the model (what resuming needs is kept beside it, in M.resume.safetensors)", &out},
                    {"--resume", nullptr,
                     "go on where --out stopped; options are remembered, but say again where the text comes from (FILE, --field, "
-                    "--validation, ...)",
+                    "--validation, ...) and how to compute (--precision, --backend, --threads)",
                     &resume},
                    {"--overwrite", nullptr, "start anew although --out exists", &overwrite},
                    {"--from", "M.safetensors",
@@ -1357,7 +1372,7 @@ struct TrainOptions {
                    {"--muon-lr", "X", "of the blocks' matrices under muon; follows the schedule of --lr (0.02)", &learning.muon_lr, 0, 10},
                    {"--lr", "X", "the highest learning rate (1e-3 at width 384, more for narrower models, less for wider)", &learning.lr, 0,
                     10},
-                   {"--min-lr", "X", "where it ends (a tenth of --lr)", &learning.min_lr, 0, 10},
+                   {"--min-lr", "X", "where it ends (a tenth of --lr; with inverse_sqrt 0)", &learning.min_lr, 0, 10},
                    {"--warmup", "N", "steps (100, or a tenth of the run)", &learning.warmup, 0, 1e15},
                    {"--schedule", "cosine|linear|constant|wsd|inverse_sqrt",
                     "inverse_sqrt: the first Transformer's, a longer --warmup suits it (cosine)", &schedule},
@@ -1626,6 +1641,26 @@ void open_data(const Arguments& in, Training& t) {
     }
 }
 
+bool begins_a_line(Corpus& corpus, const string& turn) {
+    struct Search {
+        const string& turn;
+        size_t found = 0;  // so much of the turn stands since the line's beginning; npos: something else does
+        static bool read(void* user, Text piece, bool end_of_document) noexcept {
+            Search& s = *static_cast<Search*>(user);
+            for (const char c : piece) {
+                if (s.found == s.turn.size()) return false;
+                if (s.found < s.turn.size() && c == s.turn[s.found]) ++s.found;
+                else s.found = c == '\n' ? 0 : string::npos;
+            }
+            if (s.found == s.turn.size()) return false;
+            if (end_of_document) s.found = 0;
+            return true;
+        }
+    } search{turn};
+    must(corpus.read(Part::all, Search::read, &search));
+    return search.found == turn.size();
+}
+
 // The model's shape and the way of learning, from the options.
 Config choose_shape(const Arguments& in, Training& t) {
     const TrainOptions& o = t.options;
@@ -1711,14 +1746,17 @@ double seconds_per_step(Training& t, const Config& shape, double budget) {
     return (now() - first) / steps;
 }
 
+double windows_a_step(const Training& t) { return double(t.config.batch) * t.config.accumulate; }
+int64_t steps_of_epochs(const Training& t, int context) {
+    return std::max<int64_t>(1, int64_t(std::ceil(t.options.epochs * double(t.data.windows(context)) / windows_a_step(t))));
+}
+
 void choose_steps(const Arguments& in, Training& t, const Config& shape, double budget) {
-    const double windows_a_step = double(t.config.batch) * t.config.accumulate;
     const double tokens_a_step =
-        windows_a_step * (t.pairs ? double(t.data.tokens) / double(t.data.windows(shape.context)) : double(shape.context));
+        windows_a_step(t) * (t.pairs ? double(t.data.tokens) / double(t.data.windows(shape.context)) : double(shape.context));
     if (in.has("--steps")) return;
     if (in.has("--epochs")) {
-        t.config.steps =
-            std::max<int64_t>(1, int64_t(std::ceil(t.options.epochs * double(t.data.windows(shape.context)) / windows_a_step)));
+        t.config.steps = steps_of_epochs(t, shape.context);
         return;
     }
     const double start = now(), step = seconds_per_step(t, shape, budget);
@@ -1872,7 +1910,9 @@ struct TrainingView {
             fprintf(log, "%s%s\n", row.c_str(), e ? format("%.9g", e->loss).c_str() : "");
             if (fflush(log) != 0) error("cannot write --log " + t.options.log + ": " + strerror(errno));
         }
-        const string talk = !e ? "" : t.model.config.classes > 0 ? format("%.2f %% right", 100 * e->top1) : sample();
+        string talk;
+        if (e && t.model.config.classes > 0) talk = format("%.2f %% right", 100 * e->top1);
+        else if (e && std::isfinite(e->loss)) talk = sample();
         if (t.options.json) {
             Json line;
             line.add("step", s.step)
@@ -2004,16 +2044,15 @@ void need_ordinary(const char* option, const string& path) {
     if (fs::exists(there) && !fs::is_regular_file(there)) error(string(option) + " " + path + " is no ordinary file; choose another name");
 }
 
-void check_train_options(const Arguments& in, const Training& t) {
+void check_train_options(const Arguments& in, const Training& t, const string& resume_file) {
     const TrainOptions& o = t.options;
-    if (o.out.empty()) usage("train needs --out M.safetensors");
     if (o.resume && o.overwrite) usage("--resume and --overwrite exclude each other");
     if (o.lora.rank > 0 && o.from.empty()) usage("--lora needs --from M: the model that the adapter stands beside");
     for (const char* option : {"--lora-alpha", "--lora-targets"})
         if (in.has(option) && !in.has("--lora")) usage(string(option) + " belongs to --lora");
     if (o.resume && in.has("--lora")) usage("--resume goes on with the adapter that is there: leave --lora out");
-    if (o.classes && (!o.user_turn.empty() || !o.cache.empty() || o.text.dialogues || !o.text.field.empty() || !o.text.column.empty()))
-        usage("--classes reads lines of text and label: --user-turn, --token-cache, --dialogues, --field and --column do not belong to it");
+    for (const char* option : {"--user-turn", "--plain-words", "--answers-only", "--token-cache", "--dialogues", "--field", "--column"})
+        if (o.classes && in.has(option)) usage(string(option) + " does not belong to --classes, which reads lines of text and label");
     if (o.classes && t.pairs) usage("--classes and --encoder-layers exclude each other: a classifier does not translate");
     if (o.encoder_only && t.pairs) usage("--encoder-only and --encoder-layers exclude each other");
     if (o.classes && o.encoder_only) usage("--classes and --encoder-only exclude each other: a classifier has no gaps to fill");
@@ -2023,21 +2062,21 @@ void check_train_options(const Arguments& in, const Training& t) {
     if (in.has("--validation") && in.has("--validation-fraction")) usage("--validation and --validation-fraction exclude each other");
     if (in.has("--user-turn") != in.has("--reply-turn")) usage("--user-turn and --reply-turn belong together: a chat needs both");
     if (in.has("--user-turn") && (o.user_turn.empty() || o.reply_turn.empty())) usage("--user-turn and --reply-turn must not be empty");
+    if (o.plain_words && o.user_turn.empty() && !o.resume) usage("--plain-words belongs to --user-turn and --reply-turn");
     if (t.pairs)
         for (const char* option : {"--user-turn", "--answers-only", "--token-cache"})
             if (in.has(option)) usage(string(option) + " is not for a model with an encoder, which learns from pairs");
     const vector<std::pair<const char*, string>> written = {
-        {"--out", o.out}, {"--log", o.log}, {"--plot", o.plot}, {"--token-cache", o.cache}};
+        {"--out", o.out}, {"--out's resume file", resume_file}, {"--log", o.log}, {"--plot", o.plot}, {"--token-cache", o.cache}};
     vector<string> inputs = in.operands;
-    inputs.insert(inputs.end(), {o.validation, o.from});
+    inputs.insert(inputs.end(), {o.validation, o.from, named_tokenizer(o.tokenizer) ? "" : o.tokenizer});
     for (size_t i = 0; i < written.size(); ++i) {
         if (written[i].second.empty()) continue;
         if (written[i].first != string("--plot")) need_ordinary(written[i].first, written[i].second);
-        for (const string& file : inputs)
-            if (!file.empty() && same_file(file, written[i].second))
-                usage(format("%s %s is a file to read from", written[i].first, file.c_str()));
+        need_other_than(inputs, written[i].first, written[i].second);
         for (size_t j = 0; j < i; ++j)
-            if (written[i].second == written[j].second) usage(format("%s and %s name the same file", written[j].first, written[i].first));
+            if (same_file(written[i].second, written[j].second))
+                usage(format("%s and %s name the same file", written[j].first, written[i].first));
         std::error_code ignored;
         const fs::path folder = path_of(written[i].second).parent_path();
         if (!folder.empty() && !fs::is_directory(folder, ignored))
@@ -2050,12 +2089,13 @@ int train(Arguments& in) {
     TrainOptions& o = t.options;
     in.parse(t.common, o.options(), 1, 1000000);
     t.pairs = in.has("--encoder-layers") ? o.shape.encoder_layers > 0 : o.architecture == "transformer";
-    check_train_options(in, t);
-    if (!o.log.empty()) check_log(o.log);
+    if (o.out.empty()) usage("train needs --out M.safetensors");
     Runtime& runtime = t.common.runtime;
     Array<char> resume_name(runtime);
     must(resume_path(o.out, resume_name));
     const string resume_file = to_string(resume_name);
+    check_train_options(in, t, resume_file);
+    if (!o.log.empty()) check_log(o.log);
     const Lock lock(o.out, resume_file);
     if (!o.resume && !o.overwrite)
         for (const string& path : {o.out, resume_file})
@@ -2071,7 +2111,6 @@ int train(Arguments& in) {
         const Status beside = t.adapts ? t.adapter.load(runtime, t.model, resume_file) : Status();
         if (!beside.ok()) error(string(beside.message) + "; only the training of an adapter goes on with --from");
         must(read_train_config(runtime, resume_file, t.config));
-        if (o.learning.min_lr < 0) o.learning.min_lr = t.config.min_lr;
         check_agreement(in, o, t.model, t.config);
     } else if (!o.from.empty()) {
         Model& known = o.classes ? t.encoder : t.model;
@@ -2082,15 +2121,18 @@ int train(Arguments& in) {
         if (!in.has("--lora-alpha")) o.lora.alpha = 2 * o.lora.rank;
         if (t.adapts) must_be("--lora", t.adapter.create(runtime, t.model, o.lora, o.learning.seed));
     }
+    if (t.adapts && !o.user_turn.empty() && !o.answers_only && t.model.chat.empty())
+        usage("--user-turn: an adapter holds no chat template and " + o.from +
+              " has none, so chat would not know the turns; leave them out "
+              "(--dialogues divides the text as they do), or train without --lora");
     if (o.resume || !o.from.empty()) t.pairs = t.model.config.encoder_layers > 0;
     open_data(in, t);
     if (o.resume && o.classes) cut_labelled(t, t.model.config.context);
     if (o.resume) {
         if (in.has("--epochs")) {
-            const double steps =
-                std::ceil(o.epochs * double(t.data.windows(t.model.config.context)) / (double(t.config.batch) * t.config.accumulate));
-            if (steps != double(t.config.steps))
-                contradicts("--epochs", format("%g (%.0f steps)", o.epochs, steps),
+            const int64_t steps = steps_of_epochs(t, t.model.config.context);
+            if (steps != t.config.steps)
+                contradicts("--epochs", format("%g (%lld steps)", o.epochs, static_cast<long long>(steps)),
                             format("%lld steps", static_cast<long long>(t.config.steps)));
         }
         if (in.has("--time") && !o.json)
@@ -2105,6 +2147,9 @@ int train(Arguments& in) {
         choose_steps(in, t, shape, in.has("--time") ? o.time : 120);
         if (o.from.empty() || o.classes) create_model(t, shape, t.model);
         if (o.from.empty() || !o.user_turn.empty()) set_chat(t, t.model);
+        for (const Array<char>* turn : {&t.model.chat.user_turn, &t.model.chat.reply_turn})
+            if (turn->count > 0 && !begins_a_line(t.corpus, to_string(*turn)))
+                note("no line of the text begins with '" + to_string(*turn) + "', so the model cannot learn such a turn");
     }
     const Status created = t.create(t.trainer, t.model, t.adapter, t.config, t.has_validation ? &t.validation : nullptr);
     if (created.error == Error::invalid_argument && !o.resume) usage(created.message);
@@ -2141,7 +2186,7 @@ int train(Arguments& in) {
     release_interrupts();
 
     NgramResult counting;
-    if (t.has_validation && !t.pairs && t.model.config.causal && !o.no_counting && !result.cancelled) {
+    if (t.has_validation && !t.pairs && !o.classes && t.model.config.causal && !o.no_counting && !result.cancelled) {
         if (t.corpus.bytes > 10000000 && !o.json) note("counting n-grams, for comparison (--no-counting leaves it out)");
         must(ngram_baseline(runtime, t.data, t.validation, t.model.config.vocab, counting));
         view.curve.counting = counting.loss;
@@ -2153,7 +2198,7 @@ int train(Arguments& in) {
     }
     if (o.json) {
         Json line;
-        line.add("done", !ended_by_signal).add("step", result.step).add("steps", t.config.steps);
+        line.add("done", !result.cancelled && !ended_by_signal).add("step", result.step).add("steps", t.config.steps);
         line.add("best_validation_loss", result.best_step > 0 ? result.best_validation_loss : none).add("best_step", result.best_step);
         if (result.best_step > 0)
             line.add("perplexity", std::exp(result.best_validation_loss))
@@ -2204,11 +2249,11 @@ int make_tokenizer(Arguments& in) {
     if (out.empty()) usage("tokenizer needs --out T");
     std::error_code ignored;
     if (fs::is_directory(path_of(out), ignored)) out = to_string(path_of(out) / "tokenizer.json");
-    for (const char* taken : {"vocab.json", "encoder.json", "vocab.bpe", "merges.txt", ".tiktoken"})  // read as files of another kind
+    // What is read as files of another kind.
+    for (const char* taken : {"vocab.json", "encoder.json", "vocab.bpe", ".txt", ".tiktoken", ".bin", ".gguf"})
         if (ends_with(out, taken)) usage("--out " + out + ": a tokenizer.json is written; choose a name that does not end in " + taken);
     need_ordinary("--out", out);
-    for (const string& file : in.operands)
-        if (same_file(file, out)) usage("--out " + out + " is a file to read from");
+    need_other_than(in.operands, "--out", out);
     if (!overwrite && exists(out)) error(out + " exists; replace it with --overwrite, or choose another --out");
     Corpus corpus;
     open_corpus(common.runtime, in.operands, text.config(0), corpus);
@@ -2355,6 +2400,9 @@ void continue_counted(const Counted& counted, const string& prompt, const Sample
     vector<float> logits(probabilities.size());
     vector<int32_t> scratch(probabilities.size());
     Utf8Stream stream;
+    Array<int32_t> word(*counted.model.runtime);  // a tokenizer may put a blank before a document, which its text has not
+    must(tokenizer.encode("a", word));
+    const bool puts_blank = prompt.empty() && word.count > 0 && to_string(tokenizer.bytes(word[0]))[0] == ' ';
     while (result.generated < how.tokens && !result.cancelled) {
         const size_t length = std::min<size_t>(ids.count, 8);
         must(counted.model.predict(Span<const int32_t>(ids.items + (ids.count - length), length), probabilities));
@@ -2366,7 +2414,8 @@ void continue_counted(const Counted& counted, const string& prompt, const Sample
         if (!ids.push(id) || (result.ids && !(result.ids->push(id) && result.logprobs->push(logprob)))) throw std::bad_alloc();
         result.stopped = id == tokenizer.end_of_text;
         if (result.stopped) break;
-        const Text bytes = id == tokenizer.begin_of_text ? Text() : tokenizer.bytes(id);
+        Text bytes = id == tokenizer.begin_of_text ? Text() : tokenizer.bytes(id);
+        if (puts_blank && result.generated == 1 && bytes.size > 0 && bytes[0] == ' ') bytes = Text(bytes.data + 1, bytes.size - 1);
         vector<char> whole(bytes.size + 3);
         const Text piece(whole.data(), stream.push(bytes, whole.data()));
         if (result.text && !result.text->append(piece.data, piece.size)) throw std::bad_alloc();
@@ -2470,7 +2519,7 @@ int translate(Arguments& in) {
     must(session.create(common.runtime, model));
     must(session.use(beside.load(common.runtime, model)));
     string line;
-    for (size_t number = 1; read_line(line) == Line::text; ++number) {
+    for (size_t number = 1; read_line(line, name) == Line::text; ++number) {
         SearchResult result;
         Hypothesis best;
         string text;
@@ -2910,8 +2959,9 @@ int score(Arguments& in) {
     for (size_t i = 0; i < ids.count; ++i) {
         const string name = pad("'" + visible(model.tokenizer.bytes(ids[i]), false) + "'", 18);
         const double logprob = double(logprobs[i]);
-        put_line(name + (i == 0 ? format("%8d            -            -", ids[i])
-                                : format("%8d  %11.4f  %10.2f%%", ids[i], logprob, 100 * std::exp(logprob))));
+        put_line(name + (i == 0 && model.tokenizer.begin_of_text < 0
+                             ? format("%8d            -            -", ids[i])
+                             : format("%8d  %11.4f  %10.2f%%", ids[i], logprob, 100 * std::exp(logprob))));
     }
     put_line(format("sum of %zu tokens: %.4f", ids.count, sum));
     return 0;
@@ -3115,6 +3165,7 @@ int attention(Arguments& in) {
               {"--svg", "FILE", "writes a picture as well", &svg},
               {"--json", nullptr, "one JSON object", &json}},
              2, 2);
+    need_other_than({in.operands[0]}, "--svg", svg);
     Model model;
     must(model.load(common.runtime, in.operands[0]));
     need_tokenizer(model, in.operands[0]);
@@ -3256,18 +3307,6 @@ int neighbours(Arguments& in) {
 // =====================================================================================================================
 // Measuring texts (the arithmetic is in measures.h)
 // =====================================================================================================================
-
-vector<string> read_lines(const string& path) {
-    const string text = path == "-" ? read_all(stdin, "standard input") : read_file(path);
-    vector<string> lines;
-    for (size_t at = 0; at < text.size();) {
-        const size_t end = std::min(text.find('\n', at), text.size());
-        lines.push_back(text.substr(at, end - at));
-        if (!lines.back().empty() && lines.back().back() == '\r') lines.back().pop_back();
-        at = end + 1;
-    }
-    return lines;
-}
 
 // A line of the one belongs to a line of the other.
 void need_as_many(const string& a_name, const vector<string>& a, const string& b_name, const vector<string>& b) {
@@ -3440,14 +3479,10 @@ int measure(Arguments& in) {
 // A model of random weights. Its vocabulary is as many characters as asked for, so that any size is possible.
 void random_model(Runtime& runtime, const Config& config, Model& model) {
     string text = "\n";
-    for (int c = 1, code = 0x21; c + 1 < config.vocab; ++c, ++code) {
+    unsigned code = 0x21;
+    for (int c = 1; c + 1 < config.vocab; ++c, ++code) {
         if (code == 0xD800) code = 0xE000;
-        if (code < 0x80) text += char(code);
-        else if (code < 0x800) (text += char(0xC0 | code >> 6)) += char(0x80 | (code & 63));
-        else if (code < 0x10000) ((text += char(0xE0 | code >> 12)) += char(0x80 | (code >> 6 & 63))) += char(0x80 | (code & 63));
-        else
-            (((text += char(0xF0 | code >> 18)) += char(0x80 | (code >> 12 & 63))) += char(0x80 | (code >> 6 & 63))) +=
-                char(0x80 | (code & 63));
+        append_utf8(text, code);
     }
     TokenizerConfig characters;
     characters.kind = TokenizerKind::characters;

@@ -147,15 +147,13 @@ inline Bleu bleu(const std::vector<std::string>& hypotheses, const std::vector<s
     if (said < wanted) result.brevity_penalty = said > 0 ? std::exp(1 - wanted / said) : 0;
     if (agreeing[0] == 0) return result;  // nothing agrees
     double halved = 1, logs = 0;
-    bool is_zero = false;  // the text is too short for an n-gram of this order
-    for (size_t n = 0; n < 4 && !is_zero; ++n) {
-        is_zero = all[n] == 0;
-        if (is_zero) break;
+    for (size_t n = 0; n < 4; ++n) {
+        if (all[n] == 0) return result;  // the text is too short for an n-gram of this order
         if (agreeing[n] == 0) halved *= 2;
         result.precisions[n] = 100.0 * (agreeing[n] > 0 ? double(agreeing[n]) : 1 / halved) / double(all[n]);
         logs += std::log(result.precisions[n]) / 4;
     }
-    result.score = is_zero ? 0 : result.brevity_penalty * std::exp(logs);
+    result.score = result.brevity_penalty * std::exp(logs);
     return result;
 }
 
