@@ -175,7 +175,8 @@ struct [[nodiscard]] Status {
 // ---- Runtime: what the host lends us ---------------------------------------------------------------------------------
 
 // cpu: the fast one; plain: chapter 5, slow and readable; cuda: training, evaluation and the sessions of decoders on a GPU, where babygpt_cuda.cu
-// is part of the program, and everything else as cpu: encoders, sessions of an encoder-decoder, and those that use an adapter.
+// is part of the program, and everything else as cpu: encoders, sessions of an encoder-decoder, of a model for which the GPU's blocks have too
+// little shared memory (64 KB before 2020), and those that use an adapter.
 enum class Backend : int32_t { cpu, plain, cuda };
 // Of the numbers in a computation; sums, weights and their gradients, moments are f32. On a GPU: tf32: of what is multiplied; bf16: of activations and
 // their gradients, too; fp16, for GPUs before 2020: so, too, where a model is trained (sessions run in f32). On a processor (Backend::cpu) all is
@@ -6366,7 +6367,7 @@ struct DeviceFunctions {
     // Ids from place `at` of the text on, as Data keeps them: `only_read` is set where one is no target.
     Status (*keep_text)(Device* device, int64_t at, const int32_t* ids, int64_t count);
     Status (*ceilings)(Precision precision, double& flops, double& bytes);  // gpu_ceilings
-    // Sessions, of decoders. A generator copies what it needs of the plan. One call at a time.
+    // Sessions, of decoders. A generator copies what it needs of the plan; null: the device's shared memory is too small for it. One call at a time.
     Status (*create_generator)(const DevicePlan& plan, Generator*& generator);
     void (*destroy_generator)(Generator* generator);
     uint64_t (*generator_bytes)(const DevicePlan& plan);
@@ -10209,6 +10210,7 @@ struct TrainerState {
     float *moment1 = nullptr, *moment2 = nullptr;   // the trainer's
     float loss_scale[2] = {256, 0};                 // the trainer's
     bool newer_moments = false;                     // on the device
+    bool half_made = false;                         // the last step, perhaps: it failed there
     bool newer_here = true;                         // the host's moments: they have been loaded
     uint64_t weights_there = 0, adapter_there = 0;  // versions of the model's and the adapter's; 0: none yet
     uint64_t text_room = 0;                         // ids of a running text that it has room for,
@@ -10258,9 +10260,14 @@ BABYGPT_RARE Status bring_moments(TrainerState& s) {
     s.newer_moments = false;
     return Status();
 }
-BABYGPT_RARE Status bring_all(TrainerState& s) {
-    if (s.lent) BABYGPT_TRY(give_back(*s.lent));
-    return bring_moments(s);
+// The weights may be on another trainer's.
+BABYGPT_RARE Status bring_all(const Trainer& t) {
+    BABYGPT_TRY(bring(*t.model));
+    if (t.adapter) BABYGPT_TRY(give_back(t.adapter->state->borrowed));
+    return bring_moments(*t.state);
+}
+inline Status half_a_step() {
+    return fail(Error::device, "the GPU failed in a step, which may be half made: go on from the last resume file, by load");
 }
 // What the host has changed since the device saw it.
 BABYGPT_RARE Status send(TrainerState& s, const Model& model, const Adapter* adapter) {
@@ -10396,8 +10403,10 @@ Status check_batch(int batch, int context) {
 Status backend_for(const Runtime& runtime, const BackendFunctions*& backend, bool training = false) {
     backend = find_backend(runtime, training);
     if (backend) return Status();
-    return fail(Error::not_built,
-                "this program was built without CUDA: add babygpt_cuda.cu to its compile line, or choose the backend cpu");
+    return fail(
+        Error::not_built,
+        "this program was built without CUDA, or with another version of it: add this header's babygpt_cuda.cu to its compile line, or "
+        "choose the backend cpu");
 }
 
 Status check(const TrainConfig& c, int context) {
@@ -10497,7 +10506,7 @@ Status start(Trainer& t, Runtime& from, const Model& of, Adapter* adapter, const
 Trainer::Trainer(Trainer&& other) noexcept { *this = static_cast<Trainer&&>(other); }
 Trainer& Trainer::operator=(Trainer&& other) noexcept {
     if (this == &other) return *this;
-    if (state) (void)fetch();
+    if (state && state->lent) (void)give_back(*state->lent);
     if (state) destroy(*runtime, state);
     config = other.config, model = other.model, adapter = other.adapter, training = other.training, validation = other.validation;
     step_count = other.step_count;
@@ -10510,7 +10519,7 @@ Trainer& Trainer::operator=(Trainer&& other) noexcept {
     return *this;
 }
 Trainer::~Trainer() {
-    if (state) (void)fetch();
+    if (state && state->lent) (void)give_back(*state->lent);
     if (state) destroy(*runtime, state);
 }
 
@@ -10760,6 +10769,7 @@ BABYGPT_RARE Status drop_gradients(Trainer& t, const Status& why) {
 Status begin(Trainer& t, const Given& given) {
     const FloatMode mode;
     TrainerState& s = *t.state;
+    if (s.half_made) return half_a_step();
     if (t.under_way == steps_ahead)
         return fail(Error::invalid_argument, steps_ahead, " steps are under way: read the oldest one's result by finish_step");
     Begun& begun = s.begun[static_cast<size_t>((t.step_count + 1) % steps_ahead)];
@@ -10791,7 +10801,10 @@ Status begin(Trainer& t, const Given& given) {
         if (s.device) {
             if (!s.from_text) weight += weights_sum(s);
             const DeviceUpdate update = {rule, s.from_text ? 0 : weight > 0 ? weight : 1, t.config.clip};
-            BABYGPT_TRY(s.on->run(s.device, run, micro + 1 == t.config.accumulate ? &update : nullptr));
+            const bool last = micro + 1 == t.config.accumulate;
+            const Status ran = s.on->run(s.device, run, last ? &update : nullptr);
+            s.half_made = last && !ran.ok();
+            if (!ran.ok()) return last ? ran : drop_gradients(t, ran);
             continue;
         }
         int32_t* ranks = s.regions.ranks;
@@ -10939,7 +10952,7 @@ Status evaluate_windows(Runtime& runtime, TrainerState& s, const Model& model, c
 
 }  // namespace
 
-Status Trainer::fetch() { return state ? bring_all(*state) : no_trainer(); }
+Status Trainer::fetch() { return state ? bring_all(*this) : no_trainer(); }
 
 Status Trainer::evaluate(Data& data, Evaluation& result) {
     if (!state) return no_trainer();
@@ -11399,10 +11412,11 @@ BABYGPT_RARE Status go_to_device(SessionState& s, Runtime& from, const Model& of
             made->runtime = of.runtime, made->functions = functions;
             status = functions->create_generator(plan_of(from, s.tape, of.config, device_rows), made->generator);
         } else status = out_of_memory(sizeof(OnDevice));
-        if (status.ok()) shared = made;
+        if (status.ok() && made->generator) shared = made;
         else OnDevice::drop(made);
     }
-    if (status.ok()) s.on = shared, ++shared->users;
+    if (shared) s.on = shared, ++shared->users;
+    else s.narrow_pages = false;  // on the processor
     of.state->lock.leave();
     return status;
 }
@@ -15049,7 +15063,7 @@ Status parse_training(Runtime& runtime, const Checkpoint& c, TrainConfig& config
                           state.loss_scale < 1e38 && state.loss_scale_steps >= 0 && state.loss_scale_steps < 1e6;
     return possible ? Status()
                     : fail(Error::bad_file, "'", Text(where), "' cannot be: ", steps, " steps, the best of them number ", state.best_step,
-                           ", and ", state.bad_evaluations, " evaluations that were worse");
+                           ", ", state.bad_evaluations, " evaluations that were worse, and a loss_scale of ", state.loss_scale);
 }
 
 // Does the file go on with what this trainer was made for?
@@ -15276,7 +15290,8 @@ Status Model::save_gguf(Text path) const {
 
 Status Trainer::save(Text path) const {
     if (!state) return fail(Error::invalid_argument, "an empty trainer cannot be saved to '", path, "'");
-    BABYGPT_TRY(bring_all(*state));
+    if (state->half_made) return half_a_step();
+    BABYGPT_TRY(bring_all(*this));
     Array<char> training_json(*runtime);
     bool good = append(training_json, "{\"config\":{") && append_fields(training_json, config) && append(training_json, "},\"state\":{");
     good = good && append_fields(training_json, state_of(*this)) && append(training_json, "}}");
@@ -15312,9 +15327,10 @@ Status Trainer::load(Text path) {
     BABYGPT_TRY(parse_training(*runtime, c, stored_config, stored));
     if (!adapter) BABYGPT_TRY(check_resume(*this, c));
     BABYGPT_TRY(check_resume(*this, c.source.name, stored_config, stored));
-    BABYGPT_TRY(bring_all(*state));
+    BABYGPT_TRY(bring_all(*this));
     // From here on the trainer changes.
-    state->newer_here = true;
+    if (state->half_made) BABYGPT_TRY(drop_gradients(*this, Status()));
+    state->half_made = false, state->newer_here = true;
     under_way = 0;
     ++(adapter ? adapter->version : state->trained->version);
     const Span<const Weight> names = adapter ? adapter->names : model->names;

@@ -138,6 +138,7 @@ struct Current {
     }
     Current(const Current&) = delete;
     Current& operator=(const Current&) = delete;
+    Status ok() const { return error == cudaSuccess ? Status() : trouble("cudaSetDevice", error); }
     ~Current() { (void)cudaSetDevice(before); }
 };
 
@@ -2306,8 +2307,8 @@ __global__ void judge(Sums* sums, Sums* results, float* loss_scale, const double
     results[now->result] = *sums;
     if (!loss_scale) return;
     const bool doubles = !sums->skipped && loss_scale[1] + 1 >= updates_to_double;
-    if (sums->skipped) loss_scale[0] *= 0.5f;
-    if (doubles) loss_scale[0] *= 2;
+    if (sums->skipped) loss_scale[0] = fmaxf(loss_scale[0] * 0.5f, 0x1p-24f);  // whose loss is not finite may not change it for ever
+    if (doubles) loss_scale[0] = fminf(loss_scale[0] * 2, 0x1p100f);
     loss_scale[1] = sums->skipped || doubles ? 0 : loss_scale[1] + 1;
 }
 // The header's adamw; then the gradient becomes zero. Over elements, four at a time. 32 bytes a weight, and 2 where it has a narrow copy.
@@ -2676,6 +2677,7 @@ struct Gpu {
     void op_forward(int number, bool learns);
     template <class Real>
     void op_backward(int number);
+    void begin_launches() { error = cudaSuccess, product_error = CUBLAS_STATUS_SUCCESS, (void)(choosing = Status()); }
     void walk(int which, bool marked);
     template <class F>
     void over_matrices(const F& f) const;
@@ -2700,10 +2702,11 @@ struct Gpu {
     Slot& slot() { return slots[runs % slots_there]; }
     Status wait_for(uint64_t run);
     template <class T>
-    cudaError_t send_array(T* to, T* by_way_of, const T* from, int64_t n) {
-        if (n == 0) return cudaSuccess;
+    Status send_array(T* to, T* by_way_of, const T* from, int64_t n) {
+        if (n == 0) return Status();
         memcpy(by_way_of, from, static_cast<size_t>(n) * sizeof(T));
-        return cudaMemcpyAsync(to, by_way_of, static_cast<size_t>(n) * sizeof(T), cudaMemcpyHostToDevice, stream);
+        BABYGPT_CUDA(cudaMemcpyAsync(to, by_way_of, static_cast<size_t>(n) * sizeof(T), cudaMemcpyHostToDevice, stream));
+        return Status();
     }
     float* part(DevicePart which) const;
     int64_t elements(DevicePart which) const {
@@ -2859,7 +2862,7 @@ const Tensorial* Gpu::tensorial(const Matmul& m) {
     if (t) {
         t->of = m;
         status = plan_product(*t);
-        if (status != CUBLAS_STATUS_SUCCESS && (m.bias || m.gelu)) {
+        if (status == CUBLAS_STATUS_NOT_SUPPORTED && (m.bias || m.gelu)) {
             destroy_plan(*t);
             t->alone = true;
             status = plan_product(*t);
@@ -3371,7 +3374,7 @@ void Gpu::orthogonalise() {
     turn();
 }
 void Gpu::walk(int which, bool marked) {
-    error = cudaSuccess, product_error = CUBLAS_STATUS_SUCCESS, (void)(choosing = Status());
+    begin_launches();
     with_real([&](auto real) { walk_tape<decltype(real)>(which > 0, marked); });
     if (which < 2) return;
     const int64_t n = learnt_block(plan);
@@ -3487,8 +3490,23 @@ constexpr int talk_warps = talk_threads / warp, talk_rows = 40, talk_outputs = 8
 constexpr int rows_at_once = device_rows;
 constexpr int part_steps = 6;  // of 32 of the depth: a warp's part of a tile, where all warps can share it
 constexpr int log_head_parts = 3, head_parts = 1 << log_head_parts;  // of what a head of a row sees: each has every 8th page
+// Devices of sm_90 to sm_110 have 227 KB of shared memory for a block; others 99 or less (but sm_80, whose code they run).
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+constexpr bool much_shared = false;
+#else
+constexpr bool much_shared = true;
+#endif
+#ifdef BABYGPT_CUDA_EMULATOR
+inline bool has_much_shared(int) { return much_shared; }
+#else
+inline bool has_much_shared(int compiled_for) { return compiled_for >= 90 && compiled_for < 120; }
+#endif
 template <class T>
-constexpr int talk_rounds = sizeof(T) == 2 ? 3 : 2;  // tiles of a warp whose weights are under way at once
+constexpr int rounds_of(bool much) {
+    return much ? (sizeof(T) == 2 ? 3 : 2) : 1;
+}
+template <class T>
+constexpr int talk_rounds = rounds_of<T>(much_shared);  // tiles of a warp whose weights are under way at once
 
 // Elements between two rows of x in shared memory: eight lanes that read 16 bytes each, of two rows of bf16, meet all banks once.
 template <class T>
@@ -3538,8 +3556,10 @@ struct Space {
     RowHere* row;
     unsigned char* rest;  // attention's, or
     T* x;                 // [rows][talk_apart], and sums [tile][part][rows][8]
-    __host__ __device__ static constexpr size_t fixed(int steps, int of_tile, int normed) {
-        return (sizeof(Reading<T>) + sizeof(uint64_t) * barriers + sizeof(float) * 2 * most_outputs + sizeof(T) * weights_ahead +
+    // rounds: the host's are those of the device that it plans for.
+    __host__ __device__ static constexpr size_t fixed(int rounds, int steps, int of_tile, int normed) {
+        return (sizeof(Reading<T>) + sizeof(uint64_t) * barriers +
+                static_cast<size_t>(rounds * talk_warps) * (sizeof(float) * 2 * talk_outputs + sizeof(T) * part_steps * warp * 8) +
                 sizeof(Step) * static_cast<size_t>(steps) + sizeof(float) * static_cast<size_t>(2 * normed) + static_cast<size_t>(of_tile) +
                 127) /
                128 * 128;
@@ -3551,10 +3571,11 @@ struct Space {
                    16)) *
                16;
     }
-    static size_t bytes(int steps, int context, int depth, int normed, int dim, int vocab, int rows) {
-        const size_t product =
-            sizeof(T) * static_cast<size_t>(rows * talk_apart<T>(depth)) + sizeof(float) * static_cast<size_t>(most_outputs * rows);
-        return fixed(steps, tile_bytes(rows, context), normed) + greater(product, greater(HeadSpace::bytes(dim), draw_bytes(vocab)));
+    static size_t bytes(int rounds, int steps, int context, int depth, int normed, int dim, int vocab, int rows) {
+        const size_t product = sizeof(T) * static_cast<size_t>(rows * talk_apart<T>(depth)) +
+                               sizeof(float) * static_cast<size_t>(rounds * talk_warps * talk_outputs * rows);
+        return fixed(rounds, steps, tile_bytes(rows, context), normed) +
+               greater(product, greater(HeadSpace::bytes(dim), draw_bytes(vocab)));
     }
     __device__ Space(unsigned char* memory, const Reading<T>& r)
         : thread(static_cast<int>(threadIdx.x)),
@@ -3569,7 +3590,7 @@ struct Space {
           norm_b(norm_w + r.normed),
           tile(reinterpret_cast<TileHere*>(norm_b + r.normed)),
           row(reinterpret_cast<RowHere*>(tile + 1)),
-          rest(memory + fixed(r.count, r.used, r.normed)),
+          rest(memory + fixed(talk_rounds<T>, r.count, r.used, r.normed)),
           x(reinterpret_cast<T*>(rest)) {}
     __device__ T* const* pages(int i) const { return reinterpret_cast<T* const*>(row + tile->rows) + row[i].pages; }
     __device__ int first_warp() const { return block * talk_warps + thread / warp; }
@@ -4842,6 +4863,7 @@ Status Talker::create(const DevicePlan& plan) {
     for (int i = 0; i < steps_there; ++i)
         if (steps[i].before == Before::norm) normed = greater(normed, static_cast<int>(parts_of(steps[i].in, talk_depth)) * talk_depth);
     BABYGPT_CUDA_TRY(narrow ? plan_launch<__nv_bfloat16>(dim, optin, generation) : plan_launch<float>(dim, optin, generation));
+    if (tile_rows == 0) return Status();
     BABYGPT_CUDA_TRY(take_block(there.bytes, block, "take a smaller model, or the backend cpu"));
     there = Plan{static_cast<char*>(block), 0};
     BABYGPT_CUDA_TRY(plan_steps(plan, there));
@@ -4869,19 +4891,19 @@ void Talker::destroy() {
 template <class T>
 Status Talker::plan_launch(int dim, int optin, int generation) {
     constexpr int64_t much = int64_t(4) << 20;
+    cudaFuncAttributes compiled{};
+    BABYGPT_CUDA(cudaFuncGetAttributes(&compiled, read_rows<T>));
+    const int rounds = rounds_of<T>(has_much_shared(compiled.ptxVersion));
     for (tile_rows = talk_rows; tile_rows > 0; --tile_rows) {
-        shared_bytes = Space<T>::bytes(steps_there, context, depth, normed, dim, vocab, tile_rows);
+        shared_bytes = Space<T>::bytes(rounds, steps_there, context, depth, normed, dim, vocab, tile_rows);
         if (shared_bytes <= static_cast<size_t>(optin)) break;
     }
-    if (tile_rows == 0)
-        return refuse(Error::unsupported,
-                      "the model has too many columns or layers for this GPU's shared memory: take the backend cpu, or another GPU");
-    BABYGPT_CUDA(cudaFuncSetAttribute(read_rows<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    if (tile_rows == 0) return Status();
+    // All that there is, since the limit is the kernel's: sessions of other models launch it, too.
+    BABYGPT_CUDA(cudaFuncSetAttribute(read_rows<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, optin));
     int64_t bytes = 0;
     for (int i = 0; i < steps_there; ++i)
         if (steps[i].kind == StepKind::product) bytes += steps[i].out * steps[i].apart * static_cast<int64_t>(sizeof(T));
-    cudaFuncAttributes compiled{};
-    BABYGPT_CUDA(cudaFuncGetAttributes(&compiled, read_rows<T>));
     if (generation < 9 || compiled.ptxVersion < 90 || bytes > much * steps_there) return Status();
     BABYGPT_CUDA(cudaFuncSetAttribute(read_rows<T>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     for (size_t i = 0; i < sizeof clusters / sizeof *clusters; ++i) {
@@ -5064,7 +5086,7 @@ Status Gpu::create(const DevicePlan& of) {
             });
         if (done == cudaSuccess) done = cudaStreamSynchronize(stream);
         free(ways);
-        BABYGPT_CUDA(done);
+        if (done != cudaSuccess) return trouble("cudaMemcpyAsync", done);
         for (float* zero : {memory.gradients, memory.moment1, memory.moment2})
             BABYGPT_CUDA(cudaMemsetAsync(zero, 0, static_cast<size_t>(learnt) * sizeof(float), stream));
         BABYGPT_CUDA(cudaMemsetAsync(memory.sums, 0, sizeof(Sums), stream));
@@ -5133,11 +5155,11 @@ Status Gpu::send_arrays(const Run& run) {
     const Now& now = *slot().now;
     if (sending) BABYGPT_CUDA(cudaEventSynchronize(sent));
     for (int side = 0; side < 2; ++side)
-        BABYGPT_CUDA(send_array(memory.ids[side], input.ids[side], side == 0 ? run.ids : run.source.ids, now.rows[side]));
-    if (run.targets) BABYGPT_CUDA(send_array(memory.targets, input.targets, run.targets, now.targets));
+        BABYGPT_CUDA_TRY(send_array(memory.ids[side], input.ids[side], side == 0 ? run.ids : run.source.ids, now.rows[side]));
+    if (run.targets) BABYGPT_CUDA_TRY(send_array(memory.targets, input.targets, run.targets, now.targets));
     else BABYGPT_CUDA(cudaMemsetAsync(memory.targets, 0xff, static_cast<size_t>(now.targets) * sizeof(int32_t), stream));  // -1
-    BABYGPT_CUDA(send_array(memory.row_weights, input.row_weights, run.row_weights, now.weighted ? now.targets : 0));
-    BABYGPT_CUDA(send_array(memory.features, input.features, run.features, static_cast<int64_t>(run.rows) * plan.features));
+    BABYGPT_CUDA_TRY(send_array(memory.row_weights, input.row_weights, run.row_weights, now.weighted ? now.targets : 0));
+    BABYGPT_CUDA_TRY(send_array(memory.features, input.features, run.features, static_cast<int64_t>(run.rows) * plan.features));
     BABYGPT_CUDA(cudaEventRecord(sent, stream));
     sending = true;
     return Status();
@@ -5183,8 +5205,7 @@ Status Gpu::capture(int which, cudaGraphExec_t& to) {
     }
     const cudaError_t made = cudaGraphInstantiate(&to, graph, 0);
     (void)cudaGraphDestroy(graph);
-    BABYGPT_CUDA(made);
-    return Status();
+    return made == cudaSuccess ? Status() : trouble("cudaGraphInstantiate", made);
 }
 
 }  // namespace cuda
@@ -5221,26 +5242,26 @@ uint64_t device_bytes(const DevicePlan& plan) {
 }
 Status upload(Device* d, DevicePart which, const float* from) {
     const Current current(d->ordinal);
-    BABYGPT_CUDA(current.error);
+    BABYGPT_CUDA_TRY(current.ok());
     const size_t bytes = static_cast<size_t>(d->elements(which)) * sizeof(float);
     if (which == DevicePart::gradients) d->fresh = true;
     if (bytes == 0) return Status();
     if (from) BABYGPT_CUDA(cudaMemcpyAsync(d->part(which), from, bytes, cudaMemcpyHostToDevice, d->stream));
     else BABYGPT_CUDA(cudaMemsetAsync(d->part(which), 0, bytes, d->stream));
     if (which == DevicePart::weights && is_narrow(d->plan)) {
-        d->error = cudaSuccess, d->product_error = CUBLAS_STATUS_SUCCESS;
+        d->begin_launches();
         d->with_real([&](auto real) {
             d->over_elements(narrow_copy<decltype(real)>, d->plan.weight_block, static_cast<decltype(real)*>(d->memory.narrow_weights),
                              d->memory.weights, d->plan.weight_block);
         });
-        if (d->error != cudaSuccess) return trouble("cudaLaunchKernelEx", d->error);
+        BABYGPT_CUDA_TRY(d->walked_well());
     }
     BABYGPT_CUDA(cudaStreamSynchronize(d->stream));
     return Status();
 }
 Status download(Device* d, DevicePart which, float* to) {
     const Current current(d->ordinal);
-    BABYGPT_CUDA(current.error);
+    BABYGPT_CUDA_TRY(current.ok());
     const size_t bytes = static_cast<size_t>(d->elements(which)) * sizeof(float);
     if (bytes > 0) BABYGPT_CUDA(cudaMemcpyAsync(to, d->part(which), bytes, cudaMemcpyDeviceToHost, d->stream));
     BABYGPT_CUDA(cudaStreamSynchronize(d->stream));
@@ -5248,7 +5269,7 @@ Status download(Device* d, DevicePart which, float* to) {
 }
 Status run_device(Device* d, const Run& run, const DeviceUpdate* update) {
     const Current current(d->ordinal);
-    BABYGPT_CUDA(current.error);
+    BABYGPT_CUDA_TRY(current.ok());
     for (size_t i = 0; i < run.sequences.size && run.source.rows > 0; ++i)
         if (run.sequences[i].source != static_cast<int>(i))
             return refuse(Error::unsupported, "the backend cuda wants a source of its own for each sequence");
@@ -5274,7 +5295,7 @@ Status run_device(Device* d, const Run& run, const DeviceUpdate* update) {
 // Where it has to wait, it waits for half of the updates that followed, too: so who has many under way waits for several at once.
 Status result_of(Device* d, int later, DeviceResult& result) {
     const Current current(d->ordinal);
-    BABYGPT_CUDA(current.error);
+    BABYGPT_CUDA_TRY(current.ok());
     const uint64_t number = d->updates - 1 - static_cast<uint64_t>(later), run = d->run_of[number % steps_ahead];
     if (run >= d->runs_ended) BABYGPT_CUDA_TRY(d->wait_for(d->run_of[(number + static_cast<uint64_t>(later) / 2) % steps_ahead]));
     const Sums& sums = d->results[number % steps_ahead];
@@ -5289,7 +5310,7 @@ Status result_of(Device* d, int later, DeviceResult& result) {
 }
 Status losses_of(Device* d, int rows, double* losses, int32_t* ranks) {
     const Current current(d->ordinal);
-    BABYGPT_CUDA(current.error);
+    BABYGPT_CUDA_TRY(current.ok());
     const size_t n = static_cast<size_t>(rows);
     if (n > 0) BABYGPT_CUDA(cudaMemcpyAsync(losses, d->memory.losses, n * sizeof(double), cudaMemcpyDeviceToHost, d->stream));
     if (n > 0 && ranks) BABYGPT_CUDA(cudaMemcpyAsync(ranks, d->memory.ranks, n * sizeof(int32_t), cudaMemcpyDeviceToHost, d->stream));
@@ -5298,7 +5319,7 @@ Status losses_of(Device* d, int rows, double* losses, int32_t* ranks) {
 }
 Status keep_text(Device* d, int64_t at, const int32_t* ids, int64_t count) {
     const Current current(d->ordinal);
-    BABYGPT_CUDA(current.error);
+    BABYGPT_CUDA_TRY(current.ok());
     const size_t bytes = static_cast<size_t>(count) * sizeof(int32_t);
     BABYGPT_CUDA(cudaMemcpyAsync(d->memory.text + at, ids, bytes, cudaMemcpyHostToDevice, d->stream));
     BABYGPT_CUDA(cudaStreamSynchronize(d->stream));
@@ -5371,6 +5392,11 @@ Status ceilings_of(Precision precision, double& flops, double& bytes) {
 
 // ---- running ----
 
+Status create_generator(const DevicePlan& plan, Generator*& made) {
+    BABYGPT_CUDA_TRY(create_there(plan, made));
+    if (made->tile_rows == 0) destroy_there(made), made = nullptr;  // shared memory is too small
+    return Status();
+}
 uint64_t generator_bytes(const DevicePlan& plan) {
     Talker talker;
     Plan there;
@@ -5381,7 +5407,7 @@ uint64_t generator_bytes(const DevicePlan& plan) {
 }
 Status set_weights(Generator* g, const float* from) {
     const Current current(g->ordinal);
-    BABYGPT_CUDA(current.error);
+    BABYGPT_CUDA_TRY(current.ok());
     BABYGPT_CUDA(
         cudaMemcpyAsync(g->memory.weights, from, static_cast<size_t>(g->weight_block) * sizeof(float), cudaMemcpyHostToDevice, g->stream));
     for (int i = 0; i < g->copies_there; ++i) {
@@ -5402,7 +5428,7 @@ Status set_weights(Generator* g, const float* from) {
 }
 Status take_pages(Generator* g, uint64_t bytes, void*& pages) {
     const Current current(g->ordinal);
-    BABYGPT_CUDA(current.error);
+    BABYGPT_CUDA_TRY(current.ok());
     pages = nullptr;
     BABYGPT_CUDA_TRY(take_block(bytes, pages, "run fewer sessions, or a shorter context"));
     const cudaError_t error = cudaMemsetAsync(pages, 0, static_cast<size_t>(bytes), g->stream);
@@ -5417,13 +5443,13 @@ void drop_pages(Generator* g, void* pages) {
 }
 Status copy_pages(Generator* g, void* to, const void* from, uint64_t bytes) {
     const Current current(g->ordinal);
-    BABYGPT_CUDA(current.error);
+    BABYGPT_CUDA_TRY(current.ok());
     BABYGPT_CUDA(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, g->stream));
     return Status();
 }
 Status read_device(Generator* g, const Run& run, double* losses) {
     const Current current(g->ordinal);
-    BABYGPT_CUDA(current.error);
+    BABYGPT_CUDA_TRY(current.ok());
     return g->narrow ? g->read<__nv_bfloat16>(run, losses) : g->read<float>(run, losses);
 }
 
@@ -5444,7 +5470,7 @@ extern "C" const babygpt::records::DeviceFunctions* babygpt_cuda_device() {
         &losses_of,
         &keep_text,
         &ceilings_of,
-        &create_there<Generator>,
+        &create_generator,
         &destroy_there<Generator>,
         &generator_bytes,
         &set_weights,

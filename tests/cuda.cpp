@@ -1549,6 +1549,51 @@ TEST(troubles, "an error of CUDA's would not be said, or leave something behind"
         CHECK(status.ok() || strlen(status.message) > 10);
     }
     CHECK(failed > 20);
+    // After such a step a trainer goes on from where it was saved, or not at all.
+    const char* path = "build/test_cuda_troubles.safetensors";
+    double losses[2] = {};
+    int refused = 0;
+    for (long call = 0; call < 200; call += call < 12 ? 1 : 13) {  // 0: none fails
+        Learner l;
+        StepResult r;
+        if (!CHECK_OK(l.create(Backend::cuda, c)) || !CHECK_OK(l.trainer.save(path))) return;
+        emulator::settings.fail_call = call;
+        const Status status = l.trainer.step(r);
+        const bool reached = call == 0 || emulator::settings.fail_call == 0;
+        emulator::settings.fail_call = 0;
+        if (!reached) break;
+        if (!status.ok() && !l.trainer.step(r).ok()) {
+            ++refused;
+            CHECK(!l.trainer.save(path).ok());
+            CHECK_OK(l.trainer.load(path));
+            CHECK_OK(l.trainer.step(r));
+        }
+        const double first = r.loss;
+        CHECK_OK(l.trainer.step(r));
+        if (call == 0) losses[0] = first, losses[1] = r.loss;
+        else CHECK(fabs(first - losses[0]) + fabs(r.loss - losses[1]) < 1e-9);
+    }
+    CHECK(refused > 5);
+    remove(path);
+}
+TEST(two_models,
+     "sessions of a small model would take shared memory from those of a large one, or a GPU with too little of it would have none") {
+    Config large = speaker("gpt2"), tiny = speaker("gpt2");
+    large.width = 96, large.hidden = 256, tiny.width = 8, tiny.heads = 1;
+    const int32_t ids[] = {1, 2, 3};
+    const auto feed = [&](Speakers& of, double tolerance) {
+        for (Session& session : of.sessions) CHECK_OK(session.feed(ids));
+        CHECK(distance(of.sessions[0].logits(), of.sessions[1].logits()) < tolerance);
+    };
+    Speakers one, two, here;
+    if (!CHECK_OK(one.create(large, Precision::f32))) return;
+    feed(one, 1e-5);
+    if (!CHECK_OK(two.create(tiny, Precision::f32))) return;
+    feed(two, 1e-5), feed(one, 1e-5);
+    emulator::settings.shared_optin = 16 << 10;  // then it runs on the processor
+    if (!CHECK_OK(here.create(large, Precision::bf16))) return;
+    feed(here, 1e-6), feed(here, 1e-6);
+    emulator::settings.shared_optin = 227 << 10;
 }
 #endif
 
