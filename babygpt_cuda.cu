@@ -15,7 +15,8 @@
 // Then set Runtime::backend = Backend::cuda, and Runtime::precision = Precision::bf16 for speed. Without this file the library says that the program was built without CUDA.
 //
 // What there is.                                              What there is not.
-//     all architectures, all ops, dropout, LoRA                   sessions with adapters or a source, encoders: on the processor
+//     all architectures, all ops, dropout, LoRA                   sessions with adapters or a source, encoders, and where a block has
+//                                                                 too little shared memory (64 KB, before 2020): on the processor
 //     float32; products by cuBLASLt in tf32; all of it in bf16;   sessions in fp16: they run in float32
 //     or in fp16 with a loss's scale, also on GPUs before 2020
 //     the same random numbers as on the processor                 more than one GPU in a Trainer
