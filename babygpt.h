@@ -16159,41 +16159,39 @@ struct Products {
         }
     }
 
-    // One row of C, columns [column, end): each panel of B is read once, four side by side.
-    static BABYGPT_INLINE void single_row(const Product& p, const float* b, int column, int end) {
-        constexpr int most_panels = Set::calls ? 1 : 4;
-        for (int j = column; j < end; j += most_panels * tile_columns) {
-            if (end - j >= most_panels * tile_columns) panels<most_panels>(p, b, j);
-            else
-                for (int i = j; i < end; i += tile_columns) panels<1>(p, b, i);
-        }
+    // One row of C, where four panels of B are side by side that lie so many `apart`, or, 0, one panel. Each is read once.
+    static BABYGPT_INLINE void single_row(const Product& p, const float* b, int panel, int apart) {
+        if (apart == 0) return panels<1>(p, b, panel, 0);
+        if constexpr (Set::calls)
+            for (int i = 0; i < 4; ++i) panels<1>(p, b, panel + i * apart, 0);
+        else panels<4>(p, b, panel, apart);
     }
     template <int count>
-    static BABYGPT_INLINE void panels(const Product& p, const float* b, int column) {
-        const int64_t apart = panel_floats(p.dtype, p.depth);
-        const float* panel = b + column / tile_columns * apart;
-        const int whole = least(count * tile_columns, p.columns - column);  // columns that exist
+    static BABYGPT_INLINE void panels(const Product& p, const float* b, int number, int apart) {
+        const int64_t size = panel_floats(p.dtype, p.depth), step = apart * size;
+        const float* panel = b + number * size;
         const bool is_scaled = Set::is_narrow && p.dtype == Dtype::int8;
+        const auto column = [&](int i) { return (number + i / 2 * apart) * tile_columns + i % 2 * Set::width; };  // of the i-th vector
         V sum[static_cast<size_t>(2 * count)], by;
         BABYGPT_UNROLL
         for (int i = 0; i < 2 * count; ++i) {
-            const int from = i * Set::width;
-            if (!p.start || from >= whole) Set::splat(sum[i], 0);
-            else if (whole - from >= Set::width) Set::load(sum[i], p.start + column + from);
-            else Set::load_part(sum[i], p.start + column + from, whole - from);
-            if (is_scaled) Set::load(by, panel + i / 2 * apart + tile_columns + i % 2 * Set::width), sum[i] = sum[i] * by;
+            const int there = p.columns - column(i);  // columns that exist
+            if (!p.start || there <= 0) Set::splat(sum[i], 0);
+            else if (there >= Set::width) Set::load(sum[i], p.start + column(i));
+            else Set::load_part(sum[i], p.start + column(i), there);
+            if (is_scaled) Set::load(by, panel + i / 2 * step + tile_columns + i % 2 * Set::width), sum[i] = sum[i] * by;
         }
         if constexpr (Set::is_narrow) {
-            if (p.dtype == Dtype::bf16) add_row<count>(sum, p, elements<uint16_t>(panel), 2 * apart);
-            else if (p.dtype == Dtype::int8) add_row<count>(sum, p, elements<int8_t>(panel), 4 * apart);
-            else add_row<count>(sum, p, panel, apart);
-        } else add_row<count>(sum, p, panel, apart);
+            if (p.dtype == Dtype::bf16) add_row<count>(sum, p, elements<uint16_t>(panel), 2 * step);
+            else if (p.dtype == Dtype::int8) add_row<count>(sum, p, elements<int8_t>(panel), 4 * step);
+            else add_row<count>(sum, p, panel, step);
+        } else add_row<count>(sum, p, panel, step);
         BABYGPT_UNROLL
         for (int i = 0; i < 2 * count; ++i) {
-            const int from = i * Set::width;
-            if (is_scaled) Set::load(by, panel + i / 2 * apart + i % 2 * Set::width), sum[i] = sum[i] * by;
-            if (whole - from >= Set::width) Set::store(p.c + column + from, sum[i]);
-            else if (whole > from) Set::store_part(p.c + column + from, sum[i], whole - from);
+            const int there = p.columns - column(i);
+            if (is_scaled) Set::load(by, panel + i / 2 * step + i % 2 * Set::width), sum[i] = sum[i] * by;
+            if (there >= Set::width) Set::store(p.c + column(i), sum[i]);
+            else if (there > 0) Set::store_part(p.c + column(i), sum[i], there);
         }
     }
     template <int count, class E>
@@ -17688,7 +17686,7 @@ struct Kernels {
     int64_t (*attention_scratch)(int keys, int dim, bool training);
     int64_t (*panel_floats)(Dtype dtype, int depth);
     void (*pack_weights)(float* to, const Factor& b, int column, int end, int depth, Dtype dtype);
-    void (*single_row)(const Product& p, const float* b, int column, int end);
+    void (*single_row)(const Product& p, const float* b, int panel, int apart);
     void (*forward)(const Work& work, int from, int to);
     void (*backward)(const Work& work, int from, int to);
     void (*attention)(const Work& work, int from, int to, float* space, bool backward);
@@ -17738,8 +17736,8 @@ struct Kernels {
         target static void block(const Product& p, const float* a, const float* b, int row, int column, int end) {                         \
             Products<Set>::block(p, a, b, row, column, end);                                                                               \
         }                                                                                                                                  \
-        target static void single_row(const Product& p, const float* b, int column, int end) {                                             \
-            Products<Set>::single_row(p, b, column, end);                                                                                  \
+        target static void single_row(const Product& p, const float* b, int panel, int apart) {                                            \
+            Products<Set>::single_row(p, b, panel, apart);                                                                                 \
         }                                                                                                                                  \
         target static void forward(const Work& work, int from, int to) { forward_part<Set>(work, from, to); }                              \
         target static void backward(const Work& work, int from, int to) { backward_part<Set>(work, from, to); }                            \
@@ -17950,16 +17948,17 @@ struct Walk {
         const int columns = by.tile_columns;
         const int all_panels = (p.columns + columns - 1) / columns;
         if (p.rows < 4 && packs_a == 0) {
-            // Memory sets the speed: best if each thread reads the same weights for every token.
-            const int units = (all_panels + 3) / 4, unit = 4 * columns;
+            // Memory sets the speed: best if each thread reads the same weights for every token, and in four streams that are as long as
+            // can be, since processors foresee what a long one wants.
             const int64_t worth = most(static_cast<int64_t>(p.depth) * p.columns / least_cost, int64_t(1));
-            const int workers = static_cast<int>(least(worth, static_cast<int64_t>(least(threads, units))));
+            const int workers = static_cast<int>(least(worth, static_cast<int64_t>(least(threads, (all_panels + 3) / 4))));
             parallel(runtime, workers, [&](int i) {
-                for (int u = i * units / workers; u < (i + 1) * units / workers; ++u) {
+                const int first = i * all_panels / workers, count = (i + 1) * all_panels / workers - first, stream = count / 4;
+                for (int k = 0; k < count - 3 * stream; ++k) {  // of all streams, then what is left
                     Product one = p;
                     one.rows = 1;
                     for (int row = 0; row < p.rows; ++row) {
-                        kernels.single_row(one, b, u * unit, least((u + 1) * unit, p.columns));
+                        kernels.single_row(one, b, k < stream ? first + k : first + 3 * stream + k, k < stream ? stream : 0);
                         one.c += p.c_stride, one.a.at += p.a.stride;
                         if (one.start) one.start += p.start_stride;
                     }

@@ -269,7 +269,10 @@ TEST(products, "a product of matrices is wrong, or adds in another order") {
                 for (int j = 0; j < columns && dtype != Dtype::f32; j += kernels.exact.tile_columns)
                     kernels.pack_weights(panels.items + j / kernels.exact.tile_columns * kernels.panel_floats(dtype, depth), fb, j, columns,
                                          depth, dtype);
-                if (rows == 1 && a_across) kernels.single_row(p, panels.items, 0, columns);
+                const int all = (columns + kernels.exact.tile_columns - 1) / kernels.exact.tile_columns, stream = all / 4;
+                if (rows == 1 && a_across)
+                    for (int k = 0; k < all - 3 * stream; ++k)
+                        kernels.single_row(p, panels.items, k < stream ? k : 3 * stream + k, k < stream ? stream : 0);
                 else
                     for (int row = 0; row < rows; row += row_block) {
                         if (!a_across) kernels.exact.pack_a(a_panels.items + row * depth, fa, row, least(row + row_block, rows), depth);
