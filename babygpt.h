@@ -180,9 +180,9 @@ struct [[nodiscard]] Status {
 enum class Backend : int32_t { cpu, plain, cuda };
 // Of the numbers in a computation; sums, weights and their gradients, moments are f32. On a GPU: tf32: of what is multiplied; bf16: of activations and
 // their gradients, too; fp16, for GPUs before 2020: so, too, where a model is trained (sessions run in f32). On a processor (Backend::cpu) all is
-// f32, but bf16: in training, and where a Trainer evaluates, of what is multiplied with weights and into their gradients. It is for processors with AMX,
-// or AMD's avx512_bf16 (which only GCC's kernels use), and gains nothing on others; the bits are the same for any number of threads, but not on
-// another kind of processor.
+// f32, but bf16: in training, and where a Trainer evaluates, of what is multiplied with weights and into their gradients, and with AMX in attention,
+// too. It is for processors with AMX, or AMD's avx512_bf16 (which only GCC's kernels use), and gains nothing on others; the bits are the same for
+// any number of threads, but not on another kind of processor.
 enum class Precision : int32_t { f32, tf32, bf16, fp16 };
 enum class Isa : int32_t { automatic, sse2, avx2, avx512, neon, portable };  // which kernels; for tests. bits are the same
 
@@ -15511,9 +15511,10 @@ struct Simd : VectorTypes<width_> {
     static constexpr bool is_narrow = fused == width_ && fused >= 8;  // it can load bf16 and int8; other sets keep packed weights as floats
     static constexpr bool calls = BABYGPT_VECTORS && fused == 0;      // each multiply-add is a call: little code is worth more than speed
     static constexpr int tile_rows = calls ? 2 : registers == 32 ? 12 : 6;
-    static constexpr int depth_unit = 1;  // a panel has a multiple of so many words for each row or column
-    static constexpr bool pairs = false;  // a word is two numbers in bf16, not a float
-    static constexpr bool tiles = false;  // and tiles of C are a matrix unit's
+    static constexpr int depth_unit = 1;   // a panel has a multiple of so many words for each row or column
+    static constexpr bool pairs = false;   // a word is two numbers in bf16, not a float
+    static constexpr bool tiles = false;   // and tiles of C are a matrix unit's
+    static constexpr bool rounds = false;  // there is an instruction that rounds to bf16
     typedef float Lanes[static_cast<size_t>(width_)];
     using typename VectorTypes<width_>::V;
     using typename VectorTypes<width_>::Loose;
@@ -16101,12 +16102,12 @@ struct Products {
         return left <= 2 * low_rows && round_up(left, low_rows) < round_up(left, tile_rows) ? low_rows : tile_rows;
     }
 
-    // Rows from `row` on, at most row_block, and columns [column, end) of C (whole panels of B, except the last).
+    // Rows from `row` on and columns [column, end) of C (whole panels of B, except the last).
     // a: panels, each [p.depth][tile_rows], of these rows (and all is float); null: A runs along its rows, and is read where it is.
     // b: panels, each [p.depth][tile_columns], of all columns.
     static BABYGPT_INLINE void block(const Product& p, const float* a, const float* b, int row, int column, int end) {
         const int64_t apart = panel_floats(p.dtype, p.depth);
-        const int rows = least(row_block, p.rows - row);
+        const int rows = p.rows - row;
         int rest = rows;
         while (rest >= rows_of_tile(rest) && !a) rest -= rows_of_tile(rest);
         const int blocks = Set::tiles ? 1 : (p.depth + depth_block - 1) / depth_block;  // a matrix unit waits longer for C than for panels
@@ -16285,11 +16286,11 @@ BABYGPT_INLINE void tile_product(float* c, int64_t c_row, const float* start, in
     } else Unit::template zero<0>(), Unit::template zero<1>(), Unit::template zero<2>(), Unit::template zero<3>();
     for (int k = 0, row = 0; k < depth; k += 16, a += 16 * 32, b += 16 * 32) {
         for (const int end = least(row + rows_at_a_time, 32); row < end; ++row, next += next_row) prefetch(next), prefetch(next + 16);
-        Unit::template load<4>(a, 16), Unit::template load<6>(b, 32);
+        Unit::template load_once<4>(a, 16), Unit::template load<6>(b, 32);
         Unit::template multiply<0, 4, 6>();
         Unit::template load<7>(b + 16, 32);
         Unit::template multiply<1, 4, 7>();
-        Unit::template load<5>(a + 16 * 16, 16);
+        Unit::template load_once<5>(a + 16 * 16, 16);
         Unit::template multiply<2, 5, 6>(), Unit::template multiply<3, 5, 7>();
     }
     Unit::template store<0>(c, c_row), Unit::template store<1>(c + 16, c_row);
@@ -16306,7 +16307,16 @@ struct Pairs {
     static BABYGPT_INLINE void along_depth(float* to, const float* from, int depth, int count) {
         typename Set::V v;
         typename Set::U bits;
-        for (int t = 0; t < count; t += W / 2) {
+        int t = 0;
+        if constexpr (Set::rounds)
+            for (typename Set::V w; t + W <= count; t += W) {
+                const int left = depth - 2 * t;
+                if (left >= 2 * W) Set::load(v, from + 2 * t), Set::load(w, from + 2 * t + W);
+                else Set::load_part(v, from + 2 * t, least(most(left, 0), W)), Set::load_part(w, from + 2 * t + W, most(left - W, 0));
+                Set::to_words(v, v, w);
+                Set::store(to + t, v);
+            }
+        for (; t < count; t += W / 2) {
             if (depth - 2 * t >= W) Set::load(v, from + 2 * t);
             else Set::load_part(v, from + 2 * t, most(depth - 2 * t, 0));
             Set::bits(bits, v);
@@ -16332,11 +16342,10 @@ struct Pairs {
         for (int i = 0; i < 2; ++i) {
             if (count == S::width) S::load(v[i], i ? odd : even);
             else S::load_part(v[i], i ? odd : even, count);
-            S::bits(bits[i], v[i]);
-            S::to_bf16(bits[i]);
+            if constexpr (!S::rounds) S::bits(bits[i], v[i]), S::to_bf16(bits[i]);
         }
-        bits[0] = (bits[0] >> 16) | (bits[1] & 0xffff0000u);
-        S::from_bits(v[0], bits[0]);
+        if constexpr (S::rounds) S::to_words_across(v[0], v[0], v[1]);
+        else bits[0] = (bits[0] >> 16) | (bits[1] & 0xffff0000u), S::from_bits(v[0], bits[0]);
         if (count == S::width) S::store(to, v[0]);
         else S::store_part(to, v[0], count);
     }
@@ -16345,6 +16354,8 @@ struct Pairs {
         const float zeros[static_cast<size_t>(P::tile_columns)] = {};
         for (int t = t0; t < t0 + n; ++t, to += size) {
             const float* even = from + 2 * t * stride;
+            for (int i = 0; i < 2; ++i)
+                for (int j = 0; j < size; j += 16) prefetch(even + (2 * ahead + i) * stride + j);
             across_depth(to, 2 * t < depth ? even : zeros, 2 * t + 1 < depth ? even + stride : zeros, count);
             for (int j = count; j < size; ++j) to[j] = 0;
         }
@@ -16354,6 +16365,15 @@ struct Pairs {
     template <int size>
     static BABYGPT_INLINE void pack(float* to, const float* from, int64_t stride, Depth runs, int depth, int count) {
         if (runs == down) return rows_of_words(to, size, from, stride, depth, count, 0, words(depth));
+        if constexpr (Set::tiles) {  // squares of words, turned
+            for (int t = 0; t < words(depth); t += 16, to += 16 * size)
+                for (int j = 0; j < size; j += 16) {
+                    float rows[16 * 16];
+                    words_of_rows(rows, from + j * stride + 2 * t, stride, depth - 2 * t, count - j);
+                    transpose_16<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(to + j, size, rows, 16);
+                }
+            return;
+        }
         constexpr int some = 64;
         float rows[static_cast<size_t>(size * some)];
         for (int t = 0; t < words(depth); t += some) {
@@ -16361,6 +16381,14 @@ struct Pairs {
             for (int j = 0; j < count; ++j) along_depth(rows + j * some, from + j * stride + 2 * t, depth - 2 * t, n);
             memset(rows + count * some, 0, static_cast<size_t>((size - count) * some) * sizeof(float));
             P::template pack<size>(to + t * size, rows, some, along, n, size);
+        }
+    }
+    // 16 words of each of 16 rows, of which `count` exist.
+    static BABYGPT_INLINE void words_of_rows(float* to, const float* from, int64_t stride, int depth, int count) {
+        for (int r = 0; r < 16; ++r, to += 16) {
+            prefetch(from + r * stride + 2 * 16), prefetch(from + r * stride + 3 * 16);  // the next square's
+            if (r < count) along_depth(to, from + r * stride, depth, 16);
+            else memset(to, 0, 16 * sizeof(float));
         }
     }
     // As the matrix unit reads them: 16 words of each row, then the next 16 of each.
@@ -16377,12 +16405,12 @@ struct Pairs {
             float across[static_cast<size_t>(16 * size)];
             rows_of_words(across, size, from, stride, depth, count, t, 16);
             for (int r = 0; r < size; r += 16)
-                transpose_16<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(to + t * size + 16 * r, across + r, size);
+                transpose_16<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(to + t * size + 16 * r, 16, across + r, size);
         }
     }
     // 16 x 16 words, rows to columns: of each pair of rows, n apart, the elements that are n apart change places.
     template <int... element>
-    static BABYGPT_INLINE void transpose_16(float* to, const float* from, int64_t from_row) {
+    static BABYGPT_INLINE void transpose_16(float* to, int64_t to_row, const float* from, int64_t from_row) {
 #if BABYGPT_SHUFFLES
         typename Set::V row[16];
         BABYGPT_UNROLL
@@ -16390,9 +16418,9 @@ struct Pairs {
         change_places<8, element...>(row), change_places<4, element...>(row);
         change_places<2, element...>(row), change_places<1, element...>(row);
         BABYGPT_UNROLL
-        for (int i = 0; i < 16; ++i) Set::store(to + 16 * i, row[i]);
+        for (int i = 0; i < 16; ++i) Set::store(to + i * to_row, row[i]);
 #else
-        transpose(to, 16, from, from_row, 16, 16);
+        transpose(to, to_row, from, from_row, 16, 16);
 #endif
     }
 #if BABYGPT_SHUFFLES
@@ -16407,16 +16435,24 @@ struct Pairs {
         }
     }
 #endif
+    // As in Products: where rows lie apart, few at a time go to all panels.
+    static int some(Depth runs, int depth) { return runs == down ? 2 * Set::depth_unit : depth; }
     static BABYGPT_INLINE void pack_a(float* to, const Factor& a, int row, int end, int depth) {
-        for (int i = row; i < end; i += P::tile_rows, to += P::tile_rows * words(depth)) {
-            const int count = least(P::tile_rows, end - i);
-            if constexpr (Set::tiles) pack_for_tiles(to, a.element(0, i), a.stride, a.runs, depth, count);
-            else pack<P::tile_rows>(to, a.element(0, i), a.stride, a.runs, depth, count);
-        }
+        constexpr int size = P::tile_rows;
+        for (int k = 0; k < depth; k += some(a.runs, depth))
+            for (int i = row; i < end; i += size) {
+                float* panel = to + static_cast<int64_t>(i - row) * words(depth) + k / 2 * size;
+                const int deep = least(some(a.runs, depth), depth - k), count = least(size, end - i);
+                if constexpr (Set::tiles) pack_for_tiles(panel, a.element(k, i), a.stride, a.runs, deep, count);
+                else pack<size>(panel, a.element(k, i), a.stride, a.runs, deep, count);
+            }
     }
     static BABYGPT_INLINE void pack_b(float* to, const Factor& b, int column, int end, int depth) {
-        for (int j = column; j < end; j += P::tile_columns, to += P::tile_columns * words(depth))
-            pack<P::tile_columns>(to, b.element(0, j), b.stride, b.runs, depth, least(P::tile_columns, end - j));
+        constexpr int size = P::tile_columns;
+        for (int k = 0; k < depth; k += some(b.runs, depth))
+            for (int j = column; j < end; j += size)
+                pack<size>(to + static_cast<int64_t>(j - column) * words(depth) + k / 2 * size, b.element(k, j), b.stride, b.runs,
+                           least(some(b.runs, depth), depth - k), least(size, end - j));
     }
 
     template <int rows>
@@ -16437,6 +16473,26 @@ struct Pairs {
         else return P::ceiling(rounds, result);
     }
 };
+
+#if BABYGPT_PAIRS
+// Rounding to bf16 by AVX512_BF16. It takes subnormal numbers for zeros, as the products do.
+struct Avx512Bf16 : Avx512 {
+    static constexpr bool rounds = true;
+    // Of two vectors that stand one after the other, words of neighbours; and words of each element of one and of the other.
+    static BABYGPT_INLINE void to_words(V& words, const V& first, const V& second) {
+        __asm__("vcvtne2ps2bf16 {%1, %2, %0|%0, %2, %1}" : "=v"(words) : "v"(first), "v"(second));
+    }
+    static BABYGPT_INLINE void to_words_across(V& words, const V& even, const V& odd) {
+        U places;
+        count_up(places);
+        places = places * 0x10001u + 0x100000u;
+        to_words(words, even, odd);
+        __asm__("vpermw {%0, %1, %0|%0, %1, %0}" : "+v"(words) : "v"(places));
+    }
+};
+#elif BABYGPT_TILES
+using Avx512Bf16 = Avx512;
+#endif
 
 // What is in a word, times what is in another: both products are added to the sum, the second number's first, each rounded once. (As
 // vdpbf16ps does it, but for subnormal numbers, which that takes for zeros.)
@@ -16490,6 +16546,11 @@ struct MatrixUnit {
     static BABYGPT_INLINE void load(const float* from, int64_t row) {
         __asm__ volatile("tileloadd {(%0,%1,4), %%tmm%c2|tmm%c2, [%0+%1*4]}" : : "r"(from), "r"(row), "i"(t) : "memory");
     }
+    // What is not needed soon again: it pushes less out of the first cache.
+    template <int t>
+    static BABYGPT_INLINE void load_once(const float* from, int64_t row) {
+        __asm__ volatile("tileloaddt1 {(%0,%1,4), %%tmm%c2|tmm%c2, [%0+%1*4]}" : : "r"(from), "r"(row), "i"(t) : "memory");
+    }
     template <int t>
     static BABYGPT_INLINE void store(float* to, int64_t row) {
         __asm__ volatile("tilestored {%%tmm%c2, (%0,%1,4)|[%0+%1*4], tmm%c2}" : : "r"(to), "r"(row), "i"(t) : "memory");
@@ -16508,10 +16569,10 @@ struct MatrixUnit {
         return static_cast<double>(rounds) * 4 * 16 * 16 * 32;
     }
 };
-using Tiles = TilesOf<Avx512, MatrixUnit>;
+using Tiles = TilesOf<Avx512Bf16, MatrixUnit>;
 #endif
 #if BABYGPT_PAIRS
-struct FastPairs : PairsOf<Avx512> {
+struct FastPairs : PairsOf<Avx512Bf16> {
     static BABYGPT_INLINE void fma(V& sum, const V& a, const V& b) {
         __asm__("vdpbf16ps {%2, %1, %0|%0, %1, %2}" : "+v"(sum) : "v"(a), "v"(b));
     }
@@ -17290,17 +17351,19 @@ struct Rows {
                 }
                 if (n == 1) mix_values_of_one(out, scores, cache, a.seen_by(i));
                 else mix_values(out, scores, scores_row, cache, a, i, n);
-                for (int r = 0; r < n; ++r) {
-                    float* to = a.y + (i + r) * a.width + column;
-                    V v, scale;
-                    Set::splat(scale, 1.0f / a.softmax[(static_cast<int64_t>(i + r) * a.heads + head) * 2 + 1]);
-                    for (int d = 0; d < dim; d += W) {
-                        Set::load(v, out + r * padded + d);
-                        v = v * scale;
-                        put(to + d, v, dim - d);
-                    }
-                }
+                for (int r = 0; r < n; ++r) divided_row(a, i + r, head, out + r * padded);
             }
+        }
+    }
+    // y of a query, from what its values add up to.
+    static BABYGPT_INLINE void divided_row(const Attention<float>& a, int query, int head, const float* sum) {
+        float* to = a.y + query * a.width + static_cast<int64_t>(head) * a.dim;
+        V v, scale;
+        Set::splat(scale, 1.0f / a.softmax[(static_cast<int64_t>(query) * a.heads + head) * 2 + 1]);
+        for (int d = 0; d < a.dim; d += W) {
+            Set::load(v, sum + d);
+            v = v * scale;
+            put(to + d, v, a.dim - d);
         }
     }
     // Of n queries from the i-th on.
@@ -17679,6 +17742,8 @@ struct ProductKernels {
     void (*pack_b)(float* to, const Factor& b, int column, int end, int depth);
     void (*block)(const Product& p, const float* a, const float* b, int row, int column, int end);
     double (*ceiling)(int64_t rounds, float* result);
+    int tall;  // rows of A in a block where all of B is more than the second cache holds
+    void (*attention)(const Work& work, int from, int to, float* space, bool backward);  // in training; null: that of the exact kernels
     int words(int depth) const { return round_up((depth + numbers - 1) / numbers, depth_unit); }
 };
 struct Kernels {
@@ -17751,18 +17816,19 @@ struct Kernels {
         }                                                                                                                                  \
         target static double ceiling(int64_t rounds, float* result) { return Products<Set>::ceiling(rounds, result); }                     \
         static constexpr int height = Products<Set>::tile_rows, width = Products<Set>::tile_columns;                                       \
-        static constexpr Kernels table = {{name, height, width, 1, 1, false, &pack_a, &pack_b, &block, &ceiling},                          \
-                                          {name, height, width, 1, 1, true, &pack_rounded_a, &pack_rounded_b, &block, &ceiling},           \
-                                          &Rows<Set>::attention_scratch,                                                                   \
-                                          &panel_floats,                                                                                   \
-                                          &pack_weights,                                                                                   \
-                                          &single_row,                                                                                     \
-                                          &forward,                                                                                        \
-                                          &backward,                                                                                       \
-                                          &attention,                                                                                      \
-                                          &update,                                                                                         \
-                                          &biggest,                                                                                        \
-                                          &exponentials};                                                                                  \
+        static constexpr Kernels table = {                                                                                                 \
+            {name, height, width, 1, 1, false, &pack_a, &pack_b, &block, &ceiling, row_block, nullptr},                                    \
+            {name, height, width, 1, 1, true, &pack_rounded_a, &pack_rounded_b, &block, &ceiling, row_block, nullptr},                     \
+            &Rows<Set>::attention_scratch,                                                                                                 \
+            &panel_floats,                                                                                                                 \
+            &pack_weights,                                                                                                                 \
+            &single_row,                                                                                                                   \
+            &forward,                                                                                                                      \
+            &backward,                                                                                                                     \
+            &attention,                                                                                                                    \
+            &update,                                                                                                                       \
+            &biggest,                                                                                                                      \
+            &exponentials};                                                                                                                \
     };
 
 #if defined(__ARM_NEON) && BABYGPT_VECTORS
@@ -17788,6 +17854,146 @@ BABYGPT_UNHURRIED_END
 #endif
 #endif
 
+// Attention by a matrix unit, in training: as in Rows, but what is multiplied is rounded as all factors are: queries, keys, values, dy, p, ds.
+// Of blocks on the diagonal, tiles that no query sees are left out; what a tile holds above the diagonal becomes 0.
+struct TileAttention {
+    static constexpr int tile = 32, block = 96, block_words = block / 2;
+    const Attention<float>& a;
+    const Dropout& drop;
+    const ProductKernels& by;
+    const int words, padded;  // of a head: its depth, and its columns in whole tiles
+
+    TileAttention(const Attention<float>& a_, const Dropout& drop_, const ProductKernels& by_)
+        : a(a_), drop(drop_), by(by_), words(by_.words(a_.dim)), padded(round_up(a_.dim, tile)) {}
+
+    // Floats of scratch for one thread.
+    static int64_t scratch(int keys, int dim) {
+        const int64_t padded = round_up(dim, tile), words = padded / 2, rows = round_up(keys, block);
+        const int64_t forward = rows * (words + padded / 2) + tile * (words + rows + rows / 2 + padded);
+        const int64_t backward = rows * (2 * words + 2 * padded + 1) + block * (2 * words + 3 * padded + 2 * block + block_words);
+        return round_up(most(forward, backward), static_cast<int64_t>(16));
+    }
+    // 32 x 32 of C, of so many words of a panel of A and one of B; adds: to what is there.
+    template <class Set>
+    static BABYGPT_INLINE void product(float* c, int64_t c_row, bool adds, const float* left, const float* right, int deep) {
+        Called<Set>::template panel_tile<tile, down, float>(c, c_row, adds ? c : nullptr, c_row, left, 0, right, deep, nullptr,
+                                                            right + deep * tile, tile);
+    }
+    static BABYGPT_INLINE void clear(float* row, int seen, int keys) {
+        memset(row + seen, 0, static_cast<size_t>(round_up(keys, tile) - seen) * sizeof(float));
+    }
+
+    template <class Set>
+    BABYGPT_INLINE void forward(int kv_head, float* space) const {
+        const int64_t kv_column = static_cast<int64_t>(kv_head) * a.dim, all = round_up(a.keys, tile);
+        const int all_words = by.words(a.keys);
+        float *keys = space, *values = keys + all * words, *queries = values + padded * all_words, *scores = queries + tile * words,
+              *p = scores + tile * all, *out = p + tile * all_words;
+        by.pack_b(keys, Factor{a.k + kv_column, a.k_stride, along}, 0, a.keys, a.dim);
+        by.pack_b(values, Factor{a.v + kv_column, a.k_stride, down}, 0, a.dim, a.keys);
+        for (int head = kv_head * a.group; head < (kv_head + 1) * a.group; ++head) {
+            const int64_t column = static_cast<int64_t>(head) * a.dim;
+            for (int i = 0; i < a.queries; i += tile) {
+                const int n = least(tile, a.queries - i), seen = a.seen_by(i + n - 1);
+                by.pack_a(queries, Factor{a.q + column, a.q_stride, along}, i, i + n, a.dim);
+                for (int k = 0; k < seen; k += tile) product<Set>(scores + k, all, false, queries, keys + k * words, words);
+                for (int r = 0; r < n; ++r) {
+                    float* row = scores + r * all;
+                    Rows<Set>::softmax_row(row, a.seen_by(i + r), a.dim, drop, a.row + i + r, head,
+                                           a.softmax + (static_cast<int64_t>(i + r) * a.heads + head) * 2);
+                    clear(row, a.seen_by(i + r), seen);
+                }
+                by.pack_a(p, Factor{scores, all, along}, 0, n, seen);
+                for (int d = 0; d < padded; d += tile) product<Set>(out + d, padded, false, p, values + d * all_words, by.words(seen));
+                for (int r = 0; r < n; ++r) Rows<Set>::divided_row(a, i + r, head, out + r * padded);
+            }
+        }
+    }
+    template <class Set>
+    BABYGPT_INLINE void backward(int kv_head, float* space) const {
+        for (int i = 0; i < a.group; ++i) head_backward<Set>(a.adds_kv || i > 0, kv_head * a.group + i, kv_head, space);
+    }
+    template <class Set>
+    BABYGPT_INLINE void head_backward(bool kv_adds, int head, int kv_head, float* space) const {
+        using R = Rows<Set>;
+        const int64_t column = static_cast<int64_t>(head) * a.dim, kv_column = static_cast<int64_t>(kv_head) * a.dim;
+        const int n = a.queries, dim = a.dim;
+        const int64_t rows = round_up(n, block);
+        float *q = space, *dout = q + rows * words, *q_down = dout + rows * words, *dout_down = q_down + rows * padded / 2,
+              *dq = dout_down + rows * padded / 2, *D = dq + rows * padded;  // of the sequence
+        float *keys = D + rows, *values = keys + block * words, *keys_down = values + block * words, *dk = keys_down + block_words * padded,
+              *dv = dk + block * padded, *p = dv + block * padded, *ds = p + block * block, *left = ds + block * block;  // of a block
+        const float *query = a.q + column, *dy = a.dy + column, *softmax = a.softmax + 2 * head;
+        by.pack_a(q, Factor{query, a.q_stride, along}, 0, n, dim), by.pack_a(dout, Factor{dy, a.width, along}, 0, n, dim);
+        for (int i = 0; i < n; i += block) {
+            const int depth = least(block, n - i);
+            by.pack_b(q_down + i * padded / 2, Factor{query + i * a.q_stride, a.q_stride, down}, 0, dim, depth);
+            by.pack_b(dout_down + i * padded / 2, Factor{dy + i * a.width, a.width, down}, 0, dim, depth);
+        }
+        R::start_rows(dq, padded, a.dq + column, a.q_stride, n, dim, a.adds_q);
+        for (int i = 0; i < n; ++i) D[i] = R::dot(dy + i * a.width, a.y + i * a.width + column, dim);
+
+        for (int k0 = 0; k0 < a.keys; k0 += block) {
+            const int count = least(block, a.keys - k0), deep = by.words(count);
+            const int64_t at = k0 * a.k_stride + kv_column;
+            by.pack_b(keys_down, Factor{a.k + at, a.k_stride, down}, 0, dim, count);
+            for (int which = 0; which < 2; ++which) {  // keys, values
+                by.pack_b(which ? values : keys, Factor{(which ? a.v : a.k) + at, a.k_stride, along}, 0, count, dim);
+                R::start_rows(which ? dv : dk, padded, (which ? a.dv : a.dk) + at, a.k_stride, count, dim, kv_adds);
+            }
+            for (int q0 = a.causal ? k0 : 0; q0 < n; q0 += block) {
+                const int queries = least(block, n - q0), tall = by.words(queries);
+                const bool diagonal = a.causal && q0 == k0;
+                for (int i = 0; i < queries; i += tile)
+                    for (int j = 0; j < (diagonal ? i + 1 : count); j += tile)
+                        for (int which = 0; which < 2; ++which)
+                            product<Set>((which ? ds : p) + i * block + j, block, false, (which ? dout : q) + (q0 + i) * words,
+                                         (which ? values : keys) + j * words, words);
+                for (int i = 0; i < queries; ++i) {
+                    const int seen = diagonal ? i + 1 : count;
+                    float *p_row = p + i * block, *ds_row = ds + i * block;
+                    R::softmax_row_backward(p_row, ds_row, D[q0 + i], softmax + static_cast<int64_t>(q0 + i) * a.heads * 2, seen, dim, drop,
+                                            a.row + q0 + i, head * 65536 + k0);
+                    clear(p_row, seen, count), clear(ds_row, seen, count);
+                }
+                by.pack_a(left, Factor{ds, block, along}, 0, queries, count);
+                for (int i = 0; i < queries; i += tile)
+                    for (int d = 0; d < padded; d += tile)
+                        product<Set>(dq + (q0 + i) * padded + d, padded, true, left + i * deep, keys_down + d * deep,
+                                     diagonal ? least(deep, (i + tile) / 2) : deep);
+                for (int which = 0; which < 2; ++which) {
+                    by.pack_a(left, Factor{which ? p : ds, block, down}, 0, count, queries);
+                    const float* right = (which ? dout_down : q_down) + q0 * padded / 2;
+                    for (int j = 0; j < count; j += tile)
+                        for (int d = 0; d < padded; d += tile) {
+                            const int past = diagonal ? j / 2 : 0;  // words of queries that see none of these keys
+                            product<Set>((which ? dv : dk) + j * padded + d, padded, true, left + j * tall + past * tile,
+                                         right + d * tall + past * tile, tall - past);
+                        }
+                }
+            }
+            for (int which = 0; which < 2; ++which)
+                copy_rows((which ? a.dv : a.dk) + at, a.k_stride, which ? dv : dk, padded, count, dim, dim);
+        }
+        copy_rows(a.dq + column, a.q_stride, dq, padded, n, dim, dim);
+    }
+};
+template <class Set>
+BABYGPT_INLINE void attention_by_tiles(const ProductKernels& by, const Work& work, int from, int to, float* space, bool backward) {
+    if constexpr (Set::tiles) {
+        const Op& op = work.tape.ops[static_cast<size_t>(work.number)];
+        const Dropout drop(work.run, work.number, op.side);
+        Set::Unit::configure();
+        for (int i = from; i < to; ++i) {
+            const Attention<float> a(work.tape, work.r, work.run, op, static_cast<size_t>(i / op.kv_heads));
+            const TileAttention of(a, drop, by);
+            if (backward) of.template backward<Set>(i % op.kv_heads, space);
+            else of.template forward<Set>(i % op.kv_heads, space);
+        }
+        Set::Unit::release();
+    }
+}
+
 // Products of pairs.
 #define BABYGPT_PAIR_PRODUCTS(set, Set, name, target)                                                                                      \
     template <>                                                                                                                            \
@@ -17808,7 +18014,13 @@ BABYGPT_UNHURRIED_END
         }                                                                                                                                  \
         target static double ceiling(int64_t rounds, float* result) { return Pairs<Set>::ceiling(rounds, result); }                        \
         static constexpr int height = Products<Set>::tile_rows, width = Products<Set>::tile_columns;                                       \
-        static constexpr ProductKernels table = {name, height, width, 2, Set::depth_unit, true, &pack_a, &pack_b, &block, &ceiling};       \
+        target static void attention(const Work& work, int from, int to, float* space, bool backward) {                                    \
+            attention_by_tiles<Set>(table, work, from, to, space, backward);                                                               \
+        }                                                                                                                                  \
+        static constexpr int tall = Set::tiles ? 2 * row_block : row_block;                                                                \
+        static constexpr auto attend = Set::tiles ? &attention : nullptr;                                                                  \
+        static constexpr ProductKernels table = {name,    height, width,    2,    Set::depth_unit, true, &pack_a,                          \
+                                                 &pack_b, &block, &ceiling, tall, attend};                                                 \
     };
 
 #if BABYGPT_TILES
@@ -17872,7 +18084,9 @@ struct Scratch {
         panels = tape.training ? most(1 << 20, 512 * tape.width) : least_piece * kernels.exact.tile_columns;
         slot = tape.training ? row_block * 2048 : 16;
         for (const Op& op : tape.ops)
-            if (op.kind == OpKind::attention) slot = most(slot, kernels.attention_scratch(tape.context, op.dim(), tape.training));
+            if (op.kind == OpKind::attention)
+                slot = most(slot, most(kernels.attention_scratch(tape.context, op.dim(), tape.training),
+                                       tape.training && kernels.rounded.attention ? TileAttention::scratch(tape.context, op.dim()) : 0));
     }
 };
 
@@ -17934,8 +18148,9 @@ struct Walk {
         share(units, cost, [&](int from, int to, float*) { kernels.backward(work, from, to); });
     }
     void share_attention(const Work& work, const Op& op, bool backward) const {
+        const auto attention = learning.attention ? learning.attention : kernels.attention;
         share(attention_units(op), attention_cost(op) * (backward ? 5 : 2),
-              [&](int from, int to, float* space) { kernels.attention(work, from, to, space, backward); });
+              [&](int from, int to, float* space) { attention(work, from, to, space, backward); });
     }
 
     // ---- products ----
@@ -17968,7 +18183,10 @@ struct Walk {
         }
         // Items so small that nobody waits long for another thread's last one.
         const int fair = most((p.rows + 16 * threads - 1) / (16 * threads), row_block / 2);
-        const int tall = threads == 1 ? row_block : least(row_block, round_up(fair, by.tile_rows));
+        int tall = threads == 1 ? row_block : least(row_block, round_up(fair, by.tile_rows));
+        // Each block reads all of B, and where that comes from a shared cache, a matrix unit waits for it.
+        if (by.tall > row_block && static_cast<int64_t>(all_panels) * columns * p.depth > 3 << 17)
+            tall = static_cast<int>(least<int64_t>(by.tall, scratch.slot / p.depth)) / by.tile_rows * by.tile_rows;
         const int row_blocks = (p.rows + tall - 1) / tall;
         const bool is_small = static_cast<int64_t>(p.rows) * p.columns * p.depth < 1 << 17;
         const int groups = is_small || threads == 1 ? 1 : least((8 * threads + row_blocks - 1) / row_blocks, (all_panels + 3) / 4);
@@ -18344,7 +18562,7 @@ inline Choice choose(Isa wanted, bool rounding = false) {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx512 && (wanted == Isa::automatic || wanted == Isa::avx512)) {
 #if BABYGPT_TILES
-        if (rounding && has_tiles()) return these<kernels_of_tiles>();
+        if (rounding && __builtin_cpu_supports("avx512bf16") && has_tiles()) return these<kernels_of_tiles>();
 #endif
 #if BABYGPT_PAIRS
         if (rounding && __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16")) return these<kernels_of_pairs>();
