@@ -15511,10 +15511,10 @@ struct Simd : VectorTypes<width_> {
     static constexpr bool is_narrow = fused == width_ && fused >= 8;  // it can load bf16 and int8; other sets keep packed weights as floats
     static constexpr bool calls = BABYGPT_VECTORS && fused == 0;      // each multiply-add is a call: little code is worth more than speed
     static constexpr int tile_rows = calls ? 2 : registers == 32 ? 12 : 6;
-    static constexpr int depth_unit = 1;   // a panel has a multiple of so many words for each row or column
-    static constexpr bool pairs = false;   // a word is two numbers in bf16, not a float
-    static constexpr bool tiles = false;   // and tiles of C are a matrix unit's
-    static constexpr bool rounds = false;  // there is an instruction that rounds to bf16
+    static constexpr int depth_unit = 1;      // a panel has a multiple of so many words for each row or column
+    static constexpr bool pairs = false;      // a word is two numbers in bf16, not a float
+    static constexpr bool tiles = false;      // and tiles of C are a matrix unit's
+    static constexpr bool can_round = false;  // there is an instruction that rounds to bf16
     typedef float Lanes[static_cast<size_t>(width_)];
     using typename VectorTypes<width_>::V;
     using typename VectorTypes<width_>::Loose;
@@ -16308,7 +16308,7 @@ struct Pairs {
         typename Set::V v;
         typename Set::U bits;
         int t = 0;
-        if constexpr (Set::rounds)
+        if constexpr (Set::can_round)
             for (typename Set::V w; t + W <= count; t += W) {
                 const int left = depth - 2 * t;
                 if (left >= 2 * W) Set::load(v, from + 2 * t), Set::load(w, from + 2 * t + W);
@@ -16342,9 +16342,9 @@ struct Pairs {
         for (int i = 0; i < 2; ++i) {
             if (count == S::width) S::load(v[i], i ? odd : even);
             else S::load_part(v[i], i ? odd : even, count);
-            if constexpr (!S::rounds) S::bits(bits[i], v[i]), S::to_bf16(bits[i]);
+            if constexpr (!S::can_round) S::bits(bits[i], v[i]), S::to_bf16(bits[i]);
         }
-        if constexpr (S::rounds) S::to_words_across(v[0], v[0], v[1]);
+        if constexpr (S::can_round) S::to_words_across(v[0], v[0], v[1]);
         else bits[0] = (bits[0] >> 16) | (bits[1] & 0xffff0000u), S::from_bits(v[0], bits[0]);
         if (count == S::width) S::store(to, v[0]);
         else S::store_part(to, v[0], count);
@@ -16370,7 +16370,7 @@ struct Pairs {
                 for (int j = 0; j < size; j += 16) {
                     float rows[16 * 16];
                     words_of_rows(rows, from + j * stride + 2 * t, stride, depth - 2 * t, count - j);
-                    transpose_16<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(to + j, size, rows, 16);
+                    turn(to + j, size, rows, 16);
                 }
             return;
         }
@@ -16404,9 +16404,11 @@ struct Pairs {
         for (int t = 0; t < all && runs == down; t += 16) {
             float across[static_cast<size_t>(16 * size)];
             rows_of_words(across, size, from, stride, depth, count, t, 16);
-            for (int r = 0; r < size; r += 16)
-                transpose_16<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(to + t * size + 16 * r, 16, across + r, size);
+            for (int r = 0; r < size; r += 16) turn(to + t * size + 16 * r, 16, across + r, size);
         }
+    }
+    static BABYGPT_INLINE void turn(float* to, int64_t to_row, const float* from, int64_t from_row) {
+        transpose_16<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(to, to_row, from, from_row);
     }
     // 16 x 16 words, rows to columns: of each pair of rows, n apart, the elements that are n apart change places.
     template <int... element>
@@ -16436,23 +16438,23 @@ struct Pairs {
     }
 #endif
     // As in Products: where rows lie apart, few at a time go to all panels.
-    static int some(Depth runs, int depth) { return runs == down ? 2 * Set::depth_unit : depth; }
+    static int at_once(Depth runs, int depth) { return runs == down ? 2 * Set::depth_unit : depth; }
     static BABYGPT_INLINE void pack_a(float* to, const Factor& a, int row, int end, int depth) {
         constexpr int size = P::tile_rows;
-        for (int k = 0; k < depth; k += some(a.runs, depth))
+        for (int k = 0; k < depth; k += at_once(a.runs, depth))
             for (int i = row; i < end; i += size) {
                 float* panel = to + static_cast<int64_t>(i - row) * words(depth) + k / 2 * size;
-                const int deep = least(some(a.runs, depth), depth - k), count = least(size, end - i);
+                const int deep = least(at_once(a.runs, depth), depth - k), count = least(size, end - i);
                 if constexpr (Set::tiles) pack_for_tiles(panel, a.element(k, i), a.stride, a.runs, deep, count);
                 else pack<size>(panel, a.element(k, i), a.stride, a.runs, deep, count);
             }
     }
     static BABYGPT_INLINE void pack_b(float* to, const Factor& b, int column, int end, int depth) {
         constexpr int size = P::tile_columns;
-        for (int k = 0; k < depth; k += some(b.runs, depth))
+        for (int k = 0; k < depth; k += at_once(b.runs, depth))
             for (int j = column; j < end; j += size)
                 pack<size>(to + static_cast<int64_t>(j - column) * words(depth) + k / 2 * size, b.element(k, j), b.stride, b.runs,
-                           least(some(b.runs, depth), depth - k), least(size, end - j));
+                           least(at_once(b.runs, depth), depth - k), least(size, end - j));
     }
 
     template <int rows>
@@ -16477,7 +16479,7 @@ struct Pairs {
 #if BABYGPT_PAIRS
 // Rounding to bf16 by AVX512_BF16. It takes subnormal numbers for zeros, as the products do.
 struct Avx512Bf16 : Avx512 {
-    static constexpr bool rounds = true;
+    static constexpr bool can_round = true;
     // Of two vectors that stand one after the other, words of neighbours; and words of each element of one and of the other.
     static BABYGPT_INLINE void to_words(V& words, const V& first, const V& second) {
         __asm__("vcvtne2ps2bf16 {%1, %2, %0|%0, %2, %1}" : "=v"(words) : "v"(first), "v"(second));
@@ -17857,20 +17859,20 @@ BABYGPT_UNHURRIED_END
 // Attention by a matrix unit, in training: as in Rows, but what is multiplied is rounded as all factors are: queries, keys, values, dy, p, ds.
 // Of blocks on the diagonal, tiles that no query sees are left out; what a tile holds above the diagonal becomes 0.
 struct TileAttention {
-    static constexpr int tile = 32, block = 96, block_words = block / 2;
+    static constexpr int tile = 32, block = 96;
     const Attention<float>& a;
     const Dropout& drop;
     const ProductKernels& by;
-    const int words, padded;  // of a head: its depth, and its columns in whole tiles
+    const int padded, words = padded / 2;  // of a head: its columns in whole tiles, and so many deep
 
     TileAttention(const Attention<float>& a_, const Dropout& drop_, const ProductKernels& by_)
-        : a(a_), drop(drop_), by(by_), words(by_.words(a_.dim)), padded(round_up(a_.dim, tile)) {}
+        : a(a_), drop(drop_), by(by_), padded(round_up(a_.dim, tile)) {}
 
     // Floats of scratch for one thread.
     static int64_t scratch(int keys, int dim) {
         const int64_t padded = round_up(dim, tile), words = padded / 2, rows = round_up(keys, block);
-        const int64_t forward = rows * (words + padded / 2) + tile * (words + rows + rows / 2 + padded);
-        const int64_t backward = rows * (2 * words + 2 * padded + 1) + block * (2 * words + 3 * padded + 2 * block + block_words);
+        const int64_t forward = rows * padded + tile * (words + rows + rows / 2 + padded);
+        const int64_t backward = rows * (3 * padded + 1) + block * (7 * words + 2 * block + block / 2);
         return round_up(most(forward, backward), static_cast<int64_t>(16));
     }
     // 32 x 32 of C, of so many words of a panel of A and one of B; adds: to what is there.
@@ -17919,22 +17921,22 @@ struct TileAttention {
         const int64_t column = static_cast<int64_t>(head) * a.dim, kv_column = static_cast<int64_t>(kv_head) * a.dim;
         const int n = a.queries, dim = a.dim;
         const int64_t rows = round_up(n, block);
-        float *q = space, *dout = q + rows * words, *q_down = dout + rows * words, *dout_down = q_down + rows * padded / 2,
-              *dq = dout_down + rows * padded / 2, *D = dq + rows * padded;  // of the sequence
-        float *keys = D + rows, *values = keys + block * words, *keys_down = values + block * words, *dk = keys_down + block_words * padded,
+        float *q = space, *dout = q + rows * words, *q_down = dout + rows * words, *dout_down = q_down + rows * words,
+              *dq = dout_down + rows * words, *D = dq + rows * padded;  // of the sequence
+        float *keys = D + rows, *values = keys + block * words, *keys_down = values + block * words, *dk = keys_down + block * words,
               *dv = dk + block * padded, *p = dv + block * padded, *ds = p + block * block, *left = ds + block * block;  // of a block
         const float *query = a.q + column, *dy = a.dy + column, *softmax = a.softmax + 2 * head;
         by.pack_a(q, Factor{query, a.q_stride, along}, 0, n, dim), by.pack_a(dout, Factor{dy, a.width, along}, 0, n, dim);
         for (int i = 0; i < n; i += block) {
             const int depth = least(block, n - i);
-            by.pack_b(q_down + i * padded / 2, Factor{query + i * a.q_stride, a.q_stride, down}, 0, dim, depth);
-            by.pack_b(dout_down + i * padded / 2, Factor{dy + i * a.width, a.width, down}, 0, dim, depth);
+            by.pack_b(q_down + i * words, Factor{query + i * a.q_stride, a.q_stride, down}, 0, dim, depth);
+            by.pack_b(dout_down + i * words, Factor{dy + i * a.width, a.width, down}, 0, dim, depth);
         }
         R::start_rows(dq, padded, a.dq + column, a.q_stride, n, dim, a.adds_q);
         for (int i = 0; i < n; ++i) D[i] = R::dot(dy + i * a.width, a.y + i * a.width + column, dim);
 
         for (int k0 = 0; k0 < a.keys; k0 += block) {
-            const int count = least(block, a.keys - k0), deep = by.words(count);
+            const int count = least(block, a.keys - k0), key_words = by.words(count);
             const int64_t at = k0 * a.k_stride + kv_column;
             by.pack_b(keys_down, Factor{a.k + at, a.k_stride, down}, 0, dim, count);
             for (int which = 0; which < 2; ++which) {  // keys, values
@@ -17942,7 +17944,7 @@ struct TileAttention {
                 R::start_rows(which ? dv : dk, padded, (which ? a.dv : a.dk) + at, a.k_stride, count, dim, kv_adds);
             }
             for (int q0 = a.causal ? k0 : 0; q0 < n; q0 += block) {
-                const int queries = least(block, n - q0), tall = by.words(queries);
+                const int queries = least(block, n - q0), query_words = by.words(queries);
                 const bool diagonal = a.causal && q0 == k0;
                 for (int i = 0; i < queries; i += tile)
                     for (int j = 0; j < (diagonal ? i + 1 : count); j += tile)
@@ -17959,16 +17961,16 @@ struct TileAttention {
                 by.pack_a(left, Factor{ds, block, along}, 0, queries, count);
                 for (int i = 0; i < queries; i += tile)
                     for (int d = 0; d < padded; d += tile)
-                        product<Set>(dq + (q0 + i) * padded + d, padded, true, left + i * deep, keys_down + d * deep,
-                                     diagonal ? least(deep, (i + tile) / 2) : deep);
+                        product<Set>(dq + (q0 + i) * padded + d, padded, true, left + i * key_words, keys_down + d * key_words,
+                                     diagonal ? least(key_words, (i + tile) / 2) : key_words);
                 for (int which = 0; which < 2; ++which) {
                     by.pack_a(left, Factor{which ? p : ds, block, down}, 0, count, queries);
-                    const float* right = (which ? dout_down : q_down) + q0 * padded / 2;
+                    const float* right = (which ? dout_down : q_down) + q0 * words;
                     for (int j = 0; j < count; j += tile)
                         for (int d = 0; d < padded; d += tile) {
                             const int past = diagonal ? j / 2 : 0;  // words of queries that see none of these keys
-                            product<Set>((which ? dv : dk) + j * padded + d, padded, true, left + j * tall + past * tile,
-                                         right + d * tall + past * tile, tall - past);
+                            product<Set>((which ? dv : dk) + j * padded + d, padded, true, left + j * query_words + past * tile,
+                                         right + d * query_words + past * tile, query_words - past);
                         }
                 }
             }
@@ -18047,6 +18049,11 @@ BABYGPT_PAIR_PRODUCTS(TrappedTileProducts, TrappedTiles, "tiles, by their instru
 constexpr const ProductKernels& trapped_tiles = TrappedTileProducts::table;  // for a processor that has them, or who traps them
 #else
 constexpr const ProductKernels& trapped_tiles = TestPairProducts::table;  // the assembler has no such instructions
+#endif
+#if BABYGPT_PAIRS
+constexpr const ProductKernels& fast_pairs = PairProducts::table;  // Intel's processors have them, too, if slow ones
+#else
+constexpr const ProductKernels& fast_pairs = TestPairProducts::table;
 #endif
 BABYGPT_UNHURRIED_END
 #endif
