@@ -6217,6 +6217,7 @@ struct Op {
     int lora = nothing, loras = 0;  // linear: the first of those beside it in Tape::loras, and how many they are
     int low = nothing;              // of these, in training: [rank * loras], x A^T times the scale
     int sum = nothing;              // linear, add: each other, where a device's product also makes the sum whose second summand is its y
+    bool remade = false;            // linear: its y is not kept but made once more, before its own backward pass
     int bias_sum = nothing;  // linear, and norm or attention: each other, where the latter's backward pass there sums up b's gradient
     int dim() const { return in / (sight == Sight::source ? heads : heads + 2 * kv_heads); }  // attention, rope: columns of a head
 };
@@ -6679,16 +6680,17 @@ struct Tape {
         for (int i = 0; i < n; ++i) {
             Op& op = ops[static_cast<size_t>(i)];
             const int back = 2 * n - 1 - i;
-            op.sum = op.bias_sum = nothing;
+            op.sum = op.bias_sum = nothing, op.remade = false;
             touch(op.x, i), touch(op.x2, i), touch(op.y, i), touch(op.aux, i), touch(op.low, i);
             if (!training && op.sight == Sight::source) touch(op.x2, 0), touch(op.x2, n);
             if (!runs_backward(op)) continue;
             touch(op.aux, back), touch(op.low, back), touch_gradient(op.low, back);
             op.remakes = needs_x(op) && op.kind == OpKind::linear && !halves ? cheap_maker(op.x) : nothing;
             if (op.remakes != nothing) {
-                const Op& maker = ops[static_cast<size_t>(op.remakes)];
+                Op& maker = ops[static_cast<size_t>(op.remakes)];
                 tensors[static_cast<size_t>(op.x)].again = back;
-                touch(maker.kind == OpKind::linear ? nothing : maker.x, back), touch(maker.aux, back);
+                maker.remade = maker.kind == OpKind::linear;
+                touch(maker.remade ? nothing : maker.x, back), touch(maker.aux, back);
             } else if (needs_x(op)) touch(op.x, back);
             if (backward_reads_x2(op)) touch(op.x2, back);
             if (backward_reads_y(op)) touch(op.y, back);
@@ -6705,7 +6707,7 @@ struct Tape {
                 if (op.x2 != nothing) op.adds_to_dx2 = seen[static_cast<size_t>(op.x2)] != 0, seen[static_cast<size_t>(op.x2)] = 1;
             }
         }
-        if (on_device) merge_sums();
+        if (training) merge_sums();
         activation_block = 0;
         Array<Place> taken(*runtime);
         if (!taken.reserve(2 * tensors.count)) return out_of_memory(2 * tensors.count * sizeof(Place));
@@ -6856,8 +6858,8 @@ struct Tape {
         for (const Op& op : ops) count += op.x == tensor_index || op.x2 == tensor_index;
         return count;
     }
-    // On a device. A product whose result only the next op reads, as a sum's second summand, makes that sum: it is written one op sooner. A sum's
-    // summands have its gradient: where nothing else has been added to it when they want it, they have its place, too.
+    // A sum's summands have its gradient: where nothing else has been added to it when they want it, they have its place, too. On a device, a
+    // product whose result only the next op reads, as a sum's second summand, makes that sum: it is written one op sooner.
     void merge_sums() {
         const int n = static_cast<int>(ops.count);
         for (int i = 1; i < n; ++i) {
@@ -16592,8 +16594,8 @@ struct FastPairs : PairsOf<Avx512Bf16> {
 //                        dropout_backward, head_rows; of sequences: pool_forward, pool_backward
 //   columns [c0, c1), all rows in order (threads best take multiples of 16 columns):
 //                        embedding_backward, norm_backward_columns, bias_backward
-//   any n elements:      activation_forward, activation_backward, add_forward, add_backward, adamw, muon_momentum, square_sum,
-//                        scale, fold
+//   any n elements:      activation_forward, activation_remake, activation_backward, add_forward, add_backward, adamw, muon_momentum,
+//                        square_sum, scale, fold
 //   one kv head of one sequence, with the heads that it serves: attention_forward, attention_backward
 // Pointers are those of the whole tensors, except where a function says otherwise. No alignment is asked for.
 
@@ -16846,84 +16848,62 @@ struct Rows {
         Set::mul(y, y * t, e);
         y = x < none ? y : one - y;
     }
-    // 1 + e^-u, u = x (b x^2 + a): the sigmoid's denominator
-    static BABYGPT_INLINE void gelu_tanh_part(V& d, V& square, const V& x) {
-        V a, b;
-        Set::splat(a, static_cast<float>(gelu_a)), Set::splat(b, static_cast<float>(gelu_b));
-        square = x * x;
-        Set::fma(d, b, square, a);
-        d = -(x * d);
-        Set::exp(d, d);
-        Set::splat(a, 1.0f);
-        d = a + d;
-    }
-    static BABYGPT_INLINE void gelu_tanh(V& y, const V& x) {
-        V d, square;
-        gelu_tanh_part(d, square, x);
-        y = x / d;
-    }
-    static BABYGPT_INLINE void gelu_tanh_derivative(V& y, const V& x) {
-        V s, square, slope, one;
-        gelu_tanh_part(s, square, x);
+    // y = activation(x), and the slope there; y may be x. (Which of the two nobody reads costs nothing.)
+    static BABYGPT_INLINE void activate(V& y, V& slope, const V& x, Activation activation) {
+        V s, one, c;
         Set::splat(one, 1.0f);
-        s = one / s;
-        V a, b;
-        Set::splat(a, static_cast<float>(gelu_a)), Set::splat(b, static_cast<float>(3 * gelu_b));
-        Set::fma(slope, b, square, a);
-        Set::fma(y, x * s * (one - s), slope, s);
-    }
-    // Of all elements, y = activation(x) or its derivative there.
-    static BABYGPT_INLINE void activate(V& y, const V& x, Activation activation) {
-        V d, other;
-        if (activation == Activation::gelu) {
-            normal(d, other, x);
-            y = x * d;
-        } else if (activation == Activation::gelu_tanh) gelu_tanh(y, x);
-        else if (activation == Activation::silu) {
-            Set::splat(other, 1.0f);
-            d = -x;
-            Set::exp(d, d);
-            y = x / (other + d);
-        } else {
-            Set::splat(other, 0);
-            y = x > other ? x : other;
-        }
-    }
-    static BABYGPT_INLINE void activate_derivative(V& y, const V& x, Activation activation) {
-        V s, one;
-        Set::splat(one, 1.0f);
-        if (activation == Activation::gelu) {
+        if (activation == Activation::relu) {
+            Set::splat(c, 0);
+            slope = x > c ? one : c, y = x > c ? x : c;
+        } else if (activation == Activation::gelu) {
             V density;
             normal(s, density, x);
-            Set::splat(one, 0.39894228040143267794f);
-            Set::fma(y, x * one, density, s);
-        } else if (activation == Activation::gelu_tanh) gelu_tanh_derivative(y, x);
-        else if (activation == Activation::silu) {
-            s = -x;
-            Set::exp(s, s);
-            s = one / (one + s);
-            Set::fma(y, x * s, one - s, s);
+            Set::splat(c, 0.39894228040143267794f);
+            Set::fma(slope, x * c, density, s);
+            y = x * s;
+        } else if (activation == Activation::silu) {
+            V d = -x;
+            Set::exp(d, d);
+            d = one + d, s = one / d;
+            Set::fma(slope, x * s, one - s, s);
+            y = x / d;
         } else {
-            Set::splat(s, 0);
-            y = x > s ? one : s;
+            const V square = x * x;
+            V a, d;
+            Set::splat(a, static_cast<float>(gelu_a));
+            Set::splat(d, static_cast<float>(gelu_b)), Set::fma(d, d, square, a);
+            Set::splat(c, static_cast<float>(3 * gelu_b)), Set::fma(c, c, square, a);
+            d = -(x * d);
+            Set::exp(d, d);
+            d = one + d, s = one / d;
+            Set::fma(slope, x * s * (one - s), c, s);
+            y = x / d;
         }
     }
     // y may be `before`.
     static BABYGPT_INLINE void activation_forward(float* y, const float* before, int64_t n, Activation activation) {
         for (int64_t i = 0; i < n; i += W) {
             const int left = static_cast<int>(least(n - i, static_cast<int64_t>(W)));
-            V v;
-            get(v, before + i, left), activate(v, v, activation), put(y + i, v, left);
+            V v, slope;
+            get(v, before + i, left), activate(v, slope, v, activation), put(y + i, v, left);
         }
     }
-    // dy = dy * derivative
-    static BABYGPT_INLINE void activation_backward(float* dy, const float* before, int64_t n, Activation activation) {
+    // Once more, for the backward pass: what was before turns into the slope.
+    static BABYGPT_INLINE void activation_remake(float* y, float* before, int64_t n, Activation activation) {
         for (int64_t i = 0; i < n; i += W) {
             const int left = static_cast<int>(least(n - i, static_cast<int64_t>(W)));
-            V v, d;
-            get(v, before + i, left), get(d, dy + i, left);
-            activate_derivative(v, v, activation);
-            d = d * v;
+            V v, slope;
+            get(v, before + i, left), activate(v, slope, v, activation), put(y + i, v, left), put(before + i, slope, left);
+        }
+    }
+    // dy = dy * slope; `before`: what it was before the activation, or already the slope
+    static BABYGPT_INLINE void activation_backward(float* dy, const float* before, int64_t n, Activation activation, bool is_slope) {
+        for (int64_t i = 0; i < n; i += W) {
+            const int left = static_cast<int>(least(n - i, static_cast<int64_t>(W)));
+            V v, d, slope;
+            get(slope, before + i, left), get(d, dy + i, left);
+            if (!is_slope) v = slope, activate(v, slope, v, activation);
+            d = d * slope;
             put(dy + i, d, left);
         }
     }
@@ -16931,9 +16911,9 @@ struct Rows {
         for (int64_t row = r0; row < r1; ++row)
             for (int i = 0; i < n; i += W) {
                 const float* from = x + row * 2 * n + i;
-                V g, u;
+                V g, u, slope;
                 get(g, from, n - i), get(u, from + n, n - i);
-                activate(g, g, activation);
+                activate(g, slope, g, activation);
                 u = g * u;
                 put(y + row * n + i, u, n - i);
             }
@@ -16946,7 +16926,7 @@ struct Rows {
                 float* to = dx + row * 2 * n + i;
                 V g, u, d, slope;
                 get(g, from, n - i), get(u, from + n, n - i), get(d, dy + row * n + i, n - i);
-                activate_derivative(slope, g, activation), activate(g, g, activation);
+                activate(g, slope, g, activation);
                 Set::mul(u, d * u, slope), Set::mul(d, d, g);
                 if (adds) get(g, to, n - i), u = g + u, get(g, to + n, n - i), d = g + d;
                 put(to, u, n - i), put(to + n, d, n - i);
@@ -17591,6 +17571,7 @@ struct Work {
     const Run& run;
     int number;               // of the op
     bool by_columns = false;  // backward: the part whose sums run along all rows
+    bool again = false;       // forward: once more, for a backward pass (Op::remakes)
     float* logits = nullptr;  // head: a chunk of rows, from first_row on
     int64_t logits_stride = 0;
     int first_row = 0, chunk = 0;
@@ -17615,6 +17596,7 @@ BABYGPT_INLINE void forward_part(const Work& work, int from, int to) {
         case OpKind::waves:
             return R::add_waves(y, work.tape.waves.items, in.sequences, op.in, false, from, to);
         case OpKind::linear:
+            if (work.again) return R::activation_remake(y + first, aux + first, count, op.activation);
             return R::activation_forward(y + first, (aux ? aux : y) + first, count, op.activation);
         case OpKind::gate:
             return R::gate_forward(y, x, op.out, op.activation, from, to);
@@ -17670,7 +17652,7 @@ BABYGPT_INLINE void backward_part(const Work& work, int from, int to) {
                               c1 = work.by_columns ? end : op.out;
                 for (int i = 0; i < least(4, left) && op.activation != Activation::none; ++i) {
                     for (int64_t c = c0; c < c1; c += 16) prefetch(aux + at + (i + ahead) * op.out + c);
-                    R::activation_backward(dy + at + i * op.out + c0, aux + at + i * op.out + c0, c1 - c0, op.activation);
+                    R::activation_backward(dy + at + i * op.out + c0, aux + at + i * op.out + c0, c1 - c0, op.activation, op.remade);
                 }
                 if (work.by_columns) R::bias_backward(db, dy + at, least(4, left), op.out, column, end);
             }
@@ -17682,8 +17664,8 @@ BABYGPT_INLINE void backward_part(const Work& work, int from, int to) {
         case OpKind::dropout:
             return R::dropout_backward(dx, dy, Dropout(run, work.number, op.side), op.in, op.adds_to_dx, from, to);
         case OpKind::add:
-            if (dx) R::add_backward(dx + first, dy + first, count, op.adds_to_dx);
-            if (dx2) R::add_backward(dx2 + first, dy + first, count, op.adds_to_dx2);
+            if (dx && dx != dy) R::add_backward(dx + first, dy + first, count, op.adds_to_dx);
+            if (dx2 && dx2 != dy) R::add_backward(dx2 + first, dy + first, count, op.adds_to_dx2);
             return;
         case OpKind::pool:
             return R::pool_backward(dx, dy, run.sequences, op.in, op.first, op.adds_to_dx, from, to);
@@ -18420,7 +18402,11 @@ struct Walk {
             case OpKind::linear: {
                 const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w);
                 float *dx = gradient(tape, r, op.x), *dy = gradient(tape, r, op.y), *dw = weight_gradient(tape, r, op.w);
-                if (op.remakes != nothing) finish_forward(Work{tape, r, run, op.remakes});
+                if (op.remakes != nothing) {
+                    Work maker{tape, r, run, op.remakes};
+                    maker.again = true;
+                    finish_forward(maker);
+                }
                 const bool slopes = op.activation != Activation::none;
                 if (op.b != nothing && dw) share_backward(columns, groups, static_cast<int64_t>(rows) * column_group * (slopes ? 8 : 1));
                 else if (slopes) share_backward(work, rows, static_cast<int64_t>(op.out) * 8);

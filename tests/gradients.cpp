@@ -515,7 +515,8 @@ TEST(planner, "two tensors that are needed at the same time would share memory")
             std::vector<Place> places;
             for (const Tensor& t : tape.tensors) {
                 places.push_back(Place{t.offset, t.offset + tape.elements(t), t.born, t.dies});
-                if (t.gradient >= 0) places.push_back(Place{t.gradient, t.gradient + tape.elements(t), t.gradient_born, t.gradient_dies});
+                if (t.gradient < 0 || t.shares != nothing) continue;
+                places.push_back(Place{t.gradient, t.gradient + tape.elements(t), t.gradient_born, t.gradient_dies});
             }
             for (size_t i = 0; i < places.size(); ++i) {
                 const Place& a = places[i];

@@ -460,6 +460,7 @@ run 0 bench decode --model m8.safetensors --seconds 0.05 --json; json; has out '
 run 2 bench decode --model m.safetensors --vocab 9;   says '--vocab belongs to a preset'
 run 0 bench idle --preset nano --seconds 0.05 --json; json; has out '"percent_of_a_core":[0-9]'
 run 2 bench sleep;                                    says 'must be train, prefill, decode or idle'
+run 0 selftest;                                       has out ' 0 failed'
 
 # ---- standard output that cannot take it ----
 if [ -w /dev/full ]; then
