@@ -16073,7 +16073,7 @@ struct Products {
         }
     }
     template <int rows>
-    static constexpr int unroll = Set::calls ? 1 : (rows > 6 ? 2 : 8);  // of panels
+    static constexpr int unroll = Set::calls ? 1 : (rows > 8 ? 2 : (rows > 6 ? 4 : 8));  // of panels
 
     // A whole tile, with a panel of B from k0 on. A runs along its rows, or is a panel, too; it is one only where all is float.
     // `next`: the panel that will be needed after this one, of which it fetches a share; null: none; a matrix unit: the next tile of C.
@@ -16098,10 +16098,11 @@ struct Products {
         }
         panel_tile<rows, along, float>(c, c_row, start, start_row, a, a_row, panel, next, k0, depth);
     }
-    // How many rows the tile has that begins where `left` rows are left: for a few sessions, or at the end, a low one may waste less.
-    static constexpr int low_rows = Set::calls ? tile_rows : 4;
+    // How many rows the tile has that begins where `left` rows are left: for a few sessions, or at the end, a lower one may waste less.
+    static constexpr int low_rows = Set::calls ? tile_rows : 4, middle_rows = tile_rows > 8 ? 8 : low_rows;
     static BABYGPT_INLINE int rows_of_tile(int left) {
-        return left <= 2 * low_rows && round_up(left, low_rows) < round_up(left, tile_rows) ? low_rows : tile_rows;
+        if (left <= low_rows) return low_rows;
+        return left <= 2 * low_rows && round_up(left, middle_rows) < round_up(left, tile_rows) ? middle_rows : tile_rows;
     }
 
     // Rows from `row` on and columns [column, end) of C (whole panels of B, except the last).
@@ -16153,6 +16154,8 @@ struct Products {
                     else if constexpr (!Set::pairs) {
                         if (tall == tile_rows)
                             panel_tile<tile_rows>(p.dtype, to, c_row, start, start_row, from, a_row, panel, next, k0, depth);
+                        else if (tall == middle_rows)
+                            panel_tile<middle_rows>(p.dtype, to, c_row, start, start_row, from, a_row, panel, next, k0, depth);
                         else panel_tile<low_rows>(p.dtype, to, c_row, start, start_row, from, a_row, panel, next, k0, depth);
                     }
                     for (int i = 0; i < height && !is_whole; ++i)

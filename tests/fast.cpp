@@ -213,8 +213,8 @@ Config config_of(const Shape& s) {
 }  // namespace
 
 TEST(products, "a product of matrices is wrong, or adds in another order") {
-    constexpr int sizes[][3] = {{1, 1, 1},      {1, 7, 3},    {2, 17, 5},  {5, 96, 257}, {33, 48, 300},
-                                {192, 65, 600}, {7, 1000, 4}, {97, 33, 3}, {1, 300, 64}, {13, 64, 513}};
+    constexpr int sizes[][3] = {{1, 1, 1},    {1, 7, 3},   {2, 17, 5},   {5, 96, 257},  {33, 48, 300}, {192, 65, 600},
+                                {7, 1000, 4}, {97, 33, 3}, {1, 300, 64}, {13, 64, 513}, {20, 96, 300}};
     Set sets[4];
     const int count = instruction_sets(sets);
     Runtime runtime;
