@@ -6217,7 +6217,6 @@ struct Op {
     int lora = nothing, loras = 0;  // linear: the first of those beside it in Tape::loras, and how many they are
     int low = nothing;              // of these, in training: [rank * loras], x A^T times the scale
     int sum = nothing;              // linear, add: each other, where a device's product also makes the sum whose second summand is its y
-    bool remade = false;            // linear: its y is not kept but made once more, before its own backward pass
     int bias_sum = nothing;  // linear, and norm or attention: each other, where the latter's backward pass there sums up b's gradient
     int dim() const { return in / (sight == Sight::source ? heads : heads + 2 * kv_heads); }  // attention, rope: columns of a head
 };
@@ -6680,17 +6679,16 @@ struct Tape {
         for (int i = 0; i < n; ++i) {
             Op& op = ops[static_cast<size_t>(i)];
             const int back = 2 * n - 1 - i;
-            op.sum = op.bias_sum = nothing, op.remade = false;
+            op.sum = op.bias_sum = nothing;
             touch(op.x, i), touch(op.x2, i), touch(op.y, i), touch(op.aux, i), touch(op.low, i);
             if (!training && op.sight == Sight::source) touch(op.x2, 0), touch(op.x2, n);
             if (!runs_backward(op)) continue;
             touch(op.aux, back), touch(op.low, back), touch_gradient(op.low, back);
             op.remakes = needs_x(op) && op.kind == OpKind::linear && !halves ? cheap_maker(op.x) : nothing;
             if (op.remakes != nothing) {
-                Op& maker = ops[static_cast<size_t>(op.remakes)];
+                const Op& maker = ops[static_cast<size_t>(op.remakes)];
                 tensors[static_cast<size_t>(op.x)].again = back;
-                maker.remade = maker.kind == OpKind::linear;
-                touch(maker.remade ? nothing : maker.x, back), touch(maker.aux, back);
+                touch(maker.kind == OpKind::linear ? nothing : maker.x, back), touch(maker.aux, back);
             } else if (needs_x(op)) touch(op.x, back);
             if (backward_reads_x2(op)) touch(op.x2, back);
             if (backward_reads_y(op)) touch(op.y, back);
@@ -16597,8 +16595,8 @@ struct FastPairs : PairsOf<Avx512Bf16> {
 //                        dropout_backward, head_rows; of sequences: pool_forward, pool_backward
 //   columns [c0, c1), all rows in order (threads best take multiples of 16 columns):
 //                        embedding_backward, norm_backward_columns, bias_backward
-//   any n elements:      activation_forward, activation_remake, activation_backward, add_forward, add_backward, adamw, muon_momentum,
-//                        square_sum, scale, fold
+//   any n elements:      activation_forward, activation_backward, add_forward, add_backward, adamw, muon_momentum, square_sum,
+//                        scale, fold
 //   one kv head of one sequence, with the heads that it serves: attention_forward, attention_backward
 // Pointers are those of the whole tensors, except where a function says otherwise. No alignment is asked for.
 
@@ -16891,21 +16889,13 @@ struct Rows {
             get(v, before + i, left), activate(v, slope, v, activation), put(y + i, v, left);
         }
     }
-    // Once more, for the backward pass: what was before turns into the slope.
-    static BABYGPT_INLINE void activation_remake(float* y, float* before, int64_t n, Activation activation) {
-        for (int64_t i = 0; i < n; i += W) {
-            const int left = static_cast<int>(least(n - i, static_cast<int64_t>(W)));
-            V v, slope;
-            get(v, before + i, left), activate(v, slope, v, activation), put(y + i, v, left), put(before + i, slope, left);
-        }
-    }
-    // dy = dy * slope; `before`: what it was before the activation, or already the slope
-    static BABYGPT_INLINE void activation_backward(float* dy, const float* before, int64_t n, Activation activation, bool is_slope) {
+    // dy = dy * slope
+    static BABYGPT_INLINE void activation_backward(float* dy, const float* before, int64_t n, Activation activation) {
         for (int64_t i = 0; i < n; i += W) {
             const int left = static_cast<int>(least(n - i, static_cast<int64_t>(W)));
             V v, d, slope;
-            get(slope, before + i, left), get(d, dy + i, left);
-            if (!is_slope) v = slope, activate(v, slope, v, activation);
+            get(v, before + i, left), get(d, dy + i, left);
+            activate(v, slope, v, activation);
             d = d * slope;
             put(dy + i, d, left);
         }
@@ -17574,7 +17564,6 @@ struct Work {
     const Run& run;
     int number;               // of the op
     bool by_columns = false;  // backward: the part whose sums run along all rows
-    bool again = false;       // forward: once more, for a backward pass (Op::remakes)
     float* logits = nullptr;  // head: a chunk of rows, from first_row on
     int64_t logits_stride = 0;
     int first_row = 0, chunk = 0;
@@ -17599,7 +17588,6 @@ BABYGPT_INLINE void forward_part(const Work& work, int from, int to) {
         case OpKind::waves:
             return R::add_waves(y, work.tape.waves.items, in.sequences, op.in, false, from, to);
         case OpKind::linear:
-            if (work.again) return R::activation_remake(y + first, aux + first, count, op.activation);
             return R::activation_forward(y + first, (aux ? aux : y) + first, count, op.activation);
         case OpKind::gate:
             return R::gate_forward(y, x, op.out, op.activation, from, to);
@@ -17655,7 +17643,7 @@ BABYGPT_INLINE void backward_part(const Work& work, int from, int to) {
                               c1 = work.by_columns ? end : op.out;
                 for (int i = 0; i < least(4, left) && op.activation != Activation::none; ++i) {
                     for (int64_t c = c0; c < c1; c += 16) prefetch(aux + at + (i + ahead) * op.out + c);
-                    R::activation_backward(dy + at + i * op.out + c0, aux + at + i * op.out + c0, c1 - c0, op.activation, op.remade);
+                    R::activation_backward(dy + at + i * op.out + c0, aux + at + i * op.out + c0, c1 - c0, op.activation);
                 }
                 if (work.by_columns) R::bias_backward(db, dy + at, least(4, left), op.out, column, end);
             }
@@ -18405,11 +18393,7 @@ struct Walk {
             case OpKind::linear: {
                 const float *x = values(tape, r, op.x), *w = weights(tape, r, op.w);
                 float *dx = gradient(tape, r, op.x), *dy = gradient(tape, r, op.y), *dw = weight_gradient(tape, r, op.w);
-                if (op.remakes != nothing) {
-                    Work maker{tape, r, run, op.remakes};
-                    maker.again = true;
-                    finish_forward(maker);
-                }
+                if (op.remakes != nothing) finish_forward(Work{tape, r, run, op.remakes});
                 const bool slopes = op.activation != Activation::none;
                 if (op.b != nothing && dw) share_backward(columns, groups, static_cast<int64_t>(rows) * column_group * (slopes ? 8 : 1));
                 else if (slopes) share_backward(work, rows, static_cast<int64_t>(op.out) * 8);
