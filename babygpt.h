@@ -17654,7 +17654,7 @@ BABYGPT_INLINE void backward_part(const Work& work, int from, int to) {
             return R::rope(dx, tape.waves.items, in.sequences, op.heads, op.kv_heads, op.dim(), -1, from, to);
         case OpKind::dropout:
             return R::dropout_backward(dx, dy, Dropout(run, work.number, op.side), op.in, op.adds_to_dx, from, to);
-        case OpKind::add:
+        case OpKind::add:  // a summand's gradient may lie where the sum's does
             if (dx && dx != dy) R::add_backward(dx + first, dy + first, count, op.adds_to_dx);
             if (dx2 && dx2 != dy) R::add_backward(dx2 + first, dy + first, count, op.adds_to_dx2);
             return;
