@@ -47,9 +47,14 @@ def check_ceilings():
     check("five working sets are read", sum(c["ceiling"] == "read" for c in found) == 10)
     check("reading takes time, and not too much of it", all(0.01 < c["best"] < 1e5 for c in found if c["ceiling"] == "read"))
     check("the middle is no more than the best", all(c["best"] is None or 0 < c["middle"] <= c["best"] for c in found))
-    rates = {c["ceiling"]: c["best"] for c in found if c["threads"] == 1 and c["best"] is not None}
-    if "fma256" in rates:  # 256 bit are one or two times 128, as processors are made
-        check("FMA of 256 bit against 128", 0.7 < rates["fma256"] / rates["fma128"] < 3)
+    best = {"fma128": 0, "fma256": 0}
+
+    def twice_as_wide():  # as processors are made, as fast or twice as fast; on a busy machine, in the best of several tries
+        for c in lines(run(CEILINGS, "--json", "--seconds", "0.001", "--only", ",".join(best), "--threads", "1")):
+            best[c["ceiling"]] = max(best[c["ceiling"]], c["best"])
+        return 0.7 < best["fma256"] / best["fma128"] < 3
+    if any(c["ceiling"] == "fma256" and c["best"] is not None for c in found):
+        check("FMA of 256 bit against 128", any(twice_as_wide() for _ in range(50)))
     result = run(CEILINGS, "--json", "--seconds", "0.001", "--only", "read", "--bytes", "1000000", "--threads", "1")
     check("one working set", [c["bytes"] for c in lines(result)] == [1000000])
     for words in (["--threads", "0"], ["--seconds", "none"], ["--what"], ["--bytes", "7"]):
