@@ -11773,8 +11773,32 @@ struct Heap {
 // The logarithm of the smallest weight that counts, the biggest being 1. Where top_p does, what min_p cuts off counts for it.
 double lowest_of(const SampleConfig& c) { return c.min_p > 0 && c.top_p >= 1 ? most(-40.0, log_of(c.min_p)) : -40.0; }
 
+// One of n weights, each as often as its share of their sum says. Those below `lowest` do not count; the biggest does.
+int32_t draw_any(const float* weights, int n, float lowest, double uniform) {
+    const auto mass_of = [&](int from, int to) {  // in four sums, since each addition waits for the one before
+        const auto weight = [&](int i) { return weights[i] >= lowest ? static_cast<double>(weights[i]) : 0.0; };
+        double sums[4] = {};
+        for (; from + 4 <= to; from += 4)
+            sums[0] += weight(from), sums[1] += weight(from + 1), sums[2] += weight(from + 2), sums[3] += weight(from + 3);
+        for (; from < to; ++from) sums[0] += weight(from);
+        return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    };
+    constexpr int block = 256;
+    double left = uniform * mass_of(0, n);
+    int end = n;
+    for (double mass; end > block && (mass = mass_of(end - block, end)) <= left; end -= block) left -= mass;
+    for (int i = end; i-- > 0;) {
+        if (weights[i] < lowest) continue;
+        left -= static_cast<double>(weights[i]);
+        if (left < 0) return i;
+    }
+    int32_t first = 0;  // rounding has left something
+    while (weights[first] < lowest) ++first;
+    return first;
+}
+
 // Draws from adjusted logits; -1: no token is possible. Temperature first, then top_k, top_p, min_p. Candidates are selected, never all
-// sorted: what is e^-40 below the best is left out at once, and only as many are taken from a heap as top_k and top_p need.
+// sorted: what is e^-40 below the best is left out at once, and only as many are taken from a heap as top_k and top_p need: none where neither is set.
 int32_t draw(const BackendFunctions& backend, float* l, int32_t* candidates, const SampleConfig& c, int vocab, uint64_t key) {
     const float biggest = backend.biggest(l, vocab);
     if (!(biggest >= -bits_as<float>(0x7f7fffffu))) return -1;
@@ -11785,12 +11809,16 @@ int32_t draw(const BackendFunctions& backend, float* l, int32_t* candidates, con
     }
     const float cut = static_cast<float>(static_cast<double>(biggest) + lowest_of(c) * c.temperature),
                 inverse = static_cast<float>(1 / c.temperature);
+    float lowest;
+    backend.exponentials(&lowest, &cut, 1, biggest, inverse);
+    backend.exponentials(l, l, vocab, biggest, inverse);
+    const double uniform = random_uniform(key, 0);
+    if (c.top_k <= 0 && c.top_p >= 1) return draw_any(l, vocab, lowest, uniform);
     int count = 0;
     for (int32_t i = 0; i < vocab; ++i) {
         candidates[count] = i;
-        count += l[i] >= cut;
+        count += l[i] >= lowest;
     }
-    backend.exponentials(l, l, vocab, biggest, inverse);
     double total = 0;
     for (int i = 0; i < count; ++i) total += static_cast<double>(l[candidates[i]]);
     const int32_t* chosen = candidates;
@@ -11815,7 +11843,7 @@ int32_t draw(const BackendFunctions& backend, float* l, int32_t* candidates, con
         for (; c.min_p > 0 && count > 1 && static_cast<double>(l[chosen[0]]) < c.min_p; ++chosen, --count)  // the lightest stand first
             total -= static_cast<double>(l[chosen[0]]);
     }
-    double left = random_uniform(key, 0) * total;
+    double left = uniform * total;
     for (int i = count; i-- > 0;) {
         left -= static_cast<double>(l[chosen[i]]);
         if (left < 0) return chosen[i];
