@@ -587,8 +587,10 @@ struct Model {
     const Weight* find(Text name) const;  // null: no such tensor
     // Rounds all matrices to what the dtype can hold; vectors stay f32. bf16: 8 significant bits. int8: whole numbers from -127 to 127
     // times a power of two, one for each output of a layer and each token's vector. Files and what sessions read for every token become half as
-    // large, or a quarter; `weights` stay floats, and a model computes with them as any other, to the bit. What has been rounded stays so
-    // when converted to f32. Training makes a model f32 again. Whoever writes to the weights of a converted model converts it again.
+    // large, or a quarter; `weights` stay floats. A model in bf16 computes with them as any other, to the bit. One in int8 that runs on the
+    // processor (sessions, encoders, evaluate) also rounds what its matrices are multiplied with: each 32 neighbours to whole numbers from -64
+    // to 64 times a scale (chapter 5). What has been rounded stays so when converted to f32. Training makes a model f32 again. Whoever writes
+    // to the weights of a converted model converts it again.
     Status convert(Dtype to);
     Status set_chat(Text user_turn, Text reply_turn, bool plain_words = false);
     Status set_labels(Text lines);  // as many as the model has classes
@@ -967,7 +969,7 @@ struct Session {
     // tokenizer has a begin-of-text token, that stands before it, or, where there is a source, the end-of-text token). Returns the sum.
     Status score(Text text, Array<int32_t>& ids, Array<float>& logprobs, double& sum);
     // The attention of the ids read so far: probabilities [heads][position][position] of one layer; to_source: [heads][position][ids of the
-    // source], where an encoder has read one.
+    // source], where an encoder has read one. Of a model in int8 as if it did not round what it multiplies.
     Status attention(int layer, Array<float>& probabilities, bool to_source = false);
 };
 // Draws one token for each of several sessions of the same model, and feeds each its own: as Session::next would do it one after the other,
@@ -6730,6 +6732,14 @@ struct Tape {
     int64_t rows_on(Side which) const { return max_rows[static_cast<int>(which)]; }
     // What the targets and losses belong to.
     int64_t head_rows() const { return ops.count ? rows_on(ops[ops.count - 1].side) : 0; }
+    // Rows that are multiplied with matrices are rounded (chapter 5), which have so many numbers at most.
+    bool rounds_rows() const { return dtype == Dtype::int8 && !training; }
+    int most_multiplied() const {
+        int widest = 0;
+        for (const Op& op : ops)
+            if (op.kind == OpKind::linear || op.kind == OpKind::head) widest = most(widest, op.in);
+        return widest;
+    }
 
     const Tensor& at(int tensor_index) const { return tensors[static_cast<size_t>(tensor_index)]; }
     const Weight& weight(int index) const { return weights[static_cast<size_t>(index)].weight; }
@@ -7185,20 +7195,60 @@ void gate_backward(T* dx, const T* dy, const T* x, int rows, int n, Activation a
         }
 }
 
+// ---- rows in whole numbers (Jacob et al. 2018) ---------------------------------------------------------------------------
+// A model in int8 that runs rounds what its matrices are multiplied with, too: of a row each group of 32 neighbours to whole numbers from -64
+// to 64, times a scale. Two products with the matrix's whole numbers then fit in 16 bits, in which processors add most at once; and the sum
+// of a group is exact, in floats as well, whatever the order.
+
+constexpr int row_group = 32;
+constexpr float row_limit = 64;
+inline int row_groups(int n) { return (n + row_group - 1) / row_group; }
+
+// Rounds n numbers, a group or less; returns the scale. Where one is not finite, it is not, either.
+template <class T>
+T round_group(T* whole, const T* x, int n) {
+    uint32_t top = 0;
+    for (int i = 0; i < n; ++i) top = most(top, bits_as<uint32_t>(static_cast<float>(x[i])) & 0x7fffffffu);
+    const float biggest = bits_as<float>(top), inverse = biggest < 1e-24f ? 0 : row_limit / biggest;
+    for (int i = 0; i < n; ++i) whole[i] = static_cast<T>(madd(static_cast<float>(x[i]), inverse, 12582912.0f) - 12582912.0f);
+    return static_cast<T>(biggest / row_limit);
+}
+// A row as `chain` takes it: itself or, where there is space for a rounded one, [n] and a scale for each group, that.
+template <class T>
+const T* rounded_row(T* space, const T* x, int n) {
+    for (int i = 0; space && i < n; i += row_group) space[n + i / row_group] = round_group(space + i, x + i, least(row_group, n - i));
+    return space ? space : x;
+}
+// start + x w, where w's numbers lie so far apart.
+template <class T>
+T chain(T start, const T* x, const T* w, int64_t apart, int n, bool rounded) {
+    if (!rounded) {
+        for (int64_t i = 0; i < n; ++i) start = madd(x[i], w[i * apart], start);
+        return start;
+    }
+    for (int64_t i = 0; i < n; i += row_group) {
+        T s = 0;
+        for (int64_t k = i; k < n && k < i + row_group; ++k) s = madd(x[k], w[k * apart], s);
+        start = madd(s, x[n + i / row_group], start);
+    }
+    return start;
+}
+
 // ---- linear: y = activation(x W + b), W [in][out], or stored with output_rows as [out][in] -----------------------------------
 
-// before: [rows][out], x W + b; may be null where no backward pass follows. b may be null.
+// before: [rows][out], x W + b; may be null where no backward pass follows. b may be null. space: for a rounded row; null: they stay as they are.
 template <class T>
-void linear_forward(T* y, T* before, const T* x, const T* w, const T* b, int rows, int in, int out, bool output_rows,
-                    Activation activation) {
+void linear_forward(T* y, T* before, const T* x, const T* w, const T* b, int rows, int in, int out, bool output_rows, Activation activation,
+                    T* space = nullptr) {
     const int64_t next_in = output_rows ? 1 : out, next_out = output_rows ? in : 1;
-    for (int64_t row = 0; row < rows; ++row)
+    for (int64_t row = 0; row < rows; ++row) {
+        const T* from = rounded_row(space, x + row * in, in);
         for (int64_t o = 0; o < out; ++o) {
-            T s = b ? b[o] : static_cast<T>(0);
-            for (int64_t i = 0; i < in; ++i) s = madd(x[row * in + i], w[i * next_in + o * next_out], s);
+            const T s = chain(b ? b[o] : static_cast<T>(0), from, w + o * next_out, next_in, in, space != nullptr);
             if (before) before[row * out + o] = s;
             y[row * out + o] = activate(s, activation);
         }
+    }
 }
 // dy becomes the gradient before the activation, in place; then db = sum over rows of dy, dW = x^T dy, dx = dy W^T (each may be null: not
 // wanted).
@@ -7525,12 +7575,10 @@ void pool_backward(T* dx, const T* dy, Span<const Sequence> sequences, int n, bo
 // mixes the target with the uniform distribution: loss = log(sum e^l) - (1-e) l[target] - e mean(l). Only a row of logits exists at a time.
 // softmax: [rows][2], max and sum of e^(l - max). rank: how many tokens come before the target, by logit, then by id.
 template <class To, class T>
-void head_logits(To* logits, const T* x, const T* w, const T* b, int width, int vocab) {
-    for (int64_t v = 0; v < vocab; ++v) {
-        T s = b ? b[v] : static_cast<T>(0);
-        for (int64_t c = 0; c < width; ++c) s = madd(x[c], w[v * width + c], s);
-        logits[v] = static_cast<To>(s);
-    }
+void head_logits(To* logits, const T* x, const T* w, const T* b, int width, int vocab, T* space = nullptr) {
+    x = rounded_row(space, x, width);
+    for (int64_t v = 0; v < vocab; ++v)
+        logits[v] = static_cast<To>(chain(b ? b[v] : static_cast<T>(0), x, w + v * width, 1, width, space != nullptr));
 }
 template <class T>
 T biggest_of(const T* x, int n) {
@@ -7549,13 +7597,13 @@ T exponentials(T* to, const T* x, int n, T biggest, T factor) {
 }
 template <class T>
 void head_forward(double* losses, int32_t* ranks, T* softmax, const T* x, const T* w, const T* b, const int32_t* targets, int rows,
-                  int width, int vocab, double smoothing, T* logits) {
+                  int width, int vocab, double smoothing, T* logits, T* space) {
     for (int row = 0; row < rows; ++row, x += width, softmax += 2) {
         const int target = targets[row];
         losses[row] = 0;
         if (ranks) ranks[row] = 0;
         if (target < 0) continue;
-        head_logits(logits, x, w, b, width, vocab);
+        head_logits(logits, x, w, b, width, vocab, space);
         const T biggest = biggest_of(logits, vocab), total = exponentials<T>(nullptr, logits, vocab, biggest, 1);
         softmax[0] = biggest, softmax[1] = total;
         losses[row] =
@@ -7590,9 +7638,17 @@ void head_backward(T* dx, T* dw, T* db, const T* softmax, const T* x, const T* w
 
 // ---- walking the tape --------------------------------------------------------------------------------------------------
 
-// Elements of scratch that the plain backend needs: a row of scores, or of logits.
-inline int64_t plain_scratch(const Tape& tape) {
+// Elements of scratch that the plain backend needs: a row of scores, or of logits, and behind it, running, a rounded one.
+inline int64_t plain_row(const Tape& tape) {
     return round_up(static_cast<int64_t>(most(tape.context, tape.head_out)), static_cast<int64_t>(16));
+}
+inline int64_t plain_scratch(const Tape& tape) {
+    const int widest = tape.training ? 0 : tape.most_multiplied();
+    return round_up(plain_row(tape) + widest + row_groups(widest), static_cast<int64_t>(16));
+}
+template <class T>
+T* space_of_rounded(const Tape& tape, const Regions<T>& r) {
+    return tape.rounds_rows() ? r.scratch + plain_row(tape) : nullptr;
 }
 
 template <class T>
@@ -7632,9 +7688,10 @@ template <class T>
 void plain_linear_forward(const Tape& tape, const Regions<T>& r, const Op& op, int rows) {
     const T *x = values(tape, r, op.x), *w = weights(tape, r, op.w), *b = weights(tape, r, op.b);
     T *y = values(tape, r, op.y), *before = values(tape, r, op.aux);
-    if (op.loras == 0) return linear_forward(y, before, x, w, b, rows, op.in, op.out, tape.output_rows, op.activation);
+    T* const space = space_of_rounded(tape, r);
+    if (op.loras == 0) return linear_forward(y, before, x, w, b, rows, op.in, op.out, tape.output_rows, op.activation, space);
     if (!before) before = y;
-    linear_forward<T>(before, nullptr, x, w, b, rows, op.in, op.out, tape.output_rows, Activation::none);
+    linear_forward<T>(before, nullptr, x, w, b, rows, op.in, op.out, tape.output_rows, Activation::none, space);
     for (int i = 0; i < op.loras; ++i) {
         const LoraPlaces<T> l(tape, r, op, i);
         const Lora& lora = tape.loras[static_cast<size_t>(op.lora + i)];
@@ -7689,10 +7746,12 @@ void plain_op_forward(const Tape& tape, const Regions<T>& r, const Run& run, int
             return pool_forward(y, x, run.sequences, op.in, op.first);
         case OpKind::head:
             if (run.targets)
-                head_forward(r.losses, r.ranks, aux, x, w, b, run.targets, in.rows, op.in, op.out, run.label_smoothing, r.scratch);
+                head_forward(r.losses, r.ranks, aux, x, w, b, run.targets, in.rows, op.in, op.out, run.label_smoothing, r.scratch,
+                             space_of_rounded(tape, r));
             for (size_t i = 0; i < run.sequences.size; ++i)
                 if (run.sequences[i].logits)
-                    head_logits(run.sequences[i].logits, x + run.wanted_row(op.side, i) * op.in, w, b, op.in, op.out);
+                    head_logits(run.sequences[i].logits, x + run.wanted_row(op.side, i) * op.in, w, b, op.in, op.out,
+                                space_of_rounded(tape, r));
             return;
     }
 }
@@ -8490,6 +8549,34 @@ const Weight* Model::find(Text name) const {
         if (equal(name, Text(weight.name))) return &weight;
     return nullptr;
 }
+
+namespace {
+
+// What a tape's runs read: the model's weights, and their packed copies in its present version, made by the first session that needs them.
+Status bind_weights(Runtime& runtime, const Model& model, Tape& tape, const BackendFunctions& backend, Regions<float>& r) {
+    ModelState& m = *model.state;
+    m.lock.enter();
+    Status status = give_back(m.borrowed);
+    tape.dtype = model.config.dtype;
+    ModelState::Packed* mine = m.packed;
+    while (!m.only_runs && mine->by && mine->by != &backend) ++mine;  // there are no more backends than places
+    if (m.only_runs && mine->by != &backend)
+        status = fail(Error::unsupported,
+                      "the model was loaded only to run, and with other kernels than these: load it without Purpose::running");
+    if (status.ok() && mine->version != model.version) {
+        status = mine->take(*model.runtime, tape, backend, model.version);
+        // Under the lock, which another job of the host's might want while its parallel() waits:
+        Runtime alone;
+        alone.threads = 1;
+        if (status.ok()) pack_all(backend, runtime.parallel ? alone : runtime, tape, block_of(model), mine->floats.items);
+    }
+    r.weights = block_of(model);
+    r.packed = status.ok() && mine->floats.count > 0 ? mine->floats.items : nullptr;
+    m.lock.leave();
+    return status;
+}
+
+}  // namespace
 
 // ---- the adapter ---------------------------------------------------------------------------------------------------------
 
@@ -10980,6 +11067,8 @@ Status evaluate(Runtime& runtime, const Model& model, Data& data, Evaluation& re
                            [&](Layout& layout) { lay_out(layout, state, nullptr, model.config, batch, runtime.thread_count()); }));
     if (state.on) BABYGPT_TRY(state.on->create(plan_of(runtime, state.tape, model.config, batch), state.device));
     start_pool(runtime);
+    // Its products are those of a session.
+    if (!state.on && model.config.dtype == Dtype::int8) BABYGPT_TRY(bind_weights(runtime, model, state.tape, *backend, state.regions));
     return evaluate_windows(runtime, state, model, adapter, batch, data, result,
                             [=](double done) { return !progress || progress(user, done); });
 }
@@ -11314,30 +11403,6 @@ inline void lay_out(Layout& layout, SessionState& s, bool on_device, int threads
 }
 
 inline int chunk_rows(const Config& config) { return least(config.context, 256); }
-
-// What a tape's runs read: the model's weights, and their packed copies in its present version, made by the first session that needs them.
-Status bind_weights(Runtime& runtime, const Model& model, Tape& tape, const BackendFunctions& backend, Regions<float>& r) {
-    ModelState& m = *model.state;
-    m.lock.enter();
-    Status status = give_back(m.borrowed);
-    tape.dtype = model.config.dtype;
-    ModelState::Packed* mine = m.packed;
-    while (!m.only_runs && mine->by && mine->by != &backend) ++mine;  // there are no more backends than places
-    if (m.only_runs && mine->by != &backend)
-        status = fail(Error::unsupported,
-                      "the model was loaded only to run, and with other kernels than these: load it without Purpose::running");
-    if (status.ok() && mine->version != model.version) {
-        status = mine->take(*model.runtime, tape, backend, model.version);
-        // Under the lock, which another job of the host's might want while its parallel() waits:
-        Runtime alone;
-        alone.threads = 1;
-        if (status.ok()) pack_all(backend, runtime.parallel ? alone : runtime, tape, block_of(model), mine->floats.items);
-    }
-    r.weights = block_of(model);
-    r.packed = status.ok() && mine->floats.count > 0 ? mine->floats.items : nullptr;
-    m.lock.leave();
-    return status;
-}
 
 // Gives a session `count` pages, of which the first `shared` stay what they are; what stands in the others of a context is copied. They are
 // not cleared: what lies beyond a session's last position counts for nothing.
@@ -15494,8 +15559,6 @@ struct VectorTypes {
     typedef int32_t M __attribute__((vector_size(4 * W)));
     typedef double D __attribute__((vector_size(8 * W)));
     typedef uint64_t L __attribute__((vector_size(8 * W)));
-    typedef uint16_t Half __attribute__((vector_size(2 * W)));
-    typedef uint8_t Quarter __attribute__((vector_size(W)));
     typedef uint64_t Couples __attribute__((vector_size(4 * W)));
     typedef uint32_t Words __attribute__((vector_size(2 * W)));
 #endif
@@ -15522,28 +15585,22 @@ BABYGPT_CALL inline void copy_part(float* to, const float* from, int n) {
     for (int i = 0; i < n; ++i) to[i] = from[i];
 }
 
-#if BABYGPT_X86 && BABYGPT_VECTORS && !defined(__clang__)
-// Bytes 0 to 7, then 8 to 15, of 16 into the upper bytes of 32-bit elements; -128: zero.
-#define BABYGPT_X(byte) -128, -128, -128, byte
-alignas(32) constexpr int8_t int8_places[64] = {BABYGPT_X(0),  BABYGPT_X(1),  BABYGPT_X(2),  BABYGPT_X(3), BABYGPT_X(4),  BABYGPT_X(5),
-                                                BABYGPT_X(6),  BABYGPT_X(7),  BABYGPT_X(8),  BABYGPT_X(9), BABYGPT_X(10), BABYGPT_X(11),
-                                                BABYGPT_X(12), BABYGPT_X(13), BABYGPT_X(14), BABYGPT_X(15)};
-#undef BABYGPT_X
-#endif
-
 // A set of vectors: `width` floats each; `fused` is the width of the fused multiply-add instruction, 0: there is none.
 template <int width_, int fused>
 struct Simd : VectorTypes<width_> {
     static constexpr int width = width_;
     static constexpr int registers = width_ == 16 || (fused == 4 && width_ == 4) ? 32 : 16;
-    static constexpr bool is_narrow = fused == width_ && fused >= 8;  // it can load bf16 and int8; other sets keep packed weights as floats
+    static constexpr bool is_narrow = fused == width_ && fused >= 8;  // it can load bf16; other sets keep such packed weights as floats
     static constexpr bool calls = BABYGPT_VECTORS && fused == 0;      // each multiply-add is a call: little code is worth more than speed
     static constexpr int tile_rows = calls ? 2 : registers == 32 ? 12 : 6;
     static constexpr int depth_unit = 1;      // a panel has a multiple of so many words for each row or column
     static constexpr bool pairs = false;      // a word is two numbers in bf16, not a float
     static constexpr bool tiles = false;      // and tiles of C are a matrix unit's
     static constexpr bool can_round = false;  // there is an instruction that rounds to bf16
+    // Of bytes, products with those of a factor without sign are one instruction: vpmaddubsw.
+    static constexpr bool takes_unsigned = BABYGPT_X86 && BABYGPT_VECTORS && fused == width_ && fused >= 8;
     typedef float Lanes[static_cast<size_t>(width_)];
+    using Eight = Simd<(width_ > 8 ? 8 : width_), (fused > 8 ? 8 : fused)>;  // of eight floats at most
     using typename VectorTypes<width_>::V;
     using typename VectorTypes<width_>::Loose;
     using typename VectorTypes<width_>::U;
@@ -15554,20 +15611,10 @@ struct Simd : VectorTypes<width_> {
     static BABYGPT_INLINE void load(V& v, const float* p) { v = *reinterpret_cast<const Loose*>(p); }
     static BABYGPT_INLINE void store(float* p, const V& v) { *reinterpret_cast<Loose*>(p) = v; }
 #if BABYGPT_VECTORS
-    using typename VectorTypes<width_>::Half;
-    using typename VectorTypes<width_>::Quarter;
-    // Two vectors of numbers in fewer bits. bf16, the upper half of a float: one of each in a word, which a shift and a mask take
-    // apart. int8: one after the other, of whole numbers the last byte. (GCC knows instructions for one step at a time.)
+    // Two vectors in bf16, the upper half of a float: one of each in a word, which a shift and a mask take apart.
     static BABYGPT_INLINE void store(uint16_t* to, const U& v, const U& w) {
         const U both = v >> 16 | (w & 0xffff0000u);
         memcpy(to, &both, sizeof both);
-    }
-    static BABYGPT_INLINE void store(int8_t* to, const U& v, const U& w) {
-        Half half[2] = {__builtin_convertvector(v, Half), __builtin_convertvector(w, Half)};
-        for (int i = 0; i < 2; ++i) {
-            const Quarter quarter = __builtin_convertvector(half[i], Quarter);
-            memcpy(to + i * width, &quarter, sizeof quarter);
-        }
     }
     static BABYGPT_INLINE void load(V& v, V& w, const uint16_t* p) {
         U both;
@@ -15576,34 +15623,50 @@ struct Simd : VectorTypes<width_> {
     }
 #endif
     static BABYGPT_INLINE void load(V& v, V& w, const float* p) { load(v, p), load(w, p + width); }
-    // int8, times int8_unit. (Clang refuses 512 bits in assembly here, and GCC 12 takes such conversions apart; with 256 bits a shuffle into
-    // the upper bytes is faster than sign extension.)
-#if defined(__clang__)
-    static constexpr float int8_unit = 1;
-    static BABYGPT_INLINE void load(V& v, V& w, const int8_t* p) {
-        typedef int8_t Bytes __attribute__((vector_size(width_), aligned(1), may_alias));
-        v = __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), V);
-        w = __builtin_convertvector(*reinterpret_cast<const Bytes*>(p + width_), V);
-    }
-#elif BABYGPT_VECTORS && BABYGPT_X86
-    static constexpr float int8_unit = width_ == 8 ? 0x1p24f : 1;
-    static BABYGPT_INLINE void load(V& v, V& w, const int8_t* p) {
-        struct __attribute__((may_alias)) Bytes {
-            int8_t each[16];
-        };
-        const Bytes* bytes = reinterpret_cast<const Bytes*>(p);
-        if constexpr (width_ == 8)
-            __asm__(
-                "vbroadcasti128 {%2, %1|%1, %2}\n\tvpshufb {%3, %1, %0|%0, %1, %3}\n\tvpshufb {%4, %1, %1|%1, %1, %4}\n\t"
-                "vcvtdq2ps %0, %0\n\tvcvtdq2ps %1, %1"
-                : "=&x"(v), "=&x"(w)
-                : "m"(*bytes), "xm"(*reinterpret_cast<const V*>(int8_places)), "xm"(*reinterpret_cast<const V*>(int8_places + 32)));
-        else
-            __asm__("vpmovsxbd {%2, %0|%0, %2}\n\tvpmovsxbd {%3, %1|%1, %3}\n\tvcvtdq2ps %0, %0\n\tvcvtdq2ps %1, %1"
-                    : "=&v"(v), "=&v"(w)
-                    : "m"(bytes[0]), "m"(bytes[1]));
-    }
+    // sum += the products of the four bytes of w and of x, from -64 to 64, in each element. (Where takes_unsigned: chapter 11.)
+    static BABYGPT_INLINE void add_products(U& sum, const U& w, const U& x) {
+#if defined(__aarch64__) && BABYGPT_VECTORS && defined(__ARM_FEATURE_DOTPROD)
+        __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(w), "w"(x));
+#elif defined(__aarch64__) && BABYGPT_VECTORS
+        U low, high;
+        __asm__(
+            "smull %1.8h, %3.8b, %4.8b\n\tsmull2 %2.8h, %3.16b, %4.16b\n\t"
+            "addp %1.8h, %1.8h, %2.8h\n\tsadalp %0.4s, %1.8h"
+            : "+w"(sum), "=&w"(low), "=&w"(high)
+            : "w"(w), "w"(x));
+#elif BABYGPT_VECTORS
+        typedef int16_t Halves __attribute__((vector_size(4 * width_)));
+        Halves bytes, by;
+        memcpy(&bytes, &w, sizeof w), memcpy(&by, &x, sizeof x);
+        const Halves twos = ((bytes << 8) >> 8) * ((by << 8) >> 8) + (bytes >> 8) * (by >> 8);
+        M both;
+        memcpy(&both, &twos, sizeof twos);
+        const M fours = ((both << 16) >> 16) + (both >> 16);
+        U four;
+        memcpy(&four, &fours, sizeof four);
+        sum = sum + four;
+#else
+        const auto byte = [](uint32_t word, int i) { return static_cast<int32_t>(static_cast<int8_t>(word >> i & 0xffu)); };
+        for (int i = 0; i < 32; i += 8) sum += static_cast<uint32_t>(byte(w, i) * byte(x, i));
 #endif
+    }
+    // Whole numbers, of two's complement, as floats.
+    static BABYGPT_INLINE void to_floats(V& v, const U& whole) {
+#if BABYGPT_X86 && BABYGPT_VECTORS && !defined(__clang__)
+        if constexpr (fused == width && width >= 8) {
+            __asm__("vcvtdq2ps {%1, %0|%0, %1}" : "=v"(v) : "v"(whole));
+            return;
+        }
+#endif
+        if constexpr (width == 1) v = static_cast<float>(static_cast<int32_t>(whole));
+        else {
+#if BABYGPT_VECTORS
+            M with_sign;
+            memcpy(&with_sign, &whole, sizeof whole);
+            v = __builtin_convertvector(with_sign, V);
+#endif
+        }
+    }
     // Rounds floats to bf16: the upper halves are the result, the nearest (a tie: the even one). What is not finite stays so.
     static BABYGPT_INLINE void to_bf16(U& bits) {
         U half, infinite, low;
@@ -15984,62 +16047,34 @@ struct Products {
     static BABYGPT_INLINE void pack_weights(float* to, const Factor& b, int column, int end, int depth, Dtype dtype) {
         end = least(end, column + tile_columns);
         if constexpr (Set::is_narrow) {
-            if (dtype == Dtype::bf16) return pack_narrow<uint16_t>(to, b.element(0, column), b.stride, b.runs, depth, end - column);
-            if (dtype == Dtype::int8) return pack_narrow<int8_t>(to, b.element(0, column), b.stride, b.runs, depth, end - column);
+            if (dtype == Dtype::bf16) return pack_narrow(to, b.element(0, column), b.stride, b.runs, depth, end - column);
         }
         pack_b(to, b, column, end, depth);
     }
 
-    // A panel's elements are floats, uint16_t (the upper halves of floats), or int8_t, with the columns' scales and their inverses before.
-    template <class E>
-    static constexpr int scales = sizeof(E) == 1 ? 2 * tile_columns : 0;
+    // A panel's elements are floats, or uint16_t: their upper halves.
     template <class E>
     static BABYGPT_INLINE const E* elements(const float* panel) {
-        return reinterpret_cast<const E*>(panel + scales<E>);
+        return reinterpret_cast<const E*>(panel);
     }
     static BABYGPT_INLINE int64_t panel_floats(Dtype dtype, int depth) {
         const int64_t count = static_cast<int64_t>(depth) * tile_columns;
-        if (!Set::is_narrow || dtype == Dtype::f32) return count;
-        return dtype == Dtype::bf16 ? count / 2 : scales<int8_t> + count / 4;
+        return !Set::is_narrow || dtype == Dtype::f32 ? count : count / 2;
     }
     // Of numbers that Model::convert has rounded: nothing more is lost.
-    template <class E>
     static BABYGPT_INLINE void pack_narrow(float* to, const float* from, int64_t stride, Depth runs, int depth, int count) {
         constexpr int some = 64;
-        float piece[static_cast<size_t>(some * tile_columns)], scale[static_cast<size_t>(tile_columns)];
-        E* narrow = reinterpret_cast<E*>(to + scales<E>);
-        V by[2], v[2], magic;
-        U bits[2], no_sign;
-        Set::splat(magic, 12582912.0f), Set::splat(no_sign, 0x7fffffffu), Set::splat(by[0], 0), by[1] = by[0];
-        for (int pass = sizeof(E) == 1 ? 0 : 1; pass < 2; ++pass) {  // first what is largest in each column, then the numbers
-            for (int k = 0; k < depth; k += some) {
-                const int deep = least(some, depth - k);
-                pack<tile_columns>(piece, runs == along ? from + k : from + k * stride, stride, runs, deep, count);
-                for (int i = 0; i < deep; ++i) {
-                    BABYGPT_UNROLL
-                    for (int j = 0; j < 2; ++j) {
-                        Set::load(v[j], piece + (2 * i + j) * Set::width);
-                        if (pass == 0) {
-                            Set::bits(bits[j], v[j]);
-                            bits[j] = bits[j] & no_sign;
-                            Set::from_bits(v[j], bits[j]);
-                            Set::larger(by[j], by[j], v[j]);
-                            continue;
-                        }
-                        if constexpr (sizeof(E) == 1) v[j] = v[j] * by[j] + magic;  // its last byte is the whole number
-                        Set::bits(bits[j], v[j]);
-                    }
-                    if (pass == 1) Set::store(narrow, bits[0], bits[1]), narrow += tile_columns;
-                }
+        float piece[static_cast<size_t>(some * tile_columns)];
+        uint16_t* narrow = reinterpret_cast<uint16_t*>(to);
+        V v;
+        U bits[2];
+        for (int k = 0; k < depth; k += some) {
+            const int deep = least(some, depth - k);
+            pack<tile_columns>(piece, runs == along ? from + k : from + k * stride, stride, runs, deep, count);
+            for (int i = 0; i < deep; ++i, narrow += tile_columns) {
+                for (int j = 0; j < 2; ++j) Set::load(v, piece + (2 * i + j) * Set::width), Set::bits(bits[j], v);
+                Set::store(narrow, bits[0], bits[1]);
             }
-            if (pass == 1) break;
-            Set::store(scale, by[0]), Set::store(scale + Set::width, by[1]);
-            for (int j = 0; j < tile_columns && sizeof(E) == 1; ++j) {
-                scale[j] = int8_scale(scale[j]);
-                to[j] = scale[j] / Set::int8_unit, to[j + tile_columns] = Set::int8_unit / scale[j];
-                scale[j] = 1 / scale[j];
-            }
-            Set::load(by[0], scale), Set::load(by[1], scale + Set::width);
         }
     }
 
@@ -16048,20 +16083,17 @@ struct Products {
     // `unroll` values of k at a time: where another thread shares the core, the number of instructions bounds it, not that of multiply-adds.
     template <int rows, int columns, int unroll, class E>
     static BABYGPT_INLINE void tile(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a, int64_t a_row,
-                                    int64_t a_step, const E* b, int64_t b_row, int depth, const float* scale = nullptr,
-                                    const E* next = nullptr, int64_t next_step = 0) {
+                                    int64_t a_step, const E* b, int64_t b_row, int depth, const E* next = nullptr, int64_t next_step = 0) {
         constexpr int vectors = columns / Set::width, line = 64 / static_cast<int>(sizeof(E));
         constexpr int streams = unroll % 4 == 0 ? 4 : 1;  // memory gives more to several than to one
         const int64_t stream = depth / streams * next_step;
-        V sum[static_cast<size_t>(rows * vectors)], by;
+        V sum[static_cast<size_t>(rows * vectors)];
         BABYGPT_UNROLL
         for (int r = 0; r < rows; ++r) {
             BABYGPT_UNROLL
             for (int j = 0; j < vectors; ++j) {
                 if (start) Set::load(sum[r * vectors + j], start + r * start_row + j * Set::width);
                 else Set::splat(sum[r * vectors + j], 0);
-                if constexpr (sizeof(E) == 1)
-                    Set::load(by, scale + columns + j * Set::width), sum[r * vectors + j] = sum[r * vectors + j] * by;
             }
         }
         int64_t k = 0;
@@ -16079,10 +16111,7 @@ struct Products {
         BABYGPT_UNROLL
         for (int r = 0; r < rows; ++r) {
             BABYGPT_UNROLL
-            for (int j = 0; j < vectors; ++j) {
-                if constexpr (sizeof(E) == 1) Set::load(by, scale + j * Set::width), sum[r * vectors + j] = sum[r * vectors + j] * by;
-                Set::store(c + r * c_row + j * Set::width, sum[r * vectors + j]);
-            }
+            for (int j = 0; j < vectors; ++j) Set::store(c + r * c_row + j * Set::width, sum[r * vectors + j]);
         }
     }
     // What one k adds: sum[r][j] += a[r * a_row + at] * b[j].
@@ -16111,7 +16140,7 @@ struct Products {
     static BABYGPT_INLINE void panel_tile(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a, int64_t a_row,
                                           const float* panel, const Next& next, int k0, int depth) {
         const int64_t from = static_cast<int64_t>(k0) * tile_columns;
-        Called<Set>::template panel_tile<rows, a_runs>(c, c_row, start, start_row, a, a_row, elements<E>(panel) + from, depth, panel,
+        Called<Set>::template panel_tile<rows, a_runs>(c, c_row, start, start_row, a, a_row, elements<E>(panel) + from, depth,
                                                        next.panel ? elements<E>(next.panel) + from + next.from : nullptr, next.step);
     }
     template <int rows>
@@ -16120,7 +16149,6 @@ struct Products {
         if constexpr (Set::is_narrow) {
             if (dtype == Dtype::bf16)
                 return panel_tile<rows, along, uint16_t>(c, c_row, start, start_row, a, a_row, panel, next, k0, depth);
-            if (dtype == Dtype::int8) return panel_tile<rows, along, int8_t>(c, c_row, start, start_row, a, a_row, panel, next, k0, depth);
         }
         panel_tile<rows, along, float>(c, c_row, start, start_row, a, a_row, panel, next, k0, depth);
     }
@@ -16202,26 +16230,22 @@ struct Products {
     static BABYGPT_INLINE void panels(const Product& p, const float* b, int number, int apart) {
         const int64_t size = panel_floats(p.dtype, p.depth), step = apart * size;
         const float* panel = b + number * size;
-        const bool is_scaled = Set::is_narrow && p.dtype == Dtype::int8;
         const auto column = [&](int i) { return (number + i / 2 * apart) * tile_columns + i % 2 * Set::width; };  // of the i-th vector
-        V sum[static_cast<size_t>(2 * count)], by;
+        V sum[static_cast<size_t>(2 * count)];
         BABYGPT_UNROLL
         for (int i = 0; i < 2 * count; ++i) {
             const int there = p.columns - column(i);  // columns that exist
             if (!p.start || there <= 0) Set::splat(sum[i], 0);
             else if (there >= Set::width) Set::load(sum[i], p.start + column(i));
             else Set::load_part(sum[i], p.start + column(i), there);
-            if (is_scaled) Set::load(by, panel + i / 2 * step + tile_columns + i % 2 * Set::width), sum[i] = sum[i] * by;
         }
         if constexpr (Set::is_narrow) {
             if (p.dtype == Dtype::bf16) add_row<count>(sum, p, elements<uint16_t>(panel), 2 * step);
-            else if (p.dtype == Dtype::int8) add_row<count>(sum, p, elements<int8_t>(panel), 4 * step);
             else add_row<count>(sum, p, panel, step);
         } else add_row<count>(sum, p, panel, step);
         BABYGPT_UNROLL
         for (int i = 0; i < 2 * count; ++i) {
             const int there = p.columns - column(i);
-            if (is_scaled) Set::load(by, panel + i / 2 * step + i % 2 * Set::width), sum[i] = sum[i] * by;
             if (there >= Set::width) Set::store(p.c + column(i), sum[i]);
             else if (there > 0) Set::store_part(p.c + column(i), sum[i], there);
         }
@@ -16265,6 +16289,176 @@ struct Products {
         for (int i = 1; i < chains; ++i) sum[0] = sum[0] + sum[i];
         *result = Set::biggest(sum[0]);
         return static_cast<double>(rounds) * chains * Set::width * (Set::pairs ? 2 : 1);
+    }
+};
+
+// ---- products of whole numbers -------------------------------------------------------------------------------------------
+// A matrix in int8 (Model::convert), and rows that are rounded as in chapter 5. A word has four numbers of the depth, a byte each: those that
+// lie 8 apart in their group, as a row is packed fastest. Where an instruction wants one factor without sign, the matrix's numbers are 128 more
+// than they are; the sums of a group begin with what that makes too much.
+
+constexpr int group_words = row_group / 4, row_words = group_words + 2;  // of a group; in A with its scale, and with what its sums begin
+inline int64_t packed_row(int depth) { return static_cast<int64_t>(row_groups(depth)) * row_words; }
+
+template <class Set>
+struct Whole {
+    using V = typename Set::V;
+    using U = typename Set::U;
+    static constexpr int W = Set::width, words = group_words, tile_rows = 4, tile_columns = 2 * W;
+
+    // A panel of B: the columns' scales, their inverses, the words of one group after the other.
+    static int64_t panel_floats(int depth) { return (static_cast<int64_t>(row_groups(depth)) * words + 2) * tile_columns; }
+
+    // A vector of words: of the last bytes of four vectors, which lie so far apart.
+    template <class S>
+    static BABYGPT_INLINE void store_words(float* to, const typename S::V* v, int apart, uint32_t flip) {
+        typename S::U word, bits;
+        S::splat(word, flip);
+        BABYGPT_UNROLL
+        for (int i = 0; i < 4; ++i) S::bits(bits, v[i * apart]), word = word ^ (bits & 0xffu) << static_cast<uint32_t>(8 * i);
+        typename S::V as_floats;
+        S::from_bits(as_floats, word);
+        S::store(to, as_floats);
+    }
+    static BABYGPT_INLINE void round_group(float* to, const float* x, int n) {
+        using S = typename Set::Eight;
+        constexpr int vectors = row_group / S::width;
+        typename S::V v[static_cast<size_t>(vectors)], by, magic, rounded, sum;
+        typename S::U bits, top, no_sign;
+        S::splat(top, 0u), S::splat(no_sign, 0x7fffffffu), S::splat(magic, 12582912.0f), S::splat(sum, 0.0f);
+        BABYGPT_UNROLL
+        for (int i = 0; i < vectors; ++i) {
+            if (n >= row_group) S::load(v[i], x + i * S::width);
+            else S::load_part(v[i], x + i * S::width, least(S::width, most(0, n - i * S::width)));
+            S::bits(bits, v[i]);
+            bits = bits & no_sign;
+            top = top < bits ? bits : top;
+        }
+        uint32_t each[static_cast<size_t>(S::width)], most_of_all = 0;
+        memcpy(each, &top, sizeof top);
+        for (uint32_t one : each) most_of_all = most(most_of_all, one);
+        const float biggest = bits_as<float>(most_of_all);
+        S::splat(by, biggest < 1e-24f ? 0 : row_limit / biggest);
+        BABYGPT_UNROLL
+        for (int i = 0; i < vectors; ++i) {
+            rounded = magic;
+            S::fma(rounded, v[i], by);
+            sum = sum + (rounded - magic);
+            v[i] = rounded;
+        }
+        BABYGPT_UNROLL
+        for (int i = 0; i < words / S::width; ++i) store_words<S>(to + i * S::width, v + i, words / S::width, 0);
+        typename S::Lanes lane;
+        S::store(lane, sum);
+        float total = 0;
+        for (float one : lane) total += one;
+        to[words] = biggest / row_limit;
+        const int32_t begin = Set::takes_unsigned && is_finite(biggest) ? -128 * static_cast<int32_t>(total) : 0;
+        memcpy(to + words + 1, &begin, sizeof begin);
+    }
+    // Rows [row, end), along which A runs, and as many of zeros as are missing in the last tile.
+    static BABYGPT_INLINE void pack_a(float* to, const Factor& a, int row, int end, int depth) {
+        for (int r = row; r < end; ++r) {
+            const float* from = a.element(0, r);
+            for (int k = 0; k < depth; k += row_group, to += row_words) round_group(to, from + k, depth - k);
+        }
+        memset(to, 0,
+               static_cast<size_t>(round_up(end - row, tile_rows) - (end - row)) * static_cast<size_t>(packed_row(depth)) * sizeof(float));
+    }
+    // One panel. Nothing is lost: the numbers are whole ones times the scale.
+    static BABYGPT_INLINE void pack_weights(float* to, const Factor& b, int column, int end, int depth) {
+        const int count = least(end - column, tile_columns);
+        float piece[static_cast<size_t>(row_group * tile_columns)], scale[static_cast<size_t>(tile_columns)];
+        V by[2], v[4], magic;
+        U bits, no_sign;
+        Set::splat(magic, 12582912.0f), Set::splat(no_sign, 0x7fffffffu), Set::splat(by[0], 0), by[1] = by[0];
+        const auto fetch = [&](int k) {
+            const int deep = least(row_group, depth - k);
+            Products<Set>::template pack<tile_columns>(piece, b.element(k, column), b.stride, b.runs, deep, count);
+            memset(piece + deep * tile_columns, 0, static_cast<size_t>((row_group - deep) * tile_columns) * sizeof(float));
+        };
+        for (int k = 0; k < depth; k += row_group) {
+            fetch(k);
+            for (int i = 0; i < 2 * row_group; ++i) {
+                Set::load(v[0], piece + i * W), Set::bits(bits, v[0]);
+                bits = bits & no_sign;
+                Set::from_bits(v[0], bits), Set::larger(by[i % 2], by[i % 2], v[0]);
+            }
+        }
+        Set::store(scale, by[0]), Set::store(scale + W, by[1]);
+        for (int j = 0; j < tile_columns; ++j) {
+            to[j] = int8_scale(scale[j]);
+            to[tile_columns + j] = scale[j] = 1 / to[j];
+        }
+        Set::load(by[0], scale), Set::load(by[1], scale + W);
+        to += 2 * tile_columns;
+        for (int k = 0; k < depth; k += row_group) {
+            fetch(k);
+            for (int t = 0; t < words; ++t)
+                for (int j = 0; j < 2; ++j, to += W) {
+                    for (int i = 0; i < 4; ++i) Set::load(v[i], piece + ((t + i * words) * 2 + j) * W), v[i] = v[i] * by[j] + magic;
+                    store_words<Set>(to, v, 1, Set::takes_unsigned ? 0x80808080u : 0u);
+                }
+        }
+    }
+
+    // `rows` rows of C, `height` of them real, from `row` on, and two vectors of each of `count` panels that lie so many apart.
+    template <int rows, int count>
+    static BABYGPT_INLINE void panels(const Product& p, const float* a, const float* b, int row, int height, int number, int apart) {
+        constexpr int vectors = 2 * count;
+        const int64_t size = panel_floats(p.depth), step = apart * size, a_row = packed_row(p.depth);
+        const float* panel = b + number * size;
+        const auto column = [&](int i) { return (number + i / 2 * apart) * tile_columns + i % 2 * W; };  // of the i-th vector
+        const auto scale = [&](int i) { return panel + i / 2 * step + i % 2 * W; };
+        V sum[static_cast<size_t>(rows * vectors)], by, v;
+        BABYGPT_UNROLL
+        for (int r = 0; r < rows; ++r) {
+            BABYGPT_UNROLL
+            for (int i = 0; i < vectors; ++i) {
+                const int there = r < height ? least(p.columns - column(i), W) : 0;  // columns that exist
+                const int64_t at = (row + r) * p.start_stride + column(i);
+                if (!p.start || there <= 0) Set::splat(v, 0);
+                else if (there == W) Set::load(v, p.start + at);
+                else Set::load_part(v, p.start + at, there);
+                Set::load(by, scale(i) + tile_columns);
+                sum[r * vectors + i] = v * by;
+            }
+        }
+        const float* from = panel + 2 * tile_columns;
+        for (int k = 0; k < p.depth; k += row_group, a += row_words, from += words * tile_columns) {
+            U whole[static_cast<size_t>(rows * vectors)];
+            Called<Set>::template add_group<Set, rows, count>(whole, a, a_row, from, step);
+            BABYGPT_UNROLL
+            for (int r = 0; r < rows; ++r) {
+                Set::splat(by, (a + r * a_row)[words]);
+                BABYGPT_UNROLL
+                for (int i = 0; i < vectors; ++i) Set::to_floats(v, whole[r * vectors + i]), Set::fma(sum[r * vectors + i], v, by);
+            }
+        }
+        BABYGPT_UNROLL
+        for (int r = 0; r < rows; ++r) {
+            BABYGPT_UNROLL
+            for (int i = 0; i < vectors; ++i) {
+                const int there = r < height ? least(p.columns - column(i), W) : 0;
+                float* to = p.c + (row + r) * p.c_stride + column(i);
+                Set::load(by, scale(i));
+                v = sum[r * vectors + i] * by;
+                if (there == W) Set::store(to, v);
+                else if (there > 0) Set::store_part(to, v, there);
+            }
+        }
+    }
+    // As in Products. A is packed.
+    static BABYGPT_INLINE void block(const Product& p, const float* a, const float* b, int row, int column, int end) {
+        for (int number = column / tile_columns; number * tile_columns < end; ++number)
+            for (int r = row; r < p.rows; r += tile_rows)
+                panels<tile_rows, 1>(p, a + (r - row) * packed_row(p.depth), b, r, least(tile_rows, p.rows - r), number, 0);
+    }
+    static BABYGPT_INLINE void single_row(const Product& p, const float* b, int panel, int apart) {
+        if (apart == 0) return panels<1, 1>(p, p.a.at, b, 0, 1, panel, 0);
+        if constexpr (Set::calls)
+            for (int i = 0; i < 4; ++i) panels<1, 1>(p, p.a.at, b, 0, 1, panel + i * apart, 0);
+        else panels<1, 4>(p, p.a.at, b, 0, 1, panel, apart);
     }
 };
 
@@ -16494,7 +16688,7 @@ struct Pairs {
         if constexpr (Set::tiles) tile_product<typename Set::Unit>(c, c_row, start, start_row, a, b, depth, next, next_step);
         else
             P::template tile<rows, P::tile_columns, P::template unroll<rows>>(c, c_row, start, start_row, a, 1, rows, b, P::tile_columns,
-                                                                              depth, static_cast<const float*>(nullptr), next, next_step);
+                                                                              depth, next, next_step);
     }
     static BABYGPT_INLINE void block(const Product& p, const float* a, const float* b, int row, int column, int end) {
         if constexpr (Set::tiles) Set::Unit::configure();
@@ -17750,7 +17944,7 @@ struct ProductKernels {
     int words(int depth) const { return round_up((depth + numbers - 1) / numbers, depth_unit); }
 };
 struct Kernels {
-    ProductKernels exact, rounded;
+    ProductKernels exact, rounded, whole;  // whole: with a matrix in int8, which pack_weights has packed
     int64_t (*attention_scratch)(int keys, int dim, bool training);
     int64_t (*panel_floats)(Dtype dtype, int depth);
     void (*pack_weights)(float* to, const Factor& b, int column, int end, int depth, Dtype dtype);
@@ -17762,6 +17956,17 @@ struct Kernels {
     float (*biggest)(const float* x, int n);
     float (*exponentials)(float* to, const float* x, int n, float biggest, float factor);
 };
+
+// sum += the products of bytes in each element: of w's, without sign, and x's, from -64 to 64, so that two of them fit in a half. Here, since Clang
+// takes such vectors only in functions of their instruction set.
+#if BABYGPT_X86 && BABYGPT_VECTORS
+#define BABYGPT_ADD_PRODUCTS(sum, w, x, ones, twos)                                                                    \
+    __asm__("vpmaddubsw {%3, %2, %1|%1, %2, %3}\n\tvpmaddwd {%4, %1, %1|%1, %1, %4}\n\tvpaddd {%1, %0, %0|%0, %0, %1}" \
+            : "+v"(sum), "=&v"(twos)                                                                                   \
+            : "v"(w), "v"(x), "v"(ones))
+#else
+#define BABYGPT_ADD_PRODUCTS(sum, w, x, ones, twos) (void)twos
+#endif
 
 #define BABYGPT_KERNELS(set, Set, name, target)                                                                                            \
     template <>                                                                                                                            \
@@ -17775,14 +17980,37 @@ struct Kernels {
         }                                                                                                                                  \
         template <int rows, Depth a_runs, class E>                                                                                         \
         target static BABYGPT_CALL void panel_tile(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a,         \
-                                                   int64_t a_row, const E* b, int depth, const float* scale, const E* next,                \
-                                                   int64_t next_step) {                                                                    \
+                                                   int64_t a_row, const E* b, int depth, const E* next, int64_t next_step) {               \
             using P = Products<Set>;                                                                                                       \
             P::template tile<rows, P::tile_columns, P::template unroll<rows>>(c, c_row, start, start_row, a, a_runs == along ? a_row : 1,  \
                                                                               a_runs == along ? 1 : P::tile_rows, b, P::tile_columns,      \
-                                                                              depth, scale, next, next_step);                              \
+                                                                              depth, next, next_step);                                     \
         }                                                                                                                                  \
         target static BABYGPT_CALL void add(float* y, const float* a, const float* b, int64_t n) { Rows<Set>::add(y, a, b, n); }           \
+        template <class S, int rows, int count>                                                                                            \
+        target static BABYGPT_CALL void add_group(typename S::U* sums, const float* a, int64_t a_row, const float* b, int64_t step) {      \
+            constexpr int vectors = 2 * count;                                                                                             \
+            typename S::U sum[static_cast<size_t>(rows * vectors)], x[static_cast<size_t>(rows)], w, twos, ones;                           \
+            typename S::V loaded;                                                                                                          \
+            S::splat(ones, 0x00010001u);                                                                                                   \
+            BABYGPT_UNROLL                                                                                                                 \
+            for (int i = 0; i < rows * vectors; ++i) S::splat(sum[i], bits_as<uint32_t>(a[i / vectors * a_row + group_words + 1]));        \
+            BABYGPT_UNROLL                                                                                                                 \
+            for (int t = 0; t < group_words; ++t) {                                                                                        \
+                BABYGPT_UNROLL                                                                                                             \
+                for (int r = 0; r < rows; ++r) S::splat(x[r], bits_as<uint32_t>(a[r * a_row + t]));                                        \
+                BABYGPT_UNROLL                                                                                                             \
+                for (int i = 0; i < vectors; ++i) {                                                                                        \
+                    S::load(loaded, b + i / 2 * step + (2 * t + i % 2) * S::width), S::bits(w, loaded);                                    \
+                    BABYGPT_UNROLL                                                                                                         \
+                    for (int r = 0; r < rows; ++r) {                                                                                       \
+                        if constexpr (S::takes_unsigned) BABYGPT_ADD_PRODUCTS(sum[r * vectors + i], w, x[r], ones, twos);                  \
+                        else S::add_products(sum[r * vectors + i], w, x[r]);                                                               \
+                    }                                                                                                                      \
+                }                                                                                                                          \
+            }                                                                                                                              \
+            memcpy(sums, sum, sizeof sum);                                                                                                 \
+        }                                                                                                                                  \
     };                                                                                                                                     \
     struct set {                                                                                                                           \
         target static void pack_a(float* to, const Factor& a, int row, int end, int depth) {                                               \
@@ -17791,9 +18019,18 @@ struct Kernels {
         target static void pack_rounded_a(float* to, const Factor& a, int row, int end, int depth) {                                       \
             Rounded<Set>::pack_a(to, a, row, end, depth);                                                                                  \
         }                                                                                                                                  \
-        static int64_t panel_floats(Dtype dtype, int depth) { return Products<Set>::panel_floats(dtype, depth); }                          \
+        static int64_t panel_floats(Dtype dtype, int depth) {                                                                              \
+            return dtype == Dtype::int8 ? Whole<Set>::panel_floats(depth) : Products<Set>::panel_floats(dtype, depth);                     \
+        }                                                                                                                                  \
         target static void pack_weights(float* to, const Factor& b, int column, int end, int depth, Dtype dtype) {                         \
-            Products<Set>::pack_weights(to, b, column, end, depth, dtype);                                                                 \
+            if (dtype == Dtype::int8) Whole<Set>::pack_weights(to, b, column, end, depth);                                                 \
+            else Products<Set>::pack_weights(to, b, column, end, depth, dtype);                                                            \
+        }                                                                                                                                  \
+        target static void pack_whole_a(float* to, const Factor& a, int row, int end, int depth) {                                         \
+            Whole<Set>::pack_a(to, a, row, end, depth);                                                                                    \
+        }                                                                                                                                  \
+        target static void whole_block(const Product& p, const float* a, const float* b, int row, int column, int end) {                   \
+            Whole<Set>::block(p, a, b, row, column, end);                                                                                  \
         }                                                                                                                                  \
         target static void pack_b(float* to, const Factor& b, int column, int end, int depth) {                                            \
             Products<Set>::pack_b(to, b, column, end, depth);                                                                              \
@@ -17805,7 +18042,8 @@ struct Kernels {
             Products<Set>::block(p, a, b, row, column, end);                                                                               \
         }                                                                                                                                  \
         target static void single_row(const Product& p, const float* b, int panel, int apart) {                                            \
-            Products<Set>::single_row(p, b, panel, apart);                                                                                 \
+            if (p.dtype == Dtype::int8) Whole<Set>::single_row(p, b, panel, apart);                                                        \
+            else Products<Set>::single_row(p, b, panel, apart);                                                                            \
         }                                                                                                                                  \
         target static void forward(const Work& work, int from, int to) { forward_part<Set>(work, from, to); }                              \
         target static void backward(const Work& work, int from, int to) { backward_part<Set>(work, from, to); }                            \
@@ -17822,6 +18060,7 @@ struct Kernels {
         static constexpr Kernels table = {                                                                                                 \
             {name, height, width, 1, 1, false, &pack_a, &pack_b, &block, &ceiling, row_block, nullptr},                                    \
             {name, height, width, 1, 1, true, &pack_rounded_a, &pack_rounded_b, &block, &ceiling, row_block, nullptr},                     \
+            {name, Whole<Set>::tile_rows, width, 4, 1, true, &pack_whole_a, nullptr, &whole_block, nullptr, row_block / 2, nullptr},       \
             &Rows<Set>::attention_scratch,                                                                                                 \
             &panel_floats,                                                                                                                 \
             &pack_weights,                                                                                                                 \
@@ -17879,8 +18118,8 @@ struct TileAttention {
     // 32 x 32 of C, of so many words of a panel of A and one of B; adds: to what is there.
     template <class Set>
     static BABYGPT_INLINE void product(float* c, int64_t c_row, bool adds, const float* left, const float* right, int deep) {
-        Called<Set>::template panel_tile<tile, down, float>(c, c_row, adds ? c : nullptr, c_row, left, 0, right, deep, nullptr,
-                                                            right + deep * tile, tile);
+        Called<Set>::template panel_tile<tile, down, float>(c, c_row, adds ? c : nullptr, c_row, left, 0, right, deep, right + deep * tile,
+                                                            tile);
     }
     static BABYGPT_INLINE void clear(float* row, int seen, int keys) {
         memset(row + seen, 0, static_cast<size_t>(round_up(keys, tile) - seen) * sizeof(float));
@@ -18003,7 +18242,7 @@ BABYGPT_INLINE void attention_by_tiles(const ProductKernels& by, const Work& wor
     struct Called<Set> {                                                                                                                   \
         template <int rows, Depth a_runs, class E>                                                                                         \
         target static BABYGPT_CALL void panel_tile(float* c, int64_t c_row, const float* start, int64_t start_row, const float* a,         \
-                                                   int64_t, const E* b, int depth, const E*, const E* next, int64_t next_step) {           \
+                                                   int64_t, const E* b, int depth, const E* next, int64_t next_step) {                     \
             Pairs<Set>::template tile<rows>(c, c_row, start, start_row, a, b, depth, next, next_step);                                     \
         }                                                                                                                                  \
     };                                                                                                                                     \
@@ -18090,7 +18329,9 @@ struct Scratch {
         logits = round_up<int64_t>(chunk * wide, 16);
         // In training little enough for a shared cache; running, the weights are packed before.
         panels = tape.training ? most(1 << 20, 512 * tape.width) : least_piece * kernels.exact.tile_columns;
-        slot = tape.training ? row_block * 2048 : 16;
+        const int64_t rounded = tape.training ? 0 : packed_row(tape.most_multiplied());  // a row; a model may become int8
+        panels = most(panels, round_up<int64_t>(kernels.whole.tile_rows * rounded, 16));
+        slot = tape.training ? row_block * 2048 : most<int64_t>(16, round_up<int64_t>(kernels.whole.tall * rounded, 16));
         for (const Op& op : tape.ops)
             if (op.kind == OpKind::attention)
                 slot = most(slot, most(kernels.attention_scratch(tape.context, op.dim(), tape.training),
@@ -18170,19 +18411,22 @@ struct Walk {
                   const Work* then = nullptr) const {
         const int columns = by.tile_columns;
         const int all_panels = (p.columns + columns - 1) / columns;
-        if (p.rows < 4 && packs_a == 0) {
+        const bool is_whole = p.dtype == Dtype::int8;
+        if (p.rows < 4 && (packs_a == 0 || is_whole)) {
             // Memory sets the speed: best if each thread reads the same weights for every token, and in four streams that are as long as
             // can be, since processors foresee what a long one wants.
             const int64_t worth = most(static_cast<int64_t>(p.depth) * p.columns / least_cost, int64_t(1));
             const int workers = static_cast<int>(least(worth, static_cast<int64_t>(least(threads, (all_panels + 3) / 4))));
+            Factor rows = p.a;
+            if (is_whole) by.pack_a(panels, p.a, 0, p.rows, packs_a), rows = Factor{panels, packed_row(p.depth), along};
             parallel(runtime, workers, [&](int i) {
                 const int first = i * all_panels / workers, count = (i + 1) * all_panels / workers - first, stream = count / 4;
                 for (int k = 0; k < count - 3 * stream; ++k) {  // of all streams, then what is left
                     Product one = p;
-                    one.rows = 1;
+                    one.rows = 1, one.a = rows;
                     for (int row = 0; row < p.rows; ++row) {
                         kernels.single_row(one, b, k < stream ? first + k : first + 3 * stream + k, k < stream ? stream : 0);
-                        one.c += p.c_stride, one.a.at += p.a.stride;
+                        one.c += p.c_stride, one.a.at += rows.stride;
                         if (one.start) one.start += p.start_stride;
                     }
                 }
@@ -18191,7 +18435,7 @@ struct Walk {
         }
         // Items so small that nobody waits long for another thread's last one.
         const int fair = most((p.rows + 16 * threads - 1) / (16 * threads), row_block / 2);
-        int tall = threads == 1 ? row_block : least(row_block, round_up(fair, by.tile_rows));
+        int tall = least(by.tall, threads == 1 ? row_block : least(row_block, round_up(fair, by.tile_rows)));
         // Each block reads all of B, and where that comes from a shared cache, a matrix unit waits for it.
         if (by.tall > row_block && static_cast<int64_t>(all_panels) * columns * p.depth > 3 << 17)
             tall = static_cast<int>(least<int64_t>(by.tall, scratch.slot / p.depth)) / by.tile_rows * by.tile_rows;
@@ -18287,7 +18531,8 @@ struct Walk {
         const float* ready = packed(number);
         if (!ready) return product(learning, p, then);
         p.dtype = tape.dtype;
-        multiply(kernels.exact, p, ready, 0, 0, then);
+        const bool is_whole = p.dtype == Dtype::int8;
+        multiply(is_whole ? kernels.whole : kernels.exact, p, ready, is_whole ? p.depth : 0, 0, then);
     }
 
     void forward(int number) const {
@@ -18710,6 +18955,7 @@ Status gpu_ceilings(Runtime& runtime, double& flops, double& bytes) {
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
+#undef BABYGPT_ADD_PRODUCTS
 #undef BABYGPT_KERNELS
 #undef BABYGPT_PAIR_PRODUCTS
 #undef BABYGPT_PAIRS

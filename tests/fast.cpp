@@ -224,8 +224,8 @@ TEST(products, "a product of matrices is wrong, or adds in another order") {
         CHECK(a.resize(static_cast<size_t>(rows * depth)) && b.resize(static_cast<size_t>(depth * columns)) &&
               bias.resize(static_cast<size_t>(columns)) && want.resize(static_cast<size_t>(rows * columns)) &&
               have.resize(static_cast<size_t>(rows * columns)) &&
-              panels.resize(static_cast<size_t>(depth + 2) * static_cast<size_t>(columns + 64)) &&
-              a_panels.resize(static_cast<size_t>(depth * (rows + 16))));
+              panels.resize(static_cast<size_t>(depth + row_group) * static_cast<size_t>(columns + 64)) &&
+              a_panels.resize(static_cast<size_t>((depth + row_group) * (rows + 16))));
         for (size_t i = 0; i < a.count; ++i) a[i] = small_number(1, static_cast<int64_t>(i));
         for (size_t i = 0; i < bias.count; ++i) bias[i] = small_number(3, static_cast<int64_t>(i));
         for (int form = 0; form < 36; ++form) {
@@ -244,47 +244,110 @@ TEST(products, "a product of matrices is wrong, or adds in another order") {
                 for (int k = 0; k < depth; ++k)
                     element(k) = dtype == Dtype::int8 ? static_cast<float>(int8_of(element(k), scale)) * scale : bf16_of(element(k));
             }
-            for (int i = 0; i < rows; ++i)
-                for (int j = 0; j < columns; ++j) {
-                    float s = starts == 0 ? 0.0f : bias[static_cast<size_t>(j)];
-                    for (int k = 0; k < depth; ++k) s = madd(*fa.element(k, i), *fb.element(k, j), s);
-                    want[static_cast<size_t>(i * columns + j)] = s;
-                }
+            for (int i = 0; i < rows; ++i) {
+                std::vector<float> row(static_cast<size_t>(depth)), space(static_cast<size_t>(depth + row_groups(depth)));
+                for (int k = 0; k < depth; ++k) row[static_cast<size_t>(k)] = *fa.element(k, i);
+                const bool rounds = dtype == Dtype::int8;
+                const float* x = rounded_row(rounds ? space.data() : nullptr, row.data(), depth);
+                for (int j = 0; j < columns; ++j)
+                    want[static_cast<size_t>(i * columns + j)] = chain(starts == 0 ? 0.0f : bias[static_cast<size_t>(j)], x,
+                                                                       fb.element(0, j), b_across ? 1 : columns, depth, rounds);
+            }
             for (int set = 0; set < count; ++set) {
                 const Kernels& kernels = *sets[set].kernels;
                 for (int i = 0; i < rows * columns; ++i)
                     have[static_cast<size_t>(i)] = starts == 2 ? bias[static_cast<size_t>(i % columns)] : 99.0f;
-                const Product p{have.items,
-                                columns,
-                                starts == 0 ? nullptr : starts == 1 ? bias.items : have.items,
-                                starts == 2 ? columns : 0,
-                                fa,
-                                fb,
-                                rows,
-                                columns,
-                                depth,
-                                false,
-                                dtype};
+                const ProductKernels& by = dtype == Dtype::int8 ? kernels.whole : kernels.exact;
+                Product p{have.items,
+                          columns,
+                          starts == 0 ? nullptr : starts == 1 ? bias.items : have.items,
+                          starts == 2 ? columns : 0,
+                          fa,
+                          fb,
+                          rows,
+                          columns,
+                          depth,
+                          false,
+                          dtype};
                 if (dtype == Dtype::f32) kernels.exact.pack_b(panels.items, fb, 0, columns, depth);
                 for (int j = 0; j < columns && dtype != Dtype::f32; j += kernels.exact.tile_columns)
                     kernels.pack_weights(panels.items + j / kernels.exact.tile_columns * kernels.panel_floats(dtype, depth), fb, j, columns,
                                          depth, dtype);
                 const int all = (columns + kernels.exact.tile_columns - 1) / kernels.exact.tile_columns, stream = all / 4;
-                if (rows == 1 && a_across)
+                if (rows == 1 && a_across) {
+                    if (dtype == Dtype::int8) by.pack_a(a_panels.items, fa, 0, 1, depth), p.a.at = a_panels.items;
                     for (int k = 0; k < all - 3 * stream; ++k)
                         kernels.single_row(p, panels.items, k < stream ? k : 3 * stream + k, k < stream ? stream : 0);
-                else
+                } else
                     for (int row = 0; row < rows; row += row_block) {
                         Product part = p;
                         part.rows = least(row + row_block, rows);
-                        if (!a_across) kernels.exact.pack_a(a_panels.items + row * depth, fa, row, part.rows, depth);
-                        kernels.exact.block(part, a_across ? nullptr : a_panels.items + row * depth, panels.items, row, 0, columns);
+                        float* packed = a_across && !by.packs_a ? nullptr : a_panels.items + row * depth;
+                        if (packed) by.pack_a(packed, fa, row, part.rows, depth);
+                        by.block(part, packed, panels.items, row, 0, columns);
                     }
                 if (!CHECK(same("product", want, have)))
                     printf("  %s: %d x %d, depth %d, form %d (the last of three dozens: int8)\n", kernels.exact.name, rows, columns, depth,
                            form);
             }
         }
+    }
+}
+
+TEST(whole_numbers, "a model in int8 would round what goes in otherwise than it says, overflow, or take what is not finite for a number") {
+    Set sets[4];
+    const int count = instruction_sets(sets), columns = 40, depth = 70, most_rows = 5;
+    std::vector<float> x(static_cast<size_t>(most_rows * depth)), w(static_cast<size_t>(depth * columns)),
+        y(static_cast<size_t>(most_rows * columns));
+    for (int set = 0; set < count; ++set) {
+        const Kernels& kernels = *sets[set].kernels;
+        const int wide = kernels.whole.tile_columns, all = (columns + wide - 1) / wide;
+        std::vector<float> panels(static_cast<size_t>(all * kernels.panel_floats(Dtype::int8, depth))),
+            packed(static_cast<size_t>(8 * packed_row(depth)));
+        const auto multiply = [&](int rows) {
+            const Factor a{x.data(), depth, along}, b{w.data(), columns, down};
+            for (int i = 0; i < all; ++i)
+                kernels.pack_weights(panels.data() + i * kernels.panel_floats(Dtype::int8, depth), b, i * wide, columns, depth,
+                                     Dtype::int8);
+            Product p{y.data(), columns, nullptr, 0, a, b, rows, columns, depth, false, Dtype::int8};
+            kernels.whole.pack_a(packed.data(), a, 0, rows, depth);
+            if (rows > 1) return kernels.whole.block(p, packed.data(), panels.data(), 0, 0, columns);
+            p.a.at = packed.data();
+            for (int i = 0; i < all; ++i) kernels.single_row(p, panels.data(), i, 0);
+        };
+        for (const int rows : {1, most_rows}) {
+            for (const int sign : {1, -1}) {  // the largest bytes that there are
+                for (float& each : x) each = 3;
+                for (float& each : w) each = static_cast<float>(sign * 127) / 128;
+                multiply(rows);
+                for (int i = 0; i < rows * columns; ++i)
+                    CHECK(y[static_cast<size_t>(i)] == static_cast<float>(sign * depth * 3 * 127) / 128);
+            }
+            for (size_t i = 0; i < x.size(); ++i) x[i] = small_number(5, static_cast<int64_t>(i)) * (i % 7 == 0 ? 30 : 1);
+            for (size_t i = 0; i < w.size(); ++i) w[i] = static_cast<float>(static_cast<int>(mix(i) % 255) - 127) / 1024;
+            multiply(rows);
+            for (int i = 0; i < rows; ++i)
+                for (int j = 0; j < columns; ++j) {
+                    double sum = 0;
+                    for (int k = 0; k < depth; ++k) {
+                        double biggest = 0;
+                        for (int n = k / 32 * 32; n < k / 32 * 32 + 32 && n < depth; ++n)
+                            biggest = std::max(biggest, std::fabs(static_cast<double>(x[static_cast<size_t>(i * depth + n)])));
+                        const double whole = std::nearbyint(static_cast<double>(x[static_cast<size_t>(i * depth + k)]) * 64 / biggest);
+                        sum += whole * biggest / 64 * static_cast<double>(w[static_cast<size_t>(k * columns + j)]);
+                    }
+                    CHECK(std::fabs(static_cast<double>(y[static_cast<size_t>(i * columns + j)]) - sum) < 1e-5);
+                }
+        }
+        for (const float wrong : {NAN, INFINITY, -INFINITY})
+            for (const int at : {0, 31, 45, depth - 1}) {
+                float& place = x[static_cast<size_t>(2 * depth + at)];
+                const float kept = place;
+                place = wrong;
+                multiply(most_rows);
+                for (int i = 0; i < most_rows * columns; ++i) CHECK(is_finite(y[static_cast<size_t>(i)]) == (i / columns != 2));
+                place = kept;
+            }
     }
 }
 

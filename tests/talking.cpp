@@ -137,9 +137,12 @@ TEST(numbers_of_fewer_bits, "a model in bf16 or int8 would not say what its roun
             CHECK(memcmp(kept.data(), m.weights, kept.size() * sizeof(float)) == 0);
             read(session);
             const std::vector<float> said = now;
-            double error = 0, size = 0;
-            for (size_t i = 0; i < 70; ++i) error += std::pow(said[i] - before[i], 2), size += std::pow(before[i], 2);
-            CHECK(error > 0 && std::sqrt(error / size) < (dtype == Dtype::bf16 ? 0.005 : 0.02));
+            const auto error = [&](const std::vector<float>& of, const std::vector<float>& from) {
+                double difference = 0, size = 0;
+                for (size_t i = 0; i < 70; ++i) difference += std::pow(of[i] - from[i], 2), size += std::pow(from[i], 2);
+                return std::sqrt(difference / size);
+            };
+            CHECK(error(said, before) > 0 && error(said, before) < (dtype == Dtype::bf16 ? 0.005 : 0.05));
             read(other);
             CHECK(now == said);
             Model floats;  // the same numbers, as floats
@@ -148,7 +151,8 @@ TEST(numbers_of_fewer_bits, "a model in bf16 or int8 would not say what its roun
             Session third;
             CHECK_OK(third.create(fast, floats));
             read(third);
-            CHECK(now == said);
+            if (dtype == Dtype::int8) CHECK(now != said && error(said, now) < 0.05);  // which does not round the rows
+            else CHECK(now == said);
         }
         const Weight* matrix = m.find("h.0.attn.c_attn.weight");
         m.weights[matrix->offset + 5] = NAN;
