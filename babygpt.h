@@ -15535,12 +15535,17 @@ namespace {
 #define BABYGPT_WIDE 0
 #endif
 
-// Processors with a matrix unit, and those that multiply pairs of bf16: instructions that older assemblers do not know, and Clang not in
-// vectors of 512 bits.
+// Processors with a matrix unit, and those that multiply four bytes, or pairs of bf16, at a time: instructions that older assemblers do not
+// know, and Clang not the last in vectors of 512 bits.
 #if BABYGPT_WIDE && defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define BABYGPT_TILES 1
 #else
 #define BABYGPT_TILES 0
+#endif
+#if BABYGPT_WIDE && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define BABYGPT_FOURS 1
+#else
+#define BABYGPT_FOURS 0
 #endif
 #if BABYGPT_WIDE && !defined(__clang__) && __GNUC__ >= 11
 #define BABYGPT_PAIRS 1
@@ -15599,6 +15604,7 @@ struct Simd : VectorTypes<width_> {
     static constexpr bool can_round = false;  // there is an instruction that rounds to bf16
     // Of bytes, products with those of a factor without sign are one instruction: vpmaddubsw.
     static constexpr bool takes_unsigned = BABYGPT_X86 && BABYGPT_VECTORS && fused == width_ && fused >= 8;
+    static constexpr bool adds_fours = false;  // or of four at a time: vpdpbusd
     typedef float Lanes[static_cast<size_t>(width_)];
     using Eight = Simd<(width_ > 8 ? 8 : width_), (fused > 8 ? 8 : fused)>;  // of eight floats at most
     using typename VectorTypes<width_>::V;
@@ -17960,13 +17966,42 @@ struct Kernels {
 // sum += the products of bytes in each element: of w's, without sign, and x's, from -64 to 64, so that two of them fit in a half. Here, since Clang
 // takes such vectors only in functions of their instruction set.
 #if BABYGPT_X86 && BABYGPT_VECTORS
-#define BABYGPT_ADD_PRODUCTS(sum, w, x, ones, twos)                                                                    \
+#define BABYGPT_ADD_TWOS(sum, w, x, ones, twos)                                                                        \
     __asm__("vpmaddubsw {%3, %2, %1|%1, %2, %3}\n\tvpmaddwd {%4, %1, %1|%1, %1, %4}\n\tvpaddd {%1, %0, %0|%0, %0, %1}" \
             : "+v"(sum), "=&v"(twos)                                                                                   \
             : "v"(w), "v"(x), "v"(ones))
+#define BABYGPT_ADD_FOURS(sum, w, x) __asm__("vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+v"(sum) : "v"(w), "v"(x))
 #else
-#define BABYGPT_ADD_PRODUCTS(sum, w, x, ones, twos) (void)twos
+#define BABYGPT_ADD_TWOS(sum, w, x, ones, twos) (void)twos
+#define BABYGPT_ADD_FOURS(sum, w, x) (void)sum
 #endif
+// The sums of a group, of so many rows and two vectors of each of `count` panels. (S is Set, named so that only what it has is compiled.)
+#define BABYGPT_ADD_GROUP(target)                                                                                                 \
+    template <class S, int rows, int count>                                                                                       \
+    target static BABYGPT_CALL void add_group(typename S::U* sums, const float* a, int64_t a_row, const float* b, int64_t step) { \
+        constexpr int vectors = 2 * count;                                                                                        \
+        typename S::U sum[static_cast<size_t>(rows * vectors)], x[static_cast<size_t>(rows)], w, twos, ones;                      \
+        typename S::V loaded;                                                                                                     \
+        S::splat(ones, 0x00010001u);                                                                                              \
+        BABYGPT_UNROLL                                                                                                            \
+        for (int i = 0; i < rows * vectors; ++i) S::splat(sum[i], bits_as<uint32_t>(a[i / vectors * a_row + group_words + 1]));   \
+        BABYGPT_UNROLL                                                                                                            \
+        for (int t = 0; t < group_words; ++t) {                                                                                   \
+            BABYGPT_UNROLL                                                                                                        \
+            for (int r = 0; r < rows; ++r) S::splat(x[r], bits_as<uint32_t>(a[r * a_row + t]));                                   \
+            BABYGPT_UNROLL                                                                                                        \
+            for (int i = 0; i < vectors; ++i) {                                                                                   \
+                S::load(loaded, b + i / 2 * step + (2 * t + i % 2) * S::width), S::bits(w, loaded);                               \
+                BABYGPT_UNROLL                                                                                                    \
+                for (int r = 0; r < rows; ++r) {                                                                                  \
+                    if constexpr (S::adds_fours) BABYGPT_ADD_FOURS(sum[r * vectors + i], w, x[r]);                                \
+                    else if constexpr (S::takes_unsigned) BABYGPT_ADD_TWOS(sum[r * vectors + i], w, x[r], ones, twos);            \
+                    else S::add_products(sum[r * vectors + i], w, x[r]);                                                          \
+                }                                                                                                                 \
+            }                                                                                                                     \
+        }                                                                                                                         \
+        memcpy(sums, sum, sizeof sum);                                                                                            \
+    }
 
 #define BABYGPT_KERNELS(set, Set, name, target)                                                                                            \
     template <>                                                                                                                            \
@@ -17987,30 +18022,7 @@ struct Kernels {
                                                                               depth, next, next_step);                                     \
         }                                                                                                                                  \
         target static BABYGPT_CALL void add(float* y, const float* a, const float* b, int64_t n) { Rows<Set>::add(y, a, b, n); }           \
-        template <class S, int rows, int count>                                                                                            \
-        target static BABYGPT_CALL void add_group(typename S::U* sums, const float* a, int64_t a_row, const float* b, int64_t step) {      \
-            constexpr int vectors = 2 * count;                                                                                             \
-            typename S::U sum[static_cast<size_t>(rows * vectors)], x[static_cast<size_t>(rows)], w, twos, ones;                           \
-            typename S::V loaded;                                                                                                          \
-            S::splat(ones, 0x00010001u);                                                                                                   \
-            BABYGPT_UNROLL                                                                                                                 \
-            for (int i = 0; i < rows * vectors; ++i) S::splat(sum[i], bits_as<uint32_t>(a[i / vectors * a_row + group_words + 1]));        \
-            BABYGPT_UNROLL                                                                                                                 \
-            for (int t = 0; t < group_words; ++t) {                                                                                        \
-                BABYGPT_UNROLL                                                                                                             \
-                for (int r = 0; r < rows; ++r) S::splat(x[r], bits_as<uint32_t>(a[r * a_row + t]));                                        \
-                BABYGPT_UNROLL                                                                                                             \
-                for (int i = 0; i < vectors; ++i) {                                                                                        \
-                    S::load(loaded, b + i / 2 * step + (2 * t + i % 2) * S::width), S::bits(w, loaded);                                    \
-                    BABYGPT_UNROLL                                                                                                         \
-                    for (int r = 0; r < rows; ++r) {                                                                                       \
-                        if constexpr (S::takes_unsigned) BABYGPT_ADD_PRODUCTS(sum[r * vectors + i], w, x[r], ones, twos);                  \
-                        else S::add_products(sum[r * vectors + i], w, x[r]);                                                               \
-                    }                                                                                                                      \
-                }                                                                                                                          \
-            }                                                                                                                              \
-            memcpy(sums, sum, sizeof sum);                                                                                                 \
-        }                                                                                                                                  \
+        BABYGPT_ADD_GROUP(target)                                                                                                          \
     };                                                                                                                                     \
     struct set {                                                                                                                           \
         target static void pack_a(float* to, const Factor& a, int row, int end, int depth) {                                               \
@@ -18088,6 +18100,26 @@ BABYGPT_KERNELS(KernelsAvx2, Avx2, "avx2", __attribute__((target("avx2,fma"))))
 BABYGPT_KERNELS(KernelsAvx512, Avx512, "avx512", __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"), min_vector_width(512))))
 #else
 BABYGPT_KERNELS(KernelsAvx512, Avx512, "avx512", __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))))
+#endif
+#if BABYGPT_FOURS
+// Whole numbers where avx512_vnni is. (One row needs no more than vpmaddubsw: memory is slower.)
+struct Fours : Avx512 {
+    static constexpr bool adds_fours = true;
+};
+#define BABYGPT_FOUR_PRODUCTS(target)                                                                                   \
+    template <>                                                                                                         \
+    struct Called<Fours> {                                                                                              \
+        BABYGPT_ADD_GROUP(target)                                                                                       \
+    };                                                                                                                  \
+    target inline void block_of_fours(const Product& p, const float* a, const float* b, int row, int column, int end) { \
+        Whole<Fours>::block(p, a, b, row, column, end);                                                                 \
+    }
+#if defined(__clang__)
+BABYGPT_FOUR_PRODUCTS(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"), min_vector_width(512))))
+#else
+BABYGPT_FOUR_PRODUCTS(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))))
+#endif
+#undef BABYGPT_FOUR_PRODUCTS
 #endif
 #ifdef BABYGPT_TEST_WIDE
 BABYGPT_UNHURRIED_BEGIN
@@ -18805,6 +18837,13 @@ constexpr Kernels kernels_of_tiles = with_rounded(KernelsAvx512::table, TileProd
 #if BABYGPT_PAIRS
 constexpr Kernels kernels_of_pairs = with_rounded(KernelsAvx512::table, PairProducts::table);
 #endif
+#if BABYGPT_FOURS
+constexpr Kernels with_block_of_whole(Kernels kernels, decltype(ProductKernels::block) block) {
+    kernels.whole.block = block;
+    return kernels;
+}
+constexpr Kernels kernels_of_fours = with_block_of_whole(KernelsAvx512::table, &block_of_fours);
+#endif
 // What was asked for, or else the best that this machine has.
 inline Choice choose(Isa wanted, bool rounding = false) {
     (void)wanted, (void)rounding;
@@ -18819,6 +18858,9 @@ inline Choice choose(Isa wanted, bool rounding = false) {
 #endif
 #if BABYGPT_PAIRS
         if (rounding && __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16")) return these<kernels_of_pairs>();
+#endif
+#if BABYGPT_FOURS
+        if (__builtin_cpu_supports("avx512vnni")) return these<kernels_of_fours>();
 #endif
         return these<KernelsAvx512::table>();
     }
@@ -18955,8 +18997,11 @@ Status gpu_ceilings(Runtime& runtime, double& flops, double& bytes) {
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
-#undef BABYGPT_ADD_PRODUCTS
+#undef BABYGPT_ADD_FOURS
+#undef BABYGPT_ADD_GROUP
+#undef BABYGPT_ADD_TWOS
 #undef BABYGPT_KERNELS
+#undef BABYGPT_FOURS
 #undef BABYGPT_PAIR_PRODUCTS
 #undef BABYGPT_PAIRS
 #undef BABYGPT_SHUFFLES

@@ -22,7 +22,7 @@ struct Set {
     const BackendFunctions* backend;
 };
 // Fills `sets`; returns how many there are.
-int instruction_sets(Set (&sets)[4]) {
+int instruction_sets(Set (&sets)[5]) {
     int count = 0;
     sets[count++] = {&KernelsPortable::table, &Fast<KernelsPortable::table>::functions};
 #if defined(__x86_64__) || defined(__i386__)
@@ -30,8 +30,11 @@ int instruction_sets(Set (&sets)[4]) {
         sets[count++] = {&KernelsAvx2::table, &Fast<KernelsAvx2::table>::functions};
         sets[count++] = {&KernelsAvx2Wide::table, &Fast<KernelsAvx2Wide::table>::functions};
     }
-    if (choose(Isa::avx512).kernels == &KernelsAvx512::table)
+    const Choice wide = choose(Isa::avx512);
+    if (wide.kernels->exact.block == KernelsAvx512::table.exact.block) {
         sets[count++] = {&KernelsAvx512::table, &Fast<KernelsAvx512::table>::functions};
+        if (wide.kernels != &KernelsAvx512::table) sets[count++] = {wide.kernels, wide.functions};  // with avx512_vnni
+    }
 #endif
     return count;
 }
@@ -215,7 +218,7 @@ Config config_of(const Shape& s) {
 TEST(products, "a product of matrices is wrong, or adds in another order") {
     constexpr int sizes[][3] = {{1, 1, 1},    {1, 7, 3},   {2, 17, 5},   {5, 96, 257},  {33, 48, 300}, {192, 65, 600},
                                 {7, 1000, 4}, {97, 33, 3}, {1, 300, 64}, {13, 64, 513}, {20, 96, 300}};
-    Set sets[4];
+    Set sets[5];
     const int count = instruction_sets(sets);
     Runtime runtime;
     for (const auto& size : sizes) {
@@ -295,7 +298,7 @@ TEST(products, "a product of matrices is wrong, or adds in another order") {
 }
 
 TEST(whole_numbers, "a model in int8 would round what goes in otherwise than it says, overflow, or take what is not finite for a number") {
-    Set sets[4];
+    Set sets[5];
     const int count = instruction_sets(sets), columns = 40, depth = 70, most_rows = 5;
     std::vector<float> x(static_cast<size_t>(most_rows * depth)), w(static_cast<size_t>(depth * columns)),
         y(static_cast<size_t>(most_rows * columns));
@@ -460,12 +463,13 @@ struct MatrixUnitTrap {
 #endif
 
 // The ways to multiply factors in bf16 that can run here.
-int rounding_ways(const ProductKernels* ways[8], const Set* sets, int count) {
+int rounding_ways(const ProductKernels* ways[9], const Set* sets, int count) {
     int n = 0;
     for (int i = 0; i < count; ++i) ways[n++] = &sets[i].kernels->rounded;
 #if defined(__x86_64__) || defined(__i386__)
     if (choose(Isa::avx2).kernels == &KernelsAvx2::table) ways[n++] = &TestPairProducts::table, ways[n++] = &trapped_tiles;
-    if (choose(Isa::avx512).kernels == &KernelsAvx512::table && __builtin_cpu_supports("avx512bf16")) ways[n++] = &fast_pairs;
+    if (choose(Isa::avx512).kernels->exact.block == KernelsAvx512::table.exact.block && __builtin_cpu_supports("avx512bf16"))
+        ways[n++] = &fast_pairs;
     const ProductKernels& best = choose(Isa::automatic, true).kernels->rounded;
     if (best.numbers > 1) ways[n++] = &best;
 #endif
@@ -475,9 +479,9 @@ int rounding_ways(const ProductKernels* ways[8], const Set* sets, int count) {
 TEST(rounded_products, "training in bf16 would multiply other numbers than the rounded ones, or leave some out") {
     constexpr int sizes[][3] = {{1, 1, 1},      {3, 7, 3},    {2, 17, 5},  {5, 96, 257}, {33, 48, 300},
                                 {192, 65, 600}, {7, 200, 31}, {97, 33, 3}, {40, 64, 64}, {1030, 5, 1040}};
-    Set sets[4];
+    Set sets[5];
     const int count = instruction_sets(sets);
-    const ProductKernels* ways[8];
+    const ProductKernels* ways[9];
     const int all_ways = rounding_ways(ways, sets, count);
     Runtime runtime;
     Config config;
@@ -528,9 +532,9 @@ TEST(rounded_products, "training in bf16 would multiply other numbers than the r
 }
 
 TEST(not_finite, "an overflow in training with bf16 would look like a number") {
-    Set sets[4];
+    Set sets[5];
     const int count = instruction_sets(sets);
-    const ProductKernels* ways[8];
+    const ProductKernels* ways[9];
     const int all_ways = rounding_ways(ways, sets, count);
     for (int way = 0; way < all_ways; ++way)
         for (const uint32_t bits : {0x7f800000u, 0xff800000u, 0x7fc00000u, 0xffffffffu, 0x7f800001u, 0x7f7fffffu}) {
@@ -562,7 +566,7 @@ TEST(bf16, "a number would be rounded to another one than the nearest, or a fini
 }
 
 TEST(whole_steps, "training gives other bits on another processor, with another number of threads, or than the plain backend") {
-    Set sets[4];
+    Set sets[5];
     const int count = instruction_sets(sets);
     for (const Shape& s : shapes) {
         const Config config = config_of(s);
@@ -582,10 +586,10 @@ static constexpr Kernels pairs_in_software = with_rounded(KernelsAvx2Wide::table
 
 TEST(whole_steps_in_bf16, "training in bf16 gives other bits with another number of threads, or goes astray") {
     const MatrixUnitTrap trap;
-    Set sets[7];
+    Set sets[8];
     int count = 0;
     {
-        Set some[4];
+        Set some[5];
         for (const int n = instruction_sets(some); count < n; ++count) sets[count] = some[count];
     }
 #if defined(__x86_64__) || defined(__i386__)
@@ -679,7 +683,7 @@ TEST(close_to_double, "the fast backend computes something else than the mathema
     Bench<double> exact(config, s.batch, s.length, true, 1, s.dropout, s.smoothing, nullptr);
     plain_forward(exact.tape, exact.r, exact.run);
     plain_backward(exact.tape, exact.r, exact.run);
-    Set sets[4];
+    Set sets[5];
     const int count = instruction_sets(sets);
     for (int set = 0; set < count; ++set) {
         Bench<float> fast(config, s.batch, s.length, true, 2, s.dropout, s.smoothing, sets[set].backend);
@@ -695,7 +699,7 @@ TEST(close_to_double, "the fast backend computes something else than the mathema
 }
 
 static void compare_updates(const UpdateRule& rule, const Shape& shape) {
-    Set sets[4];
+    Set sets[5];
     const int count = instruction_sets(sets);
     const Config config = config_of(shape);
     Bench<float> plain(config, 1, 3, true, 1, 0, 0, nullptr);
@@ -800,7 +804,7 @@ static void talk(Bench<float>& b, const BackendFunctions& backend, const Config&
 }
 
 TEST(talking, "a token read with the KV cache gives other logits than the whole text read at once") {
-    Set sets[4];
+    Set sets[5];
     const int count = instruction_sets(sets);
     for (const Shape& s : shapes) {
         if (!s.causal) continue;
