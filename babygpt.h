@@ -11863,7 +11863,7 @@ int32_t draw_any(const float* weights, int n, float lowest, double uniform) {
 }
 
 // Draws from adjusted logits; -1: no token is possible. Temperature first, then top_k, top_p, min_p. Candidates are selected, never all
-// sorted: what is e^-40 below the best is left out at once, and only as many are taken from a heap as top_k and top_p need: none where neither is set.
+// sorted: what is e^-40 below the best is left out at once, and only as many are taken from a heap as top_k and top_p need.
 int32_t draw(const BackendFunctions& backend, float* l, int32_t* candidates, const SampleConfig& c, int vocab, uint64_t key) {
     const float biggest = backend.biggest(l, vocab);
     if (!(biggest >= -bits_as<float>(0x7f7fffffu))) return -1;
