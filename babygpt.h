@@ -1957,7 +1957,7 @@ Status write_atomically(Runtime& runtime, Text path, const Write& write) {
 }
 template <class... Then>
 Status write_bytes(Runtime& runtime, Text path, const Array<char>& bytes, const Then&... then) {
-    const auto write = [&](File& file) { return file.write(bytes.items, static_cast<int64_t>(bytes.count)); };
+    const auto write = [&](File& opened) { return opened.write(bytes.items, static_cast<int64_t>(bytes.count)); };
     return write_atomically(runtime, path, write, then...);
 }
 
@@ -16371,6 +16371,11 @@ struct Whole {
         memset(to, 0,
                static_cast<size_t>(round_up(end - row, tile_rows) - (end - row)) * static_cast<size_t>(packed_row(depth)) * sizeof(float));
     }
+    static BABYGPT_INLINE void fetch_group(float* to, const Factor& b, int column, int count, int k, int depth) {
+        const int deep = least(row_group, depth - k);
+        Products<Set>::template pack<tile_columns>(to, b.element(k, column), b.stride, b.runs, deep, count);
+        memset(to + deep * tile_columns, 0, static_cast<size_t>((row_group - deep) * tile_columns) * sizeof(float));
+    }
     // One panel. Nothing is lost: the numbers are whole ones times the scale.
     static BABYGPT_INLINE void pack_weights(float* to, const Factor& b, int column, int end, int depth) {
         const int count = least(end - column, tile_columns);
@@ -16378,13 +16383,8 @@ struct Whole {
         V by[2], v[4], magic;
         U bits, no_sign;
         Set::splat(magic, 12582912.0f), Set::splat(no_sign, 0x7fffffffu), Set::splat(by[0], 0), by[1] = by[0];
-        const auto fetch = [&](int k) {
-            const int deep = least(row_group, depth - k);
-            Products<Set>::template pack<tile_columns>(piece, b.element(k, column), b.stride, b.runs, deep, count);
-            memset(piece + deep * tile_columns, 0, static_cast<size_t>((row_group - deep) * tile_columns) * sizeof(float));
-        };
         for (int k = 0; k < depth; k += row_group) {
-            fetch(k);
+            fetch_group(piece, b, column, count, k, depth);
             for (int i = 0; i < 2 * row_group; ++i) {
                 Set::load(v[0], piece + i * W), Set::bits(bits, v[0]);
                 bits = bits & no_sign;
@@ -16399,7 +16399,7 @@ struct Whole {
         Set::load(by[0], scale), Set::load(by[1], scale + W);
         to += 2 * tile_columns;
         for (int k = 0; k < depth; k += row_group) {
-            fetch(k);
+            fetch_group(piece, b, column, count, k, depth);
             for (int t = 0; t < words; ++t)
                 for (int j = 0; j < 2; ++j, to += W) {
                     for (int i = 0; i < 4; ++i) Set::load(v[i], piece + ((t + i * words) * 2 + j) * W), v[i] = v[i] * by[j] + magic;
