@@ -11838,6 +11838,9 @@ struct Heap {
 // The logarithm of the smallest weight that counts, the biggest being 1. Where top_p does, what min_p cuts off counts for it.
 double lowest_of(const SampleConfig& c) { return c.min_p > 0 && c.top_p >= 1 ? most(-40.0, log_of(c.min_p)) : -40.0; }
 
+// 1 / temperature; 0: the biggest logit is taken, also where that would be more than a float can hold.
+float inverse_temperature(const SampleConfig& c) { return c.temperature > 1e-38 ? static_cast<float>(1 / c.temperature) : 0.0f; }
+
 // One of n weights, each as often as its share of their sum says. Those below `lowest` do not count; the biggest does.
 int32_t draw_any(const float* weights, int n, float lowest, double uniform) {
     const auto mass_of = [&](int from, int to) {  // in four sums, since each addition waits for the one before
@@ -11867,13 +11870,13 @@ int32_t draw_any(const float* weights, int n, float lowest, double uniform) {
 int32_t draw(const BackendFunctions& backend, float* l, int32_t* candidates, const SampleConfig& c, int vocab, uint64_t key) {
     const float biggest = backend.biggest(l, vocab);
     if (!(biggest >= -bits_as<float>(0x7f7fffffu))) return -1;
-    if (c.temperature <= 0 || !is_finite(biggest)) {
+    const float inverse = inverse_temperature(c);
+    if (!(inverse > 0) || !is_finite(biggest)) {
         int32_t best = 0;
         while (l[best] != biggest) ++best;
         return best;
     }
-    const float cut = static_cast<float>(static_cast<double>(biggest) + lowest_of(c) * c.temperature),
-                inverse = static_cast<float>(1 / c.temperature);
+    const float cut = static_cast<float>(static_cast<double>(biggest) + lowest_of(c) * c.temperature);
     float lowest;
     backend.exponentials(&lowest, &cut, 1, biggest, inverse);
     backend.exponentials(l, l, vocab, biggest, inverse);
@@ -12131,7 +12134,7 @@ void draw_ahead(const Session& session, const SampleConfig& c, Draw& draw) {
     draw.below = lowest_of(c) * c.temperature;
     draw.top_p = c.top_p, draw.min_p = c.min_p, draw.top_k = c.top_k;
     draw.uniform = random_uniform(mix(random_key(c.seed, session.sampled, random_sample, 0)), 0);
-    draw.inverse = c.temperature > 0 ? static_cast<float>(1 / c.temperature) : 0.0f;
+    draw.inverse = inverse_temperature(c);
     draw.unknown = tokenizer.unknown;
     draw.limit = tokenizer.kind == TokenizerKind::none ? session.model->config.vocab : tokenizer.vocab;
     draw.id = -1;

@@ -239,6 +239,13 @@ TEST(logits_of_the_host, "an n-gram model would draw in another way than a sessi
             CHECK(mine == theirs);
         }
     }
+    SampleConfig cold;
+    for (const double temperature : {0.0, 1e-45, 1e-39, 1e-37}) {  // where 1 / temperature is no float, too
+        cold.temperature = temperature;
+        for (size_t i = 0; i < vocab; ++i) logits[i] = i == 7 ? 1.0f : 0.5f;
+        CHECK_OK(sample(logits, cold, 0, scratch, mine));
+        CHECK(mine == 7);
+    }
     std::fill(logits.begin(), logits.end(), -INFINITY);
     CHECK(!sample(logits, SampleConfig(), 0, scratch, mine).ok());
     CHECK(!sample(logits, SampleConfig(), 0, Span<int32_t>(scratch.data(), 3), mine).ok());
