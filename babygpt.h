@@ -7586,11 +7586,12 @@ T biggest_of(const T* x, int n) {
     for (int i = 1; i < n; ++i) biggest = most(biggest, x[i]);
     return biggest;
 }
-// e^((x - biggest) * factor) of each, to `to` (null: nowhere), and their sum.
+// e^((x - biggest) * factor) of each, to `to` (null: nowhere), and their sum. What is below `lowest` is 0.
 template <class T>
-T exponentials(T* to, const T* x, int n, T biggest, T factor) {
+T exponentials(T* to, const T* x, int n, T biggest, T factor, T lowest) {
     return sum<T>(n, [&](int i) {
-        const T e = exp_of((x[i] - biggest) * factor);
+        T e = exp_of((x[i] - biggest) * factor);
+        if (e < lowest) e = 0;
         if (to) to[i] = e;
         return e;
     });
@@ -7604,7 +7605,7 @@ void head_forward(double* losses, int32_t* ranks, T* softmax, const T* x, const 
         if (ranks) ranks[row] = 0;
         if (target < 0) continue;
         head_logits(logits, x, w, b, width, vocab, space);
-        const T biggest = biggest_of(logits, vocab), total = exponentials<T>(nullptr, logits, vocab, biggest, 1);
+        const T biggest = biggest_of(logits, vocab), total = exponentials<T>(nullptr, logits, vocab, biggest, 1, 0);
         softmax[0] = biggest, softmax[1] = total;
         losses[row] =
             log_of(static_cast<double>(total)) + static_cast<double>(biggest) - (1 - smoothing) * static_cast<double>(logits[target]);
@@ -8014,7 +8015,7 @@ struct BackendFunctions {
                    const UpdateRule& rule);
     // Sampling: the largest of n numbers; and e^((x - biggest) * factor) of each, to `to` (null: nowhere), and their sum.
     float (*biggest)(const float* x, int n);
-    float (*exponentials)(float* to, const float* x, int n, float biggest, float factor);
+    float (*exponentials)(float* to, const float* x, int n, float biggest, float factor, float lowest);
 };
 // All packed copies, which lie one behind the other.
 inline int64_t packed_block(const BackendFunctions& backend, const Tape& tape) {
@@ -11802,7 +11803,7 @@ namespace {
 
 // log of the sum of e^logit: log p(id) = logits[id] - log_sum
 double log_sum(const SessionState& s, const float* logits, int vocab) {
-    const float biggest = s.backend->biggest(logits, vocab), total = s.backend->exponentials(nullptr, logits, vocab, biggest, 1);
+    const float biggest = s.backend->biggest(logits, vocab), total = s.backend->exponentials(nullptr, logits, vocab, biggest, 1, 0);
     return static_cast<double>(biggest) + log_of(static_cast<double>(total));
 }
 float log_probability(const SessionState& s, int32_t id, int vocab) {
@@ -11841,27 +11842,22 @@ double lowest_of(const SampleConfig& c) { return c.min_p > 0 && c.top_p >= 1 ? m
 // 1 / temperature; 0: the biggest logit is taken, also where that would be more than a float can hold.
 float inverse_temperature(const SampleConfig& c) { return c.temperature > 1e-38 ? static_cast<float>(1 / c.temperature) : 0.0f; }
 
-// One of n weights, each as often as its share of their sum says. Those below `lowest` do not count; the biggest does.
-int32_t draw_any(const float* weights, int n, float lowest, double uniform) {
-    const auto mass_of = [&](int from, int to) {  // in four sums, since each addition waits for the one before
-        const auto weight = [&](int i) { return weights[i] >= lowest ? static_cast<double>(weights[i]) : 0.0; };
-        double sums[4] = {};
-        for (; from + 4 <= to; from += 4)
-            sums[0] += weight(from), sums[1] += weight(from + 1), sums[2] += weight(from + 2), sums[3] += weight(from + 3);
-        for (; from < to; ++from) sums[0] += weight(from);
-        return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    };
-    constexpr int block = 256;
-    double left = uniform * mass_of(0, n);
-    int end = n;
-    for (double mass; end > block && (mass = mass_of(end - block, end)) <= left; end -= block) left -= mass;
-    for (int i = end; i-- > 0;) {
-        if (weights[i] < lowest) continue;
-        left -= static_cast<double>(weights[i]);
+// One of n logits, which become weights, each as often as its share of their sum says. Weights below `lowest` do not count.
+int32_t draw_any(const BackendFunctions& backend, float* l, int n, float biggest, float inverse, float lowest, double uniform) {
+    constexpr int most_parts = 64;
+    const int each = round_up((n + most_parts - 1) / most_parts, 16);
+    double masses[most_parts], total = 0;
+    int parts = 0;
+    for (int at = 0; at < n; at += each)
+        total += masses[parts++] = static_cast<double>(backend.exponentials(l + at, l + at, least(each, n - at), biggest, inverse, lowest));
+    double left = uniform * total;
+    while (parts > 1 && masses[parts - 1] <= left) left -= masses[--parts];
+    for (int i = least(parts * each, n); i-- > 0;) {
+        left -= static_cast<double>(l[i]);
         if (left < 0) return i;
     }
     int32_t first = 0;  // rounding has left something
-    while (weights[first] < lowest) ++first;
+    while (!(l[first] > 0)) ++first;
     return first;
 }
 
@@ -11878,10 +11874,10 @@ int32_t draw(const BackendFunctions& backend, float* l, int32_t* candidates, con
     }
     const float cut = static_cast<float>(static_cast<double>(biggest) + lowest_of(c) * c.temperature);
     float lowest;
-    backend.exponentials(&lowest, &cut, 1, biggest, inverse);
-    backend.exponentials(l, l, vocab, biggest, inverse);
+    backend.exponentials(&lowest, &cut, 1, biggest, inverse, 0);
     const double uniform = random_uniform(key, 0);
-    if (c.top_k <= 0 && c.top_p >= 1) return draw_any(l, vocab, lowest, uniform);
+    if (c.top_k <= 0 && c.top_p >= 1) return draw_any(backend, l, vocab, biggest, inverse, lowest, uniform);
+    backend.exponentials(l, l, vocab, biggest, inverse, lowest);
     int count = 0;
     for (int32_t i = 0; i < vocab; ++i) {
         candidates[count] = i;
@@ -13046,7 +13042,7 @@ Status read_probabilities(Encoder& encoder, const Example& example, int at, Span
     BABYGPT_TRY(read_example(encoder, example, at, encoder.state ? encoder.state->logits : nullptr, static_cast<size_t>(outputs),
                              probabilities.size));
     const EncoderState& s = *encoder.state;
-    const float sum = s.backend->exponentials(probabilities.data, s.logits, outputs, s.backend->biggest(s.logits, outputs), 1);
+    const float sum = s.backend->exponentials(probabilities.data, s.logits, outputs, s.backend->biggest(s.logits, outputs), 1, 0);
     for (int i = 0; i < outputs; ++i) probabilities[static_cast<size_t>(i)] /= sum;
     return Status();
 }
@@ -17263,7 +17259,7 @@ struct Rows {
                 for (int i = 0; i < vocab; i += W) get(a, logits + i, vocab - i), add(sums.part[i / W % Set::parts], a, vocab - i);
                 all = sums.total();
             }
-            const float total = exponentials(gradient ? logits : nullptr, logits, vocab, biggest, 1);
+            const float total = exponentials(gradient ? logits : nullptr, logits, vocab, biggest, 1, 0);
             softmax[0] = biggest, softmax[1] = total;
             losses[row] = cross_entropy(total, biggest, wanted, smoothing, all, vocab);
             if (!gradient) continue;
@@ -17279,10 +17275,10 @@ struct Rows {
         }
     }
     // exponentials, chapter 5
-    static BABYGPT_INLINE float exponentials(float* to, const float* x, int n, float biggest, float factor) {
-        V top, by, a;
+    static BABYGPT_INLINE float exponentials(float* to, const float* x, int n, float biggest, float factor, float lowest) {
+        V top, by, a, low, zero;
         Sums sums;
-        Set::splat(top, biggest), Set::splat(by, factor);
+        Set::splat(top, biggest), Set::splat(by, factor), Set::splat(low, lowest), Set::splat(zero, 0);
         for (int i = 0; i < n; i += 16) {
             BABYGPT_UNROLL
             for (int j = 0; j < Set::parts; ++j) {
@@ -17291,6 +17287,7 @@ struct Rows {
                 get(a, x + at, left);
                 a = (a - top) * by;
                 Set::exp(a, a);
+                a = a < low ? zero : a;
                 add(sums.part[j], a, left);
                 if (to) put(to + at, a, left);
             }
@@ -17963,7 +17960,7 @@ struct Kernels {
     void (*attention)(const Work& work, int from, int to, float* space, bool backward);
     void (*update)(const Update& u, int from, int to);
     float (*biggest)(const float* x, int n);
-    float (*exponentials)(float* to, const float* x, int n, float biggest, float factor);
+    float (*exponentials)(float* to, const float* x, int n, float biggest, float factor, float lowest);
 };
 
 // sum += the products of bytes in each element: of w's, without sign, and x's, from -64 to 64, so that two of them fit in a half. Here, since Clang
@@ -18067,8 +18064,8 @@ struct Kernels {
         }                                                                                                                                  \
         target static void update(const Update& u, int from, int to) { update_part<Set>(u, from, to); }                                    \
         target static float biggest(const float* x, int n) { return Rows<Set>::biggest_of(x, n); }                                         \
-        target static float exponentials(float* to, const float* x, int n, float biggest, float factor) {                                  \
-            return Rows<Set>::exponentials(to, x, n, biggest, factor);                                                                     \
+        target static float exponentials(float* to, const float* x, int n, float biggest, float factor, float lowest) {                    \
+            return Rows<Set>::exponentials(to, x, n, biggest, factor, lowest);                                                             \
         }                                                                                                                                  \
         target static double ceiling(int64_t rounds, float* result) { return Products<Set>::ceiling(rounds, result); }                     \
         static constexpr int height = Products<Set>::tile_rows, width = Products<Set>::tile_columns;                                       \
