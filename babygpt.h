@@ -587,10 +587,11 @@ struct Model {
     const Weight* find(Text name) const;  // null: no such tensor
     // Rounds all matrices to what the dtype can hold; vectors stay f32. bf16: 8 significant bits. int8: whole numbers from -127 to 127
     // times a power of two, one for each output of a layer and each token's vector. Files and what sessions read for every token become half as
-    // large, or a quarter; `weights` stay floats. A model in bf16 computes with them as any other, to the bit. One in int8 that runs on the
-    // processor (sessions, encoders, evaluate) also rounds what its matrices are multiplied with: each 32 neighbours to whole numbers from -64
-    // to 64 times a scale (chapter 5). What has been rounded stays so when converted to f32. Training makes a model f32 again. Whoever writes
-    // to the weights of a converted model converts it again.
+    // large, or a quarter; `weights` stay floats. What runs on the processor (sessions, encoders, evaluate) computes with them as any other, but
+    // rounds a decoder's keys and values to bf16, which halves a session's KV cache (one that has read keeps the cache that it has, until it
+    // begins anew), and in int8 also what the matrices are multiplied with: each 32 neighbours to whole numbers from -64 to 64 times a scale
+    // (chapter 5). What has been rounded stays so when converted to f32. Training makes a model f32 again. Whoever writes to the weights of a
+    // converted model converts it again.
     Status convert(Dtype to);
     Status set_chat(Text user_turn, Text reply_turn, bool plain_words = false);
     Status set_labels(Text lines);  // as many as the model has classes
@@ -969,7 +970,7 @@ struct Session {
     // tokenizer has a begin-of-text token, that stands before it, or, where there is a source, the end-of-text token). Returns the sum.
     Status score(Text text, Array<int32_t>& ids, Array<float>& logprobs, double& sum);
     // The attention of the ids read so far: probabilities [heads][position][position] of one layer; to_source: [heads][position][ids of the
-    // source], where an encoder has read one. Of a model in int8 as if it did not round what it multiplies.
+    // source], where an encoder has read one. Of a model in bf16 or int8 as if nothing were rounded but its matrices.
     Status attention(int layer, Array<float>& probabilities, bool to_source = false);
 };
 // Draws one token for each of several sessions of the same model, and feeds each its own: as Session::next would do it one after the other,
@@ -6261,6 +6262,7 @@ struct Sequence {
     float* logits = nullptr;  // of the head: [vocab] of row `wanted`; null: not wanted
     int wanted = -1;          // of the sequence's rows; negative: counted from its end
     int source = 0;           // the sequence of the source that it sees
+    bool narrow = false;      // its pages are of bf16
     Draw* draw = nullptr;     // a device draws from the logits; null: it does not
 };
 
@@ -6388,8 +6390,8 @@ constexpr size_t device_sizes[8] = {sizeof(DeviceFunctions), sizeof(Tensor),    
                                     sizeof(Sequence),        sizeof(DevicePlan), sizeof(DeviceUpdate)};
 
 // KV cache: pages of `kv_page` positions, each for all layers. In a page, layer after layer: the keys as [head][dim][position]
-// (so that a vector holds one dimension of neighbouring positions), then the values as [head][position][dim]. Floats; on a device that
-// multiplies bf16 these.
+// (so that a vector holds one dimension of neighbouring positions), then the values as [head][position][dim]. Floats, or bf16: in a session
+// of a model in bf16 or int8, and on a device that multiplies bf16.
 constexpr int kv_page = 32;
 
 }  // namespace records
@@ -6734,6 +6736,8 @@ struct Tape {
     int64_t head_rows() const { return ops.count ? rows_on(ops[ops.count - 1].side) : 0; }
     // Rows that are multiplied with matrices are rounded (chapter 5), which have so many numbers at most.
     bool rounds_rows() const { return dtype == Dtype::int8 && !training; }
+    // So are a decoder's keys and values, to bf16.
+    bool rounds_keys() const { return dtype != Dtype::f32 && !training; }
     int most_multiplied() const {
         int widest = 0;
         for (const Op& op : ops)
@@ -7392,6 +7396,17 @@ void rope(T* x, const float* waves, Span<const Sequence> sequences, int heads, i
         }
 }
 
+// ---- bf16: the upper half of a float ---------------------------------------------------------------------------------------
+
+BABYGPT_INLINE float widened(uint16_t half) { return bits_as<float>(static_cast<uint32_t>(half) << 16); }
+BABYGPT_INLINE uint16_t upper_half(float x) { return static_cast<uint16_t>(bits_as<uint32_t>(x) >> 16); }
+// The nearest one (a tie: the even one), as a float. What is not finite stays so.
+inline float nearest_bf16(float x) {
+    const uint32_t bits = bits_as<uint32_t>(x);
+    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    return bits_as<float>((is_nan ? bits | 0x10000u : bits + 0x7fffu + (bits >> 16 & 1)) & 0xffff0000u);
+}
+
 // ---- multi-head attention (Vaswani et al. 2017) --------------------------------------------------------------------------
 
 // One sequence's part of an attention op. Pointers: of its first row. Head h reads the keys and values of kv head h / group (grouped queries:
@@ -7405,11 +7420,13 @@ struct Attention {
     int queries, keys;  // rows; without those in a cache
     int before;         // keys in a cache
     int64_t width, kv_width, q_stride, k_stride;
-    const T *q, *k, *v;  // [queries][q_stride], [keys][k_stride]
-    T *y, *softmax;      // [queries][width]; [queries][heads][2]: max(s) and sum of e^(s - max), enough to make p again
+    const T* q;      // [queries][q_stride]
+    T *k, *v;        // [keys][k_stride]
+    T *y, *softmax;  // [queries][width]; [queries][heads][2]: max(s) and sum of e^(s - max), enough to make p again
     const T* dy;
     T *dq, *dk, *dv;
     bool adds_q, adds_kv;
+    bool rounds;  // keys and values, to bf16
     const Sequence& s;
 
     Attention(const Tape& tape, const Regions<T>& r, const Run& run, const Op& op, size_t i)
@@ -7425,16 +7442,30 @@ struct Attention {
         const Sequence& seen = other ? run.source.sequences[static_cast<size_t>(s.source)] : s;
         row = s.row, queries = s.length, keys = seen.length, before = s.pages && !other ? s.position : 0;
         q_stride = op.in, k_stride = other ? 2 * kv_width : op.in;
-        q = values_of(tape, r, op.x, s.row), k = other ? values_of(tape, r, op.x2, seen.row) : q + width, v = k + kv_width;
+        T* const x = values_of(tape, r, op.x, s.row);
+        q = x, k = other ? values_of(tape, r, op.x2, seen.row) : x + width, v = k + kv_width;
         y = values_of(tape, r, op.y, s.row), softmax = values_of(tape, r, op.aux, s.row);
         dy = gradient_of(tape, r, op.y, s.row), dq = gradient_of(tape, r, op.x, s.row);
         dk = other ? gradient_of(tape, r, op.x2, seen.row) : dq ? dq + width : nullptr, dv = dk ? dk + kv_width : nullptr;
         adds_q = op.adds_to_dx, adds_kv = other ? op.adds_to_dx2 : op.adds_to_dx;
+        rounds = causal && (tape.rounds_keys() || s.narrow);
     }
     bool has_cache() const { return s.pages && causal; }
     int seen_by(int query) const { return causal ? before + query + 1 : keys; }
-    // The keys (which: 0) or values (1) of the page that holds this position.
-    float* page(int position, int which) const { return s.pages[position / kv_page] + (layer * 2 + which) * kv_width * kv_page; }
+    // Where the keys (which: 0) or values (1) begin in a page, in elements.
+    int64_t in_page(int which) const { return (layer * 2 + which) * kv_width * kv_page; }
+    // The element `at` of these in the page that holds this position.
+    T cached(int position, int which, int64_t at) const {
+        const float* page = s.pages[position / kv_page];
+        at += in_page(which);
+        return static_cast<T>(s.narrow ? widened(reinterpret_cast<const uint16_t*>(page)[at]) : page[at]);
+    }
+    void keep(int position, int which, int64_t at, T value) const {
+        float* page = s.pages[position / kv_page];
+        at += in_page(which);
+        if (s.narrow) reinterpret_cast<uint16_t*>(page)[at] = upper_half(static_cast<float>(value));
+        else page[at] = static_cast<float>(value);
+    }
 
  private:
     static T* values_of(const Tape& tape, const Regions<T>& r, int tensor, int row) {
@@ -7448,27 +7479,31 @@ struct Attention {
 
 // For each query, in each head, over the keys k that it sees:
 //   s[k] = q . k[k] / sqrt(dim),  p = softmax(s),  y = sum over k of p[k] * v[k]   (with dropout on p)
-// With a KV cache the new keys and values are first stored in their pages, and the keys before them come from there. scratch: [context] for s.
+// With a KV cache the new keys and values are first stored in their pages, and the keys before them come from there. A model in bf16 or int8
+// that runs rounds keys and values to bf16, so that its cache takes half the memory. scratch: [context] for s.
 template <class T>
 void attention_forward(const Attention<T>& a, const Dropout& drop, T* scratch) {
     const T scale = static_cast<T>(1) / root(static_cast<T>(a.dim));
     const bool cached = a.has_cache();
+    for (int64_t i = 0; a.rounds && i < a.keys; ++i)
+        for (int64_t c = i * a.k_stride; c < i * a.k_stride + a.kv_width; ++c)
+            a.k[c] = static_cast<T>(nearest_bf16(static_cast<float>(a.k[c]))),
+            a.v[c] = static_cast<T>(nearest_bf16(static_cast<float>(a.v[c])));
     for (int i = 0; cached && i < a.keys; ++i)
         for (int64_t c = 0; c < a.kv_width; ++c) {
             const int at = (a.before + i) % kv_page;
-            a.page(a.before + i, 0)[c * kv_page + at] = static_cast<float>(a.k[i * a.k_stride + c]);
-            a.page(a.before + i, 1)[(c / a.dim * kv_page + at) * a.dim + c % a.dim] = static_cast<float>(a.v[i * a.k_stride + c]);
+            a.keep(a.before + i, 0, c * kv_page + at, a.k[i * a.k_stride + c]);
+            a.keep(a.before + i, 1, (c / a.dim * kv_page + at) * a.dim + c % a.dim, a.v[i * a.k_stride + c]);
         }
     for (int64_t i = 0; i < a.queries; ++i)
         for (int head = 0; head < a.heads; ++head) {
             const int64_t column = static_cast<int64_t>(head) * a.dim, kv_head = head / a.group, kv_column = kv_head * a.dim;
             const int seen = a.seen_by(static_cast<int>(i));
             const auto key = [&](int k, int d) {
-                return cached ? static_cast<T>(a.page(k, 0)[(kv_column + d) * kv_page + k % kv_page]) : a.k[k * a.k_stride + kv_column + d];
+                return cached ? a.cached(k, 0, (kv_column + d) * kv_page + k % kv_page) : a.k[k * a.k_stride + kv_column + d];
             };
             const auto value = [&](int k, int d) {
-                return cached ? static_cast<T>(a.page(k, 1)[(kv_head * kv_page + k % kv_page) * a.dim + d])
-                              : a.v[k * a.k_stride + kv_column + d];
+                return cached ? a.cached(k, 1, (kv_head * kv_page + k % kv_page) * a.dim + d) : a.v[k * a.k_stride + kv_column + d];
             };
             T biggest = 0;
             for (int k = 0; k < seen; ++k) {
@@ -11068,7 +11103,8 @@ Status evaluate(Runtime& runtime, const Model& model, Data& data, Evaluation& re
                            [&](Layout& layout) { lay_out(layout, state, nullptr, model.config, batch, runtime.thread_count()); }));
     if (state.on) BABYGPT_TRY(state.on->create(plan_of(runtime, state.tape, model.config, batch), state.device));
     start_pool(runtime);
-    // Its products are those of a session.
+    // It computes as a session does; of bf16 the weights have been rounded before.
+    if (!state.on) state.tape.dtype = model.config.dtype;
     if (!state.on && model.config.dtype == Dtype::int8) BABYGPT_TRY(bind_weights(runtime, model, state.tape, *backend, state.regions));
     return evaluate_windows(runtime, state, model, adapter, batch, data, result,
                             [=](double done) { return !progress || progress(user, done); });
@@ -11430,6 +11466,17 @@ BABYGPT_RARE Status take_pages(Session& session, int shared, int64_t count) {
     if (shared == 0) SessionState::drop(s.common);
     return Status();
 }
+// Pages of the one kind or the other, of which nothing has been read yet, instead of those that the session has.
+BABYGPT_RARE Status change_pages(Session& session, bool narrow) {
+    SessionState& s = *session.state;
+    Pages* own = s.own;
+    const bool before = s.narrow_pages;
+    s.own = nullptr, s.narrow_pages = narrow;
+    const Status status = take_pages(session, 0, s.page_count);
+    if (!status.ok()) return s.own = own, s.narrow_pages = before, status;
+    SessionState::drop(own);
+    return status;
+}
 // Lets a new session read the full pages of another one, as far as they lie in one piece of memory, and copies the others.
 BABYGPT_RARE Status share_pages(Session& session, const Session& with) {
     SessionState &s = *session.state, &from = *with.state;
@@ -11468,8 +11515,8 @@ BABYGPT_RARE Status go_to_device(SessionState& s, Runtime& from, const Model& of
     const DeviceFunctions* const functions = find_device(from);
     if (!functions || !runs_on_device(of.config)) return Status();
     BABYGPT_TRY(bring(of));
-    s.narrow_pages = from.precision == Precision::bf16;
-    OnDevice*& shared = of.state->on_device[s.narrow_pages];
+    const bool narrow = from.precision == Precision::bf16;
+    OnDevice*& shared = of.state->on_device[narrow];
     of.state->lock.enter();
     Status status;
     if (!shared) {
@@ -11481,15 +11528,18 @@ BABYGPT_RARE Status go_to_device(SessionState& s, Runtime& from, const Model& of
         if (status.ok() && made->generator) shared = made;
         else OnDevice::drop(made);
     }
-    if (shared) s.on = shared, ++shared->users;
-    else s.narrow_pages = false;  // on the processor
+    if (shared) s.on = shared, s.narrow_pages = narrow, ++shared->users;
     of.state->lock.leave();
     return status;
 }
-// Before a session reads: what a run needs. Where it begins anew it must not write to what it shared.
+// On the processor, keys and values are as narrow as the matrices.
+inline bool wants_narrow_pages(const Model& model) { return model.config.dtype != Dtype::f32; }
+// Before a session reads: what a run needs. Where it begins anew it must not write to what it shared, and the model may have been converted.
 Status prepare(Session& session) {
     SessionState& s = *session.state;
     BABYGPT_TRY(bind_weights(session));
+    const bool narrow = s.on ? s.narrow_pages : wants_narrow_pages(*session.model);
+    if (session.position == 0 && narrow != s.narrow_pages) return change_pages(session, narrow);
     return s.shared > 0 && session.position == 0 ? take_pages(session, 0, s.page_count) : Status();
 }
 
@@ -11507,6 +11557,7 @@ Status fill(Session& session, Runtime& from, const Model& of, const Session* par
     BABYGPT_TRY(record(state->tape, of.config, state->chunk, false, 0));
     if (of.state->only_runs) leave_out_packed(state->tape, *backend);
     if (!on_processor) BABYGPT_TRY(go_to_device(*state, from, of));
+    if (!state->on) state->narrow_pages = parent ? parent->state->narrow_pages : wants_narrow_pages(of);
     size_t longest_token = 4;
     for (int32_t id = 0; id < of.tokenizer.vocab; ++id) {
         const size_t size = of.tokenizer.bytes(id).size;
@@ -11610,7 +11661,8 @@ Status read_ids(Session& session, const int32_t* ids, int count, double* losses,
     SessionState& s = *session.state;
     for (int done = 0; done < count;) {
         const int rows = least(s.chunk, count - done);
-        const Sequence sequence{0, rows, session.position, s.pages, done + rows == count ? s.logits : nullptr};
+        Sequence sequence{0, rows, session.position, s.pages, done + rows == count ? s.logits : nullptr};
+        sequence.narrow = s.narrow_pages;
         Run run;
         run.rows = rows;
         run.sequences = Span<const Sequence>(&sequence, 1);
@@ -11690,17 +11742,15 @@ BABYGPT_RARE Status leave_device(Session& session) {
     SessionState& s = *session.state;
     BABYGPT_TRY(bind_weights(*session.runtime, *session.model, s.tape, *s.backend, s.regions));
     OnDevice* on = s.on;
-    Pages* own = s.own;
-    const bool narrow = s.narrow_pages;
     const int64_t activations = round_up(s.tape.activation_block, static_cast<int64_t>(16));
     const uint64_t bytes = static_cast<uint64_t>(activations + s.backend->scratch(s.tape, s.regions.threads)) * sizeof(float);
     if (!s.here_memory.take(*session.runtime, bytes, true)) return out_of_memory(bytes);
     s.regions.activations = reinterpret_cast<float*>(s.here_memory.memory);
     s.regions.scratch = s.regions.activations + activations;
-    s.on = nullptr, s.own = nullptr, s.narrow_pages = false;
-    const Status status = take_pages(session, 0, context_pages(s.tape.context));
-    if (!status.ok()) return s.on = on, s.own = own, s.narrow_pages = narrow, status;
-    SessionState::drop(own), OnDevice::drop(on);
+    s.on = nullptr;
+    const Status status = change_pages(session, wants_narrow_pages(*session.model));
+    if (!status.ok()) return s.on = on, status;
+    OnDevice::drop(on);
     const int count = session.position;
     session.position = 0;
     return count > 0 ? read_ids(session, s.history, count, nullptr, -1) : Status();
@@ -12289,6 +12339,7 @@ Status next(Span<Session* const> sessions, Span<const SampleConfig> configs, int
             if (!drawn[k]) continue;
             said[count] = ids[i + static_cast<size_t>(k)];
             sequences[count] = Sequence{count, 1, session.position, session.state->pages, session.state->logits};
+            sequences[count].narrow = session.state->narrow_pages;
             draws[k].id = -1;
             if (s.on && all >= worth_drawing_there && session.model->config.vocab <= drawn_vocab &&
                 is_plain(session, how(i + static_cast<size_t>(k)))) {
@@ -12857,6 +12908,7 @@ struct SessionSearch {
                 float** const places = m.places + static_cast<int64_t>(i) * longest;
                 for (int k = 0; k <= position / kv_page; ++k) places[k] = page(table(first + i)[k]);
                 sequences[i] = Sequence{i, 1, position, places, m.logits + static_cast<int64_t>(first + i) * search.vocab};
+                sequences[i].narrow = s.narrow_pages;
             }
             Run run;
             run.rows = n;
@@ -13256,6 +13308,7 @@ BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpos
             memory.weights += static_cast<uint64_t>(packed_block(*backend, state.tape)) * sizeof(float);
             memory.activations = activations(state.tape);
             memory.scratch = scratch(state.tape);
+            state.narrow_pages = config.dtype != Dtype::f32;
             memory.kv = pages_bytes(state, context_pages(config.context));
         }
         memory.records += static_cast<uint64_t>(batch) * (sizeof(SessionState) + sizeof(Pages) + record_bytes(state.tape));
@@ -15553,13 +15606,15 @@ namespace {
 #endif
 
 // V: floats; U: as many unsigned integers; M: what comparing them gives, for `m ? a : b`; D: as many doubles; L: as many 64-bit integers;
-// Loose: V at any address; Couples: pairs of 32-bit integers, as half as many of 64 bits; Words: half as many of 32.
+// Loose: V at any address; Shorts: as many of 16 bits, also at any; Couples: pairs of 32-bit integers, as half as many of 64 bits; Words: half
+// as many of 32.
 template <int W>
 struct VectorTypes {
 #if BABYGPT_VECTORS
     typedef float V __attribute__((vector_size(4 * W)));
     typedef float Loose __attribute__((vector_size(4 * W), aligned(4), may_alias));
     typedef uint32_t U __attribute__((vector_size(4 * W)));
+    typedef uint16_t Shorts __attribute__((vector_size(2 * W), aligned(2), may_alias));
     typedef int32_t M __attribute__((vector_size(4 * W)));
     typedef double D __attribute__((vector_size(8 * W)));
     typedef uint64_t L __attribute__((vector_size(8 * W)));
@@ -15571,6 +15626,7 @@ template <>
 struct VectorTypes<1> {
     typedef float V, Loose;
     typedef uint32_t U;
+    typedef uint16_t Shorts;
     typedef bool M;
     typedef double D;
     typedef uint64_t L;
@@ -15609,6 +15665,7 @@ struct Simd : VectorTypes<width_> {
     using typename VectorTypes<width_>::V;
     using typename VectorTypes<width_>::Loose;
     using typename VectorTypes<width_>::U;
+    using typename VectorTypes<width_>::Shorts;
     using typename VectorTypes<width_>::M;
     using typename VectorTypes<width_>::D;
     using typename VectorTypes<width_>::L;
@@ -15628,6 +15685,41 @@ struct Simd : VectorTypes<width_> {
     }
 #endif
     static BABYGPT_INLINE void load(V& v, V& w, const float* p) { load(v, p), load(w, p + width); }
+    // One vector, of neighbours in bf16.
+    static BABYGPT_INLINE void load(V& v, const uint16_t* p) {
+#if BABYGPT_VECTORS
+        const Shorts& halves = *reinterpret_cast<const Shorts*>(p);
+        U whole;
+#if BABYGPT_X86 && !defined(__clang__)
+        if constexpr (fused == width_ && fused >= 8) __asm__("vpmovzxwd {%1, %0|%0, %1}" : "=v"(whole) : "m"(halves));
+        else
+#endif
+            whole = __builtin_convertvector(halves, U);
+        from_bits(v, whole << 16);
+#else
+        v = widened(*p);
+#endif
+    }
+    static BABYGPT_INLINE void store(uint16_t* to, const V& v) {
+#if BABYGPT_VECTORS
+        Shorts& halves = *reinterpret_cast<Shorts*>(to);
+        U whole;
+        bits(whole, v);
+        whole = whole >> 16;
+#if BABYGPT_X86 && !defined(__clang__)
+        if constexpr (fused == 16) __asm__("vpmovdw {%1, %0|%0, %1}" : "=m"(halves) : "v"(whole));
+        else if constexpr (fused == 8 && width_ == 8)
+            __asm__(
+                "vpackusdw {%1, %1, %1|%1, %1, %1}\n\tvpermq {$8, %1, %1|%1, %1, 8}\n\t"
+                "vmovdqu {%x1, %0|%0, %x1}"
+                : "=m"(halves), "+x"(whole));
+        else
+#endif
+            halves = __builtin_convertvector(whole, Shorts);
+#else
+        *to = upper_half(v);
+#endif
+    }
     // sum += the products of the four bytes of w and of x, from -64 to 64, in each element. (Where takes_unsigned: chapter 11.)
     static BABYGPT_INLINE void add_products(U& sum, const U& w, const U& x) {
 #if defined(__aarch64__) && BABYGPT_VECTORS && defined(__ARM_FEATURE_DOTPROD)
@@ -17442,8 +17534,8 @@ struct Rows {
     }
     // One row: c[0..columns) += sum over k < n of a[k] * b[k * b_row + 0..columns), for so many vectors of columns; fresh: c was 0. Of what
     // is read after this it fetches as much as it reads: rows at `next` (null: none).
-    template <int vectors>
-    static BABYGPT_INLINE void single(float* c, const float* a, const float* b, int64_t b_row, int n, bool fresh, const float* next) {
+    template <int vectors, class E>
+    static BABYGPT_INLINE void single(float* c, const float* a, const E* b, int64_t b_row, int n, bool fresh, const E* next) {
         V sum[static_cast<size_t>(vectors)], left, right;
         BABYGPT_UNROLL
         for (int j = 0; j < vectors; ++j) {
@@ -17453,7 +17545,7 @@ struct Rows {
         for (int k = 0; k < n; ++k, b += b_row) {
             if (next) {
                 BABYGPT_UNROLL
-                for (int i = 0; i < vectors * W; i += 16) prefetch(next + i);
+                for (int i = 0; i < vectors * W; i += static_cast<int>(64 / sizeof(E))) prefetch(next + i);
                 next += b_row;
             }
             Set::splat(left, a[k]);
@@ -17501,10 +17593,18 @@ struct Rows {
         int64_t value_offset;  // from keys to values
         int dim, row;          // row: from one position's values to the next
         bool copied;           // the values are in scratch
-        BABYGPT_INLINE float* key_page(int i) const { return pages ? pages[i] + offset : keys + static_cast<int64_t>(i) * page * dim; }
-        BABYGPT_INLINE float* value_page(int i) const { return pages[i] + offset + value_offset; }
-        BABYGPT_INLINE const float* value(int position) const {
-            return copied ? values + static_cast<int64_t>(position) * row : value_page(position / page) + position % page * dim;
+        template <class E>
+        BABYGPT_INLINE E* in_page(int number, int64_t at) const {
+            return reinterpret_cast<E*>(pages[number]) + offset + at;
+        }
+        template <class E = float>
+        BABYGPT_INLINE E* key_page(int i) const {
+            return pages ? in_page<E>(i, 0) : reinterpret_cast<E*>(keys + static_cast<int64_t>(i) * page * dim);
+        }
+        template <class E = float>
+        BABYGPT_INLINE const E* value(int position) const {
+            return copied ? reinterpret_cast<E*>(values + static_cast<int64_t>(position) * row)
+                          : in_page<E>(position / page, value_offset + position % page * dim);
         }
     };
 
@@ -17512,30 +17612,42 @@ struct Rows {
         const int64_t kv_column = static_cast<int64_t>(kv_head) * a.dim;
         const int dim = a.dim, before = a.before, keys = before + a.keys, padded = round_up(dim, wide);
         const bool cached = a.has_cache();
-        const float *new_keys = a.k + kv_column, *new_values = a.v + kv_column;
+        // A tile reads whole vectors of floats: pages that it cannot read come to scratch.
+        const bool narrow = cached && a.s.narrow, few = a.queries <= 2, in_place = cached && padded == dim && (few || !narrow);
+        float *const new_keys = a.k + kv_column, *const new_values = a.v + kv_column;
         float *queries = scratch, *out = queries + some_queries * dim, *scores = out + some_queries * padded;
         const int64_t scores_row = round_up(keys, page);
         Cache cache;
         cache.keys = scores + some_queries * scores_row;
         cache.values = cache.keys + scores_row * dim;
-        cache.pages = cached ? a.s.pages : nullptr;
+        cache.pages = cached && (in_place || !narrow) ? a.s.pages : nullptr;
         cache.offset = (a.layer * 2 * a.kv_width + kv_column) * page;
         cache.value_offset = a.kv_width * page;
         cache.dim = dim, cache.row = padded;
-        cache.copied = !cached || padded != dim;  // a tile reads whole vectors
+        cache.copied = !in_place;
+        for (int64_t i = 0; i < a.keys && a.rounds; ++i) round(new_keys + i * a.k_stride, dim), round(new_values + i * a.k_stride, dim);
+        if (narrow && !in_place) widen_pages(cache, a);
         for (int i = 0, n; i < a.keys; i += n) {
-            const int at = (before + i) % page;
+            const int number = (before + i) / page, at = (before + i) % page;
             n = least(page - at, a.keys - i);
-            const int64_t from = i * a.k_stride;
-            transpose(cache.key_page((before + i) / page) + at, page, new_keys + from, a.k_stride, n, dim);
-            if (cached) copy_rows(cache.value_page((before + i) / page) + at * dim, dim, new_values + from, a.k_stride, n, dim, dim);
-        }
-        if (!cached) copy_rows(cache.values, padded, new_values, a.k_stride, a.keys, dim, padded);
-        else if (cache.copied)
-            for (int64_t k = 0; k < keys; k += page) {
-                const int n = static_cast<int>(least(static_cast<int64_t>(page), keys - k));
-                copy_rows(cache.values + k * padded, padded, cache.value_page(static_cast<int>(k) / page), dim, n, dim, padded);
+            const float *const key = new_keys + i * a.k_stride, *const value = new_values + i * a.k_stride;
+            if (narrow && in_place) {
+                uint16_t* const to = cache.template in_page<uint16_t>(number, at);
+                for (int r = 0; r < n; ++r)
+                    for (int d = 0; d < dim; ++d) to[d * page + r] = upper_half(key[r * a.k_stride + d]);
+                narrow_rows(cache.template in_page<uint16_t>(number, cache.value_offset + at * dim), dim, value, a.k_stride, n, dim);
+                continue;
             }
+            transpose(cache.key_page(number) + at, page, key, a.k_stride, n, dim);
+            if (!cache.pages)
+                copy_rows(cache.values + static_cast<int64_t>(before + i) * padded, padded, value, a.k_stride, n, dim, padded);
+            else copy_rows(cache.template in_page<float>(number, cache.value_offset + at * dim), dim, value, a.k_stride, n, dim, dim);
+        }
+        for (int64_t k = 0; k < keys && cache.pages && cache.copied; k += page) {
+            const int number = static_cast<int>(k / page), n = static_cast<int>(least(static_cast<int64_t>(page), keys - k));
+            copy_rows(cache.values + k * padded, padded, cache.template in_page<float>(number, cache.value_offset), dim, n, dim, padded);
+        }
+        if (narrow && !in_place) narrow_pages(cache, a);
 
         for (int head = kv_head * a.group; head < (kv_head + 1) * a.group; ++head) {
             const int64_t column = static_cast<int64_t>(head) * dim;
@@ -17545,14 +17657,16 @@ struct Rows {
                 if (n <= 2) n = 1;  // one by one
                 copy_rows(queries, dim, q + i * a.q_stride, a.q_stride, n, dim, dim);
                 for (int j = n * dim; j < round_up(n, tall) * dim && n > 1; ++j) queries[j] = 0;
-                if (n == 1) scores_of_one(scores, queries, cache, a.seen_by(i));
+                if (narrow && in_place) scores_of_one<uint16_t>(scores, queries, cache, a.seen_by(i));
+                else if (n == 1) scores_of_one<float>(scores, queries, cache, a.seen_by(i));
                 else scores_of(scores, scores_row, queries, cache, a, i, n);
                 for (int r = 0; r < n; ++r) {
                     for (int d = 0; d < dim; d += 16) prefetch(a.y + (i + r) * a.width + column + d);
                     softmax_row(scores + r * scores_row, a.seen_by(i + r), dim, drop, a.row + i + r, head,
                                 a.softmax + (static_cast<int64_t>(i + r) * a.heads + head) * 2);
                 }
-                if (n == 1) mix_values_of_one(out, scores, cache, a.seen_by(i));
+                if (narrow && in_place) mix_values_of_one<uint16_t>(out, scores, cache, a.seen_by(i));
+                else if (n == 1) mix_values_of_one<float>(out, scores, cache, a.seen_by(i));
                 else mix_values(out, scores, scores_row, cache, a, i, n);
                 for (int r = 0; r < n; ++r) divided_row(a, i + r, head, out + r * padded);
             }
@@ -17569,6 +17683,52 @@ struct Rows {
             put(to + d, v, a.dim - d);
         }
     }
+    // nearest_bf16, chapter 5
+    static BABYGPT_INLINE void round(float* x, int n) {
+        V v;
+        U bits;
+        for (int i = 0; i < n; i += W) {
+            get(v, x + i, n - i), Set::bits(bits, v), Set::to_bf16(bits);
+            bits = bits & 0xffff0000u;
+            Set::from_bits(v, bits), put(x + i, v, n - i);
+        }
+    }
+    // The pages before the new keys come to scratch as floats, and, when the new ones are there, from the first that has one they go back.
+    static BABYGPT_INLINE void widen_pages(const Cache& cache, const Attention<float>& a) {
+        for (int k = 0; k < a.before; k += page) {
+            const uint16_t* const from = reinterpret_cast<const uint16_t*>(a.s.pages[k / page]) + cache.offset;
+            widen_rows(cache.keys + static_cast<int64_t>(k) * cache.dim, page, from, cache.dim, page);
+            widen_rows(cache.values + static_cast<int64_t>(k) * cache.row, cache.row, from + cache.value_offset, least(page, a.before - k),
+                       cache.dim);
+        }
+    }
+    static BABYGPT_INLINE void narrow_pages(const Cache& cache, const Attention<float>& a) {
+        for (int k = a.before / page * page; k < a.before + a.keys; k += page) {
+            uint16_t* const to = reinterpret_cast<uint16_t*>(a.s.pages[k / page]) + cache.offset;
+            const int n = least(page, a.before + a.keys - k);
+            narrow_rows(to, page, cache.keys + static_cast<int64_t>(k) * cache.dim, page, cache.dim, page);
+            narrow_rows(to + cache.value_offset, cache.dim, cache.values + static_cast<int64_t>(k) * cache.row, cache.row, n, cache.dim);
+        }
+    }
+    // Rows that lie behind each other; columns up to `to_row` become 0.
+    static BABYGPT_INLINE void widen_rows(float* to, int64_t to_row, const uint16_t* from, int rows, int cols) {
+        V v;
+        for (int r = 0; r < rows; ++r, to += to_row, from += cols) {
+            int c = 0;
+            for (; c + W <= cols; c += W) Set::load(v, from + c), Set::store(to + c, v);
+            for (; c < cols; ++c) to[c] = widened(from[c]);
+            memset(to + cols, 0, static_cast<size_t>(to_row - cols) * sizeof(float));
+        }
+    }
+    // Of what has been rounded.
+    static BABYGPT_INLINE void narrow_rows(uint16_t* to, int64_t to_row, const float* from, int64_t from_row, int rows, int cols) {
+        V v;
+        for (int r = 0; r < rows; ++r, to += to_row, from += from_row) {
+            int c = 0;
+            for (; c + W <= cols; c += W) Set::load(v, from + c), Set::store(to + c, v);
+            for (; c < cols; ++c) to[c] = upper_half(from[c]);
+        }
+    }
     // Of n queries from the i-th on.
     static BABYGPT_INLINE void scores_of(float* scores, int64_t scores_row, const float* queries, const Cache& cache,
                                          const Attention<float>& a, int i, int n) {
@@ -17579,11 +17739,12 @@ struct Rows {
                                 cache.key_page(k / page) + k % page, page, cache.dim, true);
     }
     // A query alone reads all keys and values for little arithmetic: what sets the time is how early they are fetched.
+    template <class E>
     static BABYGPT_INLINE void scores_of_one(float* scores, const float* query, const Cache& cache, int keys) {
         for (int k = 0; k < keys; k += page) {
-            const float* next = k + page < keys ? cache.key_page(k / page + 1) : cache.value(0);
+            const E* next = k + page < keys ? cache.template key_page<E>(k / page + 1) : cache.template value<E>(0);
             for (int c = 0; c < page; c += wide_single)
-                single<together>(scores + k + c, query, cache.key_page(k / page) + c, page, cache.dim, true, next + c);
+                single<together, E>(scores + k + c, query, cache.template key_page<E>(k / page) + c, page, cache.dim, true, next + c);
         }
     }
     // Scores become e^(score / sqrt(dim) - max), dropped or not; the maximum and the sum before dropout go to `statistics`.
@@ -17640,15 +17801,17 @@ struct Rows {
             }
         }
     }
+    template <class E>
     static BABYGPT_INLINE void mix_values_of_one(float* out, const float* p, const Cache& cache, int keys) {
         const int run = cache.copied ? keys : page, most_columns = 2 * wide_single;
         for (int k = 0; k < keys; k += run) {
-            const float *value = cache.value(k), *next = k + run < keys ? cache.value(k + run) : cache.key_page(0) + page * cache.dim;
+            const E* const value = cache.template value<E>(k);
+            const E* const next = k + run < keys ? cache.template value<E>(k + run) : cache.template key_page<E>(0) + page * cache.dim;
             const int n = least(run, keys - k);
             int c = 0;  // the keys of the next head lie behind those of this one
             for (; c + most_columns <= cache.row; c += most_columns)
-                single<2 * together>(out + c, p + k, value + c, cache.row, n, k == 0, next + c);
-            for (; c < cache.row; c += wide) single<2>(out + c, p + k, value + c, cache.row, n, k == 0, next + c);
+                single<2 * together, E>(out + c, p + k, value + c, cache.row, n, k == 0, next + c);
+            for (; c < cache.row; c += wide) single<2, E>(out + c, p + k, value + c, cache.row, n, k == 0, next + c);
         }
     }
 

@@ -785,8 +785,8 @@ TEST(muon, "Muon's step does not go equally far in all directions, or is not the
     }
 }
 
-// Reads `length` ids with a KV cache, so many at a time; returns the logits of the last.
-static void talk(Bench<float>& b, const BackendFunctions& backend, const Config& config, int length, int at_a_time) {
+// Reads `length` ids with a KV cache, of floats or (narrow) of bf16, so many at a time; returns the logits of the last.
+static void talk(Bench<float>& b, const BackendFunctions& backend, const Config& config, int length, int at_a_time, bool narrow) {
     const int pages = (config.context + kv_page - 1) / kv_page;
     CHECK(b.kv.resize(static_cast<size_t>(b.tape.kv_page_block() * pages)) && b.pages.resize(static_cast<size_t>(pages)) &&
           b.logits.resize(static_cast<size_t>(config.vocab)) && b.packed.resize(static_cast<size_t>(packed_block(backend, b.tape))));
@@ -796,6 +796,7 @@ static void talk(Bench<float>& b, const BackendFunctions& backend, const Config&
     b.run.sequences.size = 1;
     for (int i = 0; i < length; i += at_a_time) {
         b.sequences[0] = Sequence{0, least(at_a_time, length - i), i, b.pages.items, b.logits.items};
+        b.sequences[0].narrow = narrow;
         b.run.rows = b.sequences[0].length, b.run.ids = b.ids.items + i, b.run.targets = b.targets.items + i;
         b.r.losses = b.losses.items + i, b.r.ranks = b.ranks.items + i;
         backend.forward(b.runtime, b.tape, b.r, b.run);
@@ -809,15 +810,21 @@ TEST(talking, "a token read with the KV cache gives other logits than the whole 
     for (const Shape& s : shapes) {
         if (!s.causal) continue;
         const Config config = config_of(s);
-        Bench<float> plain(config, 1, s.length, false, 1, 0, 0, nullptr);
-        talk(plain, *plain_backend(), config, s.length, s.length);
-        for (int set = 0; set < count; ++set)
-            for (int way = 0; way < 6; ++way) {
-                Bench<float> fast(config, 1, s.length, false, way < 3 ? 1 : 3, 0, 0, sets[set].backend);
-                talk(fast, *sets[set].backend, config, s.length, way % 3 == 0 ? s.length : way % 3 == 1 ? 1 : (s.length + 2) / 3);
-                CHECK(same("logits", plain.logits, fast.logits) && same("losses", plain.losses, fast.losses) &&
-                      same("ranks", plain.ranks, fast.ranks));
-            }
+        for (const bool narrow : {false, true}) {
+            Bench<float> plain(config, 1, s.length, false, 1, 0, 0, nullptr);
+            talk(plain, *plain_backend(), config, s.length, s.length, narrow);
+            for (int set = 0; set < count; ++set)
+                for (int way = 0; way < 6; ++way) {
+                    Bench<float> fast(config, 1, s.length, false, way < 3 ? 1 : 3, 0, 0, sets[set].backend);
+                    talk(fast, *sets[set].backend, config, s.length,
+                         way % 3 == 0   ? s.length
+                         : way % 3 == 1 ? 1
+                                        : (s.length + 2) / 3,
+                         narrow);
+                    CHECK(same("logits", plain.logits, fast.logits) && same("losses", plain.losses, fast.losses) &&
+                          same("ranks", plain.ranks, fast.ranks));
+                }
+        }
     }
 }
 
