@@ -18545,6 +18545,7 @@ struct Walk {
     const ProductKernels& learning;  // of the products with weights that are not packed
     const int threads;
     float *panels, *logits, *slots;
+    const float* packed;  // the weights of the op that runs; null: none are
 
     Walk(const Kernels& kernels_, Runtime& runtime_, const Tape& tape_, const Regions<float>& r_, const Run& run_)
         : kernels(kernels_),
@@ -18557,7 +18558,8 @@ struct Walk {
           threads(r_.threads > 0 ? r_.threads : runtime_.thread_count()),
           panels(r_.scratch),
           logits(panels + scratch.panels),
-          slots(logits + scratch.logits) {}
+          slots(logits + scratch.logits),
+          packed(r_.packed) {}
 
     // f(item, worker) for each item, on the threads.
     template <class F>
@@ -18688,14 +18690,6 @@ struct Walk {
 
     // ---- ops ----
 
-    // Where an op's packed weights begin; null: there are none.
-    const float* packed(int number) const {
-        if (!r.packed) return nullptr;
-        const float* at = r.packed;
-        for (int i = 0; i < number; ++i) at += packed_size(tape.ops[static_cast<size_t>(i)]);
-        return at;
-    }
-    int64_t packed_size(const Op& op) const { return packed_size(kernels, tape.dtype, op); }
     static int64_t packed_size(const Kernels& kernels, Dtype dtype, const Op& op) {
         if (op.kind != OpKind::linear && op.kind != OpKind::head) return 0;
         return (op.out + kernels.exact.tile_columns - 1) / kernels.exact.tile_columns * kernels.panel_floats(dtype, op.in);
@@ -18722,12 +18716,11 @@ struct Walk {
         return pairs / static_cast<int64_t>(most(in.sequences.size, size_t(1))) * (op.out / op.kv_heads);
     }
     // With the weights packed before, or here.
-    void multiply_weights(int number, Product p, const Work* then = nullptr) const {
-        const float* ready = packed(number);
-        if (!ready) return product(learning, p, then);
+    void multiply_weights(Product p, const Work* then = nullptr) const {
+        if (!packed) return product(learning, p, then);
         p.dtype = tape.dtype;
         const bool is_whole = p.dtype == Dtype::int8;
-        multiply(is_whole ? kernels.whole : kernels.exact, p, ready, is_whole ? p.depth : 0, 0, then);
+        multiply(is_whole ? kernels.whole : kernels.exact, p, packed, is_whole ? p.depth : 0, 0, then);
     }
 
     void forward(int number) const {
@@ -18743,7 +18736,7 @@ struct Walk {
                 float* before = values(tape, r, op.aux != nothing ? op.aux : op.y);
                 const Product p{before, op.out, b, 0, Factor{x, op.in, along}, forward_factor(tape, op, w), rows, op.out, op.in};
                 const Work* const activates = op.activation != Activation::none ? &work : nullptr;
-                multiply_weights(number, p, op.loras > 0 ? nullptr : activates);
+                multiply_weights(p, op.loras > 0 ? nullptr : activates);
                 if (op.loras == 0) return;
                 lora_forward(op, before, x, rows);
                 return finish_forward(activates);
@@ -18819,7 +18812,7 @@ struct Walk {
             const int rows = least(scratch.chunk, all_rows - row);
             const int64_t at = static_cast<int64_t>(row) * in;
             work.first_row = row, work.chunk = rows;
-            multiply_weights(number, Product{logits, wide, b, 0, Factor{x + at, in, along}, Factor{w, in, along}, rows, out, in});
+            multiply_weights(Product{logits, wide, b, 0, Factor{x + at, in, along}, Factor{w, in, along}, rows, out, in});
             share_forward(work, rows, wide * 8);
             if (!run.training) continue;
             Work columns = work;
@@ -18841,8 +18834,8 @@ struct Walk {
             if (!s.logits) continue;
             const float* last = x + wanted * in;
             float* to = n == 1 ? s.logits : logits;
-            multiply_weights(number, Product{to, n == 1 ? out : wide, b, 0, Factor{last, in, along}, Factor{w, in, along},
-                                             static_cast<int>(n), out, in});
+            multiply_weights(
+                Product{to, n == 1 ? out : wide, b, 0, Factor{last, in, along}, Factor{w, in, along}, static_cast<int>(n), out, in});
             for (size_t k = 0; n > 1 && k < n; ++k)
                 memcpy(run.sequences[i + k].logits, logits + static_cast<int64_t>(k) * wide, static_cast<size_t>(out) * sizeof(float));
         }
@@ -18912,8 +18905,11 @@ struct Walk {
             kernels.pack_weights(to + i * kernels.panel_floats(tape.dtype, op.in), factor, i * columns, op.out, op.in, tape.dtype);
         });
     }
-    BABYGPT_CALL void forward() const {
-        for (int i = 0; i < static_cast<int>(tape.ops.count); ++i) timed(run, i, [&] { forward(i); });
+    BABYGPT_CALL void forward() {
+        for (int i = 0; i < static_cast<int>(tape.ops.count); ++i) {
+            timed(run, i, [&] { forward(i); });
+            if (packed) packed += packed_size(kernels, tape.dtype, tape.ops[static_cast<size_t>(i)]);
+        }
     }
     BABYGPT_CALL void backward() const {
         const int ops = static_cast<int>(tape.ops.count);
