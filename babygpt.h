@@ -1512,6 +1512,14 @@ BABYGPT_INLINE void spin_pause() {
 #endif
 }
 
+BABYGPT_INLINE void prefetch(const void* p) {
+#if defined(__GNUC__) || defined(__clang__)
+    __builtin_prefetch(p);
+#else
+    (void)p;
+#endif
+}
+
 inline int core_count() {
 #if defined(_WIN32)
     SYSTEM_INFO info;
@@ -1551,70 +1559,99 @@ constexpr int max_threads = 256;
 // longer: the next job follows closely, and waking takes 50 us or, in a virtual machine, 400, which is as long as many a job.
 constexpr double spin_seconds = 100e-6, open_job_seconds = 5e-3;
 
-// Workers that take the numbers 0..count-1 of one job after the other. The caller works too.
-struct Pool {
-    Bell bell;
-    std::atomic<bool> taken{false};  // somebody's job runs; a second caller works alone
-    std::atomic<uint32_t> job{0};    // grows with each job, even when it ends
-    std::atomic<bool> closing{false};
-    std::atomic<int> sleeping{0};
-    std::atomic<int> next{0}, inside{0};
-    void (*task)(void*, int) = nullptr;
-    void* context = nullptr;
-    int count = 0;
-    int workers = 0;
-#if defined(_WIN32)
-    HANDLE threads[max_threads];
-#else
-    pthread_t threads[max_threads];
-#endif
+// What the shares of a job that follows will read first: share i from `at` + i * `apart` on, so many cache lines. Who waits fetches that.
+struct Ahead {
+    const char* at = nullptr;
+    int64_t apart = 0;
+    int lines = 0;
+};
 
-    void work() {
-        for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(context, i);
-    }
-    void live() {
-        const FloatMode mode;
-        uint32_t seen = 0;
-        while (true) {
-            const double start = seconds_now();
-            for (int spins = 1; job.load(std::memory_order_acquire) == seen; ++spins) {
-                if (closing.load(std::memory_order_relaxed)) return;
-                spin_pause();
-                if (spins % 64 != 0) continue;
-                const double waited = seconds_now() - start;
-                if (waited < spin_seconds) continue;
-                if (seen % 2 == 1 && waited < open_job_seconds) {
-                    yield();
-                    continue;
-                }
-                bell.enter();
-                sleeping.fetch_add(1);
-                while (job.load() == seen && !closing.load()) bell.wait();
-                sleeping.fetch_sub(1);
-                bell.leave();
+// Workers that take a share each of the numbers 0..count-1 of one job after the other, always the same worker the same share, since its
+// caches hold what that needs. The caller has the first share, and takes those that nobody has begun when it has done its own.
+struct Pool {
+    enum State : int { resting, asleep, called, working };
+    // A cache line, which goes there with all that a worker needs to know, and back.
+    struct alignas(cache_line) Worker {
+        std::atomic<int> state{resting};
+        int first = 0, end = 0;
+        int lines = 0;                // so many of ...
+        const char* ahead = nullptr;  // ... this it fetches when it has done its share
+        void (*task)(void*, int) = nullptr;
+        void* context = nullptr;
+        Pool* pool = nullptr;
+#if defined(_WIN32)
+        HANDLE thread = nullptr;
+#else
+        pthread_t thread{};
+#endif
+        bool change(State from, State to) {
+            int expected = from;
+            return state.compare_exchange_strong(expected, to, std::memory_order_acquire);
+        }
+        void work() const {
+            for (int i = first; i < end; ++i) task(context, i);
+        }
+    };
+    std::atomic<bool> taken{false};  // somebody's job runs; a second caller works alone
+    std::atomic<bool> closing{false};
+    Bell bell;
+    int workers = 0;
+    Worker worker[max_threads];
+
+    // False when the pool closes.
+    bool wait_for_job(Worker& me, const char* ahead, int lines) {
+        for (double start = -1;;) {
+            for (int spins = 0; spins < 64; ++spins) {
+                if (me.state.load(std::memory_order_relaxed) == called && me.change(called, working)) return true;
+                if (lines > 0) prefetch(ahead), ahead += cache_line, --lines;
+                else spin_pause();
             }
-            // Enter first, then look whether the job is still open: the caller closes it, then waits for those inside.
-            inside.fetch_add(1);
-            seen = job.load();
-            if (seen % 2 == 1) work();
-            inside.fetch_sub(1);
+            if (closing.load(std::memory_order_relaxed)) return false;
+            const double now = seconds_now();  // which takes 200 ns in some virtual machines
+            if (start < 0) start = now;
+            if (now - start < spin_seconds) continue;
+            if (taken.load(std::memory_order_relaxed) && now - start < open_job_seconds) {
+                yield();
+                continue;
+            }
+            bell.enter();
+            if (me.change(resting, asleep))
+                while (me.state.load() == asleep && !closing.load()) bell.wait();
+            bell.leave();
         }
     }
-    void run(int n, void (*what)(void*, int), void* with) {
-        task = what, context = with, count = n;
-        next.store(0, std::memory_order_relaxed);
-        job.fetch_add(1);  // odd: open
-        if (sleeping.load() > 0) {
+    void live(Worker& me) {
+        const FloatMode mode;
+        const char* ahead = nullptr;
+        for (int lines = 0; wait_for_job(me, ahead, lines);) {
+            me.work();
+            ahead = me.ahead, lines = me.lines;
+            me.state.store(resting, std::memory_order_release);
+        }
+    }
+    void run(int count, void (*task)(void*, int), void* context, const Ahead& ahead) {
+        const int shares = least(count, workers + 1);
+        bool sleeps = false;
+        for (int i = 1; i < shares; ++i) {
+            Worker& other = worker[i - 1];
+            other.first = i * count / shares, other.end = (i + 1) * count / shares;
+            other.task = task, other.context = context;
+            other.ahead = ahead.at + i * ahead.apart, other.lines = ahead.lines;
+            sleeps |= other.state.exchange(called, std::memory_order_acq_rel) == asleep;
+        }
+        if (sleeps) {
             bell.enter();
             bell.ring();
             bell.leave();
         }
-        work();
-        job.fetch_add(1);  // even: closed
-        for (int spins = 1; inside.load() != 0; ++spins) {
-            spin_pause();
-            if (spins % 4096 == 0) yield();
-        }
+        for (int i = 0; i < count / shares; ++i) task(context, i);
+        for (int i = 0; i < shares - 1; ++i)
+            if (worker[i].state.load(std::memory_order_relaxed) == called && worker[i].change(called, resting)) worker[i].work();
+        for (int i = 0; i < shares - 1; ++i)
+            for (int spins = 1; worker[i].state.load(std::memory_order_acquire) == working; ++spins) {
+                spin_pause();
+                if (spins % 4096 == 0) yield();
+            }
     }
     static void yield() {
 #if defined(_WIN32)
@@ -1624,18 +1661,20 @@ struct Pool {
 #endif
     }
 #if defined(_WIN32)
-    static DWORD WINAPI enter(void* self) { return static_cast<Pool*>(self)->live(), 0; }
+    static DWORD WINAPI enter(void* me) { return static_cast<Worker*>(me)->pool->live(*static_cast<Worker*>(me)), 0; }
 #else
-    static void* enter(void* self) { return static_cast<Pool*>(self)->live(), nullptr; }
+    static void* enter(void* me) { return static_cast<Worker*>(me)->pool->live(*static_cast<Worker*>(me)), nullptr; }
 #endif
     // Fewer threads than asked for is slower, not wrong.
     void start(int wanted) {
         for (workers = 0; workers < wanted; ++workers) {
+            Worker& next = worker[workers];
+            next.pool = this;
 #if defined(_WIN32)
-            threads[workers] = CreateThread(nullptr, 0, &Pool::enter, this, 0, nullptr);
-            if (!threads[workers]) break;
+            next.thread = CreateThread(nullptr, 0, &Pool::enter, &next, 0, nullptr);
+            if (!next.thread) break;
 #else
-            if (pthread_create(&threads[workers], nullptr, &Pool::enter, this) != 0) break;
+            if (pthread_create(&next.thread, nullptr, &Pool::enter, &next) != 0) break;
 #endif
         }
     }
@@ -1646,14 +1685,14 @@ struct Pool {
         bell.leave();
         for (int i = 0; i < workers; ++i) {
 #if defined(_WIN32)
-            WaitForSingleObject(threads[i], INFINITE);
-            CloseHandle(threads[i]);
+            WaitForSingleObject(worker[i].thread, INFINITE);
+            CloseHandle(worker[i].thread);
 #else
-            pthread_join(threads[i], nullptr);
+            pthread_join(worker[i].thread, nullptr);
 #endif
         }
     }
-};
+};  // namespace
 
 inline Pool* pool_of(Runtime& runtime) {
 #if defined(_MSC_VER)
@@ -1681,7 +1720,7 @@ inline void start_pool(Runtime& runtime) {
 
 // f(i) for each i in [0, count), on the runtime's threads, under our floating-point mode. Who does which i must not matter to the result.
 template <class F>
-void parallel(Runtime& runtime, int count, const F& f) {
+void parallel(Runtime& runtime, int count, const F& f, const Ahead& ahead = Ahead()) {
     struct Call {
         const F* f;
         static void run(void* self, int i) { (*static_cast<Call*>(self)->f)(i); }
@@ -1693,7 +1732,7 @@ void parallel(Runtime& runtime, int count, const F& f) {
     Pool* pool = pool_of(runtime);
     if (count > 1 && runtime.parallel) return runtime.parallel(runtime.parallel_user, count, &Call::run_guarded, &call);
     if (count > 1 && pool && pool->workers > 0 && !pool->taken.exchange(true, std::memory_order_acquire)) {
-        pool->run(count, &Call::run, &call);
+        pool->run(count, &Call::run, &call, ahead);
         pool->taken.store(false, std::memory_order_release);
         return;
     }
@@ -16036,13 +16075,6 @@ BABYGPT_INLINE void transpose(float* to, int64_t to_row, const float* from, int6
 #endif
 }
 
-BABYGPT_INLINE void prefetch(const void* p) {
-#if BABYGPT_VECTORS
-    __builtin_prefetch(p);
-#else
-    (void)p;
-#endif
-}
 // Into the second cache, not the first.
 BABYGPT_INLINE void prefetch_far(const void* p) {
 #if BABYGPT_VECTORS
@@ -18534,6 +18566,8 @@ struct Scratch {
     }
 };
 
+constexpr int64_t most_ahead = 64 << 10;  // bytes of the next weights that a thread fetches while it waits
+
 // One walk along a tape with one set of kernels.
 struct Walk {
     const Kernels& kernels;
@@ -18546,6 +18580,7 @@ struct Walk {
     const int threads;
     float *panels, *logits, *slots;
     const float* packed;  // the weights of the op that runs; null: none are
+    size_t running = 0;   // its number
 
     Walk(const Kernels& kernels_, Runtime& runtime_, const Tape& tape_, const Regions<float>& r_, const Run& run_)
         : kernels(kernels_),
@@ -18601,6 +18636,21 @@ struct Walk {
 
     // ---- products ----
 
+    // What threads read first of the weights that come after those of this op: of the next one that has some, or of the first.
+    Ahead ahead_of(int shares) const {
+        const size_t ops = tape.ops.count;
+        for (size_t i = 1; packed && i <= ops; ++i) {
+            const size_t n = (running + i) % ops;
+            const int64_t size = packed_size(kernels, tape.dtype, tape.ops[n]);
+            if (size == 0) continue;
+            const float* const at = n > running ? packed + packed_size(kernels, tape.dtype, tape.ops[running]) : r.packed;
+            const int64_t share = size / shares * static_cast<int64_t>(sizeof(float));
+            return Ahead{reinterpret_cast<const char*>(at), share,
+                         static_cast<int>(least(share, most_ahead) / static_cast<int64_t>(cache_line))};
+        }
+        return Ahead();
+    }
+
     // With B in panels. Each thread packs the rows of A that it multiplies, `packs_a` numbers deep, into its own memory; 0: A is read where it
     // is. diagonal: what is to be added to a row to make it the column on the whole product's diagonal. then: an op whose activation follows,
     // best while the rows are in the second cache; null: none.
@@ -18616,18 +18666,21 @@ struct Walk {
             const int workers = static_cast<int>(least(worth, static_cast<int64_t>(least(threads, (all_panels + 3) / 4))));
             Factor rows = p.a;
             if (is_whole) by.pack_a(panels, p.a, 0, p.rows, packs_a), rows = Factor{panels, packed_row(p.depth), along};
-            parallel(runtime, workers, [&](int i) {
-                const int first = i * all_panels / workers, count = (i + 1) * all_panels / workers - first, stream = count / 4;
-                for (int k = 0; k < count - 3 * stream; ++k) {  // of all streams, then what is left
-                    Product one = p;
-                    one.rows = 1, one.a = rows;
-                    for (int row = 0; row < p.rows; ++row) {
-                        kernels.single_row(one, b, k < stream ? first + k : first + 3 * stream + k, k < stream ? stream : 0);
-                        one.c += p.c_stride, one.a.at += rows.stride;
-                        if (one.start) one.start += p.start_stride;
+            parallel(
+                runtime, workers,
+                [&](int i) {
+                    const int first = i * all_panels / workers, count = (i + 1) * all_panels / workers - first, stream = count / 4;
+                    for (int k = 0; k < count - 3 * stream; ++k) {  // of all streams, then what is left
+                        Product one = p;
+                        one.rows = 1, one.a = rows;
+                        for (int row = 0; row < p.rows; ++row) {
+                            kernels.single_row(one, b, k < stream ? first + k : first + 3 * stream + k, k < stream ? stream : 0);
+                            one.c += p.c_stride, one.a.at += rows.stride;
+                            if (one.start) one.start += p.start_stride;
+                        }
                     }
-                }
-            });
+                },
+                ahead_of(workers));
             return finish_forward(then);
         }
         // Items so small that nobody waits long for another thread's last one.
@@ -18907,6 +18960,7 @@ struct Walk {
     }
     BABYGPT_CALL void forward() {
         for (int i = 0; i < static_cast<int>(tape.ops.count); ++i) {
+            running = static_cast<size_t>(i);
             timed(run, i, [&] { forward(i); });
             if (packed) packed += packed_size(kernels, tape.dtype, tape.ops[static_cast<size_t>(i)]);
         }

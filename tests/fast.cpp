@@ -834,6 +834,7 @@ TEST(waiting, "a worker would have to be woken for the next job while this one i
     start_pool(runtime);
     if (!pool_of(runtime)) SKIP("there is one core");
     Pool& pool = *pool_of(runtime);
+    const auto sleeps = [&] { return pool.worker[0].state.load() == Pool::asleep; };
     const auto after = [](double seconds, const auto& ready) {
         const double start = seconds_now();
         while (!ready() && seconds_now() - start < seconds) Pool::yield();
@@ -848,12 +849,12 @@ TEST(waiting, "a worker would have to be woken for the next job while this one i
             began.fetch_add(1);
             if (&of_thread != caller) return;
             after(1, [&] { return began.fetch_add(0) > 1; });
-            awake = after(10 * spin_seconds, [] { return false; }) < open_job_seconds / 2 && pool.sleeping.fetch_add(0) == 0;
+            awake = after(10 * spin_seconds, [] { return false; }) < open_job_seconds / 2 && !sleeps();
         });
     }
     CHECK(awake);
-    after(10, [&] { return pool.sleeping.fetch_add(0) == 1; });
-    CHECK(pool.sleeping.fetch_add(0) == 1);
+    after(10, sleeps);
+    CHECK(sleeps());
 }
 
 TEST(speed, "a compiler no longer makes vectors of the kernels") {
