@@ -17657,7 +17657,8 @@ struct Rows {
         cache.value_offset = a.kv_width * page;
         cache.dim = dim, cache.row = padded;
         cache.copied = !in_place;
-        for (int64_t i = 0; i < a.keys && a.rounds; ++i) round(new_keys + i * a.k_stride, dim), round(new_values + i * a.k_stride, dim);
+        for (int64_t i = 0; i < a.keys && a.rounds; ++i)
+            round_row(new_keys + i * a.k_stride, dim), round_row(new_values + i * a.k_stride, dim);
         if (narrow && !in_place) widen_pages(cache, a);
         for (int i = 0, n; i < a.keys; i += n) {
             const int number = (before + i) / page, at = (before + i) % page;
@@ -17716,7 +17717,7 @@ struct Rows {
         }
     }
     // nearest_bf16, chapter 5
-    static BABYGPT_INLINE void round(float* x, int n) {
+    static BABYGPT_INLINE void round_row(float* x, int n) {
         V v;
         U bits;
         for (int i = 0; i < n; i += W) {
