@@ -1692,7 +1692,7 @@ struct Pool {
 #endif
         }
     }
-};  // namespace
+};
 
 inline Pool* pool_of(Runtime& runtime) {
 #if defined(_MSC_VER)
@@ -8087,7 +8087,8 @@ struct BackendFunctions {
     // AdamW or Muon on every weight; gradients become zero, and the activations' memory serves as space.
     void (*update)(Runtime& runtime, const Tape& tape, const Regions<float>& r, float* weights, float* moment1, float* moment2,
                    const UpdateRule& rule);
-    // Sampling: the largest of n numbers; and e^((x - biggest) * factor) of each, to `to` (null: nowhere), and their sum.
+    // Sampling: the largest of n numbers; and e^((x - biggest) * factor) of each, to `to` (null: nowhere; what is
+    // below `lowest` becomes 0), and their sum.
     float (*biggest)(const float* x, int n);
     float (*exponentials)(float* to, const float* x, int n, float biggest, float factor, float lowest);
 };
@@ -11572,12 +11573,12 @@ BABYGPT_RARE Status go_to_device(SessionState& s, Runtime& from, const Model& of
     return status;
 }
 // On the processor, keys and values are as narrow as the matrices.
-inline bool wants_narrow_pages(const Model& model) { return model.config.dtype != Dtype::f32; }
+inline bool wants_narrow_pages(const Config& config) { return config.dtype != Dtype::f32; }
 // Before a session reads: what a run needs. Where it begins anew it must not write to what it shared, and the model may have been converted.
 Status prepare(Session& session) {
     SessionState& s = *session.state;
     BABYGPT_TRY(bind_weights(session));
-    const bool narrow = s.on ? s.narrow_pages : wants_narrow_pages(*session.model);
+    const bool narrow = s.on ? s.narrow_pages : wants_narrow_pages(session.model->config);
     if (session.position == 0 && narrow != s.narrow_pages) return change_pages(session, narrow);
     return s.shared > 0 && session.position == 0 ? take_pages(session, 0, s.page_count) : Status();
 }
@@ -11596,7 +11597,7 @@ Status fill(Session& session, Runtime& from, const Model& of, const Session* par
     BABYGPT_TRY(record(state->tape, of.config, state->chunk, false, 0));
     if (of.state->only_runs) leave_out_packed(state->tape, *backend);
     if (!on_processor) BABYGPT_TRY(go_to_device(*state, from, of));
-    if (!state->on) state->narrow_pages = parent ? parent->state->narrow_pages : wants_narrow_pages(of);
+    if (!state->on) state->narrow_pages = parent ? parent->state->narrow_pages : wants_narrow_pages(of.config);
     size_t longest_token = 4;
     for (int32_t id = 0; id < of.tokenizer.vocab; ++id) {
         const size_t size = of.tokenizer.bytes(id).size;
@@ -11787,7 +11788,7 @@ BABYGPT_RARE Status leave_device(Session& session) {
     s.regions.activations = reinterpret_cast<float*>(s.here_memory.memory);
     s.regions.scratch = s.regions.activations + activations;
     s.on = nullptr;
-    const Status status = change_pages(session, wants_narrow_pages(*session.model));
+    const Status status = change_pages(session, wants_narrow_pages(session.model->config));
     if (!status.ok()) return s.on = on, status;
     OnDevice::drop(on);
     const int count = session.position;
@@ -11934,14 +11935,16 @@ float inverse_temperature(const SampleConfig& c) { return c.temperature > 1e-38 
 // One of n logits, which become weights, each as often as its share of their sum says. Weights below `lowest` do not count.
 int32_t draw_any(const BackendFunctions& backend, float* l, int n, float biggest, float inverse, float lowest, double uniform) {
     constexpr int most_parts = 64;
-    const int each = round_up((n + most_parts - 1) / most_parts, 16);
+    const int64_t each = round_up((static_cast<int64_t>(n) + most_parts - 1) / most_parts, static_cast<int64_t>(16));
     double masses[most_parts], total = 0;
     int parts = 0;
-    for (int at = 0; at < n; at += each)
-        total += masses[parts++] = static_cast<double>(backend.exponentials(l + at, l + at, least(each, n - at), biggest, inverse, lowest));
+    for (int64_t at = 0; at < n; at += each) {
+        const int some = static_cast<int>(least(each, n - at));
+        total += masses[parts++] = static_cast<double>(backend.exponentials(l + at, l + at, some, biggest, inverse, lowest));
+    }
     double left = uniform * total;
     while (parts > 1 && masses[parts - 1] <= left) left -= masses[--parts];
-    for (int i = least(parts * each, n); i-- > 0;) {
+    for (int i = static_cast<int>(least(parts * each, static_cast<int64_t>(n))); i-- > 0;) {
         left -= static_cast<double>(l[i]);
         if (left < 0) return i;
     }
@@ -13347,7 +13350,7 @@ BABYGPT_RARE Status memory_needed(Runtime& runtime, const Config& config, Purpos
             memory.weights += static_cast<uint64_t>(packed_block(*backend, state.tape)) * sizeof(float);
             memory.activations = activations(state.tape);
             memory.scratch = scratch(state.tape);
-            state.narrow_pages = config.dtype != Dtype::f32;
+            state.narrow_pages = wants_narrow_pages(config);
             memory.kv = pages_bytes(state, context_pages(config.context));
         }
         memory.records += static_cast<uint64_t>(batch) * (sizeof(SessionState) + sizeof(Pages) + record_bytes(state.tape));
@@ -14170,7 +14173,7 @@ Status open_checkpoint(Runtime& runtime, Checkpoint& c, bool moments) {
 
 BABYGPT_UNHURRIED_END
 BABYGPT_INLINE float float_from(Stored type, uint16_t half) {
-    if (type == Stored::bf16) return bits_as<float>(static_cast<uint32_t>(half) << 16);
+    if (type == Stored::bf16) return widened(half);
     const uint32_t sign = (half & 0x8000u) << 16, rest = half & 0x7fffu;
     if (rest < 0x400) return bits_as<float>(bits_as<uint32_t>(static_cast<float>(rest) * 0x1p-24f) | sign);  // zero or subnormal
     const uint32_t more_exponent = rest < 0x7c00 ? 112u << 23 : 224u << 23;  // infinity and NaN keep theirs full
@@ -14763,7 +14766,7 @@ Status write_tensor(Runtime& runtime, const Weight& weight, const float* values,
         const int64_t count = least(some, size - at);
         for (int64_t i = 0; i < count; ++i) {
             const float value = values[at + i];
-            if (dtype == Dtype::bf16) shorts[i] = static_cast<uint16_t>(bits_as<uint32_t>(value) >> 16);
+            if (dtype == Dtype::bf16) shorts[i] = upper_half(value);
             else
                 bytes[i] =
                     int8_of(value, scales[static_cast<size_t>(weight.scaled_rows ? (at + i) / weight.cols : (at + i) % weight.cols)]);
@@ -17645,7 +17648,7 @@ struct Rows {
         const int dim = a.dim, before = a.before, keys = before + a.keys, padded = round_up(dim, wide);
         const bool cached = a.has_cache();
         // A tile reads whole vectors of floats: pages that it cannot read come to scratch.
-        const bool narrow = cached && a.s.narrow, few = a.queries <= 2, in_place = cached && padded == dim && (few || !narrow);
+        const bool narrow = cached && a.s.narrow, in_place = cached && padded == dim && (!narrow || a.queries <= 2);
         float *const new_keys = a.k + kv_column, *const new_values = a.v + kv_column;
         float *queries = scratch, *out = queries + some_queries * dim, *scores = out + some_queries * padded;
         const int64_t scores_row = round_up(keys, page);
@@ -18640,7 +18643,7 @@ struct Walk {
     // What threads read first of the weights that come after those of this op: of the next one that has some, or of the first.
     Ahead ahead_of(int shares) const {
         const size_t ops = tape.ops.count;
-        for (size_t i = 1; packed && i <= ops; ++i) {
+        for (size_t i = 1; packed && shares > 1 && i <= ops; ++i) {
             const size_t n = (running + i) % ops;
             const int64_t size = packed_size(kernels, tape.dtype, tape.ops[n]);
             if (size == 0) continue;

@@ -816,11 +816,8 @@ TEST(talking, "a token read with the KV cache gives other logits than the whole 
             for (int set = 0; set < count; ++set)
                 for (int way = 0; way < 6; ++way) {
                     Bench<float> fast(config, 1, s.length, false, way < 3 ? 1 : 3, 0, 0, sets[set].backend);
-                    talk(fast, *sets[set].backend, config, s.length,
-                         way % 3 == 0   ? s.length
-                         : way % 3 == 1 ? 1
-                                        : (s.length + 2) / 3,
-                         narrow);
+                    const int at_a_time[] = {s.length, 1, (s.length + 2) / 3};
+                    talk(fast, *sets[set].backend, config, s.length, at_a_time[way % 3], narrow);
                     CHECK(same("logits", plain.logits, fast.logits) && same("losses", plain.losses, fast.losses) &&
                           same("ranks", plain.ranks, fast.ranks));
                 }
